@@ -1,0 +1,79 @@
+"""PosMLP-Video written the plain way: channels last, windows cut in every unit, gates as einsum.
+
+The baseline of ``benchmarks/layout.py`` and an independent reference of the whole model in the tests. It takes the same
+parameters (``PlainModel(model)`` reads them from a ``PosMLPVideo``) and shares none of its arithmetic. Whole windows
+only: sizes must divide.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posmlp.model.backbone import PosMLPVideo
+
+
+def position_index(window: tuple[int, int, int]) -> Tensor:
+    """``[N, N]``: table row of the offset from each input token (second axis) to each output token (first axis)."""
+    t, h, w = window
+    place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), -1).view(-1, 3)
+    dt, dy, dx = (place[:, None] - place[None]).unbind(-1)
+    return ((dt + t - 1) * (2 * h - 1) + dy + h - 1) * (2 * w - 1) + dx + w - 1
+
+
+class PlainUnit(nn.Module):
+    """LayerNorm, fc1, GELU, windows, einsum gate, windows back, fc2 on ``[B, T, H, W, C]``."""
+
+    def __init__(self, unit: nn.Module):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = unit.norm, unit.fc1, unit.fc2
+        self.table, self.bias, self.window = unit.gate.table, unit.gate.bias, unit.gate.window
+        self.register_buffer("index", position_index(self.window), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = F.gelu(self.fc1(self.norm(x))).chunk(2, -1)
+        maps = self.table[:, self.index]  # [S, N, N]
+        u = self.cut(u)  # [B, windows, N, C]
+        u = u.view(*u.shape[:-1], maps.shape[0], -1)
+        mixed = torch.einsum("smn,bwnsv->bwmsv", maps, u).flatten(-2) + self.bias[:, None]
+        return self.fc2(self.join(mixed, v.shape) * v)
+
+    def cut(self, x: Tensor) -> Tensor:
+        (b, t, h, w, c), (tt, wh, ww) = x.shape, self.window
+        x = x.view(b, t // tt, tt, h // wh, wh, w // ww, ww, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        return x.reshape(b, -1, tt * wh * ww, c)
+
+    def join(self, x: Tensor, shape: torch.Size) -> Tensor:
+        (b, t, h, w, c), (tt, wh, ww) = shape, self.window
+        x = x.view(b, t // tt, h // wh, w // ww, tt, wh, ww, c).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return x.reshape(shape)
+
+
+class PlainModel(nn.Module):
+    """The same function of ``[B, 3, T, H, W]`` as the ``PosMLPVideo`` whose parameters it shares."""
+
+    def __init__(self, model: PosMLPVideo):
+        super().__init__()
+        self.stem, self.norm, self.head = model.stem, model.norm, model.head
+        self.downsamples = nn.ModuleList(stage.downsample or nn.Identity() for stage in model.stages)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                nn.ModuleList(nn.ModuleList(PlainUnit(block.units[u]) for u in step) for step in block.steps)
+                for block in stage.blocks
+            )
+            for stage in model.stages
+        )
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x = self.stem(clip)
+        for i, (downsample, blocks) in enumerate(zip(self.downsamples, self.stages, strict=True)):
+            if i:
+                x = downsample.norm(downsample.proj(x).permute(0, 2, 3, 4, 1))
+            else:
+                x = x.permute(0, 2, 3, 4, 1)
+            for steps in blocks:
+                for units in steps:
+                    x = x + sum(unit(x) for unit in units)
+            x = x.permute(0, 4, 1, 2, 3)
+        return self.head(self.norm(x.flatten(2).mT).mean(1))

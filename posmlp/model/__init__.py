@@ -1,0 +1,1 @@
+"""The PosMLP-Video backbone: gates, blocks, variants, checkpoints and cost."""

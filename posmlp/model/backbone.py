@@ -1,0 +1,243 @@
+"""PosMLP-Video: stem, four stages of gating blocks, head (arXiv:2407.02934, section 3).
+
+Read top to bottom: ``Unit`` (norm, fc1, gate, fc2), ``Block`` (how units combine), ``Stage`` (window order, blocks),
+``PosMLPVideo``. The variants are in ``variants.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posmlp.model.gates import PositionGate, Window
+from posmlp.model.ops import matmul
+
+# A block is a sequence of residual steps; the units of one step run side by side on the same normalised input.
+BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "parallel": (("spatial", "temporal"),),  # the released block: x + PoSGU(x) + PoTGU(x)
+    "cascade_ts": (("temporal",), ("spatial",)),
+    "cascade_st": (("spatial",), ("temporal",)),
+    "joint": (("joint",),),  # PoSTGU
+    "spatial": (("spatial",),),  # the image model, and the ablation without time
+}
+
+
+def unit_window(kind: str, window: Window) -> Window:
+    """The window of a unit in a stage whose window is (t, h, w)."""
+    t, h, w = window
+    return {"temporal": (t, 1, 1), "spatial": (1, h, w), "joint": (t, h, w)}[kind]
+
+
+def channel_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm without its affine over the first axis of ``[C, ...]``, in fp32 or better."""
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    x = x - x.mean(0)
+    scale = torch.rsqrt(x.square().mean(0) + eps)
+    return (x * scale if x.requires_grad else x.mul_(scale)).to(dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU; in place where no gradient needs the input, as a fresh large result costs more than the arithmetic."""
+    return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
+
+
+class Unit(nn.Module):
+    """One gating unit: ``fc2(gate(u, v))`` with ``u, v = split(gelu(fc1(norm(x))))``, u and v as wide as x.
+
+    It only holds the parameters; ``Block`` runs the units of a step together.
+    """
+
+    def __init__(self, dim: int, groups: int, window: Window):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 2 * dim)
+        self.gate = PositionGate(groups, window)
+        self.fc2 = nn.Linear(dim, dim)
+
+
+class Block(nn.Module):
+    """A block of one of the types in ``BLOCKS``, on tokens ``[C, B, W, T, N]``."""
+
+    def __init__(self, kind: str, dim: int, groups: int, window: Window, drop_path: float):
+        super().__init__()
+        self.steps = BLOCKS[kind]
+        self.units = nn.ModuleDict({u: Unit(dim, groups, unit_window(u, window)) for step in self.steps for u in step})
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
+        """x and the result are ``[C, B, W, T, N]``; ``real`` ``[W, T, N]`` is 0 at padded tokens (None: no padding)."""
+        for step in self.steps:
+            residual = self.mix([self.units[u] for u in step], x, extent, real)
+            if self.training and self.drop_path > 0:
+                keep = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
+                residual = residual * (keep / (1 - self.drop_path)).to(residual.dtype).view(-1, 1, 1, 1)
+            x = x + residual if x.requires_grad or residual.requires_grad else x.add_(residual)
+        return x
+
+    def mix(self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
+        """Sum of the units' branches: one norm and one fc1 product for all, as each norm's affine folds into its fc1."""
+        weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])  # [2C * units, C]
+        bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
+        hidden = gelu(matmul(weight, channel_norm(x).flatten(1)).add_(bias[:, None]))  # [2C * units, tokens]
+        out = None
+        for unit, uv in zip(units, hidden.chunk(len(units)), strict=True):
+            u, v = uv.view(2, *x.shape)
+            gated = unit.gate(u if real is None else u * real.to(u.dtype), v, extent)
+            branch = matmul(unit.fc2.weight, gated.flatten(1))
+            out = branch if out is None else out.add_(branch)
+        return out.add_(sum(u.fc2.bias for u in units)[:, None]).view(x.shape)
+
+
+class Downsample(nn.Module):
+    """Conv(1,3,3) with stride (1,2,2), then LayerNorm; the norm is applied by ``Stage``, in window order."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv3d(dim_in, dim, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.norm = nn.LayerNorm(dim)
+
+
+class Stem(nn.Module):
+    """Two Conv(1,3,3) with stride (1,2,2), each with BatchNorm, and a GELU between them."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj1 = nn.Conv3d(3, dim // 2, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.norm1 = nn.BatchNorm3d(dim // 2)
+        self.proj2 = nn.Conv3d(dim // 2, dim, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.norm2 = nn.BatchNorm3d(dim)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """``[B, 3, T, H, W]`` -> ``[B, C, T, H/4, W/4]``."""
+        return self.norm2(self.proj2(F.gelu(self.norm1(self.proj1(clip)))))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution; the tokens are put into window order once, on entry."""
+
+    def __init__(
+        self, dim_in: int | None, dim: int, kind: str, depth: int, groups: int, window: Window, drop_path: list[float]
+    ):
+        super().__init__()
+        self.window = window
+        self.downsample = Downsample(dim_in, dim) if dim_in else None  # the first stage follows the stem
+        self.blocks = nn.ModuleList(Block(kind, dim, groups, window, drop_path[i]) for i in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, T, H_in, W_in]`` -> ``[B, C, T, H, W]``."""
+        if self.downsample:
+            x = self.downsample.proj(x)
+        size = x.shape[2:]
+        extent = tuple(min(n, w) for n, w in zip(size, self.window, strict=True))  # a small input fills part of a window
+        real = padding_mask(size, extent, x.device)
+        x = to_windows(x, extent)
+        if self.downsample:
+            norm = self.downsample.norm
+            x = channel_norm(x, norm.eps) * per_channel(norm.weight) + per_channel(norm.bias)
+        for block in self.blocks:
+            x = block(x, extent, real)
+        return from_windows(x, extent, size)
+
+
+def per_channel(p: Tensor) -> Tensor:
+    """``[C]`` -> ``[C, 1, 1, 1, 1]``."""
+    return p.view(-1, 1, 1, 1, 1)
+
+
+def grid(size: Sequence[int], extent: Window) -> Window:
+    """Number of windows along time, height, width that cover ``size``."""
+    t, h, w = (math.ceil(n / e) for n, e in zip(size, extent, strict=True))
+    return t, h, w
+
+
+def to_windows(x: Tensor, extent: Window) -> Tensor:
+    """``[B, C, T, H, W]`` -> ``[C, B, windows, t, h*w]``, zero-padded at the far ends to whole windows."""
+    (t, h, w), (gt, gh, gw) = extent, grid(x.shape[2:], extent)
+    pad = [g * e - n for g, e, n in zip((gw, gh, gt), (w, h, t), reversed(x.shape[2:]), strict=True)]
+    if any(pad):
+        x = F.pad(x, [0, pad[0], 0, pad[1], 0, pad[2]])
+    x = x.view(*x.shape[:2], gt, t, gh, h, gw, w).permute(1, 0, 2, 4, 6, 3, 5, 7)  # [C, B, gt, gh, gw, t, h, w]
+    return x.reshape(*x.shape[:2], gt * gh * gw, t, h * w)
+
+
+def from_windows(x: Tensor, extent: Window, size: Sequence[int]) -> Tensor:
+    """``[C, B, windows, t, h*w]`` -> ``[B, C, T, H, W]`` of the given ``size``; undoes ``to_windows``."""
+    (t, h, w), (gt, gh, gw) = extent, grid(size, extent)
+    x = x.view(*x.shape[:2], gt, gh, gw, t, h, w).permute(1, 0, 2, 5, 3, 6, 4, 7)  # [B, C, gt, t, gh, h, gw, w]
+    x = x.reshape(*x.shape[:2], gt * t, gh * h, gw * w)
+    return x[:, :, : size[0], : size[1], : size[2]]
+
+
+def padding_mask(size: Sequence[int], extent: Window, device: torch.device) -> Tensor | None:
+    """``[windows, t, h*w]``, 1 at real tokens and 0 at padded ones; None if nothing is padded."""
+    if all(n % e == 0 for n, e in zip(size, extent, strict=True)):
+        return None
+    return to_windows(torch.ones(1, 1, *size, device=device), extent)[0, 0]
+
+
+class PosMLPVideo(nn.Module):
+    """The backbone and its classifier. Build one with ``posmlp.create_model``, which checks the arguments.
+
+    Args:
+        dims: channels of each of the four stages.
+        depths: blocks of each stage.
+        groups: channel groups S of each stage; divides its channels.
+        windows: window (t, h, w) of each stage.
+        blocks: block type of each stage, a key of ``BLOCKS``.
+        num_classes: length of the logits.
+        drop_path: stochastic-depth rate of the last block; it rises linearly from 0 at the first.
+        dropout: rate before the classifier.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        groups: Sequence[int],
+        windows: Sequence[Window],
+        blocks: Sequence[str],
+        num_classes: int,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        rates = [r.item() for r in torch.linspace(0, drop_path, sum(depths))]
+        self.stem = Stem(dims[0])
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            first = sum(depths[:i])
+            dim_in = dims[i - 1] if i else None
+            self.stages.append(
+                Stage(dim_in, dims[i], blocks[i], depth, groups[i], windows[i], rates[first : first + depth])
+            )
+        self.norm = nn.LayerNorm(dims[-1])
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(dims[-1], num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def features(self, clip: Tensor) -> list[Tensor]:
+        """Feature maps of the four stages, ``[B, C_i, T, H_i, W_i]`` with strides 4, 8, 16, 32 in space, 1 in time.
+
+        Args:
+            clip: ``[B, 3, T, H, W]``, normalised; T, H and W are free.
+        """
+        x = self.stem(clip)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of normalised clips ``[B, 3, T, H, W]``; T, H and W are free."""
+        x = self.features(clip)[-1].flatten(2)  # [B, C, tokens]
+        x = F.layer_norm(x.mT, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+        return self.head(self.dropout(x.mean(1)))

@@ -1,0 +1,220 @@
+"""Weights from a file into a model: the published release's checkpoints and this project's own.
+
+``load_published`` renames the release's tensors, makes channel groups contiguous, and adapts what may differ between
+the checkpoint and the model: number of classes, window, clip length, and a missing time axis (image -> video).
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posmlp.model.backbone import PosMLPVideo
+from posmlp.model.gates import PositionGate, Window
+
+State = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit the model; the message lists the keys that are missing, extra or misshapen."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``load_published`` did.
+
+    Attributes:
+        loaded: number of tensors taken from the checkpoint.
+        adapted: one sentence for each thing that was not copied as it is.
+    """
+
+    loaded: int
+    adapted: tuple[str, ...]
+
+
+def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> LoadReport:
+    """Load a published checkpoint (or one saved from ``model.state_dict()``) into ``model``, in place.
+
+    - Another number of classes: the model keeps its own fresh head.
+    - Another window or clip length: position tables and token biases are resized (``resize_offsets``).
+    - An image checkpoint, of spatial units alone, into a video model: temporal units start as no-ops, and a joint unit
+      starts as the spatial unit within each moment. Features of each frame then equal the image model's.
+
+    Args:
+        model: any variant.
+        path_or_state_dict: a file, read with ``weights_only=True``, or its tensors by name. A dict with a ``model`` or
+            ``state_dict`` entry is unwrapped, and ``module.`` prefixes are dropped.
+
+    Raises:
+        CheckpointError: the file holds no tensors or is unsafe to read, or keys are missing, extra or misshapen beyond
+            the adaptations above. The model is then unchanged.
+        FileNotFoundError: there is no such file.
+    """
+    source = canonical(read_state(path_or_state_dict))
+    adapted: list[str] = []
+    target = model.state_dict()
+    source = {k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}
+    extend_to_time(model, source, adapted)
+    resize_windows(model, source, adapted)
+    if "head.weight" in source and source["head.weight"].shape[0] != target["head.weight"].shape[0]:
+        adapted.append(
+            f"head: fresh, as the checkpoint has {source['head.weight'].shape[0]} classes and the model "
+            f"{target['head.weight'].shape[0]}"
+        )
+        source |= {"head.weight": target["head.weight"], "head.bias": target["head.bias"]}
+    expected = {k for k in target if not k.endswith("num_batches_tracked")}
+    problems = [f"missing: {k} {list(target[k].shape)}" for k in sorted(expected - source.keys())]
+    problems += [f"extra: {k} {list(source[k].shape)}" for k in sorted(source.keys() - expected)]
+    problems += [
+        f"wrong shape: {k} is {list(source[k].shape)}, expected {list(target[k].shape)}"
+        for k in sorted(expected & source.keys())
+        if source[k].shape != target[k].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model ({len(problems)} problems; is it of another variant?):\n  "
+            + "\n  ".join(problems)
+        )
+    model.load_state_dict(source, strict=False)
+    return LoadReport(loaded=len(source), adapted=tuple(adapted))
+
+
+def read_state(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> State:
+    """The tensors of a checkpoint by name, unwrapped; runs no code from the file."""
+    content: object = path_or_state_dict
+    if isinstance(path_or_state_dict, str | Path):
+        try:
+            content = torch.load(path_or_state_dict, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise CheckpointError(
+                f"{path_or_state_dict}: not a checkpoint of tensors alone, so it is not loaded: {error}"
+            ) from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError("the checkpoint holds no tensors by name, nor a 'model' or 'state_dict' that does")
+    return {str(k).removeprefix("module."): v for k, v in content.items()}
+
+
+# --- the release's names and channel order -----------------------------------------------------------------------
+
+RELEASE_NAMES = (
+    (r"patch_embed1\.", "stem."),
+    (r"patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
+    (r"blocks(\d)\.(\d+)\.fc\.encoder\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.units.spatial."),
+    (r"blocks(\d)\.(\d+)\.t_fc\.encoder\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.units.temporal."),
+    (r"gate_unit\.pos\.token_proj_n_bias$", "gate.bias"),
+    (r"gate_unit\.pos\.window_relative_position_bias_table$", "gate.table"),
+)
+
+
+def canonical(state: State) -> State:
+    """This project's names and channel order; a state that has them already is returned as it is."""
+    if not any(k.startswith(("patch_embed", "blocks")) for k in state):
+        return dict(state)
+    out: State = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+            continue  # the release stores its position index; here it is derived
+        for pattern, replacement in RELEASE_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if ".gate." in name:
+            tensor = tensor.mT if name.endswith("table") else tensor.flatten()  # the release's table is [offsets, S]
+        if "proj" in name and tensor.ndim == 4:
+            tensor = tensor.unsqueeze(2)  # an image model's Conv2d
+        out[name] = tensor
+    for name in [k for k in out if k.endswith("gate.table")]:
+        unit, groups = name.removesuffix("gate.table"), out[name].shape[0]
+        for key in (f"{unit}fc1.weight", f"{unit}fc1.bias"):
+            if key in out:
+                out[key] = torch.cat([half[contiguous_groups(len(half), groups)] for half in out[key].chunk(2)])
+        if (key := f"{unit}fc2.weight") in out:
+            out[key] = out[key][:, contiguous_groups(out[key].shape[1], groups)]
+    return out
+
+
+def contiguous_groups(channels: int, groups: int) -> Tensor:
+    """Order in which the release's channels, whose group is ``c mod S``, have contiguous groups."""
+    return torch.arange(channels).view(-1, groups).T.flatten()
+
+
+# --- adaptations -------------------------------------------------------------------------------------------------
+
+
+def extend_to_time(model: PosMLPVideo, source: State, adapted: list[str]) -> None:
+    """Complete an image checkpoint for the temporal and joint units of ``model``, in place."""
+    if any(".units.temporal." in k or ".units.joint." in k for k in source):
+        return
+    fresh, temporal, joint = model.state_dict(), 0, 0
+    for name, block in model.named_modules():
+        units = getattr(block, "units", {})
+        if "temporal" in units and f"{name}.units.spatial.gate.table" in source:
+            temporal += 1
+            for key in (k for k in fresh if k.startswith(f"{name}.units.temporal.")):
+                source[key] = torch.zeros_like(fresh[key]) if ".fc2." in key else fresh[key]
+        if "joint" in units and f"{name}.units.spatial.gate.table" in source:
+            joint += 1
+            for key in [k for k in source if k.startswith(f"{name}.units.spatial.")]:
+                source[key.replace(".spatial.", ".joint.")] = source.pop(key)
+    if temporal:
+        adapted.append(f"{temporal} temporal units: no-ops at the start (fc2 = 0), as the checkpoint is of images")
+    if joint:
+        adapted.append(f"{joint} joint units: the image's spatial unit in each moment at the start")
+
+
+def resize_windows(model: PosMLPVideo, source: State, adapted: list[str]) -> None:
+    """Fit every table and token bias of ``source`` to the windows of ``model``, in place."""
+    for name, gate in model.named_modules():
+        if not isinstance(gate, PositionGate) or not {f"{name}.table", f"{name}.bias"} <= source.keys():
+            continue
+        table, bias = source[f"{name}.table"], source[f"{name}.bias"]
+        window = source_window(table.shape[1], bias.numel(), gate.window)
+        if window is None or window == gate.window:
+            continue
+        if window[0] == 1 and gate.window[0] > 1:  # an image's table: moments do not mix at the start
+            still = table.new_zeros(len(table), 2 * gate.window[0] - 1, table.shape[1])
+            still[:, gate.window[0] - 1] = table
+            table, bias = still.flatten(1), bias.repeat(gate.window[0])
+            window = (gate.window[0], *window[1:])
+        if window != gate.window:
+            adapted.append(f"{name}: window {window} resized to {gate.window}")
+            table, bias = resize_offsets(table, window, gate.window), resize_tokens(bias, window, gate.window)
+        source[f"{name}.table"], source[f"{name}.bias"] = table, bias
+
+
+def source_window(offsets: int, tokens: int, like: Window) -> Window | None:
+    """The window with so many offsets and tokens: ``like`` if that fits, else one with square places; None if none."""
+    candidates = [like]
+    if like[1:] == (1, 1):
+        candidates.append((tokens, 1, 1))
+    else:
+        sides = range(1, math.isqrt(tokens) + 1)
+        candidates += [(tokens // n**2, n, n) for n in sides if tokens % n**2 == 0]
+    fits = (w for w in candidates if math.prod(w) == tokens and math.prod(2 * n - 1 for n in w) == offsets)
+    return next(fits, None)
+
+
+def resize_offsets(table: Tensor, window: Window, new: Window) -> Tensor:
+    """Resize position tables ``[S, offsets]`` to another window, trilinearly in the relative offset.
+
+    The farthest offsets keep their places, and so does offset 0. The gate sums over the window's tokens, so entries are
+    scaled by old tokens / new tokens: a clip of twice the frames then mixes to the same values.
+    """
+    maps = table.view(len(table), 1, *(2 * n - 1 for n in window))
+    size = [2 * n - 1 for n in new]
+    resized = F.interpolate(maps, size=size, mode="trilinear", align_corners=True)
+    return resized.reshape(len(table), -1) * (math.prod(window) / math.prod(new))
+
+
+def resize_tokens(bias: Tensor, window: Window, new: Window) -> Tensor:
+    """Resize a token bias ``[tokens]`` to another window, trilinearly in the position."""
+    return F.interpolate(bias.view(1, 1, *window), size=list(new), mode="trilinear", align_corners=True).flatten()

@@ -7,7 +7,6 @@ refused with one ``RecipeError`` that lists every problem.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,13 +14,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from posmlp.errors import UserError
+from posmlp.model.variants import Variant, model_variant, suggest
+
 RECIPES = Path(__file__).parent / "recipes"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be run; the message lists every problem, one a line."""
 
 
@@ -46,6 +48,14 @@ class ModelSection(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the classifier
     weights: str | None = None  # a published (or saved) checkpoint to start from
+
+    def overrides(self) -> dict[str, Any]:
+        """What ``posmlp.create_model(self.name, ...)`` takes."""
+        return self.model_dump(exclude={"name", "weights"}, exclude_none=True)
+
+    def variant(self) -> Variant:
+        """The checked plain data of the model; its ``frames`` and ``image_size`` are those of the clips."""
+        return model_variant(self.name, **self.overrides())
 
 
 class SplitSection(Section):
@@ -138,3 +148,107 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     scaling: ScalingSection = ScalingSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def check_together(self) -> Config:
+        """Refuse what no single key shows to be impossible."""
+        self.model.variant()
+        problems = []
+        for key in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self.data, key)
+            if not 0 < low <= high:
+                problems.append(f"data.{key} ({low}, {high}) must be two positive numbers, the smaller first")
+        if self.train.global_batch % self.scaling.workers:
+            problems.append(
+                f"train.global_batch {self.train.global_batch} must divide by scaling.workers {self.scaling.workers}"
+            )
+        if self.optim.warmup_epochs > self.train.epochs:
+            problems.append(
+                f"optim.warmup_epochs {self.optim.warmup_epochs} is more than train.epochs {self.train.epochs}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Every key of the tree as ``section.key``."""
+        return flatten(self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        """The full effective recipe; ``load_recipe`` takes it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: a YAML file, or the name of one in ``posmlp/recipes``.
+        overrides: ``section.key=value`` each; the value is YAML, so ``null``, ``[1, 2]`` and ``{a: b}`` work.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, or not a valid ``Config``; lists every problem.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise RecipeError(f"no recipe {recipe}: neither a file nor one of {', '.join(known)}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
+    for override in overrides:
+        set_key(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [describe(problem) for problem in error.errors()]
+        raise RecipeError(f"{path} cannot be run:\n  " + "\n  ".join(problems)) from error
+
+
+def set_key(tree: dict[str, Any], override: str) -> None:
+    """Apply one ``section.key=value`` to the tree, in place."""
+    key, equals, text = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not all([*sections, last]):
+        raise RecipeError(f"override {override!r}: expected section.key=value, as in train.epochs=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise RecipeError(f"override {override!r}: {section!r} is a value, not a section")
+    tree[last] = value
+
+
+def describe(problem: Any) -> str:
+    """One validation problem as a line: the key, what is wrong, and the value or a likely spelling."""
+    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and "[" not in part)
+    if problem["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"{key}: unknown key{suggest(str(problem['loc'][-1]), list(section.model_fields))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    return f"{key}: {message}, not {problem['input']!r}" if key else message
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

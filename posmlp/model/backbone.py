@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ def channel_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU; in place where no gradient needs the input, as a fresh large result costs more than the arithmetic."""
+    """Exact GELU; in place where no gradient needs the input: fresh memory costs more than the arithmetic."""
     return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
 
 
@@ -72,7 +73,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
         """x and the result are ``[C, B, W, T, N]``; ``real`` ``[W, T, N]`` is 0 at padded tokens (None: no padding)."""
         for step in self.steps:
-            residual = self.mix([self.units[u] for u in step], x, extent, real)
+            residual = self.mix([cast(Unit, self.units[u]) for u in step], x, extent, real)
             if self.training and self.drop_path > 0:
                 keep = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
                 residual = residual * (keep / (1 - self.drop_path)).to(residual.dtype).view(-1, 1, 1, 1)
@@ -80,17 +81,18 @@ class Block(nn.Module):
         return x
 
     def mix(self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
-        """Sum of the units' branches: one norm and one fc1 product for all, as each norm's affine folds into its fc1."""
+        """Sum of the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1."""
         weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])  # [2C * units, C]
         bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
         hidden = gelu(matmul(weight, channel_norm(x).flatten(1)).add_(bias[:, None]))  # [2C * units, tokens]
-        out = None
+        branches = []
         for unit, uv in zip(units, hidden.chunk(len(units)), strict=True):
             u, v = uv.view(2, *x.shape)
             gated = unit.gate(u if real is None else u * real.to(u.dtype), v, extent)
-            branch = matmul(unit.fc2.weight, gated.flatten(1))
-            out = branch if out is None else out.add_(branch)
-        return out.add_(sum(u.fc2.bias for u in units)[:, None]).view(x.shape)
+            branches.append(matmul(unit.fc2.weight, gated.flatten(1)).add_(unit.fc2.bias[:, None]))
+        for other in branches[1:]:
+            branches[0].add_(other)
+        return branches[0].view(x.shape)
 
 
 class Downsample(nn.Module):
@@ -133,7 +135,8 @@ class Stage(nn.Module):
         if self.downsample:
             x = self.downsample.proj(x)
         size = x.shape[2:]
-        extent = tuple(min(n, w) for n, w in zip(size, self.window, strict=True))  # a small input fills part of a window
+        # An input smaller than the window takes the window's first tokens.
+        extent = cast(Window, tuple(min(n, w) for n, w in zip(size, self.window, strict=True)))
         real = padding_mask(size, extent, x.device)
         x = to_windows(x, extent)
         if self.downsample:
@@ -206,7 +209,7 @@ class PosMLPVideo(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        rates = [r.item() for r in torch.linspace(0, drop_path, sum(depths))]
+        rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         self.stem = Stem(dims[0])
         self.stages = nn.ModuleList()
         for i, depth in enumerate(depths):

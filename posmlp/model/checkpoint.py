@@ -7,7 +7,6 @@ the checkpoint and the model: number of classes, window, clip length, and a miss
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.gates import PositionGate, Window
 
 State = dict[str, Tensor]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that does not fit the model; the message lists the keys that are missing, extra or misshapen."""
 
 
@@ -62,13 +62,13 @@ def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[
     adapted: list[str] = []
     target = model.state_dict()
     source = {k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}
+    loaded = len(source)
     extend_to_time(model, source, adapted)
     resize_windows(model, source, adapted)
-    if "head.weight" in source and source["head.weight"].shape[0] != target["head.weight"].shape[0]:
-        adapted.append(
-            f"head: fresh, as the checkpoint has {source['head.weight'].shape[0]} classes and the model "
-            f"{target['head.weight'].shape[0]}"
-        )
+    head, fresh = source.get("head.weight"), target["head.weight"]
+    if head is not None and head.shape != fresh.shape and head.shape[1:] == fresh.shape[1:]:
+        adapted.append(f"head: fresh, as the checkpoint has {len(head)} classes and the model {len(fresh)}")
+        loaded -= len({"head.weight", "head.bias"} & source.keys())
         source |= {"head.weight": target["head.weight"], "head.bias": target["head.bias"]}
     expected = {k for k in target if not k.endswith("num_batches_tracked")}
     problems = [f"missing: {k} {list(target[k].shape)}" for k in sorted(expected - source.keys())]
@@ -84,19 +84,20 @@ def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[
             + "\n  ".join(problems)
         )
     model.load_state_dict(source, strict=False)
-    return LoadReport(loaded=len(source), adapted=tuple(adapted))
+    return LoadReport(loaded=loaded, adapted=tuple(adapted))
 
 
 def read_state(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> State:
     """The tensors of a checkpoint by name, unwrapped; runs no code from the file."""
     content: object = path_or_state_dict
     if isinstance(path_or_state_dict, str | Path):
-        try:
-            content = torch.load(path_or_state_dict, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CheckpointError(
-                f"{path_or_state_dict}: not a checkpoint of tensors alone, so it is not loaded: {error}"
-            ) from error
+        with open(path_or_state_dict, "rb") as file:
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file can fail anywhere in its reader, with any type of error
+                raise CheckpointError(
+                    f"{path_or_state_dict}: not a checkpoint of tensors alone, so it is not loaded: {error}"
+                ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -128,23 +129,27 @@ def canonical(state: State) -> State:
         for pattern, replacement in RELEASE_NAMES:
             name = re.sub(pattern, replacement, name)
         if ".gate." in name:
-            tensor = tensor.mT if name.endswith("table") else tensor.flatten()  # the release's table is [offsets, S]
+            tensor = tensor.flatten() if name.endswith("bias") else tensor.T if tensor.ndim == 2 else tensor
         if "proj" in name and tensor.ndim == 4:
             tensor = tensor.unsqueeze(2)  # an image model's Conv2d
         out[name] = tensor
     for name in [k for k in out if k.endswith("gate.table")]:
-        unit, groups = name.removesuffix("gate.table"), out[name].shape[0]
-        for key in (f"{unit}fc1.weight", f"{unit}fc1.bias"):
-            if key in out:
-                out[key] = torch.cat([half[contiguous_groups(len(half), groups)] for half in out[key].chunk(2)])
-        if (key := f"{unit}fc2.weight") in out:
-            out[key] = out[key][:, contiguous_groups(out[key].shape[1], groups)]
+        unit, groups = name.removesuffix("gate.table"), len(out[name]) if out[name].ndim == 2 else 1
+        for key, dim, parts in (("fc1.weight", 0, 2), ("fc1.bias", 0, 2), ("fc2.weight", 1, 1)):  # fc1 makes u and v
+            if unit + key in out:
+                out[unit + key] = contiguous_groups(out[unit + key], dim, parts, groups)
     return out
 
 
-def contiguous_groups(channels: int, groups: int) -> Tensor:
-    """Order in which the release's channels, whose group is ``c mod S``, have contiguous groups."""
-    return torch.arange(channels).view(-1, groups).T.flatten()
+def contiguous_groups(x: Tensor, dim: int, parts: int, groups: int) -> Tensor:
+    """Make the groups of the channels along ``dim`` contiguous in each of its ``parts``; in the release they are c mod S.
+
+    A tensor that does not divide comes back as it is, for the caller to report its shape.
+    """
+    if x.ndim <= dim or groups < 1 or x.shape[dim] % (parts * groups):
+        return x
+    x = x.unflatten(dim, (parts, x.shape[dim] // (parts * groups), groups))
+    return x.transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
 
 
 # --- adaptations -------------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def resize_windows(model: PosMLPVideo, source: State, adapted: list[str]) -> Non
         if not isinstance(gate, PositionGate) or not {f"{name}.table", f"{name}.bias"} <= source.keys():
             continue
         table, bias = source[f"{name}.table"], source[f"{name}.bias"]
-        window = source_window(table.shape[1], bias.numel(), gate.window)
+        window = source_window(table.shape[1], bias.numel(), gate.window) if table.ndim == 2 else None
         if window is None or window == gate.window:
             continue
         if window[0] == 1 and gate.window[0] > 1:  # an image's table: moments do not mix at the start
@@ -192,11 +197,9 @@ def resize_windows(model: PosMLPVideo, source: State, adapted: list[str]) -> Non
 
 
 def source_window(offsets: int, tokens: int, like: Window) -> Window | None:
-    """The window with so many offsets and tokens: ``like`` if that fits, else one with square places; None if none."""
-    candidates = [like]
-    if like[1:] == (1, 1):
-        candidates.append((tokens, 1, 1))
-    else:
+    """The window with so many offsets and tokens: with the places of ``like`` if that fits, else square; or None."""
+    candidates = [like, (tokens // math.prod(like[1:]), *like[1:])]
+    if like[1:] != (1, 1):
         sides = range(1, math.isqrt(tokens) + 1)
         candidates += [(tokens // n**2, n, n) for n in sides if tokens % n**2 == 0]
     fits = (w for w in candidates if math.prod(w) == tokens and math.prod(2 * n - 1 for n in w) == offsets)

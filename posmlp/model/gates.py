@@ -2,9 +2,9 @@
 
     gate(u, v)[m] = (sum_n P[m, n] u[n] + b[m]) * v[m]        P[m, n] = table[offset from token n to token m]
 
-``m`` and ``n`` run over the tokens of a window (t, h, w); each of S channel groups has a table of its own, with one entry
-for each of the (2t-1)(2h-1)(2w-1) offsets, and ``b`` is one bias per token. A window of (t, 1, 1) makes the temporal
-unit PoTGU, (1, h, w) the spatial unit PoSGU, (t, h, w) the joint unit PoSTGU (PosMLP-Video, arXiv:2407.02934, section 3).
+``m`` and ``n`` run over the tokens of a window (t, h, w). Each of S channel groups has a table of its own, with one
+entry for each of the (2t-1)(2h-1)(2w-1) offsets; ``b`` is one bias per token. A window of (t, 1, 1) makes the temporal
+unit PoTGU, (1, h, w) the spatial unit PoSGU, (t, h, w) the joint unit PoSTGU (arXiv:2407.02934, section 3).
 
 Tokens are held in *window order* and *channels first*, ``[C, B, W, T, N]``: channel, clip, window, time in the window,
 place in the window. Every group of channels, every half of a projection and every window is then a contiguous block, so
@@ -14,6 +14,7 @@ that gates and linear layers are plain matrix products on views, without a copy.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def unfold_offsets(x: Tensor, dim: int, tokens: int) -> Tensor:
     """Turn the axis ``dim`` of relative offsets into (output position, input position).
 
     The axis has 2n-1 entries, the offsets -(n-1)..n-1. It becomes the output position (``tokens`` long, in place) and a
-    new last axis, the input position. ``tokens`` may be less than n: the offsets too large for that extent are left out.
+    new last axis, the input position. ``tokens`` may be less than n: offsets too large for that extent are left out.
     """
     n = (x.shape[dim] + 1) // 2
     x = x.narrow(dim, n - tokens, 2 * tokens - 1)
@@ -84,8 +85,8 @@ class PositionGate(nn.Module):
 
         Padded tokens must be zero in ``u``.
         """
-        t, h, w = extent
-        maps = self.position_map(extent).to(u.dtype)
+        t, h, w = min(extent[0], self.window[0]), *extent[1:]  # a spatial unit sees each moment alone
+        maps = self.position_map((t, h, w)).to(u.dtype)
         groups = maps.shape[0]
         if self.window[1:] == (1, 1):
             mixed = maps.unsqueeze(1) @ u.reshape(groups, -1, t, h * w)
@@ -105,7 +106,7 @@ class ToeplitzProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, maps: Tensor, u: Tensor) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, u: Tensor) -> Tensor:
         """maps ``[S, hw, 2t-1, hw']``, u ``[S, X, t, hw]`` -> ``[S, X, t, hw]``."""
         ctx.save_for_backward(maps, u)
         out = torch.empty_like(u)
@@ -114,7 +115,7 @@ class ToeplitzProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         maps, u = ctx.saved_tensors
         grad_maps, grad_u = torch.zeros_like(maps), torch.zeros_like(u, memory_format=torch.contiguous_format)
         t = u.shape[2]

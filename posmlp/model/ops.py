@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# PyTorch sends fp32 products on CPUs to MKL, which has no AVX-512 kernels for AMD processors; oneDNN, which PyTorch ships
-# too, has them: twice the speed there, at equal results (benchmarks/layout.py). Its linear kernel is reached by this op.
+# PyTorch sends fp32 products on CPUs to MKL, which runs without AVX-512 on AMD processors. oneDNN, which PyTorch ships
+# too, uses it: twice the speed there, at equal results (benchmarks/layout.py). This op reaches its linear kernel.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for ``[M, K]`` and ``[K, N]``, or for a batch ``[S, M, K]`` and ``[S, K, N]``."""
-    fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if HAS_ONEDNN and fp32_on_cpu and not torch.compiler.is_compiling():
+    fp32_on_cpu = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
+    eager = not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if HAS_ONEDNN and fp32_on_cpu and eager:
         return OneDnnMatmul.apply(a, b)
     return a @ b
 
@@ -23,12 +26,12 @@ class OneDnnMatmul(torch.autograd.Function):
     """``matmul`` in fp32 by oneDNN, forward and backward."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         return onednn_product(a, b)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         return (
             onednn_product(grad, b.mT) if ctx.needs_input_grad[0] else None,
@@ -46,6 +49,6 @@ def onednn_product(a: Tensor, b: Tensor) -> Tensor:
 if HAS_ONEDNN:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    def linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
         """Lets ``torch.utils.flop_counter`` count the op: a multiply and an add for each of [.., K] x [N, K]."""
         return 2 * x_shape.numel() * weight_shape[0]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from posmlp.errors import UserError
 from posmlp.model.backbone import BLOCKS, PosMLPVideo
 from posmlp.model.gates import Window
 
@@ -71,7 +72,7 @@ def list_models() -> list[str]:
 def model_variant(name: str, **overrides: Any) -> Variant:
     """The checked plain data of a model; arguments and errors as for ``create_model``."""
     if name not in list_models():
-        raise ValueError(f"unknown model {name!r}{suggest(name, list_models())}; known: {', '.join(list_models())}")
+        raise UserError(f"unknown model {name!r}{suggest(name, list_models())}; known: {', '.join(list_models())}")
     base = name.rstrip("0123456789")
     variant = VARIANTS[base]
     if name != base:
@@ -79,12 +80,13 @@ def model_variant(name: str, **overrides: Any) -> Variant:
     known = [f.name for f in fields(Variant)]
     if unknown := [key for key in overrides if key not in known]:
         hints = ", ".join(repr(key) + suggest(key, known) for key in unknown)
-        raise ValueError(f"unknown model override {hints}; known: {', '.join(known)}")
-    variant = replace(variant, **{k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
+        raise UserError(f"unknown model override {hints}; known: {', '.join(known)}")
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    variant = replace(variant, **plain)
     if isinstance(variant.blocks, str):
         variant = replace(variant, blocks=(variant.blocks,) * STAGES)
     if problems := find_problems(variant):
-        raise ValueError(f"model {name!r} cannot be built: " + "; ".join(problems))
+        raise UserError(f"model {name!r} cannot be built: " + "; ".join(problems))
     return variant
 
 
@@ -99,7 +101,7 @@ def create_model(name: str, **overrides: Any) -> PosMLPVideo:
         A module from clips ``[B, 3, T, H, W]`` to logits ``[B, num_classes]``; ``features`` gives the stages' maps.
 
     Raises:
-        ValueError: the name or an override is unknown, or the combination cannot be built; says each reason.
+        UserError: a ValueError; the name or an override is unknown, or the combination cannot be built.
     """
     variant = model_variant(name, **overrides)
     data = asdict(variant) | {"windows": variant.full_windows()}
@@ -112,22 +114,26 @@ def find_problems(variant: Variant) -> list[str]:
     problems = []
     for key in ("dims", "depths", "groups", "windows", "blocks"):
         value = getattr(variant, key)
+        if not isinstance(value, tuple):
+            return [f"{key} {value!r} must be a list or tuple with an entry for each of {STAGES} stages"]
         if len(value) != STAGES:
             problems.append(f"{key} {value} has {len(value)} entries, expected one for each of {STAGES} stages")
     for key in ("dims", "depths", "groups"):
         if any(not isinstance(n, int) or n < 1 for n in getattr(variant, key)):
             problems.append(f"{key} {getattr(variant, key)} must be positive whole numbers")
     for window in variant.windows:
-        sides = (window,) if isinstance(window, int) else tuple(window)
-        if len(sides) > 3 or not sides or any(not isinstance(n, int) or n < 1 for n in sides):
-            problems.append(f"window {window} must be a positive number, (h, w) or (t, h, w)")
-    problems += [f"unknown block type {b!r}{suggest(b, BLOCKS)}" for b in variant.blocks if b not in BLOCKS]
+        sides = tuple(window) if isinstance(window, list | tuple) else (window, window)
+        if len(sides) not in (2, 3) or any(not isinstance(n, int) or n < 1 for n in sides):
+            problems.append(f"window {window!r} must be a positive number, (h, w) or (t, h, w)")
+    problems += [f"unknown block type {b!r}{suggest(str(b), BLOCKS)}" for b in variant.blocks if b not in BLOCKS]
     for key in ("frames", "image_size", "num_classes"):
-        if getattr(variant, key) < 1:
-            problems.append(f"{key} {getattr(variant, key)} must be at least 1")
+        value = getattr(variant, key)
+        if not isinstance(value, int) or value < 1:
+            problems.append(f"{key} {value!r} must be a positive whole number")
     for key in ("drop_path", "dropout"):
-        if not 0 <= getattr(variant, key) < 1:
-            problems.append(f"{key} {getattr(variant, key)} must be at least 0 and less than 1")
+        value = getattr(variant, key)
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            problems.append(f"{key} {value!r} must be at least 0 and less than 1")
     if not problems:
         for i, (dim, groups) in enumerate(zip(variant.dims, variant.groups, strict=True), start=1):
             if dim % groups:

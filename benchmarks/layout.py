@@ -1,0 +1,106 @@
+"""What the layout is worth: the model against the same model written the plain way (``benchmarks/plain.py``).
+
+    python benchmarks/layout.py --model s16 --batch 1 --repeats 5
+
+Both have the same parameters and give the same logits and gradients, which is checked first. Then one process times them
+in turn, round by round, so that whatever else the machine does meets both alike. On a CPU the model runs a third time
+without oneDNN's matrix products: the gain that is left there is the layout's, the rest is the kernels'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from plain import PlainModel
+from torch import Tensor, nn
+
+import posmlp
+from posmlp.model import ops
+from posmlp.model.cost import device_name, seconds
+from posmlp.model.variants import model_variant
+
+
+def check_equal(ours: nn.Module, plain: nn.Module, clip: Tensor) -> None:
+    """Fail unless both give the same logits and the same gradient of the stem (fp32, to rounding)."""
+    results = []
+    for model in (ours, plain):
+        logits = model.eval()(clip)
+        weight = next(ours.parameters())  # shared by both
+        results.append((logits.detach(), torch.autograd.grad(logits.square().sum(), weight)[0]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def passes(model: nn.Module, clip: Tensor, dtype: torch.dtype, step: bool) -> Callable[[], None]:
+    """A function that runs one forward pass in eval mode, or one training step (forward and backward)."""
+
+    def run() -> None:
+        model.train(step)
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(step), torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(clip).float().square().mean()
+        if step:
+            loss.backward()
+
+    return run
+
+
+def without_onednn(run: Callable[[], None]) -> Callable[[], None]:
+    """The same with PyTorch's usual matrix products."""
+
+    def run_without() -> None:
+        ops.HAS_ONEDNN = False
+        try:
+            run()
+        finally:
+            ops.HAS_ONEDNN = True
+
+    return run_without
+
+
+def interleaved(runs: list[Callable[[], None]], device: torch.device, repeats: int) -> list[float]:
+    """Median milliseconds of each, timed in turn after two rounds of warming up."""
+    rounds = [[1e3 * seconds(run, device) for run in runs] for _ in range(2 + repeats)]
+    return [statistics.median(times) for times in zip(*rounds[2:], strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="s16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true", help="eager only; compiling takes minutes")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    variant = model_variant(args.model)
+    clip = torch.randn(args.batch, 3, variant.frames, variant.image_size, variant.image_size, device=device)
+    ours = posmlp.create_model(args.model).to(device)
+    plain = PlainModel(ours).to(device)
+    check_equal(ours, plain, clip)
+
+    print(f"{args.model}, batch {args.batch}; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
+    print(f"median of {args.repeats}, ms; a step is forward and backward\n")
+    print(f"{'':<24}{'plain':>9}{'ours':>9}{'plain/ours':>12}{'ours, no oneDNN':>17}{'plain/that':>12}")
+    for compiled in (False,) if args.no_compile else (False, True):
+        for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            for step in (False, True):
+                torch._dynamo.reset()
+                models = [torch.compile(m, dynamic=False, disable=not compiled) for m in (plain, ours)]
+                runs = [passes(m, clip, dtype, step) for m in models]
+                if ops.HAS_ONEDNN and device.type == "cpu" and dtype == torch.float32 and not compiled:
+                    runs.append(without_onednn(runs[1]))
+                base, *others = interleaved(runs, device, args.repeats)
+                label = f"{'compiled' if compiled else 'eager'} {precision} {'step' if step else 'forward'}"
+                cells = [f"{ms:>{w}.0f}{base / ms:>11.2f}x" for ms, w in zip(others, (9, 17), strict=False)]
+                print(f"{label:<24}{base:>9.0f}{''.join(cells)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How PosMLP-Video runs on a cluster: ingest, training, tracking, and the command line."""

@@ -1,0 +1,1 @@
+"""The learning recipe: optimizer, schedule, and the train and eval steps. Nothing here needs Ray."""

@@ -1,0 +1,33 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+
+from posmlp.config import OptimSection
+
+
+def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
+    """AdamW with no weight decay on 1-D parameters: biases, norms and token biases (the published recipe)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def learning_rate(epoch: float, epochs: int, config: OptimSection) -> float:
+    """The rate at a moment of training: linear warm-up from 0, then half a cosine down to ``min_lr``.
+
+    Args:
+        epoch: epochs done so far, with the part of the running one, e.g. 2.5.
+        epochs: length of the run.
+    """
+    if epoch < config.warmup_epochs:
+        return config.lr * epoch / config.warmup_epochs
+    progress = min(1.0, (epoch - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,266 @@
+"""What a model costs: parameters, multiply-accumulates, latency, throughput and memory.
+
+``count_macs`` is a closed form of the plain data: a search can ask it for thousands of candidates and build none.
+``measure`` runs the model that it is given, and ``cost`` does everything for a named model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from posmlp.model.backbone import BLOCKS, grid, unit_window
+from posmlp.model.variants import Variant, create_model, model_variant
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What ``measure`` found.
+
+    Attributes:
+        latency_ms: median milliseconds of a forward pass of one clip.
+        clips_per_s: clips a second at the batch size asked for.
+        peak_mb: most megabytes (1e6 bytes) that a forward pass at that batch size takes on top of the weights and the
+            clips; None where the system does not tell.
+    """
+
+    latency_ms: float
+    clips_per_s: float
+    peak_mb: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a named model on one device. Plain data: ``dataclasses.asdict`` makes it JSON.
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-accumulates of one clip.
+        latency_ms, clips_per_s, peak_mb: as in ``Measurement``.
+        device: readable name of the device.
+        threads: CPU threads that PyTorch used.
+        batch: clips at once for ``clips_per_s`` and ``peak_mb``.
+        frames, image_size: the clip is ``[3, frames, image_size, image_size]``.
+        name: the model, one of ``posmlp.list_models()``.
+    """
+
+    params: int
+    macs: int
+    latency_ms: float
+    clips_per_s: float
+    peak_mb: float | None
+    device: str
+    threads: int
+    batch: int
+    frames: int
+    image_size: int
+    name: str
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers under the names that trackers and searches use; what could not be measured is left out."""
+        values = {
+            "cost/params_m": self.params / 1e6,
+            "cost/gmacs": self.macs / 1e9,
+            "cost/latency_ms": self.latency_ms,
+            "cost/clips_per_s": self.clips_per_s,
+            "cost/peak_mb": self.peak_mb,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def cost(
+    name: str,
+    *,
+    batch: int = 1,
+    repeats: int = 5,
+    device: str | torch.device | None = None,
+    **overrides: Any,
+) -> Cost:
+    """Build a model with fresh weights and measure it, in fp32, on the clip that its variant is meant for.
+
+    Args:
+        name, overrides: as for ``create_model``; ``frames`` and ``image_size`` among them set the clip.
+        batch, repeats: as for ``measure``.
+        device: where to measure; None: the first CUDA device if there is one, otherwise the CPU.
+
+    Raises:
+        ValueError: as for ``create_model`` and ``measure``.
+    """
+    variant = model_variant(name, **overrides)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with torch.random.fork_rng(devices=[]):  # a training run that asks for its cost draws the same numbers after it
+        model = create_model(name, **overrides).to(device)
+    measured = measure(model, (3, variant.frames, variant.image_size, variant.image_size), repeats=repeats, batch=batch)
+    return Cost(
+        params=count_params(model),
+        macs=count_macs(variant),
+        latency_ms=measured.latency_ms,
+        clips_per_s=measured.clips_per_s,
+        peak_mb=measured.peak_mb,
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        batch=batch,
+        frames=variant.frames,
+        image_size=variant.image_size,
+        name=name,
+    )
+
+
+def format_cost(cost: Cost) -> str:
+    """A table to read, one line a number."""
+    device = cost.device + (f", {cost.threads} threads" if cost.threads > 1 else ", 1 thread")
+    rows = [
+        ("model", f"{cost.name}, {cost.frames} frames of {cost.image_size} x {cost.image_size}"),
+        ("device", device),
+        ("parameters", f"{cost.params / 1e6:.4g} M"),
+        ("arithmetic", f"{cost.macs / 1e9:.4g} GMACs a clip"),
+        ("latency", f"{cost.latency_ms:.1f} ms at batch 1"),
+        ("throughput", f"{cost.clips_per_s:.2f} clips/s at batch {cost.batch}"),
+    ]
+    if cost.peak_mb is not None:
+        rows.append(("peak memory", f"{cost.peak_mb:.0f} MB at batch {cost.batch}, weights and clips not counted"))
+    return "\n".join(f"{label:<13}{value}" for label, value in rows)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, trained or frozen; a shared one counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[int, int] | None = None) -> int:
+    """Multiply-accumulates of one clip: convolutions, linear layers and gates as they are computed, padding included.
+
+    Elementwise work (norms, GELU, the product with v) is not counted, as is usual.
+
+    Args:
+        variant: from ``model_variant``, which checks it.
+        frames, size: clip length and image size (a number or (height, width)), if not the variant's own.
+    """
+    size = size or variant.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    frames = frames or variant.frames
+    blocks = (variant.blocks,) * len(variant.dims) if isinstance(variant.blocks, str) else variant.blocks
+
+    def conv(dim_in: int, dim: int) -> int:
+        """A convolution (1,3,3) with stride (1,2,2); moves on to its output's size."""
+        nonlocal height, width
+        height, width = (height + 1) // 2, (width + 1) // 2
+        return 9 * dim_in * dim * frames * height * width
+
+    macs = conv(3, variant.dims[0] // 2) + conv(variant.dims[0] // 2, variant.dims[0])
+    for i, (dim, depth, window, block) in enumerate(
+        zip(variant.dims, variant.depths, variant.full_windows(), blocks, strict=True)
+    ):
+        if i:
+            macs += conv(variant.dims[i - 1], dim)
+        (t, h, w), (frames_, height_, width_) = window, (frames, height, width)
+        extent = min(t, frames_), min(h, height_), min(w, width_)  # as in Stage: a small input fills part of a window
+        tokens = math.prod(extent) * math.prod(grid((frames, height, width), extent))
+        for unit in (unit for step in BLOCKS[block] for unit in step):
+            gate = math.prod(unit_window(unit, extent))  # tokens that each token mixes
+            macs += depth * tokens * dim * (2 * dim + gate + dim)  # fc1, gate, fc2
+    return macs + variant.dims[-1] * variant.num_classes
+
+
+def measure(model: nn.Module, clip_shape: tuple[int, ...], *, repeats: int = 5, batch: int = 1) -> Measurement:
+    """Time the forward pass of a model, in eval mode and without gradients, on the device and in the type it is in.
+
+    Args:
+        model: takes clips ``[B, *clip_shape]``. Its training mode, module by module, is put back afterwards.
+        clip_shape: one clip, ``(3, T, H, W)``.
+        repeats: timed passes, of which the median counts; two more before them warm up.
+        batch: clips at once for throughput and memory.
+
+    Raises:
+        ValueError: ``repeats`` or ``batch`` is less than 1.
+    """
+    if repeats < 1 or batch < 1:
+        raise ValueError(f"repeats and batch must be at least 1, got {repeats} and {batch}")
+    weight = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    clips = torch.randn(batch, *clip_shape, generator=generator).to(weight)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            latency = median_seconds(lambda: model(clips[:1]), weight.device, repeats)
+            batch_seconds = latency if batch == 1 else median_seconds(lambda: model(clips), weight.device, repeats)
+            peak = peak_mb(lambda: model(clips), weight.device)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return Measurement(latency_ms=1e3 * latency, clips_per_s=batch / batch_seconds, peak_mb=peak)
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of ``repeats`` calls, after two that warm up caches, allocators and kernel choices."""
+    return statistics.median([seconds(run, device) for _ in range(2 + repeats)][2:])
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device has finished it."""
+    wait(device)
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done everything asked of it; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
+    """Most megabytes (1e6 bytes) in use during a call beyond those before it, or None where the system does not tell.
+
+    On CUDA it is what tensors hold. On Linux CPUs it is the growth of the process's resident size, so it is right only
+    while nothing else in the process allocates.
+    """
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        resting = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - resting) / 1e6
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return None
+    try:
+        # Memory that was freed but kept by the C library would be taken again unseen: give it back first (glibc only).
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) becomes the present resident size
+    except (AttributeError, OSError):
+        return None  # another C library, or a kernel or sandbox without the reset
+    resting = resident_peak()
+    run()
+    return (resident_peak() - resting) / 1e6
+
+
+def resident_peak() -> int:
+    """Peak resident bytes of this process since it was last reset (Linux)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def device_name(device: torch.device) -> str:
+    """A name to print: of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

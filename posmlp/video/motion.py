@@ -1,0 +1,344 @@
+"""The embedded data set: drawn shapes in eight classes that only motion tells apart.
+
+A scene is one textured shape that moves, on a soft and slowly drifting background, often beside another that stands
+still. The classes are four pairs, and the second of a pair is the first played backwards: as drawn, nothing that
+forgets the order of the frames can tell the two apart.
+
+Nor do place, size and angle in a frame taken at random. Every class draws the whole scene by the same laws. Angles
+start anywhere and the picture wraps round (what leaves on one side returns on the other), so place and angle are
+spread evenly at every moment; a shape that keeps its size has that of a random moment of an approach. Only a frame of
+known time says something: an approaching shape starts smaller than a receding one. There is no motion blur, because a
+blurred frame would show its direction.
+
+A mirrored clip belongs to another class: train on this set without flips.
+"""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+
+CLASSES: tuple[str, ...] = ("left", "right", "up", "down", "approach", "recede", "clockwise", "counterclockwise")
+SPLITS = ("train", "val")
+FRAMES = (20, 28)  # fewest and most frames of a clip in the set
+VERSION = 1  # raise it when a change alters the clips of a set
+
+TRAVEL = (0.25, 0.6)  # way of a moving shape over the clip, in frame sizes
+ZOOM = (1.6, 2.3)  # last size over first size of an approaching shape
+SPIN = (math.radians(60), math.radians(150))  # turn of a rotating shape over the clip
+RADIUS = (0.12, 0.48)  # circumradius in frame sizes, at most; from 0.5 on, a shape would wrap into itself
+STRAY_DRIFT, STRAY_TURN, STRAY_AIM = 0.03, math.radians(8), math.radians(12)  # motion that is not the class's own
+CAMERA_DRIFT = 0.05  # way of the background over the clip, in frame sizes, at most
+RIM = 0.02  # width of the rim of a shape, in frame sizes
+SPOT_PLACE, SPOT_RADIUS = 0.3, 0.2  # in radii; inside every outline
+
+PART = ".part"  # ends the name of a file that is being written
+TURN = 2 * math.pi
+
+
+def render(label: int, rng: np.random.Generator, *, size: int = 64, frames: int = 24) -> np.ndarray:
+    """Draw one clip: uint8 [T, H, W, 3], RGB.
+
+    `rng` is used alike for every class: one seed gives one scene whatever the label, and the two clips of a pair are
+    each other's exact reversal.
+    """
+    if not 0 <= label < len(CLASSES):
+        raise ValueError(f"label {label} is not a motion class (0 to {len(CLASSES) - 1}: {', '.join(CLASSES)})")
+    pair, backwards = divmod(label, 2)
+    clip = _background(rng, size, frames)
+    bystander, stand = _Shape.draw(rng), _pose(pair, rng, frames).held(rng.integers(frames))
+    mover, path = _Shape.draw(rng), _pose(pair, rng, frames)
+    if rng.random() < 0.5:
+        bystander.paint(clip, stand)
+    mover.paint(clip, path)
+    clip = _expose(clip, rng)
+    return np.ascontiguousarray(clip[::-1]) if backwards else clip
+
+
+@dataclass(frozen=True)
+class _Pose:
+    """Where a shape is in each frame; all float32 [T]. Lengths are in frame sizes, y points down."""
+
+    x: np.ndarray
+    y: np.ndarray
+    radius: np.ndarray
+    angle: np.ndarray  # radians, clockwise as seen on the screen
+
+    def held(self, frame: int) -> "_Pose":
+        """The pose of one frame, kept for the whole clip."""
+        return _Pose(*(np.full_like(value, value[frame]) for value in (self.x, self.y, self.radius, self.angle)))
+
+
+def _pose(pair: int, rng: np.random.Generator, frames: int) -> _Pose:
+    """The path of a shape that moves left (pair 0) or up (1), approaches (2) or turns clockwise (3)."""
+    time = np.linspace(0, 1, frames, dtype=np.float32)
+    progress = time + rng.uniform(-0.6, 0.6) * np.sin(TURN * time) / TURN  # [T], 0 to 1, never falls: varied speed
+    frozen = np.full_like(progress, progress[rng.integers(frames)])
+
+    x, y, angle = rng.random(), rng.random(), rng.uniform(0, TURN)
+    travel, aim = rng.uniform(*TRAVEL), rng.uniform(-STRAY_AIM, STRAY_AIM)
+    drift, drift_aim = rng.uniform(0, STRAY_DRIFT), rng.uniform(0, TURN)
+    spin, stray_turn = rng.uniform(*SPIN), rng.uniform(-STRAY_TURN, STRAY_TURN)
+    zoom = math.log(rng.uniform(*ZOOM))
+    smallest = rng.uniform(math.log(RADIUS[0]), math.log(RADIUS[1]) - zoom)
+
+    way, heading = (travel, aim - (math.pi, math.pi / 2)[pair]) if pair < 2 else (drift, drift_aim)
+    return _Pose(
+        x=x + way * math.cos(heading) * progress,
+        y=y + way * math.sin(heading) * progress,
+        radius=np.exp(smallest + zoom * (progress if pair == 2 else frozen)),
+        angle=angle + (spin if pair == 3 else stray_turn) * progress,
+    )
+
+
+_ANGLES = np.arange(1024) * TURN / 1024  # a power of two, so that wrapping an index is a bit mask
+
+
+def _star(points: int, notch: float) -> np.ndarray:
+    """Outline of a star with tips at radius 1 and notches at `notch`; cos(pi / points) makes it a polygon."""
+    half = math.pi / points
+    from_tip = half - np.abs(_ANGLES % (2 * half) - half)
+    return notch * math.sin(half) / (np.sin(from_tip) + notch * np.sin(half - from_tip))
+
+
+def _cross(width: float) -> np.ndarray:
+    """Outline of two crossed bars."""
+    c, s = np.abs(np.cos(_ANGLES)) + 1e-9, np.abs(np.sin(_ANGLES)) + 1e-9
+    return np.maximum(np.minimum(1 / c, width / s), np.minimum(1 / s, width / c)) / math.hypot(1, width)
+
+
+_OUTLINES = np.stack(  # [kind, angle]: distance from centre to edge, 1 at most
+    [
+        0.6 / np.hypot(0.6 * np.cos(_ANGLES), np.sin(_ANGLES)),  # ellipse
+        _star(3, 0.5),  # triangle
+        _star(4, math.cos(math.pi / 4)),  # square
+        _star(6, math.cos(math.pi / 6)),  # hexagon
+        _star(4, 0.45),
+        _star(5, 0.5),
+        _cross(0.4),
+        0.78 + 0.22 * np.cos(3 * _ANGLES),  # clover
+    ]
+).astype(np.float32)
+# [kind, angle]: distance to the edge over distance along the radius, less than 1 where the edge runs aslant.
+_SLANTS = 1 / np.hypot(1, (np.roll(_OUTLINES, -1, 1) - np.roll(_OUTLINES, 1, 1)) / (2 * _ANGLES[1] * _OUTLINES))
+_SLANTS = _SLANTS.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a shape looks like: an outline, two-coloured stripes and, off its centre, a spot that shows its angle."""
+
+    kind: int
+    colours: np.ndarray  # [stripe, other stripe, spot, rim] x RGB, 0 to 1
+    stripes: float  # per radius
+    phase: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "_Shape":
+        hue = rng.random() + np.array([0, rng.uniform(0.1, 0.3), rng.uniform(0.4, 0.6), 0])
+        saturation = np.array([*rng.uniform(0.55, 0.9, 3), 0.3])
+        bright = rng.uniform(0.8, 1.0)
+        value = np.array([bright, bright - rng.uniform(0.25, 0.45), 0.95, rng.choice([0.08, 0.95])])
+        kind, stripes, phase = int(rng.integers(len(_OUTLINES))), rng.uniform(0.7, 1.3), rng.uniform(0, TURN)
+        return cls(kind, _rgb(hue, saturation, value), stripes, phase)
+
+    def paint(self, clip: np.ndarray, pose: _Pose) -> None:
+        """Paint the shape over `clip`, float32 [T, H, W, 3], anti-aliased by the distance to each edge."""
+        size = clip.shape[1]
+        grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+        x = _wrapped(grid - pose.x[:, None])[:, None, :]  # [T, 1, W], from the shape's centre
+        y = _wrapped(grid - pose.y[:, None])[:, :, None]  # [T, H, 1]
+        t, i, j = np.nonzero(x * x + y * y < (pose.radius[:, None, None] + 1 / size) ** 2)  # [N]: all that can change
+        x, y = x[t, 0, j], y[t, i, 0]
+        cos, sin = np.cos(pose.angle) / pose.radius, np.sin(pose.angle) / pose.radius
+        x, y = cos[t] * x + sin[t] * y, cos[t] * y - sin[t] * x  # [N], on the shape itself, in radii
+        pixels = pose.radius[t] * size  # pixels in a radius
+
+        bearing = (np.arctan2(y, x) * (len(_ANGLES) / TURN)).astype(np.int32) & (len(_ANGLES) - 1)
+        # Pixels from the edge, positive inside; the area an edge leaves of a pixel is about 0.5 + this, cut to 0..1.
+        inside = (_OUTLINES[self.kind, bearing] - np.hypot(x, y)) * _SLANTS[self.kind, bearing] * pixels
+        one, other, spot, rim = self.colours
+        colour = _blend(one, other, 0.5 + 1.5 * np.sin(TURN * self.stripes * x + self.phase))
+        colour = _blend(colour, spot, 0.5 + (SPOT_RADIUS - np.hypot(x - SPOT_PLACE, y)) * pixels)
+        colour = _blend(colour, rim, 0.5 + RIM * size - inside)
+        clip[t, i, j] = _blend(clip[t, i, j], colour, 0.5 + inside)
+
+
+def _blend(lower: np.ndarray, upper: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """Lay `upper` over `lower` ([N, 3] or [3]) where `cover` [N], clipped to 0..1, says so."""
+    return lower + np.clip(cover, 0, 1)[:, None] * (upper - lower)
+
+
+def _wrapped(offset: np.ndarray) -> np.ndarray:
+    """The shortest way on a circle of length 1: -0.5 to 0.5."""
+    return offset - np.round(offset)
+
+
+def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Colours [N] of a smooth wheel (hue in turns) as float32 [N, 3], 0 to 1."""
+    wheel = 0.5 + 0.5 * np.cos(TURN * (hue[:, None] - np.array([0, 1, 2]) / 3))
+    return (value[:, None] * (1 - saturation[:, None] * (1 - wheel))).astype(np.float32)
+
+
+def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
+    """A soft coloured texture that drifts a little, as under a hand-held camera: float32 [T, H, W, 3], about 0 to 1.
+
+    It is a sum of waves, sum over k of Re tint_k exp(i (kx x + ky y - kt time)). Each factors into time and place, so
+    the whole clip is one small matrix product.
+    """
+    waves = 6
+    cycles, heading, phase = rng.uniform(0.3, 3.0, waves), rng.uniform(0, TURN, waves), rng.uniform(0, TURN, waves)
+    kx, ky = TURN * cycles * np.cos(heading), TURN * cycles * np.sin(heading)
+    drift, aim = rng.uniform(0, CAMERA_DRIFT), rng.uniform(0, TURN)
+    kt = drift * (kx * math.cos(aim) + ky * math.sin(aim))
+    tint = rng.normal(size=(waves, 1)) * 0.07 + rng.normal(size=(waves, 3)) * 0.03  # more grey than colour
+    tint = tint / np.sqrt(1 + cycles)[:, None] * np.exp(1j * phase)[:, None]  # the finer, the fainter, as in nature
+    base = _rgb(rng.random(1), rng.uniform(0, 0.4, 1), rng.uniform(0.3, 0.75, 1))
+
+    grid = np.arange(size) / size
+    place = np.einsum("ky,kx,kc->kyxc", np.exp(1j * np.outer(ky, grid)), np.exp(1j * np.outer(kx, grid)), tint)
+    time = np.exp(-1j * np.outer(np.linspace(0, 1, frames), kt))  # [T, waves]
+    texture = (time @ place.reshape(waves, -1)).real.astype(np.float32)  # [T, H*W*3]
+    return base + texture.reshape(frames, size, size, 3)
+
+
+def _expose(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Film float32 [T, H, W, 3]: the light changes over the clip, the sensor adds noise. uint8 [T, H, W, 3]."""
+    change = rng.uniform(-0.15, 0.15)
+    light = rng.uniform(0.85, 1.1) + change * np.linspace(-1, 1, len(clip), dtype=np.float32)
+    noise = rng.standard_normal(clip.shape[:3], dtype=np.float32) * rng.uniform(1, 6)  # grey: 4:2:0 keeps little else
+    clip = clip * (255 * light)[:, None, None, None] + noise[..., None]
+    return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
+
+
+def write_video(path: str | Path, clip: np.ndarray, fps: int = 12) -> None:
+    """Encode uint8 [T, H, W, 3] RGB as an H.264 MP4 (yuv420p). `path` appears only when the file is complete."""
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not len(clip):
+        raise ValueError(f"a clip is uint8 [T, H, W, 3] with T > 0, not {clip.dtype} {list(clip.shape)}")
+    _, height, width, _ = clip.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 in yuv420p needs an even height and width, not {height}x{width}")
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    try:
+        with av.open(str(part), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
+            stream.options = {"crf": "20", "preset": "veryfast", "g": "12", "bf": "0"}
+            stream.codec_context.thread_count = 1  # the bytes depend on the number of threads
+            for image in _yuv420(clip):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
+            container.mux(stream.encode())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _yuv420(clip: np.ndarray) -> np.ndarray:
+    """RGB [T, H, W, 3] as BT.601 video levels, colour at half resolution: uint8 [T, 3H/2, W], planes Y, U, V in turn.
+
+    FFmpeg would convert too, but its result is not the same at every call, and the same seed must give the same bytes.
+    """
+    frames, height, width, _ = clip.shape
+    luma = clip @ _LUMA + 16
+    pooled = clip.reshape(frames, height // 2, 2, width // 2, 2, 3).mean((2, 4), dtype=np.float32)
+    chroma = np.moveaxis(pooled @ _CHROMA + 128, -1, 1)  # [T, 2, H/2, W/2]
+    planes = np.concatenate([luma.reshape(frames, -1), chroma.reshape(frames, -1)], axis=1)
+    return np.rint(planes).astype(np.uint8).reshape(frames, height * 3 // 2, width)
+
+
+_LUMA = np.array([65.481, 128.553, 24.966], np.float32) / 255  # [RGB]
+_CHROMA = np.array([[-37.797, 112.0], [-74.203, -93.786], [112.0, -18.214]], np.float32) / 255  # [RGB, UV]
+
+
+def make_motion_set(
+    out: str | Path,
+    *,
+    train: int = 640,
+    val: int = 160,
+    size: int = 64,
+    seed: int = 0,
+    processes: int | None = None,
+) -> Path:
+    """Write `train` + `val` labelled videos, `out`/train.csv and `out`/val.csv (path, label, class); return `out`.
+
+    Clip i of a split has label i mod 8 and its own random stream, so the set is the same for any number of processes.
+    A folder that already holds this very set is left as it is. `out`/motion.json is written last: a folder without it
+    is the rest of a killed run, and is drawn again. A folder that holds anything else is refused.
+    """
+    if size < 16 or size % 2:
+        raise ValueError(f"size must be even and at least 16, not {size}")
+    if train < 1 or val < 1:
+        raise ValueError(f"each split needs at least one clip, not train={train}, val={val}")
+    out = Path(out)
+    counts = {"train": train, "val": val}
+    record = json.dumps({"version": VERSION, **counts, "size": size, "seed": seed}, indent=2) + "\n"
+    if _holds(out, counts, record):
+        return out
+
+    (out / "motion.json").unlink(missing_ok=True)
+    for split, count in counts.items():
+        (out / split).mkdir(parents=True, exist_ok=True)
+        with open(out / f"{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "label", "class"])
+            writer.writerows([_name(split, i), _label(i), CLASSES[_label(i)]] for i in range(count))
+
+    keys = [(split, i) for split, count in counts.items() for i in range(count)]
+    write = partial(_write_clip, out, size, seed)
+    workers = processes or min(os.cpu_count() or 1, len(keys) // 256)  # fewer clips do not repay starting a process
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(write, keys, chunksize=16))  # list: raises what a worker raised
+    else:
+        for key in keys:
+            write(key)
+
+    for rest in out.rglob(f"*.mp4.*{PART}"):  # of a killed run
+        rest.unlink(missing_ok=True)
+    part = out / f"motion.json{PART}"
+    part.write_text(record)
+    os.replace(part, out / "motion.json")
+    return out
+
+
+def _holds(out: Path, counts: dict[str, int], record: str) -> bool:
+    """Whether `out` holds the complete set of `record`; raises if it holds something else."""
+    advice = "choose another folder, or delete this one"
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is not a folder")
+    recorded = out / "motion.json"
+    if recorded.exists() and recorded.read_text() != record:
+        was, wanted = (" ".join(text.split()) for text in (recorded.read_text(), record))
+        raise FileExistsError(f"{out} holds another motion set, {was} instead of {wanted}: {advice}")
+    wanted = {_name(split, i) for split, count in counts.items() for i in range(count)}
+    wanted |= {"motion.json", *(f"{split}.csv" for split in counts)}
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != PART}
+    if foreign := sorted(found - wanted):
+        names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise FileExistsError(f"{out} holds files that do not belong to this motion set ({names}): {advice}")
+    return found == wanted
+
+
+def _label(index: int) -> int:
+    return index % len(CLASSES)
+
+
+def _name(split: str, index: int) -> str:
+    """Path of a clip in the set's folder."""
+    return f"{split}/{CLASSES[_label(index)]}_{index:05d}.mp4"
+
+
+def _write_clip(out: Path, size: int, seed: int, key: tuple[str, int]) -> None:
+    """Draw and encode clip `key` = (split, index) of the set; its random stream depends on nothing else."""
+    split, index = key
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index)))
+    frames = int(rng.integers(*FRAMES, endpoint=True))
+    write_video(out / _name(split, index), render(_label(index), rng, size=size, frames=frames))

@@ -1,0 +1,104 @@
+"""The closed form of the arithmetic against PyTorch's own counter, and measurements that make sense."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import posmlp
+from posmlp.model.backbone import BLOCKS
+from posmlp.model.cost import cost, count_macs, count_params, format_cost, measure
+from posmlp.model.variants import model_variant
+
+
+def counted_macs(model, frames, height, width):
+    """Multiply-accumulates that PyTorch counts, on a device without data."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.to("meta")(torch.empty(1, 3, frames, height, width, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("s8", None), ("s16", 40.17), ("s32", None), ("b16", None), ("l16", None)])
+def test_macs_of_the_variants_equal_the_flop_counter(name, gmacs):
+    variant = model_variant(name, num_classes=174)
+    size = variant.image_size
+    macs = count_macs(variant)
+    assert macs == counted_macs(posmlp.create_model(name, num_classes=174), variant.frames, size, size)
+    assert gmacs is None or round(macs / 1e9, 2) == gmacs
+
+
+sides = st.integers(1, 90)
+blocks = st.sampled_from(sorted(BLOCKS))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(blocks, blocks, blocks, blocks), st.integers(1, 9), sides, sides)
+def test_macs_equal_the_flop_counter_at_any_size(blocks, frames, height, width):
+    overrides = {"blocks": blocks, "windows": (8, (3, 5), (2, 4, 4), 2)}
+    macs = count_macs(model_variant("tiny", **overrides), frames, (height, width))
+    assert macs == counted_macs(posmlp.create_model("tiny", **overrides), frames, height, width)
+
+
+def test_cpu_kernels_do_the_counted_arithmetic():
+    variant = model_variant("tiny")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        posmlp.create_model("tiny")(torch.zeros(1, 3, variant.frames, variant.image_size, variant.image_size))
+    assert count_macs(variant) == counter.get_total_flops() / 2
+
+
+def test_parameters():
+    model = posmlp.create_model("tiny")
+    assert count_params(model) == sum(
+        math.prod(p.shape) for p in model.state_dict(keep_vars=True).values() if p.requires_grad
+    )
+    model.requires_grad_(False)
+    assert count_params(model) == count_params(posmlp.create_model("tiny"))
+
+
+def test_measure():
+    model = posmlp.create_model("tiny").train()
+    model.stem.eval()  # as when its statistics are frozen
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    found = measure(model, (3, 4, 128, 128), repeats=2, batch=16)
+    assert found.latency_ms > 0
+    assert found.clips_per_s > 0
+    if sys.platform.startswith("linux"):
+        widest = 4 * 16 * (16 * 4 * 32 * 32) * 4  # u and v of both units of stage 1: [4C, tokens] in fp32
+        assert 1 <= found.peak_mb * 1e6 / widest < 8
+    assert model.training
+    assert not model.stem.training
+    assert not model.stem.norm1.training
+    assert model.stages[0].training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match="at least 1"):
+        measure(model, (3, 4, 64, 64), repeats=0)
+
+
+def test_cost_of_a_named_model():
+    state = torch.get_rng_state()
+    found = cost("tiny", batch=2, repeats=1, device="cpu", num_classes=7, frames=3, image_size=50)
+    assert torch.equal(state, torch.get_rng_state())
+    model = posmlp.create_model("tiny", num_classes=7, frames=3, image_size=50)
+    assert found.params == count_params(model)
+    assert found.macs == counted_macs(model, 3, 50, 50)
+    assert (found.name, found.batch, found.frames, found.image_size) == ("tiny", 2, 3, 50)
+    assert found.device
+    assert found.threads == torch.get_num_threads()
+    metrics = found.metrics()
+    assert metrics["cost/params_m"] == found.params / 1e6
+    assert metrics["cost/gmacs"] == found.macs / 1e9
+    assert {"cost/latency_ms", "cost/clips_per_s"} < metrics.keys()
+    unknown = dataclasses.replace(found, peak_mb=None)
+    assert "cost/peak_mb" not in unknown.metrics()
+    assert "peak memory" not in format_cost(unknown)
+    assert "3 frames of 50 x 50" in format_cost(found)
+    json.dumps(dataclasses.asdict(found))

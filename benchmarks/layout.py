@@ -2,9 +2,9 @@
 
     python benchmarks/layout.py --model s16 --batch 1 --repeats 5
 
-Both have the same parameters and give the same logits and gradients, which is checked first. Then one process times them
-in turn, round by round, so that whatever else the machine does meets both alike. On a CPU the model runs a third time
-without oneDNN's matrix products: the gain that is left there is the layout's, the rest is the kernels'.
+Both have the same parameters and give the same logits and gradients, which is checked first. Then one process times
+them in turn, round by round, so that whatever else the machine does meets both alike. On a CPU the model runs a third
+time without oneDNN's matrix products: the gain that is left there is the layout's, the rest is the kernels'.
 """
 
 from __future__ import annotations
@@ -91,9 +91,11 @@ def main() -> None:
     for compiled in (False,) if args.no_compile else (False, True):
         for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             for step in (False, True):
-                torch._dynamo.reset()
-                models = [torch.compile(m, dynamic=False, disable=not compiled) for m in (plain, ours)]
-                runs = [passes(m, clip, dtype, step) for m in models]
+                if compiled:
+                    torch._dynamo.reset()
+                    plain.compile(dynamic=False)
+                    ours.compile(dynamic=False)
+                runs = [passes(m, clip, dtype, step) for m in (plain, ours)]
                 if ops.HAS_ONEDNN and device.type == "cpu" and dtype == torch.float32 and not compiled:
                     runs.append(without_onednn(runs[1]))
                 base, *others = interleaved(runs, device, args.repeats)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 
 import pytest
@@ -20,7 +19,7 @@ from posmlp.model.variants import model_variant
 def counted_macs(model, frames, height, width):
     """Multiply-accumulates that PyTorch counts, on a device without data."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.to("meta")(torch.empty(1, 3, frames, height, width, device="meta"))
+        model.eval().to("meta")(torch.empty(1, 3, frames, height, width, device="meta"))
     return counter.get_total_flops() / 2
 
 
@@ -37,7 +36,7 @@ sides = st.integers(1, 90)
 blocks = st.sampled_from(sorted(BLOCKS))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.tuples(blocks, blocks, blocks, blocks), st.integers(1, 9), sides, sides)
 def test_macs_equal_the_flop_counter_at_any_size(blocks, frames, height, width):
     overrides = {"blocks": blocks, "windows": (8, (3, 5), (2, 4, 4), 2)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from posmlp.config import DataSection, SplitSection
+from posmlp.errors import UserError
 from posmlp.video import decode
 from posmlp.video.decode import DecodeError, cached_frames, load_clip, read_frames
 
@@ -130,10 +131,19 @@ def test_frames_are_never_upscaled(video, short_side):
     assert number(frames[0]) == 7
 
 
-def test_scaling_is_antialiased_and_in_place(video):
+def test_scaling_keeps_everything_in_its_place(video):
     small = read_frames(video, take(9), 30)[0].astype(int)
     means = read_frames(video, take(9), None)[0].reshape(30, 4, 40, 4, 3).mean((1, 3))
     assert np.abs(small - means).mean() < 6  # a frame moved by one pixel, or turned over, is far above
+
+
+def test_scaling_is_antialiased(tmp_path):
+    def stripes(frame):
+        return np.where(np.arange(160)[None, :, None] % 2, 220, 30).astype(np.uint8).repeat(120, 0).repeat(3, 2)
+
+    path = write_video(tmp_path / "v.mp4", 160, 120, count=2, change=stripes)
+    assert read_frames(path, take(0), None).std() > 80
+    assert read_frames(path, take(0), 40).std() < 20  # grey; every third pixel would be stripes again
 
 
 @pytest.mark.parametrize("indices", [[], [40], [-1], [[1, 2]]])
@@ -212,7 +222,7 @@ def test_a_failure_leaves_nothing_in_the_cache(tmp_path):
 
 def test_an_unusable_cache_folder_is_told_plainly(video, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot write the cache .* see data\.cache_dir"):
+    with pytest.raises(UserError, match=r"file: cannot write .* \(File exists\); see data\.cache_dir"):
         cached_frames(video, every, 30, tmp_path / "file")
 
 

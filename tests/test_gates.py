@@ -25,7 +25,7 @@ def make_gate(kind, window, groups, dtype=torch.float64):
 
 
 def run_gate(gate, u, v, window):
-    """``gate`` on plain ``[B, C, T, H, W]``, by way of a stage of ``window``; padded tokens hold rubbish until masked."""
+    """``gate`` on plain ``[B, C, T, H, W]`` in a stage of ``window``; padded tokens hold rubbish until masked."""
     size = u.shape[2:]
     extent = tuple(map(min, size, window))
     real = padding_mask(size, extent, u.device)
@@ -68,7 +68,7 @@ def test_a_gate_equals_the_formula(kind, window, size, groups, group_channels, b
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(3, 2, 2), (4, 3, 3), (2, 2, 1)], ids=["whole", "padded", "small"])
+@pytest.mark.parametrize("size", [(3, 2, 2), (4, 3, 2), (2, 2, 1)], ids=["whole", "padded", "small"])
 def test_gradients_are_right(kind, size):
     torch.manual_seed(0)
     window = (3, 2, 2)
@@ -128,7 +128,7 @@ def test_a_large_joint_window_equals_its_full_map():
     offset = place[:, None] - place + torch.tensor(window) - 1  # [N, N', 3]
     full = gate.table[:, (offset * torch.tensor([(2 * h - 1) * (2 * w - 1), 2 * w - 1, 1])).sum(-1)]
     mixed = torch.einsum("smn,bsgn->bsgm", full, u.view(2, 2, 2, t * h * w)) + gate.bias
-    expected = mixed.view_as(v) * v
+    expected = mixed.reshape(v.shape) * v
     actual = run_gate(gate, u, v, window)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
     inputs = (u, v, gate.table, gate.bias)

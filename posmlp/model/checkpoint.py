@@ -142,7 +142,7 @@ def canonical(state: State) -> State:
 
 
 def contiguous_groups(x: Tensor, dim: int, parts: int, groups: int) -> Tensor:
-    """Make the groups of the channels along ``dim`` contiguous in each of its ``parts``; in the release they are c mod S.
+    """Make the groups of the channels along ``dim`` contiguous in each of its ``parts``; the release's are c mod S.
 
     A tensor that does not divide comes back as it is, for the caller to report its shape.
     """

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from posmlp.config import DataSection
+from posmlp.errors import UserError
 from posmlp.video.sampling import centre_crop, dense_indices, random_resized_crop, sample_rng, uniform_indices
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3] RGB, or one frame [H, W, 3]
@@ -71,7 +72,7 @@ def load_clip(
 
     Raises:
         DecodeError: the video cannot be read.
-        OSError: the cache cannot be written.
+        UserError: the cache cannot be written.
     """
     rng = sample_rng(seed, epoch, sample_id, view) if train else None
 
@@ -127,7 +128,7 @@ def cached_frames(uri: str, choose: Choose, short_side: int | None, cache_dir: s
 
     Raises:
         DecodeError: the video cannot be read.
-        OSError: the cache cannot be written.
+        UserError: the cache cannot be written.
         ValueError: ``choose`` picks no frames or some outside the video.
     """
     try:
@@ -142,7 +143,8 @@ def cached_frames(uri: str, choose: Choose, short_side: int | None, cache_dir: s
     except (OSError, ValueError, EOFError):  # not there yet, or cut short when the machine stopped
         _store(uri, short_side, path)
         video = np.load(path, mmap_mode="r")
-    return video[_chosen(choose, len(video))]
+    clip: Frames = video[_chosen(choose, len(video))]
+    return clip
 
 
 def _store(uri: str, short_side: int | None, path: Path) -> None:
@@ -166,11 +168,8 @@ def _store(uri: str, short_side: int | None, path: Path) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write the cache of decoded videos, {error.strerror}; see data.cache_dir",
-            str(path.parent),
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"{path.parent}: cannot write decoded videos there ({reason}); see data.cache_dir") from error
 
 
 def _open(uri: str) -> decord.VideoReader:
@@ -212,7 +211,7 @@ def _decode(reader: decord.VideoReader, uri: str, wanted: Collection[int], short
         try:
             decoded = reader.next()
         except DECORD_ERRORS as error:
-            # which frame is not said: decord works ahead, so an error may come before its frame, and not always the same
+            # not which frame: decord works ahead, so the error comes somewhere before it, and not always at the same
             reason = f"the video is truncated or corrupt, not all of its {len(reader)} frames decode; fetch it again"
             raise DecodeError(uri, reason) from error
         if index not in wanted:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from posmlp.errors import UserError
+
 SCHEMA = pa.schema([("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32())])
 VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogg"),
@@ -31,7 +33,7 @@ class Manifest:
     classes: tuple[str, ...]
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A manifest that cannot be used. The message counts every problem and lists the first ones.
 
     Attributes:

@@ -96,8 +96,8 @@ class Split:
 
     def collate(self, columns: dict[str, np.ndarray]) -> Batch:
         """Decoded rows to a batch; bad ones are recorded, and count for nothing."""
-        good = columns["reason"] == ""
-        for i in np.flatnonzero(~good & columns["real"]):
+        good = (columns["reason"] == "") & columns["real"]
+        for i in np.flatnonzero(columns["reason"] != ""):
             self.bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
         clips = columns["clip"]
         if not good.all() and good.any():
@@ -106,7 +106,7 @@ class Split:
         return Batch(
             clips=torch.from_numpy(clips if clips.flags.writeable else clips.copy()),
             labels=torch.from_numpy(columns["label"].astype(np.int64)),
-            weights=torch.from_numpy((good & columns["real"]).astype(np.float32)),
+            weights=torch.from_numpy(good.astype(np.float32)),
             draws=torch.from_numpy(np.stack(columns["draws"]).astype(np.float32)),
         )
 

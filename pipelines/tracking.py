@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,11 @@ class Tracker:
         Raises:
             mlflow.exceptions.MlflowException: the store cannot be reached or written.
         """
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         uri = tracking_uri(config)
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(uri)
         client = MlflowClient(uri)
         if run_id is None:
             experiment = experiment_id(client, config)
@@ -81,7 +82,7 @@ class Tracker:
 
     def log_model(self, model: torch.nn.Module, example: torch.Tensor) -> None:
         """Store the trained model, loadable with ``mlflow.pytorch.load_model``."""
-        with mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
+        with active_uri(self.client.tracking_uri), mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
             mlflow.pytorch.log_model(
                 model.eval(),
                 name="model",
@@ -94,6 +95,19 @@ class Tracker:
         if self.monitor:
             self.monitor.finish()
         self.client.set_terminated(self.run_id, status)
+
+
+@contextmanager
+def active_uri(uri: str) -> Iterator[None]:
+    """MLflow's global tracking URI for a while. Setting it also sets ``MLFLOW_TRACKING_URI``, which is the user's."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def experiment_id(client: MlflowClient, config: Config) -> str:

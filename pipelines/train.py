@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -22,7 +23,7 @@ import ray.train
 import torch
 import torch.distributed
 from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.queue import Empty, Queue
 
 from pipelines.ingest import BadVideo, Split
@@ -31,7 +32,7 @@ from posmlp import create_model, load_published
 from posmlp.config import Config, flatten
 from posmlp.errors import UserError
 from posmlp.learn.learner import Learner
-from posmlp.model.cost import count_macs, count_params
+from posmlp.model.cost import Cost, cost
 from posmlp.video.manifest import Manifest, read_manifest
 
 STATE_FILE = "state.pt"
@@ -89,7 +90,7 @@ def train(config: Config, echo: Callable[[str], None] = print) -> RunResult:
         bad: dict[str, BadVideo] = {}
         metrics = fit(config, train_set, val_set, tracker, bad, echo)
         if config.tracking.log_model:
-            tracker.log_model(trained_model(folder, config), example_input(config))
+            tracker.log_model(trained_model(folder), example_input(config))
         write_record(folder, config, tracker.run_id, metrics)
         status = "FINISHED"
         return RunResult(config.name, folder, tracker.run_id, metrics, list(bad.values()))
@@ -100,11 +101,11 @@ def train(config: Config, echo: Callable[[str], None] = print) -> RunResult:
         tracker.close(status)
 
 
-def start_ray() -> None:
-    """Connect to the cluster (``RAY_ADDRESS``, or one on this machine), else start a local Ray."""
+def start_ray(**options: Any) -> None:
+    """Connect to the cluster (``RAY_ADDRESS``, or one on this machine), else start a local Ray with ``options``."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for it
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="WARNING")
+        ray.init(log_to_driver=False, logging_level="WARNING", **options)
 
 
 def read_record(folder: Path, config: Config) -> dict[str, Any]:
@@ -202,11 +203,16 @@ def fit(
         ),
     )
     listener = Listener(queue, tracker, bad, echo)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
+    except SystemExit:  # how Ray Train ends when its own handler of Ctrl-C has stopped the workers
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise RunError(explain(error)) from error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
         listener.stop()
         queue.shutdown()
     return dict(result.metrics)
@@ -247,6 +253,8 @@ class Listener(threading.Thread):
     def handle(self, kind: str, **event: Any) -> None:
         if kind == "line":
             self.echo(event["text"])
+        elif kind == "cost":
+            self.tracker.log(event["metrics"], step=0)
         elif kind == "metrics":
             for metrics in event["history"]:  # an epoch that an earlier driver did not live to write comes again
                 if metrics["epoch"] > self.logged:
@@ -262,12 +270,13 @@ class Listener(threading.Thread):
         self.join(timeout=60)
 
 
-def trained_model(folder: Path, config: Config) -> torch.nn.Module:
+def trained_model(folder: Path) -> torch.nn.Module:
     """The model of a run's last checkpoint, on the CPU, in eval mode."""
     checkpoints = sorted(folder.glob(f"checkpoint_*/{STATE_FILE}"))
     if not checkpoints:
-        raise RunError(f"{folder} holds no checkpoint")
+        raise RunError(f"{folder} holds no checkpoint; expected the folder of a run, train.storage/name")
     state = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
+    config = Config.model_validate(json.loads((folder / RUN_FILE).read_text())["config"])
     model = create_model(config.model.name, **config.model.overrides())
     model.load_state_dict(state["weights"])
     return model.eval()
@@ -300,8 +309,10 @@ def train_worker(job: dict[str, Any]) -> None:
     history = restore(learner)
     tell = job["queue"].put if rank == 0 else (lambda event: None)
     if rank == 0:
+        measured = cost(config.model.name, device=learner.device, **config.model.overrides())
+        tell({"kind": "cost", "metrics": measured.metrics()})
         tell({"kind": "metrics", "history": history})
-        tell({"kind": "line", "text": describe_start(config, learner, len(history), world, threads)})
+        tell({"kind": "line", "text": describe_start(config, measured, len(history), world)})
     for epoch in range(len(history), config.train.epochs):
         torch.manual_seed(config.train.seed * 100_003 + epoch * 1_009 + rank)  # drop path: the same after a resume
         metrics = train_epoch(learner, train_split, epoch, tell)
@@ -409,12 +420,14 @@ def restore(learner: Learner) -> list[dict[str, float]]:
     return state["history"]
 
 
-def describe_start(config: Config, learner: Learner, done: int, world: int, threads: int) -> str:
+def describe_start(config: Config, model: Cost, done: int, world: int) -> str:
     """The first line of a run."""
-    gmacs, params = count_macs(config.model.variant()) / 1e9, count_params(learner.raw) / 1e6
-    where = f"{world} worker{'s' * (world > 1)} on {get_device().type}, {threads} thread{'s' * (threads > 1)} each"
+    what = f"{model.name}, {model.params / 1e6:.2f} M parameters, {model.macs / 1e9:.2f} GMACs"
+    where = (
+        f"{world} worker{'s' * (world > 1)} on {model.device}, {model.threads} thread{'s' * (model.threads > 1)} each"
+    )
     start = f"going on after epoch {done}" if done else "starting"
-    return f"{config.name}: {config.model.name}, {params:.2f} M parameters, {gmacs:.2f} GMACs; {where}; {start}"
+    return f"{config.name}: {what}; {where}; {start}"
 
 
 def describe_epoch(metrics: dict[str, float], config: Config) -> str:

@@ -26,6 +26,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from posmlp.errors import UserError
+
 CLASSES: tuple[str, ...] = ("left", "right", "up", "down", "approach", "recede", "clockwise", "counterclockwise")
 SPLITS = ("train", "val")
 FRAMES = (20, 28)  # fewest and most frames of a clip in the set
@@ -54,7 +56,7 @@ def render(label: int, rng: np.random.Generator, *, size: int = 64, frames: int 
         raise ValueError(f"label {label} is not a motion class (0 to {len(CLASSES) - 1}: {', '.join(CLASSES)})")
     pair, backwards = divmod(label, 2)
     clip = _background(rng, size, frames)
-    bystander, stand = _Shape.draw(rng), _pose(pair, rng, frames).held(rng.integers(frames))
+    bystander, stand = _Shape.draw(rng), _pose(0, rng, frames).held(0)
     mover, path = _Shape.draw(rng), _pose(pair, rng, frames)
     if rng.random() < 0.5:
         bystander.paint(clip, stand)
@@ -260,9 +262,9 @@ def make_motion_set(
     is the rest of a killed run, and is drawn again. A folder that holds anything else is refused.
     """
     if size < 16 or size % 2:
-        raise ValueError(f"size must be even and at least 16, not {size}")
+        raise UserError(f"size must be even and at least 16, not {size}")
     if train < 1 or val < 1:
-        raise ValueError(f"each split needs at least one clip, not train={train}, val={val}")
+        raise UserError(f"each split needs at least one clip, not train={train}, val={val}")
     out = Path(out)
     counts = {"train": train, "val": val}
     record = json.dumps({"version": VERSION, **counts, "size": size, "seed": seed}, indent=2) + "\n"
@@ -299,17 +301,17 @@ def _holds(out: Path, counts: dict[str, int], record: str) -> bool:
     """Whether `out` holds the complete set of `record`; raises if it holds something else."""
     advice = "choose another folder, or delete this one"
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is not a folder")
+        raise UserError(f"{out} is not a folder")
     recorded = out / "motion.json"
     if recorded.exists() and recorded.read_text() != record:
-        was, wanted = (" ".join(text.split()) for text in (recorded.read_text(), record))
-        raise FileExistsError(f"{out} holds another motion set, {was} instead of {wanted}: {advice}")
+        was, asked = (" ".join(text.split()) for text in (recorded.read_text(), record))
+        raise UserError(f"{out} holds another motion set, {was} instead of {asked}: {advice}")
     wanted = {_name(split, i) for split, count in counts.items() for i in range(count)}
     wanted |= {"motion.json", *(f"{split}.csv" for split in counts)}
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != PART}
     if foreign := sorted(found - wanted):
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise FileExistsError(f"{out} holds files that do not belong to this motion set ({names}): {advice}")
+        raise UserError(f"{out} holds files that do not belong to this motion set ({names}): {advice}")
     return found == wanted
 
 

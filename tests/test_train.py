@@ -1,0 +1,222 @@
+"""Whole runs through real Ray and MLflow: what they log, refuse, survive and leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipelines.tracking import active_uri, tracking_uri
+from pipelines.train import RunError, train, trained_model
+from posmlp.config import load_recipe
+from posmlp.errors import UserError
+
+pytestmark = pytest.mark.ray
+
+
+def recipe_for(folder, motion_set, *overrides):
+    base = [
+        "name=small",
+        "model.frames=4",
+        "model.image_size=32",
+        f"data.train.path={motion_set}/train.csv",
+        f"data.val.path={motion_set}/val.csv",
+        "train.epochs=2",
+        "train.global_batch=8",
+        "optim.warmup_epochs=1",
+        f"train.storage={folder}",
+        "tracking.log_model=false",
+    ]
+    return load_recipe("demo", [*base, *overrides])
+
+
+def run_of(config):
+    """The one MLflow run of a recipe, and its client."""
+    client = MlflowClient(tracking_uri(config))
+    (run,) = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
+    return client, run
+
+
+@pytest.fixture(scope="module")
+def finished(local_ray, motion_set, tmp_path_factory):
+    """A run of 2 epochs on 2 workers with its printed lines."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
+    lines = []
+    return config, train(config, lines.append), lines
+
+
+def test_a_run_reports_every_epoch_and_counts_every_video_once(finished):
+    _, result, lines = finished
+    assert result.metrics["epoch"] == 2
+    assert result.metrics["val/clips"] == 16
+    assert 0 <= result.metrics["val/top1"] <= result.metrics["val/top5"] <= 1
+    assert not result.bad
+    text = "\n".join(lines)
+    assert "epoch 1/2" in text
+    assert "epoch 2/2" in text
+    assert "2 workers" in text
+
+
+def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
+    config, result, _ = finished
+    client, run = run_of(config)
+    assert run.info.run_id == result.mlflow_run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.global_batch"] == "8"
+    assert run.data.params["model.num_classes"] == "8"
+    assert set(config.flat()) <= set(run.data.params)
+    history = client.get_metric_history(run.info.run_id, "val/top1")
+    assert [m.step for m in history] == [1, 2]
+    assert history[-1].value == result.metrics["val/top1"]
+    names = {"train/loss", "val/loss", "val/top5", "perf/clips_per_s", "perf/data_wait_frac", "data/bad"}
+    assert names | {"cost/gmacs", "cost/params_m", "cost/latency_ms"} <= set(run.data.metrics)
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert {"torch", "ray", "mlflow", "mlflow.source.git.commit"} <= set(run.data.tags) | {"mlflow.source.git.commit"}
+    text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/config.yaml")
+    assert "global_batch: 8" in text
+
+
+def test_the_logged_model_is_the_checkpoints(finished):
+    config, result, _ = finished
+    torch.manual_seed(0)
+    clip = torch.randn(1, 3, 4, 32, 32)
+    with active_uri(tracking_uri(config)):
+        logged = mlflow.pytorch.load_model(f"runs:/{result.mlflow_run_id}/model")
+    with torch.no_grad():
+        torch.testing.assert_close(logged(clip), trained_model(result.path)(clip), rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_name_is_refused(finished):
+    config, _, _ = finished
+    with pytest.raises(RunError, match=r"'small' is finished .*name=") as error:
+        train(config)
+    assert isinstance(error.value, UserError)
+
+
+def test_a_changed_recipe_is_refused_on_resume(finished, tmp_path):
+    config, result, _ = finished
+    record = json.loads((result.path / "run.json").read_text()) | {"metrics": None}
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "run.json").write_text(json.dumps(record))
+    changed = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"storage": str(tmp_path)}),
+            "optim": config.optim.model_copy(update={"lr": 9e-9}),
+        }
+    )
+    with pytest.raises(RunError, match=r"optim\.lr: was .*, is 9e-09"):
+        train(changed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["scaling.workers=4"], r"4 workers x 1 CPUs leave 0 of 4 CPUs for decoding"),
+        (["scaling.use_gpu=true"], "the cluster has 0"),
+        (["train.global_batch=40"], "global_batch 40 is more than the 32 training videos"),
+        (["model.num_classes=3"], "num_classes 3 is less than the data set's 8"),
+        (["data.train.path=nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(local_ray, motion_set, tmp_path, overrides, expected):
+    with pytest.raises(UserError, match=expected):
+        train(recipe_for(tmp_path, motion_set, *overrides))
+    assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def with_broken(motion_set, folder, count):
+    """A copy of val.csv whose first ``count`` videos are cut short."""
+    header, *rows = (motion_set / "val.csv").read_text().splitlines()
+    lines = [header]
+    for i, row in enumerate(rows):
+        path = motion_set / row.split(",")[0]
+        if i < count:
+            cut = folder / f"cut{i}.mp4"
+            cut.write_bytes(path.read_bytes()[:200])
+            path = cut
+        lines.append(f"{path},{row.split(',', 1)[1]}")
+    manifest = folder / "broken.csv"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest
+
+
+def test_bad_videos_are_quarantined_and_the_run_goes_on(local_ray, motion_set, tmp_path):
+    manifest = with_broken(motion_set, tmp_path, 2)
+    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}", "train.epochs=1")
+    result = train(config)
+    assert sorted(v.uri for v in result.bad) == [str(tmp_path / f"cut{i}.mp4") for i in range(2)]
+    assert result.metrics["val/clips"] == 14
+    assert result.metrics["data/bad"] == 2
+    _, run = run_of(config)
+    listed = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/quarantine.json"))
+    assert {v["uri"] for v in listed} == {v.uri for v in result.bad}
+    assert all(v["reason"] for v in listed)
+
+
+def test_too_many_bad_videos_end_the_run_with_their_names(local_ray, motion_set, tmp_path):
+    manifest = with_broken(motion_set, tmp_path, 5)
+    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}")
+    with pytest.raises(RunError, match=r"5 of 48 videos .*max_bad_fraction") as error:
+        train(config)
+    assert "cut0.mp4" in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert run_of(config)[1].info.status == "FAILED"
+
+
+def start_cli(folder, motion_set, *overrides):
+    """``posmlp train`` in a process of its own, on the tests' Ray."""
+    config = recipe_for(folder, motion_set, *overrides)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(config.to_yaml())
+    import ray
+
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe)]
+    with open(folder / "log.txt", "a") as log:
+        return config, subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True)
+
+
+def wait_for_checkpoint(folder, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not list((folder / "small").glob("checkpoint_*/state.pt")):
+        assert process.poll() is None, (folder / "log.txt").read_text()
+        assert time.monotonic() < deadline, (folder / "log.txt").read_text()
+        time.sleep(0.2)
+
+
+def test_a_killed_driver_goes_on_to_the_weights_of_an_uninterrupted_run(local_ray, motion_set, tmp_path):
+    overrides = ["train.epochs=8", "model.drop_path=0.2", "scaling.threads_per_worker=1"]
+    config, process = start_cli(tmp_path, motion_set, *overrides)
+    wait_for_checkpoint(tmp_path, process)
+    process.kill()
+    process.wait()
+    _, process = start_cli(tmp_path, motion_set, *overrides)
+    assert process.wait(timeout=300) == 0, (tmp_path / "log.txt").read_text()
+    assert "going on after epoch" in (tmp_path / "log.txt").read_text()
+
+    client, run = run_of(config)  # one run, not two, with every epoch once
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, 9))
+    assert run.info.status == "FINISHED"
+
+    straight = train(recipe_for(tmp_path / "straight", motion_set, *overrides))
+    resumed, uninterrupted = (trained_model(path).state_dict() for path in (tmp_path / "small", straight.path))
+    assert all(torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted)
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(local_ray, motion_set, tmp_path):
+    config, process = start_cli(tmp_path, motion_set, "train.epochs=1000")
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert "the same command goes on" in log
+    assert "Traceback" not in log
+    assert run_of(config)[1].info.status == "KILLED"

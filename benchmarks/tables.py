@@ -1,0 +1,86 @@
+"""Picture of what a trained model learned: its relative-position tables, under the motions of the embedded data set.
+
+    python benchmarks/tables.py runs/demo --out docs/tables.png
+
+Needs matplotlib (``pip install -e .[figures]``).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import SubFigure
+
+from pipelines.train import trained_model
+from posmlp.model.backbone import PosMLPVideo
+from posmlp.video.motion import CLASSES, render
+
+SCENE = 149  # a seed whose shape stays inside the frame in all motions
+
+
+def draw_motions(figure: SubFigure) -> None:
+    """Each class as a strip of five moments of the same scene."""
+    axes = figure.subplots(2, 4)
+    figure.suptitle("eight motions: no single frame tells them apart", fontsize=10, x=0.01, ha="left")
+    for k, (ax, name) in enumerate(zip(axes.T.flatten(), CLASSES, strict=True)):
+        clip = render(k, np.random.default_rng(SCENE))
+        moments = np.linspace(0, len(clip) - 1, 5).round().astype(int)
+        ax.imshow(np.concatenate(list(clip[moments]), axis=1))
+        ax.set_title(name, fontsize=8, pad=2)
+        ax.axis("off")
+
+
+def draw_tables(figure: SubFigure, model: PosMLPVideo) -> None:
+    """One row a stage: the spatial tables as maps over (dy, dx), the temporal ones as lines of a map over dt."""
+    grids = figure.subfigures(1, 2, width_ratios=[3, 2])
+    titles = ("spatial tables, one map a channel group", "temporal tables, one line a channel group")
+    for grid, title in zip(grids, titles, strict=True):
+        grid.suptitle(title, fontsize=10, x=0.02, ha="left")
+    stages = [stage.blocks[-1] for stage in model.stages]
+    columns = 8
+    spatial = grids[0].subplots(len(stages), columns, gridspec_kw={"hspace": 0.12, "wspace": 0.08})
+    temporal = grids[1].subplots(len(stages), 1, sharex=True, gridspec_kw={"hspace": 0.25})
+    for i, block in enumerate(stages):
+        gate = block.units["spatial"].gate
+        _, h, w = gate.window
+        maps = gate.table.detach().view(-1, 2 * h - 1, 2 * w - 1).numpy()
+        for ax in spatial[i]:
+            ax.axis("off")
+        for ax, image in zip(spatial[i], maps[:columns], strict=False):
+            show(ax, image, np.abs(maps).max())
+        table = block.units["temporal"].gate.table.detach().numpy()
+        t = block.units["temporal"].gate.window[0]
+        show(temporal[i], table, np.abs(table).max(), extent=(-t + 0.5, t - 0.5, len(table) - 0.5, -0.5))
+        temporal[i].set_yticks([])
+        temporal[i].set_ylabel(f"stage {i + 1}", fontsize=8)
+    temporal[-1].set_xlabel("frames from input to output", fontsize=8)
+    temporal[-1].tick_params(labelsize=7)
+
+
+def show(ax: plt.Axes, image: np.ndarray, limit: float, **kwargs: object) -> None:
+    """A map in which white is 0, red adds and blue subtracts."""
+    ax.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest", **kwargs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run of parallel blocks, such as runs/demo")
+    parser.add_argument("--out", type=Path, default=Path("docs/tables.png"))
+    args = parser.parse_args()
+    figure = plt.figure(figsize=(11, 6.2))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2.4])
+    draw_motions(top)
+    draw_tables(bottom, trained_model(args.run))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,10 +68,7 @@ class PlainModel(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         x = self.stem(clip)
         for i, (downsample, blocks) in enumerate(zip(self.downsamples, self.stages, strict=True)):
-            if i:
-                x = downsample.norm(downsample.proj(x).permute(0, 2, 3, 4, 1))
-            else:
-                x = x.permute(0, 2, 3, 4, 1)
+            x = downsample.norm(downsample.proj(x).permute(0, 2, 3, 4, 1)) if i else x.permute(0, 2, 3, 4, 1)
             for steps in blocks:
                 for units in steps:
                     x = x + sum(unit(x) for unit in units)

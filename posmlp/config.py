@@ -70,6 +70,7 @@ class DataSection(Section):
 
     train: SplitSection
     val: SplitSection
+    modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the one before
     sampling: Literal["uniform", "dense"] = "uniform"
     stride: Positive = 1  # frames between two samples; dense only
     frame_order: Literal["ordered", "shuffled"] = "ordered"  # shuffled: a control that destroys motion
@@ -154,6 +155,8 @@ class Config(Section):
         """Refuse what no single key shows to be impossible."""
         self.model.variant()
         problems = []
+        if self.data.modality == "rgb_difference" and self.model.variant().frames < 2:
+            problems.append("data.modality rgb_difference needs model.frames of at least 2")
         for key in ("crop_scale", "crop_ratio"):
             low, high = getattr(self.data, key)
             if not 0 < low <= high:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posmlp import create_model
-from posmlp.config import AugmentSection, OptimSection, load_recipe
+from posmlp.config import OptimSection, load_recipe
 from posmlp.learn.learner import Batch, Learner
 from posmlp.learn.optim import build_optimizer, learning_rate
 from posmlp.video.augment import MEAN, STD, to_input
@@ -68,7 +68,7 @@ def test_a_step_is_adamw_on_the_mean_loss():
     config, batch = learner.config, make_batch()
     optimizer = build_optimizer(twin, config.optim)
     twin.train()
-    loss = F.cross_entropy(twin(to_input(batch.clips, batch.draws, config.augment)), batch.labels, label_smoothing=0.1)
+    loss = F.cross_entropy(twin(to_input(batch.clips, batch.draws, config)), batch.labels, label_smoothing=0.1)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
     optimizer.step()
@@ -99,7 +99,7 @@ def test_eval_sums_equal_a_plain_count():
     learner, batch = make_learner(), make_batch(16)
     sums = learner.eval_step(batch)
     with torch.no_grad():
-        logits = learner.raw.eval()(to_input(batch.clips, None, learner.config.augment)).numpy()
+        logits = learner.raw.eval()(to_input(batch.clips, None, learner.config)).numpy()
     order = np.argsort(-logits, axis=1)
     labels = batch.labels.numpy()
     assert sums[1] == (order[:, 0] == labels).sum()
@@ -148,9 +148,14 @@ def test_bf16_learns_to_the_same_loss():
     assert losses[1] == pytest.approx(losses[0], abs=0.3)
 
 
+def recipe(modality="rgb", flip=0, brightness=0, contrast=0, saturation=0):
+    augment = {"flip": flip, "brightness": brightness, "contrast": contrast, "saturation": saturation}
+    return load_recipe("demo", [f"data.modality={modality}", *(f"augment.{k}={v}" for k, v in augment.items())])
+
+
 def test_input_is_normalised_and_laid_out():
     clips = torch.randint(0, 256, (2, 3, 4, 5, 3), dtype=torch.uint8)
-    x = to_input(clips, None, AugmentSection())
+    x = to_input(clips, None, recipe())
     expected = (clips.numpy() / 255.0 - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(x.numpy(), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
 
@@ -158,11 +163,12 @@ def test_input_is_normalised_and_laid_out():
 def test_augmentation_is_one_change_per_clip_and_off_at_zero():
     clips = torch.randint(40, 200, (2, 1, 6, 6, 3), dtype=torch.uint8).expand(-1, 3, -1, -1, -1)
     draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(3))
-    plain = to_input(clips, None, AugmentSection())
-    assert torch.equal(to_input(clips, draws, AugmentSection()), plain)
-    x = to_input(clips, draws, AugmentSection(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4))
+    plain = to_input(clips, None, recipe())
+    assert torch.equal(to_input(clips, draws, recipe()), plain)
+    strong = recipe(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
+    x = to_input(clips, draws, strong)
     assert torch.equal(x[:, :, 0], x[:, :, 1])  # frames were equal and still are
-    alone = to_input(clips[1:], draws[1:], AugmentSection(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4))
+    alone = to_input(clips[1:], draws[1:], strong)
     torch.testing.assert_close(x[1:], alone)  # a clip's change depends on its own draws alone
     assert not torch.allclose(x, plain, atol=0.05)
 
@@ -172,7 +178,7 @@ def test_each_augmentation_does_what_it_says():
     std, mean = torch.tensor(STD).view(3, 1, 1, 1), torch.tensor(MEAN).view(3, 1, 1, 1)
 
     def pixels(**strengths):
-        return to_input(clips, torch.tensor([[0.0, 0.75, 0.75, 0.75]]), AugmentSection(**strengths))[0] * std + mean
+        return to_input(clips, torch.tensor([[0.0, 0.75, 0.75, 0.75]]), recipe(**strengths))[0] * std + mean
 
     plain = pixels()
     torch.testing.assert_close(pixels(flip=0.1), plain.flip(-1))
@@ -180,3 +186,13 @@ def test_each_augmentation_does_what_it_says():
     torch.testing.assert_close(pixels(contrast=0.2), (plain - plain.mean()) * 1.1 + plain.mean())
     grey = (plain * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(0)
     torch.testing.assert_close(pixels(saturation=0.2), (plain - grey) * 1.1 + grey)
+
+
+def test_rgb_difference_is_each_frame_minus_the_one_before():
+    clips = torch.randint(0, 256, (2, 4, 5, 5, 3), dtype=torch.uint8)
+    x = to_input(clips, None, recipe("rgb_difference"))
+    expected = np.diff(clips.numpy() / 255.0, axis=1).transpose(0, 4, 1, 2, 3) / np.array(STD).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(x[:, :, 1:].numpy(), expected, atol=1e-5)
+    assert torch.equal(x[:, :, 0], x[:, :, 1])
+    still = to_input(clips[:, :1].expand(-1, 4, -1, -1, -1), None, recipe("rgb_difference"))
+    assert not still.any()

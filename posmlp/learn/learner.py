@@ -71,7 +71,7 @@ class Learner:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step / self.steps_per_epoch, self.config.train.epochs, optim)
-        clips = to_input(batch.clips, batch.draws, self.config.augment)
+        clips = to_input(batch.clips, batch.draws, self.config)
         with self.autocast():
             logits = self.model(clips)
         losses = F.cross_entropy(logits.float(), batch.labels, reduction="none", label_smoothing=optim.label_smoothing)
@@ -91,7 +91,7 @@ class Learner:
         """Sums over the batch: float64 ``[4]`` of loss, top-1 hits, top-5 hits, clips."""
         self.evaluated.eval()
         with self.autocast():
-            logits = self.evaluated(to_input(batch.clips, None, self.config.augment))
+            logits = self.evaluated(to_input(batch.clips, None, self.config))
         losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]  # [B, 5]
         rows = torch.stack([losses, ranked[:, 0], ranked.any(1), torch.ones_like(losses)])  # [4, B]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posmlp.config import AugmentSection
+from posmlp.config import AugmentSection, Config
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1, as in the published recipes
 STD = (0.229, 0.224, 0.225)
@@ -22,22 +22,27 @@ def draw(rng: np.random.Generator) -> np.ndarray:
     return rng.random(DRAWS, dtype=np.float32)
 
 
-def to_input(clips: Tensor, draws: Tensor | None, config: AugmentSection) -> Tensor:
+def to_input(clips: Tensor, draws: Tensor | None, config: Config) -> Tensor:
     """Model input from decoded clips.
 
     Args:
         clips: uint8 ``[B, T, H, W, 3]``, on the device that shall do the work.
         draws: float32 ``[B, DRAWS]``, or None for no augmentation.
-        config: strengths.
+        config: the recipe, for ``augment`` and ``data.modality``.
 
     Returns:
-        float32 ``[B, 3, T, H, W]``, normalised.
+        float32 ``[B, 3, T, H, W]``, normalised; of the modality ``rgb_difference`` (TSN, arXiv:1608.00859, section 3.2)
+        every frame minus the one before, the first as the second.
     """
     x = clips.permute(0, 4, 1, 2, 3).float().div_(255)
     if draws is not None:
-        x = augment(x, draws, config)
+        x = augment(x, draws, config.augment)
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1, 1) for v in (MEAN, STD))
-    return (x - mean).div_(std).contiguous()
+    x = (x - mean).div_(std).contiguous()
+    if config.data.modality == "rgb_difference":
+        change = x.diff(dim=2)
+        x = torch.cat([change[:, :, :1], change], dim=2)
+    return x
 
 
 def augment(x: Tensor, draws: Tensor, config: AugmentSection) -> Tensor:

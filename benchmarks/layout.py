@@ -10,12 +10,15 @@ time without oneDNN's matrix products: the gain that is left there is the layout
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+import sys
 from collections.abc import Callable
 
 import torch
 from plain import PlainModel
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError
 
 import posmlp
 from posmlp.model import ops
@@ -62,9 +65,22 @@ def without_onednn(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def interleaved(runs: list[Callable[[], None]], device: torch.device, repeats: int) -> list[float]:
-    """Median milliseconds of each, timed in turn after two rounds of warming up."""
-    rounds = [[1e3 * seconds(run, device) for run in runs] for _ in range(2 + repeats)]
-    return [statistics.median(times) for times in zip(*rounds[2:], strict=True)]
+    """Median milliseconds of each, timed in turn after two calls that warm up; NaN for one that does not compile."""
+    medians = [math.nan] * len(runs)
+    times: dict[int, list[float]] = {}
+    for i, run in enumerate(runs):
+        try:
+            run()
+            run()
+            times[i] = []
+        except InductorError as error:
+            print(f"PyTorch's compiler failed: {str(error).splitlines()[0]}", file=sys.stderr)
+    for _ in range(repeats):
+        for i, collected in times.items():
+            collected.append(1e3 * seconds(runs[i], device))
+    for i, collected in times.items():
+        medians[i] = statistics.median(collected)
+    return medians
 
 
 def main() -> None:
@@ -74,7 +90,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true", help="eager only; compiling takes minutes")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="eager only; compiling s16 takes several minutes a row"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -86,7 +104,7 @@ def main() -> None:
     check_equal(ours, plain, clip)
 
     print(f"{args.model}, batch {args.batch}; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
-    print(f"median of {args.repeats}, ms; a step is forward and backward\n")
+    print(f"median of {args.repeats}, ms; a step is forward and backward; nan: does not compile\n")
     print(f"{'':<24}{'plain':>9}{'ours':>9}{'plain/ours':>12}{'ours, no oneDNN':>17}{'plain/that':>12}")
     for compiled in (False,) if args.no_compile else (False, True):
         for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):

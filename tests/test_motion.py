@@ -46,7 +46,7 @@ def measure_motion(clip: np.ndarray) -> np.ndarray:
 
 def guess_label(clip: np.ndarray) -> int:
     """The class whose typical motion is nearest to the strongest measured one."""
-    right, down, grow, clockwise = measure_motion(clip) / (0.4, 0.4, 0.65, 1.8)
+    right, down, grow, clockwise = measure_motion(clip) / (0.4, 0.4, 0.65, 0.9)
     strength = dict(zip(CLASSES, (-right, right, -down, down, grow, -grow, clockwise, -clockwise), strict=True))
     return CLASSES.index(max(strength, key=strength.get))
 
@@ -101,11 +101,12 @@ def test_a_pair_differs_by_the_order_of_frames_alone(label):
 
 
 def test_a_random_frame_has_the_same_place_size_and_angle_in_every_class():
+    """All but the place of what turns, which is near the middle."""
     rng = np.random.default_rng(0)
     samples = [draw_poses(pair, rng, lambda: rng.integers(24)) for pair in range(4)]
     for pair in range(1, 4):
-        for quantity in range(4):
-            assert same_law(samples[0][quantity], samples[pair][quantity])
+        same = [same_law(a, b) for a, b in zip(samples[0], samples[pair], strict=True)]
+        assert same == [pair != 3, pair != 3, True, True]
 
 
 @pytest.mark.parametrize("pair", range(4))

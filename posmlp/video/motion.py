@@ -4,11 +4,11 @@ A scene is one textured shape that moves, on a soft and slowly drifting backgrou
 still. The classes are four pairs, and the second of a pair is the first played backwards: as drawn, nothing that
 forgets the order of the frames can tell the two apart.
 
-Nor do place, size and angle in a frame taken at random. Every class draws the whole scene by the same laws. Angles
-start anywhere and the picture wraps round (what leaves on one side returns on the other), so place and angle are
-spread evenly at every moment; a shape that keeps its size has that of a random moment of an approach. Only a frame of
-known time says something: an approaching shape starts smaller than a receding one. There is no motion blur, because a
-blurred frame would show its direction.
+Between pairs, size and angle in a frame taken at random tell nothing, and place only that a shape in a corner does not
+turn, as what turns goes round a point near the middle. Angles start anywhere and the picture wraps round (what leaves
+on one side returns on the other), so they are spread evenly at every moment; a shape that keeps its size has that of a
+random moment of an approach. A frame of known time says a little more: an approaching shape starts smaller than a
+receding one. There is no motion blur, because a blurred frame would show its direction.
 
 A mirrored clip belongs to another class: train on this set without flips.
 """
@@ -35,7 +35,9 @@ VERSION = 1  # raise it when a change alters the clips of a set
 
 TRAVEL = (0.25, 0.6)  # way of a moving shape over the clip, in frame sizes
 ZOOM = (1.6, 2.3)  # last size over first size of an approaching shape
-SPIN = (math.radians(60), math.radians(150))  # turn of a rotating shape over the clip
+SPIN = (math.radians(120), math.radians(270))  # turn of a rotating shape over the clip
+ARM = (0.15, 0.25)  # from the point that it turns about to its centre, in frame sizes
+PIVOT = 0.15  # that point lies in a square of this size in the middle of the frame
 RADIUS = (0.12, 0.48)  # circumradius in frame sizes, at most; from 0.5 on, a shape would wrap into itself
 STRAY_DRIFT, STRAY_TURN, STRAY_AIM = 0.03, math.radians(8), math.radians(12)  # motion that is not the class's own
 CAMERA_DRIFT = 0.05  # way of the background over the clip, in frame sizes, at most
@@ -86,18 +88,22 @@ def _pose(pair: int, rng: np.random.Generator, frames: int) -> _Pose:
     frozen = np.full_like(progress, progress[rng.integers(frames)])
 
     x, y, angle = rng.random(), rng.random(), rng.uniform(0, TURN)
+    if pair == 3:
+        x, y = 0.5 + PIVOT * (x - 0.5), 0.5 + PIVOT * (y - 0.5)
     travel, aim = rng.uniform(*TRAVEL), rng.uniform(-STRAY_AIM, STRAY_AIM)
     drift, drift_aim = rng.uniform(0, STRAY_DRIFT), rng.uniform(0, TURN)
     spin, stray_turn = rng.uniform(*SPIN), rng.uniform(-STRAY_TURN, STRAY_TURN)
+    arm, side = rng.uniform(*ARM) * (pair == 3), rng.uniform(0, TURN)
     zoom = math.log(rng.uniform(*ZOOM))
     smallest = rng.uniform(math.log(RADIUS[0]), math.log(RADIUS[1]) - zoom)
 
     way, heading = (travel, aim - (math.pi, math.pi / 2)[pair]) if pair < 2 else (drift, drift_aim)
+    turned = (spin if pair == 3 else stray_turn) * progress
     return _Pose(
-        x=x + way * math.cos(heading) * progress,
-        y=y + way * math.sin(heading) * progress,
+        x=x + way * math.cos(heading) * progress + arm * np.cos(side + turned),
+        y=y + way * math.sin(heading) * progress + arm * np.sin(side + turned),
         radius=np.exp(smallest + zoom * (progress if pair == 2 else frozen)),
-        angle=angle + (spin if pair == 3 else stray_turn) * progress,
+        angle=angle + turned,
     )
 
 

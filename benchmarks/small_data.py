@@ -11,35 +11,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
-import torch
+from order import validation_logits
 
-from pipelines.train import train, trained_model
-from posmlp.config import Config, load_recipe
-from posmlp.video.augment import to_input
-from posmlp.video.decode import load_clip
-from posmlp.video.manifest import read_manifest
+from pipelines.train import train
+from posmlp.config import load_recipe
 
 
-def top1(model: torch.nn.Module, config: Config, frame_order: str) -> float:
-    """Validation top-1 in a plain loop, with the frames in the given order."""
-    data, variant = config.data.model_copy(update={"frame_order": frame_order}), config.model.variant()
-    rows = read_manifest(data.val.path, data.val.where).rows.to_pylist()
-    hits = 0
-    for r in rows:
-        clip = load_clip(
-            r["uri"],
-            r["sample_id"],
-            data,
-            frames=variant.frames,
-            size=variant.image_size,
-            seed=0,
-            epoch=0,
-            train=False,
-        )
-        with torch.no_grad():
-            hits += int(model(to_input(torch.from_numpy(clip[None]), None, config)).argmax()) == r["label"]
-    return hits / len(rows)
+def top1(run: Path, frame_order: str) -> float:
+    """A run's validation top-1 in a plain loop."""
+    logits, labels, _ = validation_logits(run, frame_order)
+    return float((logits.argmax(1) == labels).double().mean())
 
 
 def main() -> None:
@@ -67,7 +50,7 @@ def main() -> None:
             start = time.perf_counter()
             result = train(config, echo=lambda line: print(line, flush=True))
             seconds = time.perf_counter() - start
-            tested = [top1(trained_model(result.path), config, frames) for frames in ("ordered", "shuffled")]
+            tested = [top1(result.path, frames) for frames in ("ordered", "shuffled")]
             rows.append((order, source, target, result.metrics["val/top1"], *tested, seconds))
     print("\ntop-1 of the run; of its model in a plain loop, on ordered and on shuffled frames")
     print(f"{'trained on':<12}{'group':<7}{'validated on':<14}{'top-1':>7}{'ordered':>9}{'shuffled':>10}{'seconds':>9}")

@@ -21,16 +21,16 @@ from pipelines.train import trained_model
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.video.motion import CLASSES, render
 
-SCENE = 149  # a seed whose shape stays inside the frame in all motions
+SCENE = 2081  # a seed whose shape stays inside the frame in all motions
 
 
 def draw_motions(figure: SubFigure) -> None:
-    """Each class as a strip of five moments of the same scene."""
-    axes = figure.subplots(2, 4)
+    """Each class as a strip of four moments of the same scene."""
+    axes = figure.subplots(2, 4, gridspec_kw={"left": 0.02, "right": 0.98, "wspace": 0.06, "bottom": 0.02})
     figure.suptitle("eight motions: no single frame tells them apart", fontsize=10, x=0.01, ha="left")
     for k, (ax, name) in enumerate(zip(axes.T.flatten(), CLASSES, strict=True)):
         clip = render(k, np.random.default_rng(SCENE))
-        moments = np.linspace(0, len(clip) - 1, 5).round().astype(int)
+        moments = np.linspace(0, len(clip) - 1, 4).round().astype(int)
         ax.imshow(np.concatenate(list(clip[moments]), axis=1))
         ax.set_title(name, fontsize=8, pad=2)
         ax.axis("off")
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run of parallel blocks, such as runs/demo")
     parser.add_argument("--out", type=Path, default=Path("docs/tables.png"))
     args = parser.parse_args()
-    figure = plt.figure(figsize=(11, 6.2))
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2.4])
+    figure = plt.figure(figsize=(11, 7))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.9])
     draw_motions(top)
     draw_tables(bottom, trained_model(args.run))
     args.out.parent.mkdir(parents=True, exist_ok=True)

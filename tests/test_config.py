@@ -22,7 +22,7 @@ def test_overrides_reach_every_depth_and_parse_as_yaml():
     )
     assert config.train.epochs == 7
     assert config.data.train.where == {"group": "A"}
-    assert config.model.variant().full_windows() == [(16, 8, 8), (16, 4, 4), (2, 4, 4), (16, 2, 2)]
+    assert config.model.variant().full_windows() == [(8, 8, 8), (8, 4, 4), (2, 4, 4), (8, 2, 2)]
     assert config.flat()["data.train.where.group"] == "A"
 
 

@@ -269,7 +269,7 @@ def test_joint_windows_of_3136_tokens_train_in_little_memory():
     """It takes 1.1 GB; with the three full maps, [8, 3136, 3136] each, it would be 2.1 GB."""
     run = subprocess.run([sys.executable, "-c", JOINT_AT_FULL_SIZE], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert 0.5 < float(run.stdout) < 1.7
+    assert 0.1 < float(run.stdout) < 1.7
 
 
 def test_the_joint_unit_never_holds_the_full_map():

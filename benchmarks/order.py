@@ -1,0 +1,69 @@
+"""Does a model need the order of the frames? Validation of a run, with frames in order and shuffled.
+
+    python benchmarks/order.py runs/demo
+
+For each pair of the embedded data set (the second class is the first played backwards) it prints how often the model
+chooses the right one of the two: 50 % is chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from pipelines.train import RUN_FILE, trained_model
+from posmlp.config import Config
+from posmlp.video.augment import to_input
+from posmlp.video.decode import load_clip
+from posmlp.video.manifest import read_manifest
+
+
+def validation_logits(run: Path, frame_order: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """Logits ``[N, classes]`` of a run's validation videos in a plain loop, their labels ``[N]``, and the class names.
+
+    Args:
+        run: the run's folder.
+        frame_order: ``ordered`` or ``shuffled``.
+    """
+    model, config = trained_model(run), Config.model_validate(json.loads((run / RUN_FILE).read_text())["config"])
+    data, variant = config.data.model_copy(update={"frame_order": frame_order}), config.model.variant()
+    manifest = read_manifest(data.val.path, data.val.where)
+    logits = []
+    for row in manifest.rows.to_pylist():
+        clip = load_clip(
+            row["uri"],
+            row["sample_id"],
+            data,
+            frames=variant.frames,
+            size=variant.image_size,
+            seed=0,
+            epoch=0,
+            train=False,
+        )
+        with torch.no_grad():
+            logits.append(model(to_input(torch.from_numpy(clip[None]), None, config))[0])
+    return torch.stack(logits), torch.tensor(manifest.rows["label"].to_pylist()), manifest.classes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run on the embedded data set, such as runs/demo")
+    args = parser.parse_args()
+    results = [validation_logits(args.run, order) for order in ("ordered", "shuffled")]
+    print(f"{'':<30}{'ordered':>9}{'shuffled':>10}")
+    accuracies = [(logits.argmax(1) == labels).double().mean() for logits, labels, _ in results]
+    print(f"{'top-1':<30}" + "".join(f"{a:>9.1%} " for a in accuracies))
+    _, labels, classes = results[0]
+    for first in range(0, len(classes), 2):
+        pair = (labels == first) | (labels == first + 1)
+        hits = [
+            ((x[pair, first + 1] > x[pair, first]) == (labels[pair] > first)).double().mean() for x, _, _ in results
+        ]
+        print(f"{classes[first] + ' or ' + classes[first + 1]:<30}" + "".join(f"{h:>9.1%} " for h in hits))
+
+
+if __name__ == "__main__":
+    main()

@@ -36,8 +36,12 @@ from posmlp.model.cost import Cost, cost
 from posmlp.video.manifest import Manifest, read_manifest
 
 # glibc gives every large block back to the system and takes a fresh one for the next: a quarter of a training step on
-# the CPU is then page faults. Workers keep what they have.
-WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+# the CPU is then page faults. Workers keep what they have, in one arena: the training thread's own would give it back.
+WORKER_ENV = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_ARENA_MAX": "1",
+}
 STATE_FILE = "state.pt"
 RUN_FILE = "run.json"
 

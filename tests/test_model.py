@@ -253,23 +253,23 @@ def test_the_compiler_traces_the_same_function():
 
 
 JOINT_AT_FULL_SIZE = """
-import resource, torch, posmlp
+import torch, posmlp
+from posmlp.model.cost import resident_peak
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 model = posmlp.create_model("s16", depths=(3, 1, 1, 1), blocks=("joint", "parallel", "parallel", "parallel"))
-start = peak()
+start = resident_peak()
 model(torch.randn(1, 3, 16, 224, 224)).sum().backward()
 assert all(p.grad.isfinite().all() for p in model.parameters())
-print(peak() - start)
+print((resident_peak() - start) / 1e9)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak on Linux alone")
 def test_joint_windows_of_3136_tokens_train_in_little_memory():
     """It takes 1.1 GB; with the three full maps, [8, 3136, 3136] each, it would be 2.1 GB."""
     run = subprocess.run([sys.executable, "-c", JOINT_AT_FULL_SIZE], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert 0.1 < float(run.stdout) < 1.7
+    assert 0.5 < float(run.stdout) < 1.7
 
 
 def test_the_joint_unit_never_holds_the_full_map():

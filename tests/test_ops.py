@@ -19,6 +19,13 @@ LAYOUTS = {
 side = st.integers(1, 40)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_products_too():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "ONEDNN_FROM", 0)
+        yield
+
+
 @pytest.fixture(params=[True, False], ids=["onednn", "plain"])
 def kernel(request, monkeypatch):
     if request.param and not ops.HAS_ONEDNN:

@@ -84,15 +84,17 @@ class Block(nn.Module):
         """Sum of the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1."""
         weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])  # [2C * units, C]
         bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
-        hidden = gelu(matmul(weight, channel_norm(x).flatten(1)).add_(bias[:, None]))  # [2C * units, tokens]
-        branches = []
-        for unit, uv in zip(units, hidden.chunk(len(units)), strict=True):
-            u, v = uv.view(2, *x.shape)
+        hidden = matmul(weight, channel_norm(x).flatten(1))  # [2C * units, tokens]
+        hidden = gelu(hidden.add_(bias[:, None].to(hidden.dtype)))  # adding another dtype would copy
+        halves = hidden.view(2 * len(units), *x.shape).unbind()
+        out = None
+        for unit, u, v in zip(units, halves[::2], halves[1::2], strict=True):
             gated = unit.gate(u if real is None else u * real.to(u.dtype), v, extent)
-            branches.append(matmul(unit.fc2.weight, gated.flatten(1)).add_(unit.fc2.bias[:, None]))
-        for other in branches[1:]:
-            branches[0].add_(other)
-        return branches[0].view(x.shape)
+            branch = matmul(unit.fc2.weight, gated.flatten(1))
+            out = branch if out is None else out.add_(branch)
+        assert out is not None
+        bias = torch.stack([u.fc2.bias for u in units]).sum(0)
+        return out.add_(bias[:, None].to(out.dtype)).view(x.shape)
 
 
 class Downsample(nn.Module):

@@ -95,7 +95,7 @@ class PositionGate(nn.Module):
         else:
             mixed = ToeplitzProduct.apply(maps, u.reshape(groups, -1, t, h * w))
         bias = self.bias.view(self.window)[:t, :h, :w].flatten(1)  # [T or 1, N or 1]
-        mixed = mixed.view(u.shape).add_(bias)
+        mixed = mixed.view(u.shape).add_(bias.to(mixed.dtype))
         return mixed * v if mixed.requires_grad or v.requires_grad else mixed.mul_(v)
 
 

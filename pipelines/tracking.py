@@ -19,9 +19,11 @@ import ray
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from posmlp.config import Config
+from posmlp.errors import UserError
 
 MAX_PARAMS = 100  # that one MLflow call takes
 
@@ -46,22 +48,22 @@ class Tracker:
         """Start a run, or go on with ``run_id``.
 
         Raises:
-            mlflow.exceptions.MlflowException: the store cannot be reached or written.
+            UserError: the store cannot be reached or written.
         """
         for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         uri = tracking_uri(config)
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(uri)
-        if run_id is None:
-            experiment = experiment_id(client, config)
-            run_id = client.create_run(experiment, run_name=config.name, tags=dict(tags)).info.run_id
-            params = [Param(k, str(v)) for k, v in config.flat().items()]
-            for i in range(0, len(params), MAX_PARAMS):
-                client.log_batch(run_id, params=params[i : i + MAX_PARAMS])
-            client.log_text(run_id, config.to_yaml(), "config.yaml")
-        client.update_run(run_id, status="RUNNING")
+        try:
+            client = MlflowClient(uri)
+            if run_id is None:
+                run_id = create_run(client, config, tags)
+            client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {uri} cannot be written, see tracking.uri and MLFLOW_TRACKING_URI: {error.message}"
+            ) from error
         tracker = cls(client, run_id)
         tracker.monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
         tracker.monitor.start()
@@ -108,6 +110,16 @@ def active_uri(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(None)
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def create_run(client: MlflowClient, config: Config, tags: Mapping[str, str]) -> str:
+    """A new run with its recipe as params and as an artifact; returns its id."""
+    run_id = client.create_run(experiment_id(client, config), run_name=config.name, tags=dict(tags)).info.run_id
+    params = [Param(k, str(v)) for k, v in config.flat().items()]
+    for i in range(0, len(params), MAX_PARAMS):
+        client.log_batch(run_id, params=params[i : i + MAX_PARAMS])
+    client.log_text(run_id, config.to_yaml(), "config.yaml")
+    return run_id
 
 
 def experiment_id(client: MlflowClient, config: Config) -> str:

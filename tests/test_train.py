@@ -132,6 +132,12 @@ def test_what_cannot_run_is_refused_before_anything_starts(local_ray, motion_set
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_an_unreachable_mlflow_is_refused(local_ray, motion_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be written, see tracking\.uri"):
+        train(recipe_for(tmp_path, motion_set, "tracking.uri=http://127.0.0.1:9"))
+
+
 def with_broken(motion_set, folder, count):
     """A copy of val.csv whose first ``count`` videos are cut short."""
     header, *rows = (motion_set / "val.csv").read_text().splitlines()

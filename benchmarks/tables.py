@@ -27,7 +27,7 @@ SCENE = 2081  # a seed whose shape stays inside the frame in all motions
 def draw_motions(figure: SubFigure) -> None:
     """Each class as a strip of four moments of the same scene."""
     axes = figure.subplots(2, 4, gridspec_kw={"left": 0.02, "right": 0.98, "wspace": 0.06, "bottom": 0.02})
-    figure.suptitle("eight motions: no single frame tells them apart", fontsize=10, x=0.01, ha="left")
+    figure.suptitle("eight motions: each of a pair is the other played backwards", fontsize=10, x=0.01, ha="left")
     for k, (ax, name) in enumerate(zip(axes.T.flatten(), CLASSES, strict=True)):
         clip = render(k, np.random.default_rng(SCENE))
         moments = np.linspace(0, len(clip) - 1, 4).round().astype(int)

@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="eager only; compiling s16 takes several minutes a row"
     )
+    parser.add_argument("--forward-only", action="store_true", help="no training steps")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -108,7 +109,7 @@ def main() -> None:
     print(f"{'':<24}{'plain':>9}{'ours':>9}{'plain/ours':>12}{'ours, no oneDNN':>17}{'plain/that':>12}")
     for compiled in (False,) if args.no_compile else (False, True):
         for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-            for step in (False, True):
+            for step in (False,) if args.forward_only else (False, True):
                 if compiled:
                     torch._dynamo.reset()
                     plain.compile(dynamic=False)

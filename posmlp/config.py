@@ -21,6 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Format = Literal["auto", "csv", "folder", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51"]
 
 
 class RecipeError(UserError):
@@ -59,36 +60,50 @@ class ModelSection(Section):
 
 
 class SplitSection(Section):
-    """One split of a data set: a manifest CSV or a class-per-folder tree, and which of its rows to take."""
+    """One split of a data set: its list, and which of the list's rows to take. Paths may be URIs (``s3://...``)."""
 
-    path: str
-    where: dict[str, str] = {}  # keep the rows whose CSV columns have these values
+    path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
+    root: str | None = None  # where the videos lie; None: beside the list
+    where: dict[str, str] = {}  # keep the rows whose columns have these values
 
 
 class DataSection(Section):
     """Where the videos are, and how a clip is cut from one."""
 
+    format: Format = "auto"  # of the lists; auto: a CSV file, a Parquet file or a class-per-folder tree
+    classes: str | None = None  # the file of class names, for formats that have one apart
+    template: str = "{:05d}.jpg"  # names of a frame folder's images, counted from 1 (ssv1)
     train: SplitSection
     val: SplitSection
     modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the one before
     sampling: Literal["uniform", "dense"] = "uniform"
     stride: Positive = 1  # frames between two samples; dense only
+    fps: Annotated[float, Field(gt=0)] | None = None  # sample as if every video had this frame rate
     frame_order: Literal["ordered", "shuffled"] = "ordered"  # shuffled: a control that destroys motion
     short_side: Positive | None = None  # frames are decoded at this short side; None: 8/7 of the image size
     crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)  # area of the training crop, as a share of the frame
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width : height of the training crop
+    repeats: Positive = 1  # training clips cut from a video each time it is decoded (repeated augmentation)
+    decoder: Literal["pyav", "decord"] = "pyav"  # decord: PyAV takes over where decord would be wrong
+    decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # a video that takes longer is bad
     cache_dir: str | None = None  # keep every decoded frame here, so that each video is decoded once
     max_bad_fraction: Fraction = 0.05  # share of an epoch's videos that may fail to decode
     rows_per_block: Positive = 16  # videos decoded by one Ray Data task
 
 
 class AugmentSection(Section):
-    """Augmentation on the device; each strength is the largest relative change, 0 switches it off."""
+    """Augmentation on the device, the same for all frames of a clip; 0 switches a thing off."""
 
     flip: Fraction = 0.0  # probability of a horizontal flip; leave at 0 where direction tells the class
-    brightness: Fraction = 0.0
+    flip_classes: dict[str, str] = {}  # classes that a flip turns into another, as {left: right}; works both ways
+    brightness: Fraction = 0.0  # the largest relative change, of this and the next two
     contrast: Fraction = 0.0
     saturation: Fraction = 0.0
+    randaug_layers: Annotated[int, Field(ge=0)] = 0  # RandAugment: operations a clip
+    randaug_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    erasing: Fraction = 0.0  # probability that a random box is filled with noise
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # Beta distribution's parameter; pairs of clips are blended
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # likewise; a box of one clip comes from the other
 
 
 class OptimSection(Section):
@@ -118,6 +133,8 @@ class EvalSection(Section):
     """Validation after each epoch."""
 
     every: Positive = 1  # epochs between validations; the last epoch is always validated
+    clips: Positive = 1  # clips of a video, at different times; predictions are averaged over all its views
+    crops: Literal[1, 3] = 1  # squares of a clip: the centre, or both ends of the longer side too
 
 
 class ScalingSection(Section):
@@ -161,9 +178,16 @@ class Config(Section):
             low, high = getattr(self.data, key)
             if not 0 < low <= high:
                 problems.append(f"data.{key} ({low}, {high}) must be two positive numbers, the smaller first")
-        if self.train.global_batch % self.scaling.workers:
+        clips_per_step = self.data.repeats * self.scaling.workers
+        if self.train.global_batch % clips_per_step:
             problems.append(
-                f"train.global_batch {self.train.global_batch} must divide by scaling.workers {self.scaling.workers}"
+                f"train.global_batch {self.train.global_batch} must divide by scaling.workers x data.repeats "
+                f"= {clips_per_step}"
+            )
+        elif (self.augment.mixup or self.augment.cutmix) and self.train.global_batch // clips_per_step % 2:
+            problems.append(
+                f"augment.mixup and augment.cutmix blend pairs: train.global_batch {self.train.global_batch} must "
+                f"divide by 2 x scaling.workers x data.repeats = {2 * clips_per_step}"
             )
         if self.optim.warmup_epochs > self.train.epochs:
             problems.append(

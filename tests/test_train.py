@@ -191,8 +191,10 @@ def start_cli(folder, motion_set, *overrides):
 
 
 def wait_for_checkpoint(folder, process, seconds=120):
+    """Until Ray Train has noted a checkpoint; one whose file is there, but which is not yet noted, is not resumed."""
     deadline = time.monotonic() + seconds
-    while not list((folder / "small").glob("checkpoint_*/state.pt")):
+    noted = folder / "small" / "checkpoint_manager_snapshot.json"
+    while not (noted.exists() and "checkpoint_dir_name" in noted.read_text()):
         assert process.poll() is None, (folder / "log.txt").read_text()
         assert time.monotonic() < deadline, (folder / "log.txt").read_text()
         time.sleep(0.2)

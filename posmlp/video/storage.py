@@ -1,0 +1,209 @@
+"""Files wherever they lie: a local path, an object store's URI, or a row of a Parquet file.
+
+A URI such as ``s3://bucket/key`` is opened by PyArrow's own file systems (local, S3, GCS, Azure, HDFS) and any other
+scheme by fsspec, if the package for it is installed. Credentials and endpoints come from the environment that these
+libraries read (for S3 ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``, or
+``?endpoint_override=...&scheme=http`` behind the URI). ``FILE.parquet#7`` is the value of column ``data`` in row 7.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from posmlp.errors import UserError
+
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+FILE = "file://"
+OPTIONS = re.compile(r"\?(?=\w+=[^?]*$)")  # the question mark before a store's options; one in a file name is not it
+PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)$", re.DOTALL)
+BYTES_COLUMN = "data"  # of a Parquet file with inline videos
+
+
+class StorageError(UserError):
+    """A URI that no file system here can open."""
+
+
+def is_remote(uri: str) -> bool:
+    """Whether it has a scheme other than ``file``; everything else is a path of this machine."""
+    return bool(SCHEME.match(uri)) and not uri.startswith(FILE)
+
+
+def local_path(uri: str) -> str:
+    """The absolute path of what is not remote."""
+    return os.path.abspath(uri.removeprefix(FILE))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """A remote URI and its options, which are kept apart from the path."""
+    location, *options = OPTIONS.split(uri, maxsplit=1)
+    return location, "?" + options[0] if options else ""
+
+
+def parquet_row(uri: str) -> tuple[str, int] | None:
+    """File and row of ``FILE.parquet#ROW``; None for any other URI."""
+    match = PARQUET_ROW.match(uri)
+    return (match[1], int(match[2])) if match else None
+
+
+def join(base: str, relative: str) -> str:
+    """``relative`` below the folder ``base``, or as it is where it is absolute or a URI; local paths become absolute."""
+    if SCHEME.match(relative):
+        return relative if is_remote(relative) else local_path(relative)
+    if is_remote(base) and not relative.startswith("/"):
+        folder, options = _split(base)
+        return f"{folder.rstrip('/')}/{relative}{options}"
+    return os.path.normpath(os.path.join(local_path(base), relative))
+
+
+def parent(uri: str) -> str:
+    """The folder that a file lies in."""
+    if not is_remote(uri):
+        return os.path.dirname(local_path(uri))
+    path, options = _split(uri)
+    return path.rpartition("/")[0] + options
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a path or URI, and the path in it.
+
+    Raises:
+        StorageError: unknown scheme, a malformed URI, or a missing package.
+    """
+    if not is_remote(uri):
+        return _local(), local_path(uri)
+    location, options = _split(uri)
+    scheme, _, path = location.partition("://")
+    root = f"{scheme}://{path.partition('/')[0]}{options}"
+    system, base = _remote(root)
+    rest = path.partition("/")[2]
+    return system, f"{base.rstrip('/')}/{rest}" if base and rest else base or path
+
+
+@functools.cache
+def _local() -> pafs.FileSystem:
+    return pafs.LocalFileSystem()
+
+
+@functools.lru_cache(maxsize=32)  # a client holds connections: one for each bucket, not one for each file
+def _remote(root: str) -> tuple[pafs.FileSystem, str]:
+    try:
+        return pafs.FileSystem.from_uri(root)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        return _by_fsspec(root, error)
+
+
+def _by_fsspec(root: str, why: Exception) -> tuple[pafs.FileSystem, str]:
+    """What PyArrow does not know, through fsspec."""
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(root)
+    except (ImportError, ValueError, OSError) as error:
+        raise StorageError(
+            f"{root}: no file system for it ({why}; fsspec: {error}); check the scheme, or install its fsspec package"
+        ) from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(system)), path
+
+
+def read_bytes(uri: str) -> bytes:
+    """A whole file, or one row's video of a Parquet file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: it cannot be read (no permission, no connection, not Parquet, no such row or column).
+        StorageError: no file system for the URI.
+    """
+    if row := parquet_row(uri):
+        return _read_row(*row)
+    system, path = resolve(uri)
+    with system.open_input_stream(path, compression=None) as file:
+        content: bytes = file.read()
+    return content
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a file that appears only when complete; folders are made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    system, path = resolve(uri)
+    if is_remote(uri):  # object stores show an object when its upload ends
+        with system.open_output_stream(path, compression=None) as file:
+            file.write(content)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def are_files(uris: Sequence[str]) -> list[bool]:
+    """Whether each is a file that exists (of ``FILE.parquet#ROW``, the file). Many requests at a time for a store."""
+    paths = [(row := parquet_row(uri)) and row[0] or uri for uri in uris]
+    found: dict[str, bool] = {}
+    for uri in dict.fromkeys(paths):
+        if not is_remote(uri):
+            found[uri] = os.path.isfile(local_path(uri))
+    remote: dict[Any, list[str]] = {}
+    for uri in dict.fromkeys(path for path in paths if path not in found):
+        remote.setdefault(resolve(uri)[0], []).append(uri)
+    for system, group in remote.items():
+        infos = system.get_file_info([resolve(uri)[1] for uri in group])
+        found |= {uri: info.type == pafs.FileType.File for uri, info in zip(group, infos, strict=True)}
+    return [found[path] for path in paths]
+
+
+def version(uri: str) -> str:
+    """Changes when the file does: its size and time of change.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: the store does not answer.
+    """
+    row = parquet_row(uri)
+    system, path = resolve(row[0] if row else uri)
+    info = system.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(uri)
+    return f"{info.size}|{info.mtime_ns}"
+
+
+@functools.lru_cache(maxsize=16)  # reading a footer costs more than reading a row
+def _parquet(path: str, version: str) -> tuple[pq.ParquetFile, list[int]]:
+    """An open file and the first row of each of its row groups."""
+    system, place = resolve(path)
+    file = pq.ParquetFile(system.open_input_file(place), pre_buffer=False)
+    starts = [0]
+    for group in range(file.num_row_groups):
+        starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
+    return file, starts
+
+
+def _read_row(path: str, row: int) -> bytes:
+    try:
+        file, starts = _parquet(path, version(path))
+        if BYTES_COLUMN not in file.schema_arrow.names:
+            raise OSError(f"{path} has no column {BYTES_COLUMN!r}")
+        if row >= starts[-1]:
+            raise OSError(f"{path} has {starts[-1]} rows, no row {row}")
+        group = next(i for i, end in enumerate(starts[1:]) if row < end)
+        column = file.read_row_group(group, columns=[BYTES_COLUMN], use_threads=False)[BYTES_COLUMN]
+    except pa.ArrowInvalid as error:
+        raise OSError(f"{path} is not a Parquet file: {error}") from error
+    content: bytes = column[row - starts[group]].as_py()
+    return content

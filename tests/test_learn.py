@@ -1,4 +1,4 @@
-"""Optimizer, schedule, steps, and what happens to pixels on the device."""
+"""Optimizer, schedule and steps."""
 
 import math
 
@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 
 from posmlp import create_model
 from posmlp.config import OptimSection, load_recipe
+from posmlp.errors import UserError
 from posmlp.learn.learner import Batch, Learner
 from posmlp.learn.optim import build_optimizer, learning_rate
-from posmlp.video.augment import MEAN, STD, to_input
+from posmlp.video.augment import to_input, to_train_input
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 
 
-def make_learner(*overrides, steps=5):
+def make_learner(*overrides, steps=5, classes=()):
     config = load_recipe("demo", [*SMALL, *overrides])
     torch.manual_seed(0)
-    return Learner(create_model(config.model.name, **config.model.overrides()), config, steps)
+    return Learner(create_model(config.model.name, **config.model.overrides()), config, steps, classes)
 
 
 def make_batch(count=8, seed=0, classes=8):
@@ -30,7 +31,7 @@ def make_batch(count=8, seed=0, classes=8):
         clips=torch.randint(0, 256, (count, 4, 32, 32, 3), dtype=torch.uint8, generator=g),
         labels=torch.arange(count) % classes,
         weights=torch.ones(count),
-        draws=torch.rand(count, 4, generator=g),
+        seeds=torch.randint(0, 2**63 - 1, (count,), generator=g),
     )
 
 
@@ -61,14 +62,17 @@ def test_only_matrices_decay():
 
 
 def test_a_step_is_adamw_on_the_mean_loss():
-    """Against the same step written out with PyTorch's own pieces."""
-    learner = make_learner("optim.label_smoothing=0.1", "optim.warmup_epochs=0", "optim.clip_grad=0.5")
+    """Against the same step written out with PyTorch's own pieces; targets are mixed one-hot vectors, smoothed."""
+    mixing = ("augment.mixup=0.8", "augment.cutmix=1", "augment.erasing=0.5", "augment.randaug_layers=2")
+    learner = make_learner("optim.label_smoothing=0.1", "optim.warmup_epochs=0", "optim.clip_grad=0.5", *mixing)
     twin = make_learner().raw
     twin.load_state_dict(learner.raw.state_dict())
     config, batch = learner.config, make_batch()
     optimizer = build_optimizer(twin, config.optim)
     twin.train()
-    loss = F.cross_entropy(twin(to_input(batch.clips, batch.draws, config)), batch.labels, label_smoothing=0.1)
+    clips, targets = to_train_input(batch, config, torch.arange(8))
+    assert not torch.equal(targets, F.one_hot(batch.labels, 8).float())
+    loss = -((0.9 * targets + 0.1 / 8) * twin(clips).log_softmax(1)).sum(1).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
     optimizer.step()
@@ -86,9 +90,9 @@ def test_clips_of_weight_zero_do_not_train_and_do_not_count():
     results = []
     for labels in (batch.labels, other):
         learner = make_learner()
-        loss = learner.train_step(Batch(batch.clips, labels, weights, batch.draws))
+        loss = learner.train_step(Batch(batch.clips, labels, weights, batch.seeds))
         results.append(
-            (loss, learner.eval_step(Batch(batch.clips, labels, weights, batch.draws)), learner.raw.head.bias)
+            (loss, learner.eval_step(Batch(batch.clips, labels, weights, batch.seeds)), learner.raw.head.bias)
         )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -99,7 +103,7 @@ def test_eval_sums_equal_a_plain_count():
     learner, batch = make_learner(), make_batch(16)
     sums = learner.eval_step(batch)
     with torch.no_grad():
-        logits = learner.raw.eval()(to_input(batch.clips, None, learner.config)).numpy()
+        logits = learner.raw.eval()(to_input(batch.clips, learner.config)).numpy()
     order = np.argsort(-logits, axis=1)
     labels = batch.labels.numpy()
     assert sums[1] == (order[:, 0] == labels).sum()
@@ -107,6 +111,35 @@ def test_eval_sums_equal_a_plain_count():
     assert sums[0].item() == pytest.approx(
         F.cross_entropy(torch.from_numpy(logits), batch.labels).item() * 16, rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("clips", "crops"), [(1, 1), (2, 1), (2, 3)])
+def test_the_views_of_a_video_are_averaged_as_probabilities(clips, crops):
+    learner, views = make_learner(f"eval.clips={clips}", f"eval.crops={crops}"), clips * crops
+    with torch.no_grad():
+        learner.raw.head.weight.mul_(30)  # sure of itself, so that averages of logits would rank otherwise
+    batch = make_batch(6 * views)
+    labels, weights = torch.tensor([0, 3, 5, 1, 7, 2]), torch.tensor([1.0, 1, 0, 1, 1, 0])
+    sums = learner.eval_step(
+        Batch(batch.clips, labels.repeat_interleave(views), weights.repeat_interleave(views), batch.seeds)
+    )
+    expected = torch.zeros(4, dtype=torch.float64)
+    for i in (0, 1, 3, 4):
+        with torch.no_grad():
+            logits = learner.raw.eval()(to_input(batch.clips[i * views : (i + 1) * views], learner.config))
+        mean = logits.double().softmax(1).mean(0)
+        place = int((mean > mean[labels[i]]).sum())
+        expected += torch.tensor([-mean[labels[i]].log(), place == 0, place < 5, 1])
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_learner_flips_classes_by_name():
+    names = [f"class {i}" for i in range(6)] + ["left", "right"]
+    learner = make_learner("augment.flip_classes={left: right}", classes=names)
+    assert learner.flipped.tolist() == [0, 1, 2, 3, 4, 5, 7, 6]
+    assert make_learner("augment.flip_classes={'1': '0'}").flipped.tolist() == [1, 0, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(UserError, match=r"augment\.flip_classes.*'rihgt' \(did you mean 'right'\?\)"):
+        make_learner("augment.flip_classes={left: rihgt}", classes=names)
 
 
 def test_learning_goes_on_from_its_state_bit_for_bit(tmp_path):
@@ -146,53 +179,3 @@ def test_bf16_learns_to_the_same_loss():
         assert all(p.dtype == torch.float32 for p in learner.raw.parameters())
     assert losses[0] < 1.5
     assert losses[1] == pytest.approx(losses[0], abs=0.3)
-
-
-def recipe(modality="rgb", flip=0, brightness=0, contrast=0, saturation=0):
-    augment = {"flip": flip, "brightness": brightness, "contrast": contrast, "saturation": saturation}
-    return load_recipe("demo", [f"data.modality={modality}", *(f"augment.{k}={v}" for k, v in augment.items())])
-
-
-def test_input_is_normalised_and_laid_out():
-    clips = torch.randint(0, 256, (2, 3, 4, 5, 3), dtype=torch.uint8)
-    x = to_input(clips, None, recipe())
-    expected = (clips.numpy() / 255.0 - np.array(MEAN)) / np.array(STD)
-    np.testing.assert_allclose(x.numpy(), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
-
-
-def test_augmentation_is_one_change_per_clip_and_off_at_zero():
-    clips = torch.randint(40, 200, (2, 1, 6, 6, 3), dtype=torch.uint8).expand(-1, 3, -1, -1, -1)
-    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(3))
-    plain = to_input(clips, None, recipe())
-    assert torch.equal(to_input(clips, draws, recipe()), plain)
-    strong = recipe(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
-    x = to_input(clips, draws, strong)
-    assert torch.equal(x[:, :, 0], x[:, :, 1])  # frames were equal and still are
-    alone = to_input(clips[1:], draws[1:], strong)
-    torch.testing.assert_close(x[1:], alone)  # a clip's change depends on its own draws alone
-    assert not torch.allclose(x, plain, atol=0.05)
-
-
-def test_each_augmentation_does_what_it_says():
-    clips = torch.randint(60, 180, (1, 2, 8, 8, 3), dtype=torch.uint8)
-    std, mean = torch.tensor(STD).view(3, 1, 1, 1), torch.tensor(MEAN).view(3, 1, 1, 1)
-
-    def pixels(**strengths):
-        return to_input(clips, torch.tensor([[0.0, 0.75, 0.75, 0.75]]), recipe(**strengths))[0] * std + mean
-
-    plain = pixels()
-    torch.testing.assert_close(pixels(flip=0.1), plain.flip(-1))
-    torch.testing.assert_close(pixels(brightness=0.2), plain * 1.1)
-    torch.testing.assert_close(pixels(contrast=0.2), (plain - plain.mean()) * 1.1 + plain.mean())
-    grey = (plain * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(0)
-    torch.testing.assert_close(pixels(saturation=0.2), (plain - grey) * 1.1 + grey)
-
-
-def test_rgb_difference_is_each_frame_minus_the_one_before():
-    clips = torch.randint(0, 256, (2, 4, 5, 5, 3), dtype=torch.uint8)
-    x = to_input(clips, None, recipe("rgb_difference"))
-    expected = np.diff(clips.numpy() / 255.0, axis=1).transpose(0, 4, 1, 2, 3) / np.array(STD).reshape(3, 1, 1, 1)
-    np.testing.assert_allclose(x[:, :, 1:].numpy(), expected, atol=1e-5)
-    assert torch.equal(x[:, :, 0], x[:, :, 1])
-    still = to_input(clips[:, :1].expand(-1, 4, -1, -1, -1), None, recipe("rgb_difference"))
-    assert not still.any()

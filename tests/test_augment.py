@@ -1,0 +1,404 @@
+"""What happens to pixels and labels on the device: against Pillow, closed forms, and the same batch in parts."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageOps
+
+from posmlp.config import load_recipe
+from posmlp.errors import UserError
+from posmlp.learn.learner import Batch
+from posmlp.video.augment import MEAN, STD, flip_labels, jitter, to_input, to_train_input
+from posmlp.video.randaugment import MAPS, OPERATIONS, Step, draw_steps, factor, randaugment
+
+OFF = ("data.modality=rgb", "augment.brightness=0", "augment.contrast=0", "augment.saturation=0")
+KINDS = {
+    "flip": ["augment.flip=0.5"],
+    "jitter": ["augment.brightness=0.3", "augment.contrast=0.3", "augment.saturation=0.3"],
+    "randaugment": ["augment.randaug_layers=4"],
+    "erasing": ["augment.erasing=0.5"],
+    "mixup": ["augment.mixup=0.8"],
+    "cutmix": ["augment.cutmix=1"],
+    "difference": ["data.modality=rgb_difference"],
+}
+CLASSES = torch.arange(10)  # no class turns into another
+
+
+def recipe(*overrides):
+    """The demo without its augmentation, and with overrides or what is named in ``KINDS``."""
+    chosen = [override for kind in overrides for override in KINDS.get(kind, [kind])]
+    return load_recipe("demo", [*OFF, "train.global_batch=24", *chosen])
+
+
+def make_batch(count=8, seed=0, frames=3, height=14, width=12):
+    """Clips with some structure: noise of few levels over a gradient."""
+    rng = np.random.default_rng(seed)
+    clips = rng.integers(0, 60, (count, frames, height, width, 3)) + np.arange(width)[:, None] * (180 // width)
+    return Batch(
+        clips=torch.from_numpy(clips.astype(np.uint8)),
+        labels=torch.arange(count) % 10,
+        weights=torch.ones(count),
+        seeds=torch.from_numpy(rng.integers(0, 2**63 - 1, count)),
+    )
+
+
+def flat_batch(count, frames=2, height=8, width=8, seed=0):
+    """Clip i is all of level i % 256, and of class i % 10."""
+    levels = (torch.arange(count) % 256).byte().view(-1, 1, 1, 1, 1)
+    seeds = torch.arange(count) + 1000 * seed
+    clips = levels.expand(-1, frames, height, width, 3).contiguous()
+    return Batch(clips, torch.arange(count) % 10, torch.ones(count), seeds)
+
+
+def part(batch, start, stop):
+    return Batch(*(getattr(batch, k)[start:stop] for k in ("clips", "labels", "weights", "seeds")))
+
+
+def levels(x):
+    """Model input back to 0..255."""
+    std, mean = (torch.tensor(v).view(3, 1, 1, 1) for v in (STD, MEAN))
+    return (x * std + mean) * 255
+
+
+# ---------------------------------------------------------------- plain input
+
+
+def test_input_is_normalised_and_laid_out():
+    clips = torch.randint(0, 256, (2, 3, 4, 5, 3), dtype=torch.uint8)
+    x = to_input(clips, recipe())
+    expected = (clips.numpy() / 255.0 - np.array(MEAN)) / np.array(STD)
+    np.testing.assert_allclose(x.numpy(), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
+
+
+def test_rgb_difference_is_each_frame_minus_the_one_before():
+    clips = torch.randint(0, 256, (2, 4, 5, 5, 3), dtype=torch.uint8)
+    config = recipe("data.modality=rgb_difference")
+    x = to_input(clips, config)
+    expected = np.diff(clips.numpy() / 255.0, axis=1).transpose(0, 4, 1, 2, 3) / np.array(STD).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(x[:, :, 1:].numpy(), expected, atol=1e-5)
+    assert torch.equal(x[:, :, 0], x[:, :, 1])
+    assert not to_input(clips[:, :1].expand(-1, 4, -1, -1, -1), config).any()
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees():
+    batch = make_batch()
+    x, targets = to_train_input(batch, recipe(), CLASSES)
+    assert torch.equal(x, to_input(batch.clips, recipe()))
+    assert torch.equal(targets, F.one_hot(batch.labels, 10).float())
+
+
+# ---------------------------------------------------------------- RandAugment
+
+
+def pillow(image, step):
+    """The operation by Pillow, with the arguments that timm gives it at that strength."""
+    s, amount, enhance = step.strength, abs(step.strength), factor(step.strength)
+    width, height = image.size
+    how = {"resample": Image.Resampling.BILINEAR, "fillcolor": (128, 128, 128)}
+
+    def affine(*coefficients):
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients, **how)
+
+    match step.name:
+        case "autocontrast" | "equalize" | "invert":
+            return getattr(ImageOps, step.name)(image)
+        case "posterize":
+            return ImageOps.posterize(image, 4 - int(amount * 4))
+        case "solarize":
+            return ImageOps.solarize(image, 256 - int(amount * 256))
+        case "solarize_add":
+            return image.point([min(255, i + int(amount * 110)) if i < 128 else i for i in range(256)] * 3)
+        case "rotate":
+            return image.rotate(30 * s, **how)
+        case "shear_x":
+            return affine(1, 0.3 * s, 0, 0, 1, 0)
+        case "shear_y":
+            return affine(1, 0, 0, 0.3 * s, 1, 0)
+        case "translate_x":
+            return affine(1, 0, 0.45 * s * width, 0, 1, 0)
+        case "translate_y":
+            return affine(1, 0, 0, 0, 1, 0.45 * s * height)
+        case name:
+            return getattr(ImageEnhance, name.capitalize())(image).enhance(enhance)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@settings(max_examples=30)
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    span=st.tuples(st.integers(0, 255), st.integers(0, 255)),
+    strength=st.floats(-1, 1),
+    seed=st.integers(0, 1000),
+)
+def test_operations_are_pillows(name, size, span, strength, seed):
+    """On a clip of two frames; what looks at the whole picture looks at both frames as one tall picture."""
+    if min(size) < 3 and name == "sharpness":
+        return  # Pillow smooths nothing smaller, and neither do we, but it blends in other steps
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(min(span), max(span) + 1, (2, *size, 3)).astype(np.uint8)
+    step = Step(name, strength)
+    if name in (*MAPS, "sharpness"):
+        expected = np.stack([np.asarray(pillow(Image.fromarray(frame), step)) for frame in frames])
+    else:
+        expected = np.asarray(pillow(Image.fromarray(frames.reshape(-1, size[1], 3)), step)).reshape(frames.shape)
+    clip = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).unsqueeze(0).contiguous()
+    got = randaugment(clip, [[step]])[0].permute(1, 2, 3, 0).numpy()
+    off = np.abs(got.astype(int) - expected)
+    assert off.max() <= 1
+
+
+def test_strengths_are_those_of_the_increasing_set():
+    """Magnitude 0 changes least, 10 most."""
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 3, 1, 16, 16)
+    for name in ("rotate", "solarize", "solarize_add", "color", "contrast", "brightness", "sharpness", *MAPS):
+        assert torch.equal(randaugment(ramp.clone(), [[Step(name, 0.0)]]), ramp), name
+    assert len(randaugment(ramp.clone(), [[Step("posterize", 0.0)]]).unique()) == 16
+    assert not randaugment(ramp.clone(), [[Step("posterize", 1.0)]]).any()
+    assert torch.equal(randaugment(ramp.clone(), [[Step("solarize", 1.0)]]), 255 - ramp)
+    assert (factor(1.0), factor(-1.0)) == (1.9, pytest.approx(0.1))
+
+
+def test_steps_follow_the_stated_distribution():
+    steps = [s for seed in range(2000) for s in draw_steps(np.random.default_rng(seed), 4, 7.0)]
+    applied = [s for s in steps if s is not None]
+    assert len(applied) / len(steps) == pytest.approx(0.5, abs=0.03)
+    shares = np.unique([s.name for s in applied], return_counts=True)[1] / len(applied)
+    assert len(shares) == 15
+    assert shares == pytest.approx(1 / 15, abs=0.015)
+    strengths = np.array([s.strength for s in applied])
+    assert np.abs(strengths).mean() == pytest.approx(0.7, abs=0.005)
+    assert np.abs(strengths).std() == pytest.approx(0.05, abs=0.005)
+    assert (strengths > 0).mean() == pytest.approx(0.5, abs=0.03)
+    extremes = [abs(s.strength) for seed in range(200) for s in draw_steps(np.random.default_rng(seed), 4, 10.0) if s]
+    assert max(extremes) == 1.0
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_layers_and_magnitude_do_not_shift_each_others_draws(seed):
+    def names(layers, magnitude):
+        return [s and s.name for s in draw_steps(np.random.default_rng(seed), layers, magnitude)]
+
+    assert names(2, 9.0) == names(4, 3.0)[:2]
+
+
+# ---------------------------------------------------------------- the whole of it
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chosen=st.sets(st.sampled_from(sorted(KINDS))),
+    repeats=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+    bad=st.sets(st.integers(0, 7), max_size=2),
+)
+def test_two_workers_make_what_one_makes(chosen, repeats, seed, bad):
+    """Split between pairs of videos, a batch's parts are exactly the batch."""
+    config = recipe(f"data.repeats={repeats}", *chosen)
+    batch = make_batch(8, seed)
+    batch.weights[list(bad)] = 0
+    x, targets = to_train_input(batch, config, CLASSES)
+    again, same = to_train_input(batch, config, CLASSES)
+    assert torch.equal(x, again)
+    assert torch.equal(targets, same)
+    for size in (2 * repeats, 4):
+        parts = [to_train_input(part(batch, i, i + size), config, CLASSES) for i in range(0, 8, size)]
+        assert torch.equal(x, torch.cat([p[0] for p in parts]))
+        assert torch.equal(targets, torch.cat([p[1] for p in parts]))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("difference", "flip")])
+def test_another_seed_is_another_clip(kind):
+    config, batch = recipe(kind), make_batch(16)
+    other = Batch(batch.clips, batch.labels, batch.weights, batch.seeds + 1)
+    assert not torch.equal(to_train_input(batch, config, CLASSES)[0], to_train_input(other, config, CLASSES)[0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(chosen=st.sets(st.sampled_from(sorted(set(KINDS) - {"erasing", "difference"}))), seed=st.integers(0, 2**31))
+def test_equal_frames_stay_equal(chosen, seed):
+    batch = make_batch(8, seed)
+    still = Batch(batch.clips[:, :1].expand(-1, 3, -1, -1, -1), batch.labels, batch.weights, batch.seeds)
+    x, _ = to_train_input(still, recipe(*chosen), CLASSES)
+    assert torch.equal(x, x[:, :, :1].expand_as(x))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix", "erasing"])
+def test_one_augmentation_does_not_shift_anothers_numbers(kind):
+    """A flip and less contrast leave flat clips as they are, so what else is done must come out the same."""
+    batch = flat_batch(16)
+    alone = to_train_input(batch, recipe(kind), CLASSES)
+    more = to_train_input(batch, recipe(kind, "flip", "augment.contrast=0.5"), CLASSES)
+    for a, b in zip(alone, more, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_the_difference_of_what_is_mixed_is_what_is_mixed_of_differences(mixing):
+    batch, rest = make_batch(8), ("randaugment", "flip", KINDS[mixing])
+    rgb, _ = to_train_input(batch, recipe(*rest), CLASSES)
+    difference, _ = to_train_input(batch, recipe(*rest, "difference"), CLASSES)
+    torch.testing.assert_close(difference[:, :, 1:], rgb.diff(dim=2), atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- flip
+
+
+def test_a_flip_mirrors_the_clip_and_turns_its_label():
+    batch = make_batch(400, frames=1, height=4, width=4)
+    flipped = flip_labels({"2": "5"}, (), 10)
+    plain = to_input(batch.clips, recipe())
+    x, targets = to_train_input(batch, recipe("augment.flip=0.3"), flipped)
+    turned = (x == plain.flip(-1)).flatten(1).all(1)
+    assert torch.equal(turned, ~(x == plain).flatten(1).all(1))
+    assert turned.float().mean().item() == pytest.approx(0.3, abs=0.08)
+    swapped = {2: 5, 5: 2}
+    labels = [swapped.get(int(c), int(c)) if t else int(c) for c, t in zip(batch.labels, turned, strict=True)]
+    assert targets.argmax(1).tolist() == labels
+    assert torch.equal(to_train_input(batch, recipe("augment.flip=1"), flipped)[0], plain.flip(-1))
+
+
+def test_flip_classes_are_checked():
+    names = ["left", "right", "up"]
+    assert flip_labels({"left": "right"}, names, 4).tolist() == [1, 0, 2, 3]
+    assert flip_labels({"left": "right", "right": "left", "up": "up"}, names, 3).tolist() == [1, 0, 2]
+    assert flip_labels({}, (), 3).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"augment\.flip_classes.*'lefft' \(did you mean 'left'\?\)"):
+        flip_labels({"lefft": "right"}, names, 3)
+    with pytest.raises(UserError, match=r"augment\.flip_classes.*no class 'down'"):
+        flip_labels({"up": "down"}, names, 3)
+    with pytest.raises(UserError, match="cannot turn 'right' into 'left' and 'up'"):
+        flip_labels({"left": "right", "up": "right"}, names, 3)
+    with pytest.raises(UserError, match="no class '3'"):
+        flip_labels({"3": "0"}, (), 3)
+
+
+# ---------------------------------------------------------------- colour jitter
+
+
+class Fixed:
+    """Stands for a generator whose numbers are known."""
+
+    def random(self, count):
+        return np.full(count, 0.75)
+
+
+def test_each_colour_change_does_what_it_says():
+    x = torch.randint(60, 180, (1, 3, 2, 8, 8), dtype=torch.uint8)
+    plain = x.float() / 255
+    grey = (plain * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1, keepdim=True)
+
+    def changed(**strengths):
+        return jitter(x, [Fixed()], recipe(*(f"augment.{k}={v}" for k, v in strengths.items())).augment)
+
+    assert torch.equal(changed(), plain)
+    torch.testing.assert_close(changed(brightness=0.2), plain * 1.1)
+    torch.testing.assert_close(changed(contrast=0.2), (plain - plain.mean()) * 1.1 + plain.mean())
+    torch.testing.assert_close(changed(saturation=0.2), (plain - grey) * 1.1 + grey)
+    both = plain * 1.1
+    torch.testing.assert_close(changed(brightness=0.2, contrast=0.4), (both - both.mean()) * 1.2 + both.mean())
+    assert changed(brightness=1).max() == 1
+
+
+# ---------------------------------------------------------------- erasing
+
+
+def test_erasing_fills_one_box_of_all_frames_with_noise():
+    batch = flat_batch(200, frames=4, height=40, width=40)
+    plain = to_input(batch.clips, recipe())
+    x, targets = to_train_input(batch, recipe("augment.erasing=0.5"), CLASSES)
+    assert torch.equal(targets, F.one_hot(batch.labels, 10).float())
+    changed = (x != plain).all(1)  # [B, T, H, W]
+    assert torch.equal(changed, (x != plain).any(1))
+    assert torch.equal(changed, changed[:, :1].expand_as(changed))
+    erased = changed.flatten(1).any(1)
+    assert erased.float().mean().item() == pytest.approx(0.5, abs=0.12)
+    areas = []
+    for i in erased.nonzero()[:, 0]:
+        rows, columns = changed[i, 0].any(1).nonzero()[:, 0], changed[i, 0].any(0).nonzero()[:, 0]
+        h, w = (int(v[-1] - v[0] + 1) for v in (rows, columns))
+        assert changed[i, 0].sum() == h * w  # a full rectangle
+        assert 0.2 < w / h < 5  # 0.3..3.3, but for rounding
+        areas.append(h * w / 1600)
+        box = x[i][..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert not torch.equal(box[:, 0], box[:, 1])  # new noise in each frame
+    assert 0.01 < min(areas) < 0.08
+    assert 0.25 < max(areas) < 0.36
+    noise = x[changed.unsqueeze(1).expand_as(x)]
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+
+
+# ---------------------------------------------------------------- mixing
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_mixup_blends_pixels_and_labels_alike(repeats):
+    batch, config = make_batch(12), recipe("augment.mixup=0.8", f"data.repeats={repeats}")
+    batch = Batch(batch.clips, torch.arange(12) // repeats % 10, batch.weights, batch.seeds)
+    flipped = torch.arange(12)
+    plain = to_input(batch.clips, config)
+    x, y = to_train_input(batch, config, flipped)
+    for i in range(12):
+        j = (i // repeats ^ 1) * repeats + i % repeats  # the same repeat of the neighbour
+        kept = y[i, batch.labels[i]]
+        assert 0 <= kept <= 1
+        torch.testing.assert_close(y[i, batch.labels[j]], 1 - kept)
+        torch.testing.assert_close(y[j, batch.labels[j]], kept)  # the pair shares one number
+        torch.testing.assert_close(x[i], kept * plain[i] + (1 - kept) * plain[j])
+    assert len(y.amax(1).unique()) > 2
+    torch.testing.assert_close(y.sum(1), torch.ones(12))
+
+
+@settings(max_examples=20, deadline=None)
+@given(alpha=st.sampled_from([0.2, 1.0, 3.0]), size=st.tuples(st.integers(1, 20), st.integers(1, 20)))
+def test_cutmix_counts_the_pixels_that_it_swaps(alpha, size):
+    batch = flat_batch(8, height=size[0], width=size[1])
+    x, y = to_train_input(batch, recipe(f"augment.cutmix={alpha}"), CLASSES)
+    values = levels(x).round()
+    for i in range(8):
+        own, other = values[i] == i, values[i] == i ^ 1
+        assert (own | other).all()
+        assert torch.equal(other, other[:1, :1].expand_as(other))  # one box for all channels and frames
+        box = other[0, 0]
+        assert box.sum() == box.any(1).sum() * box.any(0).sum()
+        assert y[i, i].item() == pytest.approx(own.float().mean().item(), abs=1e-6)
+        assert y[i, i ^ 1].item() == pytest.approx(other.float().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])
+def test_mixed_shares_follow_the_beta_distribution(alpha):
+    batch = flat_batch(4000, frames=1, height=2, width=2)
+    _, y = to_train_input(batch, recipe(f"augment.mixup={alpha}"), CLASSES)
+    kept = y[::2].gather(1, batch.labels[::2, None]).double()
+    assert kept.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert kept.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+    x, y = to_train_input(flat_batch(2000, frames=1, height=40, width=40), recipe("augment.cutmix=1"), CLASSES)
+    assert y[::2].amax(1).max() == 1
+    assert (x != x.flatten(2)[..., :1, None, None]).flatten(1).any(1).float().mean() > 0.8
+
+
+def test_with_both_half_of_the_pairs_are_cut():
+    batch = flat_batch(2000, frames=1, height=4, width=4)
+    plain = to_input(batch.clips, recipe())
+    x, _ = to_train_input(batch, recipe("augment.mixup=0.8", "augment.cutmix=1"), CLASSES)
+    blended = (x != plain).flatten(1).all(1) & (x == x[..., :1, :1]).flatten(1).all(1)
+    assert blended[::2].float().mean().item() == pytest.approx(0.5, abs=0.06)
+    assert torch.equal(blended[::2], blended[1::2])
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("bad", [2, 3])
+def test_what_does_not_count_is_mixed_into_nothing(kind, bad):
+    batch, config = flat_batch(8), recipe(kind)
+    mixed, shares = to_train_input(batch, config, CLASSES)
+    batch.weights[bad] = 0
+    x, y = to_train_input(batch, config, CLASSES)
+    plain = to_input(batch.clips, config)
+    others = [0, 1, 4, 5, 6, 7]
+    assert torch.equal(x[2:4], plain[2:4])
+    assert torch.equal(y[2:4], F.one_hot(batch.labels[2:4], 10).float())
+    assert torch.equal(x[others], mixed[others])
+    assert torch.equal(y[others], shares[others])

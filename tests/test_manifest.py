@@ -1,4 +1,7 @@
-"""Manifests: what is read from CSV files and folders, and that every problem is told with its place."""
+"""Manifests: what is read from CSV files and folders, and that every problem is told with its place.
+
+The lists of published data sets are in ``test_formats.py``.
+"""
 
 import pickle
 
@@ -36,11 +39,14 @@ def test_a_csv_file(write, tmp_path):
     )
     manifest = read_manifest(str(path))
     assert manifest.classes == ("go, on", "jump")
-    assert manifest.rows.schema == pa.schema([("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32())])
+    assert manifest.rows.schema == pa.schema(
+        [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())]
+    )
     assert manifest.rows.to_pydict() == {
         "sample_id": ["a.mp4", "c, d.mp4", "sub/e.mp4"],
         "uri": [str(tmp_path / name) for name in ("a.mp4", "c, d.mp4", "sub/e.mp4")],
         "label": [1, 0, 1],
+        "frames": [None] * 3,
     }
 
 
@@ -162,6 +168,7 @@ def test_a_folder(tmp_path):
         "sample_id": ["run/a.mp4", "walk/b.MP4", "walk/deep/a.webm"],
         "uri": [str(root / name) for name in ("run/a.mp4", "walk/b.MP4", "walk/deep/a.webm")],
         "label": [0, 1, 1],
+        "frames": [None] * 3,
     }
 
 

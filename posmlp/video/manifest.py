@@ -1,23 +1,32 @@
-"""The list of a split's videos: a CSV file or a class-per-folder tree becomes checked rows and class names."""
+"""The list of a split's videos, in any of the common formats, becomes checked rows and class names.
 
-import csv
-import io
+``posmlp.video.formats`` knows what the lines of each format mean; what must hold for all of them is checked here.
+Lists and videos may be local or on an object store (``posmlp.video.storage``).
+"""
+
+import difflib
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from posmlp.errors import UserError
+from posmlp.video import storage
+from posmlp.video.formats import FORMATS, PARSERS, VIDEO_SUFFIXES, Listing, Row, Source, Stop, kind
 
-SCHEMA = pa.schema([("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32())])
-VIDEO_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogg"),
-    *(".ogv", ".ts", ".webm", ".wmv"),
+__all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest"]
+
+SCHEMA = pa.schema(
+    [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())],
 )
 SHOWN = 20  # problems that a message lists
+TEMPLATE = re.compile(r"([^{}/]*)\{0?(?::0?[0-9]*d?)?\}([^{}/]*)")  # one number, as in img_{:05d}.jpg
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,9 @@ class Manifest:
     """One split of a data set.
 
     Attributes:
-        rows: columns ``sample_id: string`` (unique), ``uri: string`` (absolute path), ``label: int32``.
+        rows: columns ``sample_id: string`` (unique), ``uri: string`` (absolute path or URI), ``label: int32`` and
+            ``frames: int32``. A frame folder's ``uri`` ends in the template of its images' names, as in
+            ``/root/12345/{:05d}.jpg``; there ``frames`` is their number, counted from 1. It is null for a video file.
         classes: the name of each label, over the whole data set and not only over ``rows``.
     """
 
@@ -52,77 +63,75 @@ class ManifestError(UserError):
         return "\n  ".join(lines)
 
 
-def read_manifest(path: str | Path, where: Mapping[str, str] = {}) -> Manifest:
+def read_manifest(
+    path: str | Path,
+    where: Mapping[str, str] = {},
+    *,
+    format: str = "auto",
+    root: str | Path | None = None,
+    classes: str | Path | None = None,
+    template: str = "{:05d}.jpg",
+) -> Manifest:
     """Read and check the videos of a split.
 
-    A **CSV file** (UTF-8, comma-separated, with header) has the columns ``path`` and ``label``, optionally ``class``,
-    and any others to filter by. Paths are absolute or relative to the file's folder; a path as written is the
-    ``sample_id``. Labels are integers from 0 without gaps, or, when no label is an integer, class names, which get ids
-    in sorted order. ``class`` names the labels. Classes come from the whole file, so splits filtered from one file
-    agree; that a video exists is checked for the rows kept.
+    A **csv** file (UTF-8, comma-separated, with header) has the columns ``path`` and ``label``, optionally ``class``,
+    and any others to filter by. A path as written is the ``sample_id``. Labels are integers from 0 without gaps, or,
+    when no label is an integer, class names, which get ids in sorted order. ``class`` names the labels. Classes come
+    from the whole file, so splits filtered from one file agree; that a video exists is checked for the rows kept.
 
     A **folder** is a tree ``class/**/video``; class names are sorted, the path below the folder is the ``sample_id``.
     Other files and hidden ones are ignored; links to folders inside a class folder are not followed.
 
+    A **parquet** file, or a folder of them, has a row a video: its ``uri``, or its bytes. **kinetics**, **ssv1**,
+    **ssv2**, **ucf101** and **hmdb51** read the lists that these data sets are published with. ``formats.PARSERS``
+    has a function for each, which describes it.
+
     Args:
-        path: the CSV file or the folder.
-        where: keep the rows whose columns have these values; CSV only.
+        path: the list's file, or the folder.
+        where: keep the rows whose columns have these values.
+        format: one of those above; ``auto``: a folder, a Parquet file by its suffix ``.parquet``, otherwise CSV.
+        root: what the paths in the list are relative to; None: the list's folder.
+        classes: a file that names the classes, for any format: one name a line, lines of id and name, or JSON.
+            Numbers refer to it, names get their ids from it.
+        template: the names of a frame folder's images; ssv1 only.
 
     Raises:
         ManifestError: lists everything that is wrong.
     """
-    path = Path(os.path.abspath(path))
-    if path.is_dir():
-        return _read_folder(path, where)
-    if path.is_file():
-        return _read_csv(path, where)
-    raise ManifestError([f"{path}: no such file or folder; expected a CSV file or a class-per-folder tree of videos"])
+    source = Source(
+        _location(path),
+        {column: str(value) for column, value in where.items()},
+        None if root is None else _location(root),
+        None if classes is None else _location(classes),
+        template,
+        format,
+    )
+    try:
+        manifest = _read(source)
+        source.stop_if_bad()
+    except Stop:
+        raise ManifestError(_sorted_problems(source)) from None
+    return manifest
 
 
-def _table(sample_ids: list[str], uris: list[str], labels: list[int]) -> pa.Table:
-    return pa.table({"sample_id": sample_ids, "uri": uris, "label": labels}, schema=SCHEMA)
+def _location(path: str | Path) -> str:
+    uri = str(path)
+    return uri if storage.is_remote(uri) else storage.local_path(uri)
 
 
-# Folder ---------------------------------------------------------------------------------------------------------------
+def _sorted_problems(source: Source) -> list[str]:
+    """By file as they came, then by line; a stable sort keeps the order inside a line."""
+    files = {file: i for i, file in enumerate(dict.fromkeys([source.path, *(file for file, _, _ in source.problems)]))}
+    ordered = sorted(source.problems, key=lambda problem: (files[problem[0]], -1 if problem[1] is None else problem[1]))
+    return [f"{_printable(_place(file, line))}: {_printable(text)}" for file, line, text in ordered]
 
 
-def _read_folder(root: Path, where: Mapping[str, str]) -> Manifest:
-    problems = []
-    if where:
-        problems.append(f"{root}: `where` needs the columns of a CSV file, but this is a folder; remove `where`")
-    entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-    problems += [
-        f"{entry}: lies in no class folder; move it to {root.name}/<class>/"
-        for entry in entries
-        if entry.is_file() and _is_video(entry.name)
-    ]
-    folders = [entry for entry in entries if entry.is_dir()]
-    if not folders:
-        problems.append(f"{root}: has no class folders; expected {root.name}/<class>/<video>")
-    sample_ids, labels = [], []
-    for label, folder in enumerate(folders):
-        videos = sorted(_videos(folder))
-        if not videos:
-            problems.append(f"{folder}: holds no videos ({' '.join(VIDEO_SUFFIXES)}); add some or remove it")
-        for video in videos:
-            sample_id = video.relative_to(root).as_posix()
-            if not _is_utf8(sample_id):
-                problems.append(f"{os.fsencode(video)!r}: the name is not valid UTF-8; rename it")
-            sample_ids.append(sample_id)
-            labels.append(label)
-    if problems:
-        raise ManifestError(problems)
-    return Manifest(_table(sample_ids, [str(root / i) for i in sample_ids], labels), tuple(f.name for f in folders))
+def _place(file: str, line: int | None) -> str:
+    return file if line is None else f"{file}{'#' if file.endswith('.parquet') else ':'}{line}"
 
 
-def _videos(folder: Path) -> Iterable[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if _is_video(name))
-
-
-def _is_video(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+def _printable(text: str) -> str:
+    return text if _is_utf8(text) else text.encode(errors="backslashreplace").decode()
 
 
 def _is_utf8(text: str) -> bool:
@@ -133,170 +142,313 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-# CSV ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Csv:
-    """A CSV file while it is checked: its rows with line numbers, and the problems found so far."""
-
-    path: Path
-    header: list[str] = field(default_factory=list)
-    rows: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    problems: list[tuple[int, str]] = field(default_factory=list)
-
-    def problem(self, line: int, text: str) -> None:
-        self.problems.append((line, text))
-
-    def stop_if_bad(self) -> None:
-        if self.problems:
-            ordered = sorted(self.problems, key=lambda problem: problem[0])  # a stable sort: file order inside a line
-            raise ManifestError([f"{self.path}:{line}: {text}" for line, text in ordered])
-
-
-def _read_csv(path: Path, where: Mapping[str, str]) -> Manifest:
-    file = _Csv(path)
-    _parse(file)
-    labels, classes = _labels(file)
-    kept = [
-        (line, row, label)
-        for (line, row), label in zip(file.rows, labels, strict=True)
-        if all(row[column] == str(value) for column, value in where.items() if column in row)
-    ]
-    _check_where(file, where, bool(kept))
-    uris = _check_paths(file, {line for line, _, _ in kept})
-    file.stop_if_bad()
-    return Manifest(
-        _table([row["path"] for _, row, _ in kept], [uris[line] for line, _, _ in kept], [label for *_, label in kept]),
-        classes,
-    )
-
-
-def _parse(file: _Csv) -> None:
-    """Fill header and rows. Without a usable header nothing else can be checked, so that raises at once."""
-    content = file.path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        file.problem(content.count(b"\n", 0, error.start) + 1, "not UTF-8 text; expected a CSV file, saved as UTF-8")
-        file.stop_if_bad()
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    line = 1
-    try:
-        for cells in reader:
-            row = [cell.strip() for cell in cells]
-            if not file.header:
-                if not any(row):
-                    continue
-                file.header = row
-                _check_header(file, line)
-            elif any(row) and len(row) == len(file.header):
-                file.rows.append((line, dict(zip(file.header, row, strict=True))))
-            elif any(row):
-                file.problem(
-                    line, f"{len(row)} values where the header has {len(file.header)}; quote values with commas"
-                )
-            line = reader.line_num + 1  # where the next row starts: a quoted value may span lines
-    except csv.Error as error:
-        file.problem(line, f"malformed CSV ({error}); check the quotes")
-    if not file.header:
-        file.problem(line, "no header; the first line must name the columns, path,label at least")
-    elif not file.rows and not file.problems:
-        file.problem(line, "no rows; expected one line per video below the header")
-    if not file.rows:
-        file.stop_if_bad()
-
-
-def _check_header(file: _Csv, line: int) -> None:
-    missing = [name for name in ("path", "label") if name not in file.header]
-    if missing:
-        found = ",".join(file.header)
-        found = found if len(found) <= 80 else found[:80] + "..."
-        file.problem(
-            line, f"no column {' and no column '.join(missing)}; expected the header path,label, found {found}"
+def _read(source: Source) -> Manifest:
+    listing = PARSERS[_format(source)](source)
+    if not listing.rows:
+        raise Stop
+    if source.root and not storage.is_remote(source.root) and not os.path.isdir(source.root):
+        source.stop(
+            source.root, None, "no such folder; `root` must be the folder that the list's paths are relative to"
         )
-    for name in sorted({name for name in file.header if file.header.count(name) > 1}):
-        file.problem(line, f"column {name!r} appears twice; rename or remove one")
-    file.stop_if_bad()
+    labels, classes = _labels(source, listing)
+    kept = _keep(source, listing)
+    rows = [listing.rows[i] for i in kept]
+    folder = source.root or listing.folder
+    uris = _uris(source, listing, folder)
+    uris = [uris[i] for i in kept]
+    frames: list[int | None] = [None] * len(kept)
+    if listing.images:
+        uris, frames = _images(source, rows, uris)
+    elif not listing.present:
+        uris = _existing(source, listing, rows, uris, folder)
+    source.stop_if_bad()
+    columns = {
+        "sample_id": [row.sample_id or row.path for row in rows],
+        "uri": uris,
+        "label": [labels[i] for i in kept],
+        "frames": frames,
+    }
+    return Manifest(pa.table(columns, schema=SCHEMA), classes)
 
 
-def _labels(file: _Csv) -> tuple[list[int], tuple[str, ...]]:
+def _format(source: Source) -> str:
+    if source.format not in FORMATS:
+        close = difflib.get_close_matches(source.format, list(FORMATS), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        source.stop(source.path, None, f"unknown format {source.format!r}{hint}; it is one of {', '.join(FORMATS)}")
+    if source.format == "ssv1":
+        _check_template(source)
+    if source.format != "auto":
+        return source.format
+    found = kind(source, source.path)
+    if not found:
+        expected = "expected a CSV or Parquet file or a class-per-folder tree of videos"
+        source.stop(source.path, None, f"no such file or folder; {expected}")
+    return "folder" if found == "folder" else "parquet" if source.path.endswith(".parquet") else "csv"
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+def _labels(source: Source, listing: Listing) -> tuple[list[int], tuple[str, ...]]:
     """The label of each row and the name of each label; meaningless once there are problems."""
-    texts = [row["label"] for _, row in file.rows]
-    if any(_is_int(text) for text in texts):
-        labels = [int(text) if _is_int(text) else -1 for text in texts]
-        for (line, _), text in zip(file.rows, texts, strict=True):
-            if not _is_int(text):
-                file.problem(line, f"label {text!r} is not an integer, as other labels here are; use one kind")
-            elif int(text) < 0:
-                file.problem(line, f"label {text} is negative; labels count from 0")
-        names = [row.get("class", text) for (_, row), text in zip(file.rows, texts, strict=True)]
+    before = len(source.problems)
+    for row in listing.rows:
+        if row.label == "":
+            source.problem(row.file, row.line, "label is empty; expected an integer from 0 or a class name")
+        if row.name == "":
+            source.problem(row.file, row.line, "class is empty; name it, or leave out the column")
+    if listing.classes is not None:
+        return _named_labels(source, listing, listing.classes), listing.classes
+    rows, first = listing.rows, listing.first_label
+    if any(isinstance(row.label, int) for row in rows):
+        labels = [row.label - first if isinstance(row.label, int) else -1 for row in rows]
+        for row, label in zip(rows, labels, strict=True):
+            if isinstance(row.label, str) and row.label:
+                text = f"label {row.label!r} is not an integer, as other labels here are; use one kind"
+                source.problem(row.file, row.line, text)
+            elif row.label != "" and label < 0:
+                source.problem(row.file, row.line, _too_small(row, first))
         used = {label for label in labels if label >= 0}
         gaps = list(islice((i for i in range(max(used, default=0)) if i not in used), 11))
-        if gaps and not file.problems:  # a misread label would look like a gap
-            listed = ", ".join(map(str, gaps[:10])) + (", ..." if len(gaps) > 10 else "")
-            file.problem(1, f"no row has label {listed}, yet labels go up to {max(used)}; number them 0, 1, 2, ...")
+        if gaps and len(source.problems) == before:  # a misread label would look like a gap
+            listed = ", ".join(str(i + first) for i in gaps[:10]) + (", ..." if len(gaps) > 10 else "")
+            text = f"no row has label {listed}, yet labels go up to {max(used) + first}"
+            hint = f"number them {first}, {first + 1}, {first + 2}, ..., or name all classes in a file (`classes`)"
+            source.problem(rows[0].file, _first_line(rows[0].file), f"{text}; {hint}")
     else:
-        ids = {name: i for i, name in enumerate(sorted(set(texts)))}
-        labels = [ids[text] for text in texts]
-        for (line, _), text in zip(file.rows, texts, strict=True):
-            if not text:
-                file.problem(line, "label is empty; expected an integer from 0 or a class name")
-        names = [row.get("class", text) for (_, row), text in zip(file.rows, texts, strict=True)]
-    _check_names(file, labels, names)
-    named = dict(zip(labels, names, strict=True))
+        ids = {name: i for i, name in enumerate(sorted({str(row.label) for row in rows}))}
+        labels = [ids[str(row.label)] for row in rows]
+    _check_names(source, rows, labels)
+    named = {label: row.name or str(row.label) for label, row in zip(labels, rows, strict=True)}
     return labels, tuple(named[label] for label in sorted(named))
 
 
-def _is_int(text: str) -> bool:
-    return text.isascii() and text.removeprefix("-").isdigit()
+def _first_line(file: str) -> int | None:
+    return None if file.endswith(".parquet") else 1
 
 
-def _check_names(file: _Csv, labels: list[int], names: list[str]) -> None:
+def _too_small(row: Row, first: int) -> str:
+    return f"label {row.label} is {'negative' if not first else 'too small'}; labels count from {first}"
+
+
+def _named_labels(source: Source, listing: Listing, classes: tuple[str, ...]) -> list[int]:
+    """Labels where the classes are known beforehand."""
+    ids = {name: i for i, name in enumerate(classes)}
+    first, where = listing.first_label, source.classes or "the file's metadata"
+    labels, hints = [], dict[str, str]()
+    for row in listing.rows:
+        label = ids.get(row.label, -1) if isinstance(row.label, str) else row.label - first
+        labels.append(label)
+        if row.label == "":
+            continue
+        if isinstance(row.label, str):
+            if label < 0:
+                if row.label not in hints and len(hints) < SHOWN:  # a comparison with every class is slow
+                    close = difflib.get_close_matches(row.label, classes, n=1)
+                    hints[row.label] = f" (did you mean {close[0]!r}?)" if close else ""
+                text = f"class {row.label!r} is not in {where}{hints.get(row.label, '')}; correct one of the two"
+                source.problem(row.file, row.line, text)
+        elif label < 0:
+            source.problem(row.file, row.line, _too_small(row, first))
+        elif label >= len(classes):
+            last = first + len(classes) - 1
+            text = f"label {row.label} is out of range; {where} names {len(classes)} classes, {first} to {last}"
+            source.problem(row.file, row.line, text)
+        if 0 <= label < len(classes) and row.name and row.name != classes[label]:
+            text = f"label {row.label} is class {row.name!r} here, but {classes[label]!r} in {where}"
+            source.problem(row.file, row.line, f"{text}; correct one of the two")
+    return labels
+
+
+def _check_names(source: Source, rows: Sequence[Row], labels: list[int]) -> None:
     """One name per label and one label per name."""
-    if "class" not in file.header:
-        return
-    name_of: dict[int, tuple[str, int]] = {}
-    label_of: dict[str, tuple[int, int]] = {}
-    for (line, row), label, name in zip(file.rows, labels, names, strict=True):
-        if not name:
-            file.problem(line, "class is empty; name it, or leave out the column")
+    name_of: dict[int, tuple[str, Row]] = {}
+    label_of: dict[str, tuple[int, Row]] = {}
+    for row, label in zip(rows, labels, strict=True):
+        if not row.name or label < 0:
             continue
-        if label < 0:
-            continue
-        known, first = name_of.setdefault(label, (name, line))
-        if known != name:
-            file.problem(line, f"label {row['label']} is class {name!r} here, but {known!r} in line {first}")
-        other, first = label_of.setdefault(name, (label, line))
+        known, first = name_of.setdefault(label, (row.name, row))
+        if known != row.name:
+            text = f"label {row.label} is class {row.name!r} here, but {known!r} in {_there(first, row)}"
+            source.problem(row.file, row.line, text)
+        other, first = label_of.setdefault(row.name, (label, row))
         if other != label:
-            file.problem(line, f"class {name!r} has label {row['label']} here, but another in line {first}")
+            text = f"class {row.name!r} has label {row.label} here, but another in {_there(first, row)}"
+            source.problem(row.file, row.line, text)
 
 
-def _check_where(file: _Csv, where: Mapping[str, str], found: bool) -> None:
-    unknown = [column for column in where if column not in file.header]
-    for column in unknown:
-        file.problem(1, f"no column {column!r} to filter by (`where`); columns are {', '.join(file.header)}")
-    if where and not unknown and not found:
-        wanted = " and ".join(f"{column}={value}" for column, value in where.items())
-        there = "; ".join(f"{column} is {_some({row[column] for _, row in file.rows})}" for column in where)
-        file.problem(1, f"no row has {wanted} (`where`); in the file {there}")
+def _there(row: Row, seen_from: Row) -> str:
+    if row.file != seen_from.file:
+        return _place(row.file, row.line)
+    return f"{'row' if row.file.endswith('.parquet') else 'line'} {row.line}"
+
+
+# Filter ---------------------------------------------------------------------------------------------------------------
+
+
+def _keep(source: Source, listing: Listing) -> list[int]:
+    """The rows that ``where`` leaves."""
+    where, columns, rows = source.where, listing.columns, listing.rows
+    if where and not columns:
+        text = f"this list has no columns to filter by, as a CSV file has; remove `where` ({', '.join(where)})"
+        source.problem(source.path, None, text)
+    elif unknown := [column for column in where if column not in columns]:
+        for column in unknown:
+            text = f"no column {column!r} to filter by (`where`); columns are {', '.join(columns)}"
+            source.problem(source.path, _first_line(source.path), text)
+    wanted = [(columns.index(column), value) for column, value in where.items() if column in columns]
+    kept = [i for i, row in enumerate(rows) if all(row.values[column] == value for column, value in wanted)]
+    if where and not kept and len(wanted) == len(where):
+        query = " and ".join(f"{column}={value}" for column, value in where.items())
+        there = "; ".join(f"{columns[i]} is {_some({row.values[i] for row in rows})}" for i, _ in wanted)
+        line = None if rows[0].file != source.path else _first_line(source.path)
+        source.problem(source.path, line, f"no row has {query} (`where`); in the file {there}")
+    return kept
 
 
 def _some(values: set[str]) -> str:
     return ", ".join(sorted(values)[:10]) + (", ..." if len(values) > 10 else "")
 
 
-def _check_paths(file: _Csv, kept: set[int]) -> dict[int, str]:
-    """The absolute path of each line; one video may stand in one line only, and those in ``kept`` lines must exist."""
-    uris: dict[int, str] = {}
-    first: dict[str, int] = {}
-    for line, row in file.rows:
-        if not row["path"]:
-            file.problem(line, "path is empty; expected the path of a video")
-            continue
-        uri = uris[line] = str(file.path.parent / row["path"])
-        if first.setdefault(uri, line) != line:
-            file.problem(line, f"path {row['path']!r} stands in line {first[uri]} already; keep one of the two")
-        elif line in kept and not os.path.isfile(uri):
-            file.problem(line, f"no video file {uri}; paths are relative to the manifest's folder")
+# Videos ---------------------------------------------------------------------------------------------------------------
+
+
+def _uris(source: Source, listing: Listing, folder: str) -> list[str]:
+    """Where each row's video should be, empty if unusable; a video and a ``sample_id`` may stand there only once."""
+    uris: list[str] = []
+    videos: dict[str, Row] = {}
+    samples: dict[str, Row] = {}
+    for row in listing.rows:
+        uri = storage.join(folder, row.path) if row.path else ""
+        sample = row.sample_id or row.path
+        if not uri:
+            source.problem(row.file, row.line, "path is empty; expected the path of a video")
+        elif not (uri.isascii() and sample.isascii()) and not (_is_utf8(uri) and _is_utf8(sample)):
+            text = (
+                f"the name {os.fsencode(row.path)!r} is not valid UTF-8" if row.line is None else "is not valid UTF-8"
+            )
+            source.problem(row.file, row.line, f"{text}; rename the video")
+            uri = ""
+        elif (first := videos.setdefault(uri, row)) is not row:
+            text = f"path {row.path!r} stands in {_there(first, row)} already; keep one of the two"
+            source.problem(row.file, row.line, text)
+        elif (first := samples.setdefault(sample, row)) is not row:
+            text = f"sample_id {sample!r} stands in {_there(first, row)} already; give each video its own"
+            source.problem(row.file, row.line, text)
+        uris.append(uri)
     return uris
+
+
+def _are_files(source: Source, folder: str, uris: Sequence[str]) -> list[bool]:
+    with source.reading(folder):
+        return storage.are_files(uris)
+    raise AssertionError("unreachable")
+
+
+def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str], folder: str) -> list[str]:
+    """The place where each video was found; those nowhere are problems."""
+    wanted = [i for i, uri in enumerate(uris) if uri]
+    found = _are_files(source, folder, [uris[i] for i in wanted])
+    missing = [i for i, there in zip(wanted, found, strict=True) if not there]
+    uris = list(uris)
+    tried = 0
+    while missing and listing.others:
+        places = {
+            i: storage.join(folder, others[tried]) for i in missing if tried < len(others := listing.others(rows[i]))
+        }
+        if not places:
+            break
+        for (i, place), there in zip(places.items(), _are_files(source, folder, list(places.values())), strict=True):
+            if there:
+                uris[i] = place
+        missing = [i for i in missing if uris[i] != places.get(i)]
+        tried += 1
+    base = f"the paths are relative to {folder}" if source.root else "paths are relative to the manifest's folder"
+    for i in missing:
+        row = rows[i]
+        also = f" (nor {', '.join(listing.others(row))})" if listing.others and listing.others(row) else ""
+        source.problem(row.file, row.line, f"no video file {uris[i]}{also}; {base}")
+    absent = set(missing)
+    _check_parquet_rows(source, rows, ["" if i in absent else uri for i, uri in enumerate(uris)])
+    return uris
+
+
+def _check_parquet_rows(source: Source, rows: list[Row], uris: list[str]) -> None:
+    """That ``FILE.parquet#ROW`` is inside the file, which must have videos."""
+    counts: dict[str, int] = {}
+    for row, uri in zip(rows, uris, strict=True):
+        if not (inside := ".parquet#" in uri and storage.parquet_row(uri)):
+            continue
+        file, number = inside
+        if file not in counts:
+            counts[file] = 0
+            with source.reading(file):
+                system, place = storage.resolve(file)
+                with system.open_input_file(place) as handle, pq.ParquetFile(handle) as table:
+                    counts[file] = table.metadata.num_rows
+                    inline = storage.BYTES_COLUMN in table.schema_arrow.names
+            if not inline:
+                source.problem(file, None, f"has no column {storage.BYTES_COLUMN} with videos; correct the list's uris")
+        if number >= counts[file]:
+            text = f"no row {number} in {file}, which has {counts[file]}; rows count from 0"
+            source.problem(row.file, row.line, text)
+
+
+# Frame folders --------------------------------------------------------------------------------------------------------
+
+
+def _check_template(source: Source) -> None:
+    if not TEMPLATE.fullmatch(source.template):
+        text = f"unknown `template` {source.template!r}; expected a file name with one number, as {{:05d}}.jpg"
+        source.problem(source.path, None, f"{text} or img_{{:05d}}.jpg")
+
+
+def _images(source: Source, rows: list[Row], folders: list[str]) -> tuple[list[str], list[int | None]]:
+    """URIs with template, and how many images there are: as listed, if the first and last exist, or counted."""
+    if not TEMPLATE.fullmatch(source.template):
+        return folders, [None] * len(rows)
+    frames = [row.frames for row in rows]
+    wanted = []
+    for i, (row, folder) in enumerate(zip(rows, folders, strict=True)):
+        if folder and row.frames is None:
+            frames[i] = _count(source, row, folder)
+        elif folder and row.frames and row.frames > 0:
+            wanted += [(row, storage.join(folder, source.template.format(n))) for n in {1: 0, row.frames: 0}]
+    found = _are_files(source, source.root or source.path, [uri for _, uri in wanted])
+    for (row, uri), there in zip(wanted, found, strict=True):
+        if not there:
+            text = f"no image {uri}, yet the list says {row.frames} frames, named as {source.template}"
+            source.problem(row.file, row.line, f"{text}; check `root` and `template`")
+    return [storage.join(_escaped(folder), source.template) if folder else "" for folder in folders], frames
+
+
+def _escaped(folder: str) -> str:
+    """The URI is a template as a whole: braces in a folder's name stand for themselves."""
+    return folder.replace("{", "{{").replace("}", "}}")
+
+
+def _count(source: Source, row: Row, folder: str) -> int | None:
+    """The images of a folder that match the template, which must count from 1 without gaps."""
+    try:
+        if storage.is_remote(folder):
+            system, path = storage.resolve(folder)
+            names = {info.base_name for info in system.get_file_info(pafs.FileSelector(path))}
+        else:
+            names = set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        source.problem(row.file, row.line, f"no folder {folder}; check `root`")
+        return None
+    except OSError as error:
+        source.problem(row.file, row.line, f"{folder} cannot be read ({error})")
+        return None
+    count = 0
+    while source.template.format(count + 1) in names:
+        count += 1
+    match = TEMPLATE.fullmatch(source.template)
+    pattern = re.compile(f"{re.escape(match[1])}([0-9]+){re.escape(match[2])}" if match else "")
+    matching = sum(1 for name in names if pattern.fullmatch(name))
+    if not count or matching > count:
+        text = f"no image {source.template.format(count + 1)} in {folder}, which has {matching} such as that"
+        source.problem(row.file, row.line, f"{text}; they must count from 1 without gaps")
+    return count

@@ -1,0 +1,773 @@
+"""Readers of the published lists of common data sets: each turns a list into rows as written, checked afterwards.
+
+One function a format, in ``PARSERS``. It says what a line means and finds malformed lines; what all formats share
+(paths, duplicates, labels, filters, missing files) is checked in ``posmlp.video.manifest``.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from posmlp.video import storage
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogg"),
+    *(".ogv", ".ts", ".webm", ".wmv"),
+)
+INTEGER = re.compile(r"-?[0-9]{1,18}")
+PATH_AND_NUMBER = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,18})")  # the last blank or comma separates
+NUMBER_AND_NAME = re.compile(r"([0-9]{1,9})\s*[\s,;]\s*(.+)")
+NAME_AND_NUMBER = re.compile(r"(.+?)\s*[,;\t]\s*([0-9]{1,9})")
+HMDB_FILE = re.compile(r"(.+)_test_split([0-9]+)\.txt")
+HMDB_SUBSETS = {"0": "unused", "1": "train", "2": "test"}
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Row(NamedTuple):
+    """One video of a list, as written there."""
+
+    file: str
+    line: int | None  # from 1; of a Parquet file, the row from 0; None: found in a folder
+    path: str  # below the root, absolute, or a URI
+    label: int | str  # a number, or the name of a class
+    sample_id: str = ""  # empty: the path
+    name: str | None = None  # the class, where the list tells it besides a number
+    frames: int | None = None  # images of a frame folder; None: count them
+    values: tuple[str, ...] = ()  # of the listing's columns
+
+
+@dataclass
+class Listing:
+    """What a parser made of a list.
+
+    Attributes:
+        rows: every video, of all subsets in the list.
+        folder: what paths are relative to, unless a root is given.
+        columns: the names of ``Row.values``, which ``where`` filters by.
+        classes: the name of each label; None: they follow from the rows.
+        first_label: the smallest number a label has in this list.
+        images: each path is a folder of images.
+        present: the videos are known to exist.
+        others: where else a missing video may lie; called with its row.
+    """
+
+    rows: list[Row]
+    folder: str
+    columns: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+    first_label: int = 0
+    images: bool = False
+    present: bool = False
+    others: Callable[[Row], list[str]] | None = None
+
+
+class Stop(Exception):
+    """Nothing more can be checked; the problems are in the source."""
+
+
+@dataclass
+class Source:
+    """What is to be read, and the problems found so far (file, line or None, text)."""
+
+    path: str
+    where: Mapping[str, str]
+    root: str | None
+    classes: str | None
+    template: str
+    format: str
+    problems: list[tuple[str, int | None, str]] = field(default_factory=list)
+
+    def problem(self, file: str, line: int | None, text: str) -> None:
+        self.problems.append((file, line, text))
+
+    def stop(self, file: str, line: int | None, text: str) -> NoReturn:
+        self.problem(file, line, text)
+        raise Stop
+
+    def stop_if_bad(self) -> None:
+        if self.problems:
+            raise Stop
+
+    @contextmanager
+    def reading(self, uri: str) -> Iterator[None]:
+        """Failures of a disk or an object store inside become a problem of ``uri``."""
+        try:
+            yield
+        except (OSError, ValueError, pa.ArrowException) as error:
+            self.stop(uri, None, f"cannot be read ({error}); check the name, the permissions and the connection")
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def kind(source: Source, uri: str) -> str:
+    """``file``, ``folder``, or nothing where there is neither."""
+    with source.reading(uri):
+        system, path = storage.resolve(uri)
+        found = system.get_file_info(path).type
+    return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(found, "")
+
+
+def need(source: Source, uri: str, wanted: str, expected: str) -> None:
+    """Stop unless ``uri`` is a ``file`` or ``folder`` as wanted."""
+    found = kind(source, uri)
+    if not found:
+        source.stop(uri, None, f"no such {wanted}; expected {expected}")
+    if found != wanted:
+        source.stop(uri, None, f"is a {found}; expected a {wanted}: {expected}")
+
+
+def read_text(source: Source, uri: str, expected: str) -> str:
+    """A text file without byte order mark."""
+    need(source, uri, "file", expected)
+    with source.reading(uri):
+        content = storage.read_bytes(uri)
+    try:
+        text = content.decode("utf-8-sig")
+        bad = content.find(b"\0")
+    except UnicodeDecodeError as error:
+        bad = error.start
+    if bad >= 0:
+        line = content.count(b"\n", 0, bad) + 1
+        source.stop(uri, line, f"not UTF-8 text; expected {expected}, saved as UTF-8")
+    return text
+
+
+def lines_of(source: Source, uri: str, expected: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    text = read_text(source, uri, expected)
+    lines = [(number, line) for number, raw in enumerate(text.split("\n"), 1) if (line := raw.strip())]
+    if not lines:
+        source.stop(uri, 1, f"the file is empty; expected {expected}")
+    return lines
+
+
+def file_names(source: Source, folder: str) -> list[str]:
+    """The names of the files in a folder, without those of its subfolders, sorted."""
+    with source.reading(folder):
+        if not storage.is_remote(folder):
+            return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+        system, path = storage.resolve(folder)
+        infos = system.get_file_info(pafs.FileSelector(path))
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+
+
+def number_or_name(text: str) -> int | str:
+    return int(text) if INTEGER.fullmatch(text) else text
+
+
+def unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+# Class names ----------------------------------------------------------------------------------------------------------
+
+
+def class_names(source: Source, first: int = 0) -> tuple[str, ...] | None:
+    """The names in ``source.classes``, if it is given.
+
+    One name a line, ``id name`` or ``name,id`` lines (an optional header), or JSON: a list of names, or an object
+    ``{"name": "id"}``. The ids count from ``first`` without gaps.
+    """
+    uri = source.classes
+    if uri is None:
+        return None
+    text = read_text(source, uri, "a list of class names")
+    numbered = _json_names(source, uri, text) if text.lstrip()[:1] in ("{", "[") else _line_names(source, uri, text)
+    names: dict[int, str] = {}
+    seen: set[str] = set()
+    for line, given, quoted in numbered:
+        name, number = unquoted(quoted), first + len(names) if given is None else given
+        if number in names:
+            source.problem(uri, line, f"id {number} is class {name!r} here, but {names[number]!r} above")
+        elif name in seen:
+            source.problem(uri, line, f"class {name!r} stands there twice; every class needs its own name")
+        names.setdefault(number, name)
+        seen.add(name)
+    if not names:
+        source.stop(uri, 1, "the file is empty; expected a list of class names")
+    gap = next((i for i in range(first, first + len(names)) if i not in names), None)
+    if gap is not None:
+        text = f"no class has id {gap}; number the {len(names)} classes {first}, {first + 1}, ..."
+        source.problem(uri, None, text)
+    source.stop_if_bad()
+    return tuple(names[number] for number in sorted(names))
+
+
+def _line_names(source: Source, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
+    lines = [(number, line) for number, raw in enumerate(text.split("\n"), 1) if (line := raw.strip())]
+    first = [NUMBER_AND_NAME.fullmatch(line) for _, line in lines]
+    last = [NAME_AND_NUMBER.fullmatch(line) for _, line in lines]
+    id_first = sum(map(bool, first)) >= sum(map(bool, last))
+    matches, name, number = (first, 2, 1) if id_first else (last, 1, 2)
+    if sum(map(bool, matches)) * 2 < len(lines):
+        return [(line, None, written) for line, written in lines]
+    found: list[tuple[int | None, int | None, str]] = []
+    for (place, written), match in zip(lines, matches, strict=True):
+        if match:
+            found.append((place, int(match[number]), match[name]))
+        elif place != lines[0][0] or not re.search("[,;]", written):  # a header
+            source.problem(uri, place, f"{written!r} has no id, as other classes here have; expected id and name")
+    return found
+
+
+def _json_names(source: Source, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
+    data = _json(source, uri, text)
+    if isinstance(data, list) and all(isinstance(name, str) for name in data):
+        return [(None, None, name) for name in data]
+    if isinstance(data, dict) and all(INTEGER.fullmatch(str(number)) for number in data.values()):
+        return [(None, int(number), name) for name, number in data.items()]
+    source.stop(uri, 1, 'expected a JSON object {"class": "id", ...} or a list of class names')
+
+
+def _json(source: Source, uri: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        _stop_at(source, uri, error)
+    except RecursionError:
+        source.stop(uri, 1, "JSON nested too deeply; this is no list of classes")
+
+
+def _stop_at(source: Source, uri: str, error: json.JSONDecodeError) -> NoReturn:
+    source.stop(uri, error.lineno, f"malformed JSON in column {error.colno} ({error.msg}); download the file again")
+
+
+# csv ------------------------------------------------------------------------------------------------------------------
+
+
+def _csv(source: Source) -> Listing:
+    """``path,label`` and optionally ``class``, and any columns to filter by; with a header."""
+    text = read_text(source, source.path, "a CSV file")
+    header, lines = _table(source, text, ("path", "label"))
+    path, label = header.index("path"), header.index("label")
+    name = header.index("class") if "class" in header else None
+    rows = [
+        Row(
+            source.path,
+            line,
+            cells[path],
+            number_or_name(cells[label]),
+            name=None if name is None else cells[name],
+            values=cells,
+        )
+        for line, cells in lines
+    ]
+    return Listing(rows, storage.parent(source.path), header, class_names(source))
+
+
+def _table(
+    source: Source, text: str, needed: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[tuple[int, tuple[str, ...]]]]:
+    """Header and numbered rows of a CSV file. Without a usable header nothing else can be checked."""
+    header: tuple[str, ...] = ()
+    rows: list[tuple[int, tuple[str, ...]]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line, file = 1, source.path
+    try:
+        for raw in reader:
+            cells = tuple(cell.strip() for cell in raw)
+            if not any(cells):
+                pass
+            elif not header:
+                header = cells
+                _check_header(source, line, header, needed)
+            elif len(cells) == len(header):
+                rows.append((line, cells))
+            else:
+                source.problem(
+                    file,
+                    line,
+                    f"{len(cells)} values where the header has {len(header)}; quote values with commas",
+                )
+            line = reader.line_num + 1  # where the next row starts: a quoted value may span lines
+    except csv.Error as error:
+        source.problem(file, line, f"malformed CSV ({error}); check the quotes")
+    if not header:
+        source.problem(file, line, f"no header; the first line must name the columns, {','.join(needed)} at least")
+    elif not rows and not source.problems:
+        source.problem(file, line, "no rows; expected one line per video below the header")
+    if not rows:
+        raise Stop
+    return header, rows
+
+
+def _check_header(source: Source, line: int, header: tuple[str, ...], needed: tuple[str, ...]) -> None:
+    missing = [name for name in needed if name not in header]
+    if missing:
+        found = ",".join(header)
+        found = found if len(found) <= 80 else found[:80] + "..."
+        text = f"no column {' and no column '.join(missing)}; expected the header {','.join(needed)}, found {found}"
+        hint = "; for another kind of list set `format`" if source.format == "auto" else ""
+        source.problem(source.path, line, text + hint)
+    for name in sorted({name for name in header if header.count(name) > 1}):
+        source.problem(source.path, line, f"column {name!r} appears twice; rename or remove one")
+    source.stop_if_bad()
+
+
+# folder ---------------------------------------------------------------------------------------------------------------
+
+
+def _folder(source: Source) -> Listing:
+    """A tree ``class/**/video``; other files and hidden ones are ignored."""
+    root = source.path
+    need(source, root, "folder", "a class-per-folder tree of videos")
+    with source.reading(root):
+        classes, strays = _remote_tree(root) if storage.is_remote(root) else _local_tree(root)
+    short = root.rstrip("/").rpartition("/")[2]
+    for stray in strays:
+        if _is_video(stray):
+            source.problem(storage.join(root, stray), None, f"lies in no class folder; move it to {short}/<class>/")
+    if not classes:
+        parquet = any(stray.endswith(".parquet") for stray in strays)
+        hint = "; for Parquet files set `format: parquet`" if parquet else ""
+        source.problem(root, None, f"has no class folders; expected {short}/<class>/<video>{hint}")
+    rows = []
+    for name in sorted(classes):
+        videos = sorted(path for path in classes[name] if _is_video(path))
+        if not videos:
+            text = f"holds no videos ({' '.join(VIDEO_SUFFIXES)}); add some or remove it"
+            source.problem(storage.join(root, name), None, text)
+        rows += [Row(storage.join(root, name), None, path, name) for path in videos]
+    return Listing(rows, root, classes=class_names(source), present=True)
+
+
+def _local_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The files below each subfolder, relative to the root, and the files beside them; both without hidden ones."""
+    with os.scandir(root) as entries:
+        shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    classes: dict[str, list[str]] = {}
+    for entry in shown:
+        if entry.is_dir():
+            files = classes[entry.name] = []
+            for parent, folders, names in os.walk(entry.path):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                files += [os.path.relpath(os.path.join(parent, name), root).replace(os.sep, "/") for name in names]
+    return classes, [entry.name for entry in shown if entry.is_file()]
+
+
+def _remote_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
+    system, base = storage.resolve(root)
+    classes: dict[str, list[str]] = {}
+    strays = []
+    for info in system.get_file_info(pafs.FileSelector(base, recursive=True)):
+        path = info.path.removeprefix(base).strip("/")
+        name, slash, _ = path.partition("/")
+        if path.startswith(".") or "/." in path:
+            continue
+        if info.type == pafs.FileType.Directory:
+            classes.setdefault(name, [])
+        elif slash:
+            classes.setdefault(name, []).append(path)
+        else:
+            strays.append(path)
+    return classes, sorted(strays)
+
+
+def _is_video(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+# parquet --------------------------------------------------------------------------------------------------------------
+
+
+def _parquet(source: Source) -> Listing:
+    """A Parquet file, or all of a folder.
+
+    Columns: ``uri`` (or ``path``), or the video's bytes in ``data``, which are not read here and win over a ``uri``;
+    ``label``, a number or a name; optionally ``class``, ``sample_id`` and others to filter by. Key ``classes`` of the
+    schema's metadata, a JSON list, names the classes; it wins over the column.
+    """
+    path, is_folder = source.path, kind(source, source.path) == "folder"
+    if is_folder:
+        files = [storage.join(path, name) for name in file_names(source, path) if name.endswith(".parquet")]
+        if not files:
+            source.stop(path, None, "holds no .parquet files; expected a Parquet file or a folder of them")
+    else:
+        need(source, path, "file", "a Parquet file or a folder of them")
+        files = [path]
+    rows: list[Row] = []
+    columns = tuple(source.where)
+    named: dict[tuple[str, ...], str] = {}
+    inline = []
+    for file in files:
+        with source.reading(file):
+            system, place = storage.resolve(file)
+            with system.open_input_file(place) as handle, pq.ParquetFile(handle) as table:
+                schema = table.schema_arrow
+                inline.append(storage.BYTES_COLUMN in schema.names)
+                if _check_columns(source, file, schema):
+                    rows += _parquet_rows(source, file, table, columns)
+                    for names in _metadata_names(source, file, schema.metadata or {}):
+                        named.setdefault(names, file)
+    if len(named) > 1:
+        first, second = list(named.values())[:2]
+        source.problem(second, None, f"names other classes in its metadata than {first}; use one list of classes")
+    if not rows:
+        if not source.problems:
+            source.problem(path, None, "has no rows; expected one row a video")
+        raise Stop
+    classes = class_names(source) or next(iter(named), None)
+    if classes and not source.classes:
+        rows = [row._replace(name=None) for row in rows] if rows[0].name is not None else rows
+    return Listing(rows, path if is_folder else storage.parent(path), columns, classes, present=all(inline))
+
+
+def _check_columns(source: Source, file: str, schema: pa.Schema) -> bool:
+    """Whether the columns can be read at all."""
+    before = len(source.problems)
+    names = schema.names
+    found = ", ".join(names[:20])
+    if not {"uri", "path", storage.BYTES_COLUMN} & set(names):
+        source.problem(file, None, f"no column uri, path or data; expected one of them, found {found}")
+    if "label" not in names:
+        source.problem(file, None, f"no column label; expected it, found {found}")
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        source.problem(file, None, f"column {name!r} appears twice; rename or remove one")
+    allowed = {"uri": _is_text, "path": _is_text, "class": _is_text, "sample_id": lambda t: _is_text(t) or _is_int(t)}
+    allowed |= {"label": lambda type: _is_int(type) or _is_text(type), storage.BYTES_COLUMN: _is_bytes}
+    for name, test in allowed.items():
+        if names.count(name) == 1 and not test(type := schema.field(name).type):
+            wanted = {"label": "integers or strings", storage.BYTES_COLUMN: "binary"}.get(name, "strings")
+            source.problem(file, None, f"column {name} has type {type}; expected {wanted}")
+    if storage.BYTES_COLUMN in names and not storage.parquet_row(f"{file}#0"):
+        text = "inline videos need a file name that ends in .parquet, without options behind it; rename the file, or"
+        source.problem(file, None, f"{text} give the options in the environment (AWS_ENDPOINT_URL, ...)")
+    for column in source.where:
+        if column not in names or column == storage.BYTES_COLUMN:
+            columns = ", ".join(name for name in names if name != storage.BYTES_COLUMN)
+            source.problem(file, None, f"no column {column!r} to filter by (`where`); columns are {columns}")
+    return len(source.problems) == before
+
+
+def _is_text(type: pa.DataType) -> bool:
+    value = type.value_type if pa.types.is_dictionary(type) else type
+    return pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+
+
+def _is_int(type: pa.DataType) -> bool:
+    return pa.types.is_integer(type)
+
+
+def _is_bytes(type: pa.DataType) -> bool:
+    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
+
+
+def _parquet_rows(source: Source, file: str, table: pq.ParquetFile, columns: tuple[str, ...]) -> Iterator[Row]:
+    schema = table.schema_arrow
+    inline = storage.BYTES_COLUMN in schema.names
+    path = None if inline else "uri" if "uri" in schema.names else "path"
+    needed = dict.fromkeys(name for name in (path, "label", "class", "sample_id", *columns) if name in schema.names)
+    data = table.read(columns=list(needed), use_threads=False)
+    count = data.num_rows
+    texts = {name: data[name].to_pylist() for name in needed}
+    nothing = [None] * count
+    values = list(zip(*([str(value) for value in texts[name]] for name in columns), strict=True)) or [()] * count
+    if inline:
+        _check_bytes(source, file, table.metadata)
+    short = file.rpartition("/")[2]
+    for row, (place, label, name, sample_id, value) in enumerate(
+        zip(
+            [f"{file}#{row}" for row in range(count)] if path is None else texts[path],
+            texts["label"],
+            texts.get("class", nothing),
+            texts.get("sample_id", [f"{short}#{row}" for row in range(count)] if inline else nothing),
+            values,
+            strict=True,
+        )
+    ):
+        name = "" if name is None and "class" in texts else name
+        label = "" if label is None else label
+        if sample_id is None and "sample_id" in texts:
+            source.problem(file, row, "sample_id is null; give it, or leave out the column")
+        yield Row(file, row, place or "", label, "" if sample_id is None else str(sample_id), name, None, value)
+
+
+def _check_bytes(source: Source, file: str, metadata: Any) -> None:
+    """Rows without a video, as far as the footer tells."""
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            statistics = column.statistics
+            if column.path_in_schema == storage.BYTES_COLUMN and statistics and statistics.has_null_count:
+                nulls = statistics.null_count
+                if nulls:
+                    source.problem(file, None, f"{nulls} rows of row group {group} have no data; leave them out")
+
+
+def _metadata_names(source: Source, file: str, metadata: Mapping[bytes, bytes]) -> list[tuple[str, ...]]:
+    if b"classes" not in metadata:
+        return []
+    try:
+        names = json.loads(metadata[b"classes"])
+    except ValueError:
+        names = None
+    if not (isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)):
+        source.problem(file, None, 'key "classes" of the schema\'s metadata must be a JSON list of names')
+        return []
+    if len(set(names)) < len(names):
+        source.problem(file, None, 'key "classes" of the schema\'s metadata names a class twice')
+    return [tuple(names)]
+
+
+# kinetics -------------------------------------------------------------------------------------------------------------
+
+
+def _kinetics(source: Source) -> Listing:
+    """Kinetics-400, -600 and -700.
+
+    The official CSV ``label,youtube_id,time_start,time_end,split[,is_cc]`` with header (Kay et al., arXiv:1705.06950;
+    the files of the CVDF mirror): ``<youtube_id>_<start:06d>_<end:06d>.mp4`` below the root, flat or in a folder with
+    the label's name (blanks may be underscores). Or lists as SlowFast and MMAction2 have them, ``path label`` or
+    ``path,label``, no header, labels from 0. A missing .mp4 is looked for as .mkv and .webm.
+    """
+    expected = "a Kinetics list: the official CSV, or lines of path and label"
+    lines = lines_of(source, source.path, expected)
+    number, first = lines[0]
+    folder, classes = storage.parent(source.path), class_names(source)
+    if {"youtube_id", "time_start"} & {cell.strip() for cell in first.split(",")}:
+        rows, header = _official_kinetics(source)
+        return Listing(rows, folder, header, classes, others=_official_places)
+    rows = []
+    for number, line in lines:
+        if match := PATH_AND_NUMBER.fullmatch(line):
+            rows.append(Row(source.path, number, unquoted(match[1]), int(match[2])))
+        elif "," in line:
+            path, _, name = line.rpartition(",")
+            rows.append(Row(source.path, number, unquoted(path.strip()), unquoted(name.strip())))
+        else:
+            source.problem(source.path, number, f"{_cut(line)!r} has no label; expected `path label` or `path,label`")
+    return Listing(rows, folder, classes=classes, others=_other_suffixes)
+
+
+def _official_kinetics(source: Source) -> tuple[list[Row], tuple[str, ...]]:
+    text = read_text(source, source.path, "a Kinetics list")
+    needed = ("label", "youtube_id", "time_start", "time_end")
+    header, lines = _table(source, text, needed)
+    label, video, start, end = (header.index(name) for name in needed)
+    rows = []
+    for line, cells in lines:
+        try:
+            times = int(float(cells[start])), int(float(cells[end]))
+        except (ValueError, OverflowError):
+            text = f"time_start {cells[start]!r} and time_end {cells[end]!r} must be seconds"
+            source.problem(source.path, line, text)
+            continue
+        clip = f"{cells[video]}_{times[0]:06d}_{times[1]:06d}"
+        rows.append(Row(source.path, line, f"{clip}.mp4" if cells[video] else "", cells[label], clip, values=cells))
+    return rows, header
+
+
+def _official_places(row: Row) -> list[str]:
+    name = str(row.label)
+    flat = [row.path, f"{name}/{row.path}", f"{name.replace(' ', '_')}/{row.path}"]
+    return [*flat[1:], *(path.removesuffix(".mp4") + suffix for suffix in (".mkv", ".webm") for path in flat)]
+
+
+def _other_suffixes(row: Row) -> list[str]:
+    stem, suffix = os.path.splitext(row.path)
+    return [stem + other for other in (".mkv", ".webm")] if suffix == ".mp4" else []
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+# Something-Something --------------------------------------------------------------------------------------------------
+
+
+def _ssv1(source: Source) -> Listing:
+    """Something-Something V1 (Goyal et al., arXiv:1706.04261), published as folders of JPEG images.
+
+    Lists of ``folder frames label`` as TSN and TSM make them, or the official ``id;label text``, whose images are
+    counted. ``classes`` is something-something-v1-labels.csv, one name a line (TSM: category.txt).
+    """
+    expected = "lines of `folder frames label`, or the official `id;label`"
+    lines = lines_of(source, source.path, expected)
+    file, rows = source.path, []
+    if official := ";" in lines[0][1]:
+        if source.classes is None:
+            _need_classes(source, "something-something-v1-labels.csv, from the download page of Something-Something V1")
+        if re.fullmatch(r"(video_?)?id;(label|template)", lines[0][1].lower()):
+            lines = lines[1:]
+    for number, line in lines:
+        if official:
+            folder, separator, text = (part.strip() for part in line.partition(";"))
+            if separator and text:
+                rows.append(Row(file, number, folder, unquoted(text)))
+                continue
+        else:
+            parts = line.rsplit(maxsplit=2)
+            if len(parts) == 3 and INTEGER.fullmatch(parts[1]) and INTEGER.fullmatch(parts[2]):
+                rows.append(Row(file, number, parts[0], int(parts[2]), frames=int(parts[1])))
+                if int(parts[1]) < 1:
+                    source.problem(file, number, f"{parts[1]} frames; a video has at least one")
+                continue
+        hint = "; the test list has no labels, use the train or validation list" if INTEGER.fullmatch(line) else ""
+        source.problem(file, number, f"{_cut(line)!r} is malformed; expected {expected}{hint}")
+    return Listing(rows, storage.parent(file), classes=class_names(source), images=True)
+
+
+def _ssv2(source: Source) -> Listing:
+    """Something-Something V2 (Goyal et al., arXiv:1706.04261; something-something-v2-train.json or labels/train.json).
+
+    A list of objects ``{"id", "label", "template", "placeholders"}``. The class is the template without brackets, its
+    number stands in ``classes``, something-something-v2-labels.json or labels/labels.json. Videos are ``<id>.webm``.
+    """
+    file = source.path
+    text = read_text(source, file, "a JSON list of videos")
+    if not text.strip():
+        source.stop(file, 1, "the file is empty; expected a JSON list of videos")
+    if source.classes is None:
+        _need_classes(
+            source,
+            "something-something-v2-labels.json (labels.json of the label package), from the download page of "
+            "Something-Something V2",
+        )
+    classes = class_names(source)
+    rows, without = [], []
+    for line, item in _json_items(source, text):
+        sample = item.get("id") if isinstance(item, dict) else None
+        if not isinstance(sample, str | int) or isinstance(sample, bool) or not str(sample).strip():
+            source.problem(file, line, 'expected an object with "id" and "template"')
+        elif not isinstance(item.get("template"), str):
+            without.append(line)
+        else:
+            sample, template = str(sample).strip(), item["template"]
+            name = template.replace("[", "").replace("]", "")
+            values = (sample, str(item.get("label", "")), template)
+            rows.append(Row(file, line, f"{sample}.webm", name, sample, values=values))
+    if without and not rows:
+        source.stop(
+            file, without[0], "the videos have no template: the test list has no labels, use train or validation"
+        )
+    for line in without:
+        source.problem(file, line, 'the video has no "template", which tells its class')
+    if not rows and not source.problems:
+        source.problem(file, 1, "the list is empty; expected objects with id and template")
+    columns = ("id", "label", "template")
+    others: Callable[[Row], list[str]] = lambda row: [row.path.removesuffix(".webm") + ".mp4"]  # noqa: E731
+    return Listing(rows, storage.parent(file), columns, classes, others=others)
+
+
+def _json_items(source: Source, text: str) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON list, one at a time, with the line where each begins."""
+
+    def skip(position: int) -> int:
+        match = SPACE.match(text, position)
+        return match.end() if match else position
+
+    decode, position, line, counted = json.JSONDecoder().raw_decode, skip(0), 1, 0
+    try:
+        if text[position] != "[":
+            source.stop(source.path, 1, "expected a JSON list of videos, [{...}, ...]")
+        position = skip(position + 1)
+        while text[position : position + 1] != "]":
+            line, counted = line + text.count("\n", counted, position), position
+            item, position = decode(text, position)
+            yield line, item
+            position = skip(position)
+            if text[position : position + 1] == ",":
+                position = skip(position + 1)
+            elif text[position : position + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+        if skip(position + 1) < len(text):
+            raise json.JSONDecodeError("Extra data", text, skip(position + 1))
+    except json.JSONDecodeError as error:
+        _stop_at(source, source.path, error)
+    except RecursionError:
+        source.stop(source.path, line, "JSON nested too deeply; this is no list of videos")
+
+
+def _need_classes(source: Source, what: str) -> NoReturn:
+    source.stop(source.path, None, f"format {source.format} needs the file of class names (`classes`): {what}")
+
+
+# UCF101 and HMDB51 ----------------------------------------------------------------------------------------------------
+
+
+def _ucf101(source: Source) -> Listing:
+    """UCF101 (Soomro et al., arXiv:1212.0402; UCF101TrainTestSplits-RecognitionTask.zip).
+
+    ``trainlist01.txt`` has ``class/video.avi label``, labels from 1; ``testlist01.txt`` the path alone, whose folder is
+    the class. ``classes`` is classInd.txt, ``1 ApplyEyeMakeup``; left out, it is looked for beside the list.
+    """
+    file = source.path
+    lines = lines_of(source, file, "lines of `class/video.avi label`")
+    if source.classes is None:
+        beside = storage.join(storage.parent(file), "classInd.txt")
+        source.classes = beside if kind(source, beside) == "file" else None
+    classes = class_names(source, first=1)
+    rows = []
+    for number, line in lines:
+        match = PATH_AND_NUMBER.fullmatch(line)
+        path = match[1] if match else line
+        folder = path.rpartition("/")[0].rpartition("/")[2]
+        if match:
+            name = folder if folder and (classes is None or folder in classes) else None
+            rows.append(Row(file, number, path, int(match[2]), name=name))
+        elif folder:
+            rows.append(Row(file, number, path, folder))
+        else:
+            source.problem(file, number, f"{_cut(line)!r} has neither label nor folder; expected class/video.avi")
+    if classes is None:
+        if any(isinstance(row.label, str) for row in rows):  # sorted names are not the order of classInd.txt
+            _need_classes(source, "classInd.txt, from UCF101TrainTestSplits-RecognitionTask.zip, beside the list")
+        rows = rows if all(row.name for row in rows) else [row._replace(name=None) for row in rows]
+    return Listing(rows, storage.parent(file), classes=classes, first_label=1)
+
+
+def _hmdb51(source: Source) -> Listing:
+    """HMDB51 (Kuehne et al., ICCV 2011; test_train_splits.rar).
+
+    A folder of ``<class>_test_split<k>.txt`` with lines ``video.avi 1``: 1 is for training, 2 for testing, 0 unused.
+    ``where`` tells ``split`` (1, 2, 3) and ``subset`` (train, test). Videos are ``<class>/video.avi``.
+    """
+    folder = source.path
+    need(source, folder, "folder", "HMDB51's test_train_splits, with <class>_test_split<k>.txt")
+    files = [(match, name) for name in file_names(source, folder) if (match := HMDB_FILE.fullmatch(name))]
+    if not files:
+        source.stop(folder, None, "holds no <class>_test_split<k>.txt; expected HMDB51's test_train_splits")
+    splits = sorted({match[2] for match, _ in files})
+    if str(source.where.get("split")) not in splits:
+        source.problem(folder, None, f"needs `where.split`, one of {', '.join(splits)}")
+    if str(source.where.get("subset")) not in ("train", "test"):
+        source.problem(folder, None, "needs `where.subset`, train or test")
+    source.stop_if_bad()
+    rows, split = [], str(source.where["split"])
+    for match, name in files:
+        if match[2] != split:
+            continue
+        file = storage.join(folder, name)
+        for number, line in lines_of(source, file, "lines of `video.avi 1`"):
+            video, _, code = line.rpartition(" ")
+            if not video or code not in HMDB_SUBSETS:
+                source.problem(file, number, f"{_cut(line)!r} is malformed; expected `video.avi 1`, with 0, 1 or 2")
+                continue
+            path = f"{match[1]}/{video.strip()}"
+            rows.append(Row(file, number, path, match[1], values=(split, HMDB_SUBSETS[code])))
+    return Listing(rows, folder, ("split", "subset"), class_names(source))
+
+
+PARSERS: dict[str, Callable[[Source], Listing]] = {
+    "csv": _csv,
+    "folder": _folder,
+    "parquet": _parquet,
+    "kinetics": _kinetics,
+    "ssv1": _ssv1,
+    "ssv2": _ssv2,
+    "ucf101": _ucf101,
+    "hmdb51": _hmdb51,
+}
+FORMATS: Iterable[str] = ("auto", *PARSERS)

@@ -10,7 +10,7 @@ import functools
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -22,6 +22,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FILE = "file://"
 OPTIONS = re.compile(r"\?(?=\w+=[^?]*$)")  # the question mark before a store's options; one in a file name is not it
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)$", re.DOTALL)
+REQUESTS = 32  # to a store at a time
 BYTES_COLUMN = "data"  # of a Parquet file with inline videos
 
 
@@ -52,7 +53,7 @@ def parquet_row(uri: str) -> tuple[str, int] | None:
 
 
 def join(base: str, relative: str) -> str:
-    """``relative`` below the folder ``base``, or as it is where it is absolute or a URI; local paths become absolute."""
+    """``relative`` below the folder ``base``, or as it is where absolute or a URI; local paths become absolute."""
     if SCHEME.match(relative):
         return relative if is_remote(relative) else local_path(relative)
     if is_remote(base) and not relative.startswith("/"):
@@ -154,17 +155,16 @@ def write_bytes(uri: str, content: bytes) -> None:
 
 def are_files(uris: Sequence[str]) -> list[bool]:
     """Whether each is a file that exists (of ``FILE.parquet#ROW``, the file). Many requests at a time for a store."""
-    paths = [(row := parquet_row(uri)) and row[0] or uri for uri in uris]
+    paths = [row[0] if (row := parquet_row(uri)) else uri for uri in uris]
     found: dict[str, bool] = {}
     for uri in dict.fromkeys(paths):
         if not is_remote(uri):
             found[uri] = os.path.isfile(local_path(uri))
-    remote: dict[Any, list[str]] = {}
-    for uri in dict.fromkeys(path for path in paths if path not in found):
-        remote.setdefault(resolve(uri)[0], []).append(uri)
-    for system, group in remote.items():
-        infos = system.get_file_info([resolve(uri)[1] for uri in group])
-        found |= {uri: info.type == pafs.FileType.File for uri, info in zip(group, infos, strict=True)}
+    remote = [uri for uri in dict.fromkeys(paths) if uri not in found]
+    places = [resolve(uri) for uri in remote]  # first, so that the threads share one client a bucket
+    with ThreadPoolExecutor(REQUESTS) as pool:  # one call for many paths would ask a store for one after the other
+        infos = pool.map(lambda place: place[0].get_file_info(place[1]), places)
+        found |= {uri: info.type == pafs.FileType.File for uri, info in zip(remote, infos, strict=True)}
     return [found[path] for path in paths]
 
 

@@ -237,7 +237,7 @@ def test_one_augmentation_does_not_shift_anothers_numbers(kind):
 
 @pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
 def test_the_difference_of_what_is_mixed_is_what_is_mixed_of_differences(mixing):
-    batch, rest = make_batch(8), ("randaugment", "flip", KINDS[mixing])
+    batch, rest = make_batch(8), ("randaugment", "flip", mixing)
     rgb, _ = to_train_input(batch, recipe(*rest), CLASSES)
     difference, _ = to_train_input(batch, recipe(*rest, "difference"), CLASSES)
     torch.testing.assert_close(difference[:, :, 1:], rgb.diff(dim=2), atol=1e-5, rtol=0)

@@ -591,7 +591,8 @@ def _ssv1(source: Source) -> Listing:
     """Something-Something V1 (Goyal et al., arXiv:1706.04261), published as folders of JPEG images.
 
     Lists of ``folder frames label`` as TSN and TSM make them, or the official ``id;label text``, whose images are
-    counted. ``classes`` is something-something-v1-labels.csv, one name a line (TSM: category.txt).
+    counted. ``classes`` is something-something-v1-labels.csv, one name a line (TSM: category.txt). TSM's lists of
+    other data sets cut into images, V2 too, read the same.
     """
     expected = "lines of `folder frames label`, or the official `id;label`"
     lines = lines_of(source, source.path, expected)
@@ -751,12 +752,12 @@ def _hmdb51(source: Source) -> Listing:
             continue
         file = storage.join(folder, name)
         for number, line in lines_of(source, file, "lines of `video.avi 1`"):
-            video, _, code = line.rpartition(" ")
-            if not video or code not in HMDB_SUBSETS:
+            entry = PATH_AND_NUMBER.fullmatch(line)
+            if not entry or entry[2] not in HMDB_SUBSETS:
                 source.problem(file, number, f"{_cut(line)!r} is malformed; expected `video.avi 1`, with 0, 1 or 2")
                 continue
-            path = f"{match[1]}/{video.strip()}"
-            rows.append(Row(file, number, path, match[1], values=(split, HMDB_SUBSETS[code])))
+            path = f"{match[1]}/{entry[1]}"
+            rows.append(Row(file, number, path, match[1], values=(split, HMDB_SUBSETS[entry[2]])))
     return Listing(rows, folder, ("split", "subset"), class_names(source))
 
 

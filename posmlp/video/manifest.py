@@ -184,7 +184,8 @@ def _format(source: Source) -> str:
     if not found:
         expected = "expected a CSV or Parquet file or a class-per-folder tree of videos"
         source.stop(source.path, None, f"no such file or folder; {expected}")
-    return "folder" if found == "folder" else "parquet" if source.path.endswith(".parquet") else "csv"
+    name = storage.OPTIONS.split(source.path)[0]
+    return "folder" if found == "folder" else "parquet" if name.endswith(".parquet") else "csv"
 
 
 # Labels ---------------------------------------------------------------------------------------------------------------
@@ -342,8 +343,8 @@ def _uris(source: Source, listing: Listing, folder: str) -> list[str]:
 
 def _are_files(source: Source, folder: str, uris: Sequence[str]) -> list[bool]:
     with source.reading(folder):
-        return storage.are_files(uris)
-    raise AssertionError("unreachable")
+        found = storage.are_files(uris)
+    return found
 
 
 def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str], folder: str) -> list[str]:
@@ -367,7 +368,8 @@ def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str]
     base = f"the paths are relative to {folder}" if source.root else "paths are relative to the manifest's folder"
     for i in missing:
         row = rows[i]
-        also = f" (nor {', '.join(listing.others(row))})" if listing.others and listing.others(row) else ""
+        others = listing.others(row) if listing.others else []
+        also = f" (nor {others[0]}{', ...' if len(others) > 1 else ''})" if others else ""
         source.problem(row.file, row.line, f"no video file {uris[i]}{also}; {base}")
     absent = set(missing)
     _check_parquet_rows(source, rows, ["" if i in absent else uri for i, uri in enumerate(uris)])

@@ -631,11 +631,11 @@ def test_an_object_store_that_does_not_answer(store, write, monkeypatch):
         assert "no such" in problem or "no file system" in problem
     path = write("l", "a.mp4 0")
     (problem,) = problems(path, format="kinetics", root="nosuchscheme://bucket")
-    assert problem.startswith("nosuchscheme://bucket: cannot be read")
+    assert problem.startswith("nosuchscheme://bucket/a.mp4: cannot be read")
 
     def fail(uris):
         raise OSError("connection refused")
 
     monkeypatch.setattr(storage, "are_files", fail)
     (problem,) = problems(path, format="kinetics", root="memory://bucket")
-    assert "memory://bucket: cannot be read (connection refused)" in problem
+    assert "memory://bucket/a.mp4: cannot be read (connection refused)" in problem

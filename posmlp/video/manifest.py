@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from posmlp.config import DataSection
 from posmlp.errors import UserError
 from posmlp.video import storage
 from posmlp.video.formats import FORMATS, PARSERS, VIDEO_SUFFIXES, Listing, Row, Source, Stop, kind
 
-__all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest"]
+__all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest", "read_split"]
 
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())],
@@ -341,8 +343,9 @@ def _uris(source: Source, listing: Listing, folder: str) -> list[str]:
     return uris
 
 
-def _are_files(source: Source, folder: str, uris: Sequence[str]) -> list[bool]:
-    with source.reading(folder):
+def _are_files(source: Source, uris: Sequence[str]) -> list[bool]:
+    first = next((uri for uri in uris if storage.is_remote(uri)), source.path)  # what a store's failure is told of
+    with source.reading(first):
         found = storage.are_files(uris)
     return found
 
@@ -350,7 +353,7 @@ def _are_files(source: Source, folder: str, uris: Sequence[str]) -> list[bool]:
 def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str], folder: str) -> list[str]:
     """The place where each video was found; those nowhere are problems."""
     wanted = [i for i, uri in enumerate(uris) if uri]
-    found = _are_files(source, folder, [uris[i] for i in wanted])
+    found = _are_files(source, [uris[i] for i in wanted])
     missing = [i for i, there in zip(wanted, found, strict=True) if not there]
     uris = list(uris)
     tried = 0
@@ -360,7 +363,7 @@ def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str]
         }
         if not places:
             break
-        for (i, place), there in zip(places.items(), _are_files(source, folder, list(places.values())), strict=True):
+        for (i, place), there in zip(places.items(), _are_files(source, list(places.values())), strict=True):
             if there:
                 uris[i] = place
         missing = [i for i in missing if uris[i] != places.get(i)]
@@ -417,7 +420,7 @@ def _images(source: Source, rows: list[Row], folders: list[str]) -> tuple[list[s
             frames[i] = _count(source, row, folder)
         elif folder and row.frames and row.frames > 0:
             wanted += [(row, storage.join(folder, source.template.format(n))) for n in {1: 0, row.frames: 0}]
-    found = _are_files(source, source.root or source.path, [uri for _, uri in wanted])
+    found = _are_files(source, [uri for _, uri in wanted])
     for (row, uri), there in zip(wanted, found, strict=True):
         if not there:
             text = f"no image {uri}, yet the list says {row.frames} frames, named as {source.template}"
@@ -454,3 +457,11 @@ def _count(source: Source, row: Row, folder: str) -> int | None:
         text = f"no image {source.template.format(count + 1)} in {folder}, which has {matching} such as that"
         source.problem(row.file, row.line, f"{text}; they must count from 1 without gaps")
     return count
+
+
+def read_split(data: DataSection, name: Literal["train", "val"]) -> Manifest:
+    """A split as a recipe names it; errors as of ``read_manifest``."""
+    split = getattr(data, name)
+    return read_manifest(
+        split.path, split.where, format=data.format, root=split.root, classes=data.classes, template=data.template
+    )

@@ -1,28 +1,36 @@
 """Manifest rows to batches of decoded clips, by Ray Data.
 
-Each training worker streams its share of the epoch's rows through a Ray Data plan of its own, whose decode tasks run
-anywhere in the cluster. Which rows are in which global batch is decided here, from (seed, epoch) alone, before anything
-is decoded: the order does not depend on the number of workers, and no row is lost to an equal split.
-(``streaming_split`` truncates to equal shares and fixes no order; ray#63285.)
+Each training worker streams its share of the rows through Ray Data plans of its own, whose decode tasks run anywhere in
+the cluster. Which rows are in which global batch is decided here, from (seed, epoch) alone, before anything is decoded:
+the order does not depend on the number of workers, no row is lost to an equal split, and a run starts at any step by
+leaving out the rows before it. (``streaming_split`` truncates to equal shares and fixes no order; ray#63285.)
+
+A plan covers a *segment* of at most ``SEGMENT_BLOCKS`` blocks, as a plan takes 2 ms a block before its first result,
+and the next segment's is started before one ends, also across epochs: the device does not wait at the seams.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 from posmlp.config import Config
 from posmlp.learn.learner import Batch
-from posmlp.video.augment import draw
-from posmlp.video.decode import DecodeError, load_clip
-from posmlp.video.sampling import sample_rng
+from posmlp.video.clip import load_clips, views_of
+from posmlp.video.decode import DecodeError
+from posmlp.video.sampling import sample_seed
+
+SEGMENT_BLOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ def global_order(rows: int, config: Config, epoch: int, *, train: bool) -> np.nd
     Training: a new permutation each epoch; the rows left after the last full global batch wait for another epoch.
     Validation: every row once, in order, filled up so that all workers take the same number of batches.
     """
-    size = config.train.global_batch
+    size = rows_per_step(config, train=train)
     if train:
         order = np.random.default_rng([config.train.seed, epoch]).permutation(rows)
         return order[: rows // size * size]
@@ -49,9 +57,21 @@ def global_order(rows: int, config: Config, epoch: int, *, train: bool) -> np.nd
     return filled
 
 
-def local_order(order: np.ndarray, global_batch: int, rank: int, world: int) -> np.ndarray:
-    """A worker's part of ``global_order``: its contiguous share of every global batch."""
-    return order.reshape(-1, world, global_batch // world)[:, rank].reshape(-1)
+def rows_per_step(config: Config, *, train: bool) -> int:
+    """Videos in a global batch: each gives ``data.repeats`` clips to a training batch, and counts once in validation.
+
+    A validation batch has all views of its videos; there are fewer videos in it then, as nothing depends on them.
+    """
+    if train:
+        return config.train.global_batch // config.data.repeats
+    return (
+        max(1, config.train.global_batch // config.scaling.workers // views_of(config, False)) * config.scaling.workers
+    )
+
+
+def local_order(order: np.ndarray, size: int, rank: int, world: int) -> np.ndarray:
+    """A worker's part of ``global_order``: its contiguous share of every global batch of ``size`` rows."""
+    return order.reshape(-1, world, size // world)[:, rank].reshape(-1)
 
 
 @dataclass
@@ -59,61 +79,112 @@ class Split:
     """One split of the data set on one training worker.
 
     Attributes:
-        rows: the whole split's manifest rows (``posmlp.video.manifest.Manifest.rows``).
+        rows: the whole split's manifest rows (``posmlp.video.manifest.Manifest.rows``), or a reference to them.
         bad: the videos of this worker's share that failed since ``take_bad``.
+        taken_over: the videos that PyAV had to decode in place of decord since ``take_bad``.
     """
 
-    rows: pa.Table
+    rows: pa.Table | ray.ObjectRef
     config: Config
     train: bool
     rank: int = 0
     world: int = 1
     bad: list[BadVideo] = field(default_factory=list)
+    taken_over: int = 0
+
+    def __post_init__(self) -> None:
+        self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
+        self.count = len(ray.get(self.reference))
+        self.size = rows_per_step(self.config, train=self.train)
 
     @property
     def steps(self) -> int:
         """Batches in an epoch."""
-        return len(global_order(len(self.rows), self.config, 0, train=self.train)) // self.config.train.global_batch
+        return self.count // self.size if self.train else math.ceil(self.count / self.size)
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """The worker's batches of one epoch, on the CPU, each of ``global_batch / world`` clips."""
-        config = self.config
-        order = global_order(len(self.rows), config, epoch, train=self.train)
-        mine = local_order(order, config.train.global_batch, self.rank, self.world)
-        table = self.rows.take(np.maximum(mine, 0)).append_column("real", pa.array(mine >= 0))
-        step = config.data.rows_per_block
-        blocks = [table.slice(i, step).combine_chunks() for i in range(0, len(table), step)]
-        configure_ray_data(config)
-        dataset = ray.data.from_arrow(blocks).map_batches(
-            decode_rows,
-            batch_size=None,
-            fn_kwargs={"config": config.model_dump(), "epoch": epoch, "train": self.train},
+    def batches(self, epoch: int, step: int = 0, until: int | None = None) -> Iterator[Batch]:
+        """The worker's batches from a step of an epoch on, on the CPU.
+
+        Args:
+            epoch: the first epoch.
+            step: batches of it to leave out; their videos are not decoded.
+            until: the epoch to stop before; None is the next. The seams between epochs cost no wait.
+        """
+        plans = (
+            (self.plan(order, now), len(order) // (self.size // self.world))
+            for now in range(epoch, epoch + 1 if until is None else until)
+            for order in self.segments(now, step if now == epoch else 0)
         )
-        for columns in dataset.iter_batches(
-            batch_size=config.train.global_batch // self.world, batch_format="numpy", prefetch_batches=2
-        ):
+        for columns in chained(plans):
             yield self.collate(columns)
+
+    def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
+        """The row indices of this worker's batches from ``step`` on, in parts for one plan each."""
+        order = global_order(self.count, self.config, epoch, train=self.train)
+        mine = local_order(order, self.size, self.rank, self.world)
+        local = self.size // self.world
+        length = max(1, SEGMENT_BLOCKS * self.config.data.rows_per_block // local) * local
+        for start in range(step * local, len(mine), length):
+            yield mine[start : start + length]
+
+    def plan(self, order: np.ndarray, epoch: int) -> Iterator[dict[str, np.ndarray]]:
+        """Ray Data's plan for some rows: batches as columns, decoded once the first is asked for."""
+        configure_ray_data(self.config)
+        blocks = math.ceil(len(order) / self.config.data.rows_per_block)
+        dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
+            decode_block,
+            batch_size=None,
+            fn_kwargs={
+                "rows": self.reference,
+                "order": order,
+                "config": self.config.model_dump(),
+                "epoch": epoch,
+                "train": self.train,
+            },
+        )
+        return iter(dataset.iter_batches(batch_size=self.size // self.world, batch_format="numpy", prefetch_batches=2))
 
     def collate(self, columns: dict[str, np.ndarray]) -> Batch:
         """Decoded rows to a batch; bad ones are recorded, and count for nothing."""
         good = (columns["reason"] == "") & columns["real"]
         for i in np.flatnonzero(columns["reason"] != ""):
             self.bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
-        clips = columns["clip"]
+        if self.config.data.decoder == "decord":
+            self.taken_over += int((columns["decoder"][good] == "pyav").sum())
+        clips = columns["clip"]  # [rows, V, T, H, W, 3]
         if not good.all() and good.any():
             # Batch norm sees every clip of the batch, so one without a picture shows another's, at weight 0.
             clips = clips[np.where(good, np.arange(len(good)), np.flatnonzero(good)[0])]
+        views = clips.shape[1]
+        clips = torch.from_numpy(clips if clips.flags.writeable else clips.copy())
         return Batch(
-            clips=torch.from_numpy(clips if clips.flags.writeable else clips.copy()),
-            labels=torch.from_numpy(columns["label"].astype(np.int64)),
-            weights=torch.from_numpy(good.astype(np.float32)),
-            draws=torch.from_numpy(np.stack(columns["draws"]).astype(np.float32)),
+            clips=clips.flatten(0, 1),
+            labels=torch.from_numpy(columns["label"].astype(np.int64)).repeat_interleave(views),
+            weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
+            seeds=torch.from_numpy(np.stack(columns["seeds"]).astype(np.int64)).flatten(),
         )
 
     def take_bad(self) -> list[BadVideo]:
         """The bad videos since the last call."""
-        bad, self.bad = self.bad, []
+        bad, self.bad, self.taken_over = self.bad, [], 0
         return bad
+
+
+def chained(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
+    """The results of all plans, each of a known number; a plan is started when three quarters of the one before are
+    taken, in a thread that waits for its first result."""
+    with ThreadPoolExecutor(1) as pool:
+        following = next(plans, None)
+        first = pool.submit(next, following[0]) if following else None
+        while following is not None and first is not None:
+            (results, length), here = following, first
+            following, first = None, None
+            for taken in range(1, length + 1):
+                result = here.result() if taken == 1 else next(results)
+                if taken == math.ceil(length * 3 / 4):
+                    following = next(plans, None)
+                    first = pool.submit(next, following[0]) if following else None
+                yield result
 
 
 def configure_ray_data(config: Config) -> None:
@@ -128,29 +199,50 @@ def configure_ray_data(config: Config) -> None:
     )
 
 
-def decode_rows(rows: dict[str, np.ndarray], config: dict, epoch: int, train: bool) -> dict[str, np.ndarray]:
-    """Ray Data task: manifest rows to clips uint8 ``[rows, T, H, W, 3]``; a row that fails says why and stays."""
+def decode_block(
+    block: dict[str, np.ndarray], rows: ray.ObjectRef, order: np.ndarray, config: dict, epoch: int, train: bool
+) -> dict[str, np.ndarray]:
+    """Ray Data task: the ``block["id"]``-th part of ``order``, decoded; see ``decode_rows``."""
     cfg = Config.model_validate(config)
-    variant = cfg.model.variant()
-    count = len(rows["sample_id"])
-    clips = np.zeros((count, variant.frames, variant.image_size, variant.image_size, 3), np.uint8)
-    reasons = [""] * count
-    draws = []
-    for i, (sample_id, uri) in enumerate(zip(rows["sample_id"], rows["uri"], strict=True)):
-        draws.append(draw(sample_rng(cfg.train.seed, epoch, sample_id).spawn(1)[0]))  # apart from the crop's stream
-        if not rows["real"][i]:
-            continue
+    (number,) = block["id"]
+    size = cfg.data.rows_per_block
+    mine = order[number * size : (number + 1) * size]
+    return decode_rows(ray.get(rows).take(np.maximum(mine, 0)), mine >= 0, cfg, epoch, train)
+
+
+def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, train: bool) -> dict[str, np.ndarray]:
+    """Manifest rows to clips uint8 ``[rows, V, T, H, W, 3]``; a row that fails says why and stays.
+
+    Args:
+        table: manifest rows.
+        real: bool ``[rows]``; the others only fill a place and are not decoded.
+    """
+    rows, variant, views = table.to_pylist(), config.model.variant(), views_of(config, train)
+    clips = np.zeros((len(rows), views, variant.frames, variant.image_size, variant.image_size, 3), np.uint8)
+    reasons, decoders = [""] * len(rows), [""] * len(rows)
+    for i in np.flatnonzero(real):
+        row = rows[i]
         try:
-            clips[i] = load_clip(
-                uri,
-                sample_id,
-                cfg.data,
-                frames=variant.frames,
-                size=variant.image_size,
-                seed=cfg.train.seed,
-                epoch=epoch,
-                train=train,
+            clips[i], decoders[i] = load_clips(
+                row["uri"], row["sample_id"], config, epoch=epoch, train=train, images=row["frames"]
             )
         except DecodeError as error:
             reasons[i] = error.reason
-    return rows | {"clip": clips, "draws": np.stack(draws), "reason": np.array(reasons, dtype=object)}
+    seed = config.train.seed
+    return {
+        "sample_id": np.array([row["sample_id"] for row in rows], dtype=object),
+        "uri": np.array([row["uri"] for row in rows], dtype=object),
+        "label": np.array([row["label"] for row in rows], np.int32),
+        "real": real,
+        "clip": clips,
+        "seeds": np.array([[sample_seed(seed, epoch, row["sample_id"], v) for v in range(views)] for row in rows]),
+        "reason": np.array(reasons, dtype=object),
+        "decoder": np.array(decoders, dtype=object),
+    }
+
+
+def object_store() -> tuple[float, float]:
+    """Megabytes in the cluster's object store now, and those spilled to disk since it started."""
+    context = ray.get_runtime_context()
+    stats = get_memory_info_reply(get_state_from_address(context.gcs_address)).store_stats
+    return stats.object_store_bytes_used / 2**20, stats.spilled_bytes_total / 2**20

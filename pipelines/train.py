@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.queue import Empty, Queue
 
-from pipelines.ingest import BadVideo, Split
+from pipelines.ingest import BadVideo, Split, object_store
 from pipelines.tracking import Tracker, source_tags
 from posmlp import create_model, load_published
 from posmlp.config import Config, flatten
 from posmlp.errors import UserError
-from posmlp.learn.learner import Learner
+from posmlp.learn.learner import Batch, Learner
 from posmlp.model.cost import Cost, cost
-from posmlp.video.manifest import Manifest, read_manifest
+from posmlp.video.manifest import Manifest, read_split
 
 # glibc gives every large block back to the system and takes a fresh one for the next: a quarter of a training step on
 # the CPU is then page faults. Workers keep what they have, in one arena: the training thread's own would give it back.
@@ -43,6 +43,7 @@ WORKER_ENV = {
     "MALLOC_ARENA_MAX": "1",
 }
 STATE_FILE = "state.pt"
+WAIT_LIMIT = 0.2  # share of an epoch that may pass in waiting for clips before the run says what helps
 RUN_FILE = "run.json"
 
 
@@ -83,10 +84,7 @@ def train(config: Config, echo: Callable[[str], None] = print) -> RunResult:
     """
     folder = Path(config.train.storage).resolve() / config.name
     record = read_record(folder, config)
-    train_set, val_set = (
-        read_manifest(config.data.train.path, config.data.train.where),
-        read_manifest(config.data.val.path, config.data.val.where),
-    )
+    train_set, val_set = read_split(config.data, "train"), read_split(config.data, "val")
     config = check_data(config, train_set, val_set)
     start_ray()
     check_cpus(config)
@@ -153,11 +151,19 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
             f"the splits name different classes: {config.data.train.path} has {list(train_set.classes)}, "
             f"{config.data.val.path} has {list(val_set.classes)}"
         )
-    if len(train_set.rows) < config.train.global_batch:
+    clips = len(train_set.rows) * config.data.repeats
+    if clips < config.train.global_batch:
         raise RunError(
-            f"train.global_batch {config.train.global_batch} is more than the {len(train_set.rows)} training videos "
+            f"train.global_batch {config.train.global_batch} is more than the {clips} training clips "
             f"of {config.data.train.path}; lower it"
         )
+    if config.data.fps is not None:
+        for split, manifest in ((config.data.train, train_set), (config.data.val, val_set)):
+            if manifest.rows["frames"].null_count < len(manifest.rows):
+                raise RunError(
+                    f"data.fps {config.data.fps:g} needs frame times, but {split.path} lists frame folders, which have "
+                    "none; leave data.fps out"
+                )
     classes = config.model.num_classes or len(train_set.classes)
     if classes < len(train_set.classes):
         raise RunError(f"model.num_classes {classes} is less than the data set's {len(train_set.classes)} classes")
@@ -196,6 +202,7 @@ def fit(
             "config": config.model_dump(),
             "train_rows": ray.put(train_set.rows),
             "val_rows": ray.put(val_set.rows),
+            "classes": train_set.classes,
             "queue": queue,
         },
         scaling_config=ScalingConfig(
@@ -308,12 +315,12 @@ def train_worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(config.train.seed)
     train_split, val_split = (
-        Split(ray.get(job[f"{name}_rows"]), config, name == "train", rank, world) for name in ("train", "val")
+        Split(job[f"{name}_rows"], config, name == "train", rank, world) for name in ("train", "val")
     )
     model = create_model(config.model.name, **config.model.overrides())
     if config.model.weights:
         load_published(model, config.model.weights)
-    learner = Learner(prepare_model(model), config, train_split.steps)
+    learner = Learner(prepare_model(model), config, train_split.steps, job["classes"])
     history = restore(learner)
     tell = job["queue"].put if rank == 0 else (lambda event: None)
     if rank == 0:
@@ -321,28 +328,36 @@ def train_worker(job: dict[str, Any]) -> None:
         tell({"kind": "cost", "metrics": measured.metrics()})
         tell({"kind": "metrics", "history": history})
         tell({"kind": "line", "text": describe_start(config, measured, len(history), world)})
+    advice = ""
+    batches = train_split.batches(len(history), until=config.train.epochs)
     for epoch in range(len(history), config.train.epochs):
         torch.manual_seed(config.train.seed * 100_003 + epoch * 1_009 + rank)  # drop path: the same after a resume
-        metrics = train_epoch(learner, train_split, epoch, tell)
+        metrics = train_epoch(learner, train_split, batches, epoch, tell)
         if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
             metrics |= validate(learner, val_split)
+        if config.data.decoder == "decord":
+            metrics["data/decoded_by_pyav"] = float(train_split.taken_over + val_split.taken_over)
         bad = gather(train_split.take_bad() + val_split.take_bad())
         metrics |= {"data/bad": float(len(bad)), "epoch": float(epoch + 1)}
         if bad:
             tell({"kind": "bad", "videos": bad})
-        check_bad(bad, len(train_split.rows), len(val_split.rows), config)
+        check_bad(bad, train_split.count, val_split.count, config)
         history.append(metrics)
         save(learner, history, metrics, rank)
         tell({"kind": "metrics", "history": [metrics]})
         tell({"kind": "line", "text": describe_epoch(metrics, config)})
+        if not advice and (advice := advise(metrics, config)):  # once is enough
+            tell({"kind": "line", "text": advice})
 
 
-def train_epoch(learner: Learner, split: Split, epoch: int, tell: Callable[[dict], None]) -> dict[str, float]:
+def train_epoch(
+    learner: Learner, split: Split, batches: Iterator[Batch], epoch: int, tell: Callable[[dict], None]
+) -> dict[str, float]:
     """One epoch of optimizer steps; returns its metrics, the mean over all workers."""
     steps, epochs = split.steps, split.config.train.epochs
     loss, waited, clips = torch.zeros((), device=learner.device), 0.0, 0
     start = spoken = time.perf_counter()
-    batches = split.batches(epoch)
+    store, (_, spilled_before) = 0.0, object_store()
     for step in range(1, steps + 1):
         before = time.perf_counter()
         batch = next(batches)
@@ -352,11 +367,13 @@ def train_epoch(learner: Learner, split: Split, epoch: int, tell: Callable[[dict
         now = time.perf_counter()
         if now - spoken > 5:
             spoken = now
+            store = max(store, object_store()[0])
             left = (now - start) / step * (steps * (epochs - epoch) - step)
             text = f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item() / step:.3f}  "
             text += f"{clips / (now - start):.1f} clips/s  data wait {waited / (now - start):.0%}  left {minutes(left)}"
             tell({"kind": "line", "text": text})
     seconds = time.perf_counter() - start
+    used, spilled = object_store()
     (mean_loss, mean_wait) = average(torch.tensor([loss.item() / steps, waited / seconds], device=learner.device))
     return {
         "train/loss": mean_loss,
@@ -364,6 +381,8 @@ def train_epoch(learner: Learner, split: Split, epoch: int, tell: Callable[[dict
         "perf/clips_per_s": clips / seconds,
         "perf/data_wait_frac": mean_wait,
         "perf/epoch_s": seconds,
+        "data/object_store_mb": max(store, used),
+        "data/spilled_mb": spilled - spilled_before,
     }
 
 
@@ -444,9 +463,38 @@ def describe_epoch(metrics: dict[str, float], config: Config) -> str:
     if "val/top1" in metrics:
         text += f"  val top-1 {metrics['val/top1']:.1%}"
     text += f"  {metrics['perf/clips_per_s']:.1f} clips/s  data wait {metrics['perf/data_wait_frac']:.0%}"
+    text += f"  object store {metrics['data/object_store_mb']:.0f} MB"
+    if metrics["data/spilled_mb"]:
+        text += f", spilled {metrics['data/spilled_mb']:.0f} MB"
     if metrics["data/bad"]:
         text += f"  bad videos {metrics['data/bad']:.0f}"
     return text
+
+
+def advise(metrics: dict[str, float], config: Config) -> str:
+    """Which knob to turn when the device waits for clips or the object store spills; empty when all is well."""
+    data, lines = config.data, []
+    if metrics["perf/data_wait_frac"] > WAIT_LIMIT:
+        knobs = [
+            "decode on more CPUs (scaling.cpus_per_worker reserves CPUs that decoding cannot have; nodes without a GPU "
+            "decode too)"
+        ]
+        if data.cache_dir is None:
+            side = data.short_side or -(-config.model.variant().image_size * 8 // 7)
+            knobs.append(f"pack the set for it (`posmlp data shard LIST --out DIR --short-side {side}`)")
+            knobs.append("decode a small set once (data.cache_dir)")
+        elif metrics["epoch"] == 1:
+            knobs = ["wait for the next epoch: data.cache_dir is being filled in the first"]
+        if data.repeats == 1 and not data.cache_dir:
+            knobs.append("cut several clips from each decoded video (data.repeats)")
+        waited = f"{metrics['perf/data_wait_frac']:.0%}"
+        lines.append(f"training waited for clips {waited} of the epoch. What helps: " + "; or ".join(knobs))
+    if metrics["data/spilled_mb"]:
+        lines.append(
+            f"the object store spilled {metrics['data/spilled_mb']:.0f} MB to disk. What helps: a smaller "
+            "data.rows_per_block, or more memory for it (`ray start --object-store-memory`)"
+        )
+    return "\n".join(lines)
 
 
 def minutes(seconds: float) -> str:

@@ -14,4 +14,5 @@ def __getattr__(name: str) -> Any:
     """The public names, imported when first used: a decoding process must not pay for PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("posmlp.model.checkpoint" if name == "load_published" else "posmlp.model.variants"), name)
+    module = "checkpoint" if name == "load_published" else "variants"
+    return getattr(import_module(f"posmlp.model.{module}"), name)

@@ -1,35 +1,58 @@
-"""From a video file to a clip: decode the frames asked for (once only, with a cache), crop and resize them."""
+"""A video's frames, exactly: frame ``i`` is the ``i``-th in the order of presentation, whatever the file's structure.
 
-import contextlib
-import hashlib
+PyAV reads the packets of the stream once, without decoding (about 2 ms a file): their presentation times are the list
+of frames. A frame is then found by its time: from the key frame at or before it, the packets are decoded, and those of
+an H.264 stream that no other frame refers to are skipped where they are not wanted. Where the packets' times do not
+tell the frames (AVI, a few old codecs), the whole stream is decoded and counted.
+
+This module needs neither PyTorch nor the rest of the package: it runs in a child process (``posmlp.video.isolated``).
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import itertools
 import os
 import re
-import uuid
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
+import av
+import av.error
 import decord
 import numpy as np
-import torch
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from posmlp.config import DataSection
 from posmlp.errors import UserError
-from posmlp.video.sampling import centre_crop, dense_indices, random_resized_crop, sample_rng, uniform_indices
+from posmlp.video import storage
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3] RGB, or one frame [H, W, 3]
-Choose = Callable[[int], NDArray[np.int64]]  # number of frames of a video -> indices wanted
+Decoder = Literal["pyav", "decord"]
+Allocate = Callable[[tuple[int, ...]], Frames]  # memory for uint8 pixels of a shape
 
-CACHE_VERSION = 1  # raise it when decoding or resizing changes, so that old cache files are not used
-DECORD_ERRORS = (decord.DECORDError, RuntimeError, AssertionError, IndexError, StopIteration, ValueError)
+# Codecs and containers whose packets have the presentation times of their frames, one frame a packet.
+TIMED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg1video", "mpeg2video", "mpeg4")
+TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "flv")
+SEEKABLE_CONTAINERS = TIMED_CONTAINERS[:2]  # with an index of key frames; the others guess by position
+SEEK_GAP = 8  # frames between two wanted ones above which a seek pays
+TOO_LARGE = "it needs more memory than a decoder may take; scale the video down"
+KEPT_BYTES = 2**28  # of decoded frames that are kept while a stream is counted
+IMAGE_CODECS = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"BM": "bmp"}
 
 # How video files begin (MP4, Matroska, AVI, FLV, Ogg, GIF, WMV, MPEG): tells a damaged video from something else.
 VIDEO_HEAD = re.compile(
     rb".{4}(?:ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF|FLV|OggS|GIF8|\x30\x26\xb2\x75|\x00\x00\x01[\xb3\xba]",
     re.DOTALL,
 )
+FFMPEG_ERRORS = (av.error.FFmpegError, ValueError, OverflowError, EOFError)
+DECORD_ERRORS = (decord.DECORDError, RuntimeError, AssertionError, IndexError, StopIteration, ValueError)
 
 decord.logging.set_level(decord.logging.QUIET)  # failures are raised; FFmpeg's own lines would only flood the log
+av.logging.set_level(av.logging.PANIC)
 
 
 class DecodeError(Exception):
@@ -49,196 +72,451 @@ class DecodeError(Exception):
         return f"{self.uri}: {self.reason}"
 
 
-def load_clip(
-    uri: str,
-    sample_id: str,
-    data: DataSection,
-    *,
-    frames: int,
-    size: int,
-    seed: int,
-    epoch: int,
-    view: int = 0,
-    train: bool,
-) -> Frames:
-    """One clip of a video. Every random choice derives from ``(seed, epoch, sample_id, view)``.
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video before a picture of it is decoded.
 
-    For training, frames are drawn at random and one random box crops them all; for validation, both are centred and
-    nothing depends on ``seed`` or ``epoch``. With ``data.frame_order == "shuffled"`` the clip has the same frames and
-    the same crop as the ordered one, in a random order (for validation, always the same one for a sample and view).
+    Attributes:
+        frames: how many it has, N.
+        codec: FFmpeg's name of it.
+        times: float64 ``[N]``, seconds from the first frame to each; None for a frame folder.
+        key_frames: how many frames are key frames.
+        decoder: what delivers the pictures; decord only where it was asked for and finds the same frames.
+    """
 
-    Returns:
-        uint8 ``[T, H, W, 3]`` RGB with ``T = frames`` and ``H = W = size``.
+    frames: int
+    codec: str
+    times: NDArray[np.float64] | None
+    key_frames: int
+    decoder: Decoder
+
+    @property
+    def fps(self) -> float | None:
+        """Mean frames a second; None where times are unknown or there is one frame alone."""
+        if self.times is None or len(self.times) < 2 or self.times[-1] <= 0:
+            return None
+        return float((len(self.times) - 1) / self.times[-1])
+
+
+def open_video(uri: str, images: int | None = None, decoder: Decoder = "pyav") -> Video | ImageFolder:
+    """Open a video file, or a folder of ``images`` numbered pictures whose name template is the uri.
 
     Raises:
-        DecodeError: the video cannot be read.
-        UserError: the cache cannot be written.
+        DecodeError: it cannot be read.
     """
-    rng = sample_rng(seed, epoch, sample_id, view) if train else None
-
-    def choose(num_frames: int) -> NDArray[np.int64]:
-        if data.sampling == "dense":
-            return dense_indices(num_frames, frames, data.stride, rng)
-        return uniform_indices(num_frames, frames, rng)
-
-    short_side = data.short_side or -(-size * 8 // 7)
-    if data.cache_dir:
-        clip = cached_frames(uri, choose, short_side, data.cache_dir)
-    else:
-        clip = read_frames(uri, choose, short_side)
-
-    height, width = clip.shape[1:3]
-    box = (
-        random_resized_crop(height, width, data.crop_scale, data.crop_ratio, rng) if rng else centre_crop(height, width)
-    )
-    clip = clip[:, box.top : box.top + box.height, box.left : box.left + box.width]
-    if data.frame_order == "shuffled":  # drawn last: the other choices stay those of the ordered clip
-        clip = clip[(rng or sample_rng(0, 0, sample_id, view)).permutation(frames)]
-    return _resize(clip, size, size)
+    return Video(uri, decoder) if images is None else ImageFolder(uri, images)
 
 
-def read_frames(uri: str, choose: Choose, short_side: int | None) -> Frames:
-    """The frames of a video that ``choose`` picks.
+class Video:
+    """A video file, of any place (``posmlp.video.storage``).
 
     Args:
-        uri: path of a video file.
-        choose: given the number of frames N, returns int ``[T]`` in ``[0, N)``, in any order, repeats allowed.
-        short_side: the frames are scaled to it, aspect kept, never upscaled; None keeps their size.
-
-    Returns:
-        uint8 ``[T, H, W, 3]`` RGB.
+        uri: a path or URI. Local files are read as they are needed, others at once, into memory.
+        decoder: decord is used if it finds the same number of frames in a stream whose packets tell their times.
 
     Raises:
-        DecodeError: the video cannot be read.
-        ValueError: ``choose`` picks no frames or some outside the video.
+        DecodeError: the file is missing, not a video, damaged or cut short.
     """
-    reader = _open(uri)  # one reader per call: memory grows in readers that are kept
-    indices = _chosen(choose, len(reader))
-    wanted, back = np.unique(indices, return_inverse=True)
-    clip: Frames = np.stack(list(_decode(reader, uri, set(wanted.tolist()), short_side)))[back]
-    return clip
 
-
-def cached_frames(uri: str, choose: Choose, short_side: int | None, cache_dir: str | Path) -> Frames:
-    """``read_frames`` through a cache: the first call decodes the whole video, later ones only read its frames.
-
-    A video's frames lie in one ``.npy`` file, uint8 ``[N, H, W, 3]``, named after the video's path, size and time of
-    change, so a replaced video is decoded anew. Any number of processes may share the folder. Because every frame is
-    decoded, a video with a damaged end always fails here, where ``read_frames`` may get by without the end.
-
-    Raises:
-        DecodeError: the video cannot be read.
-        UserError: the cache cannot be written.
-        ValueError: ``choose`` picks no frames or some outside the video.
-    """
-    try:
-        stat = os.stat(uri)
-    except (OSError, ValueError):
-        _open(uri)  # raises, with the reason
-        raise
-    key = f"{CACHE_VERSION}|{short_side}|{stat.st_size}|{stat.st_mtime_ns}|{os.path.abspath(uri)}"
-    path = Path(cache_dir) / f"{hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()}.npy"
-    try:
-        video = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # not there yet, or cut short when the machine stopped
-        _store(uri, short_side, path)
-        video = np.load(path, mmap_mode="r")
-    clip: Frames = video[_chosen(choose, len(video))]
-    return clip
-
-
-def _store(uri: str, short_side: int | None, path: Path) -> None:
-    """Decode the whole video into ``path``, which appears only when complete."""
-    reader = _open(uri)
-    frames = _decode(reader, uri, range(len(reader)), short_side)
-    first = next(frames)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
+    def __init__(self, uri: str, decoder: Decoder = "pyav") -> None:
+        self.uri = uri
+        self.source, self.head = _fetch(uri)
+        self.pts: list[int] = []  # time of each frame in the stream's units, rising
+        self.keys: list[tuple[int, int]] = []  # number and dts of each key frame
+        self._kept: list[av.VideoFrame] = []
         try:
-            with open(temporary, "xb") as file:  # not a memory map: a full disk would kill the process there
-                shape = (len(reader), *first.shape)
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                file.write(first.tobytes())
-                for frame in frames:
-                    file.write(frame.tobytes())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path.parent}: cannot write decoded videos there ({reason}); see data.cache_dir") from error
+            self._container = self.open_container()
+            self.info = self._index()
+        except FFMPEG_ERRORS as error:
+            raise DecodeError(uri, self._cannot_open()) from error
+        except MemoryError as error:
+            raise DecodeError(uri, TOO_LARGE) from error
+        if decoder == "decord" and self._decord_agrees():
+            self.info = replace(self.info, decoder="decord")
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._container.close()
+
+    def open_container(self) -> InputContainer:
+        """The file as PyAV's container, opened anew."""
+        source = io.BytesIO(self.source) if isinstance(self.source, bytes) else f"file:{self.source}"
+        return cast(InputContainer, av.open(source, metadata_errors="replace"))
+
+    def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = np.empty) -> Frames:
+        """Some frames.
+
+        Args:
+            indices: their numbers, in ``[0, N)``, rising, none twice.
+            short_side: the frames are scaled to it, aspect kept, never upscaled; None keeps their size.
+            allocate: makes the memory for the result.
+
+        Returns:
+            uint8 ``[len(indices), H, W, 3]`` RGB.
+
+        Raises:
+            DecodeError: the video is damaged.
+        """
+        if self.info.decoder == "decord":
+            try:
+                return _gather(self._by_decord(indices), len(indices), short_side, allocate)
+            except DECORD_ERRORS:
+                self.info = replace(self.info, decoder="pyav")
+        if not self.timed:
+            return self._gather(self._by_order(indices), indices, short_side, allocate)
+        try:
+            return self._gather(self._by_time(indices), indices, short_side, allocate)
+        except DecodeError:  # a stream may not hold what its key frames promise: without seeking and skipping then
+            return self._gather(self._by_order(indices), indices, short_side, allocate)
+
+    def all_frames(self, short_side: int | None = None) -> Iterator[Frames]:
+        """Every frame in order, uint8 ``[H, W, 3]`` each, scaled as by ``read``.
+
+        Raises:
+            DecodeError: the video is damaged; after the frames before the damage.
+        """
+        everything = range(self.info.frames)
+        height = width = 0
+        for frame in self._watched(self._by_order(everything), everything):
+            if not height:
+                height, width = scaled(frame.height, frame.width, short_side)
+            yield _to_rgb(frame, height, width)
+
+    def verify(self) -> tuple[int, int]:
+        """Decode every frame; returns height and width in pixels, as shown.
+
+        Raises:
+            DecodeError: the video is damaged.
+        """
+        everything = range(self.info.frames)
+        sizes = [_shown(frame) for frame in self._watched(self._by_order(everything), everything)]
+        return sizes[0]
+
+    # What the packets say ------------------------------------------------------------------------------------------
+
+    def _stream(self, container: InputContainer) -> VideoStream:
+        pictures = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]  # cover art
+        if not pictures:
+            raise DecodeError(
+                self.uri, "no video stream in the file (only sound or other data); remove it from the manifest"
+            )
+        stream = pictures[0]
+        if stream.codec_context is None:
+            raise DecodeError(self.uri, "its codec is unknown to FFmpeg; convert the video")
+        stream.thread_type = "NONE"  # many processes decode: more threads each would only get in each other's way
+        return stream
+
+    def _index(self) -> VideoInfo:
+        """Read all packets: they tell the frames' times and the key frames."""
+        container = self._container
+        stream = self._stream(container)
+        declared = container.duration / av.time_base if container.duration and not stream.frames else 0.0
+        found: list[tuple[int, bool, int]] = []  # time of presentation, key frame, time of decoding
+        untimed, packets, end = False, 0, 0.0
+        start = float(container.start_time or 0) / av.time_base
+        for packet in container.demux() if declared else container.demux(stream):
+            if packet.pts is not None and packet.time_base:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - start)
+            if packet.stream_index != stream.index or not packet.size:
+                continue
+            packets += 1
+            if packet.is_discard:  # before the start of an edit list: decoded, not shown
+                continue
+            untimed |= packet.pts is None
+            pts = -1 if packet.pts is None else packet.pts
+            found.append((pts, packet.is_keyframe, pts if packet.dts is None else packet.dts))
+        if not found:
+            raise DecodeError(
+                self.uri, "no frames in the video stream; fetch the file again, or remove it from the manifest"
+            )
+        self._check_length(container, stream, packets, declared, end)
+        found.sort()
+        self.pts = [pts for pts, _, _ in found]
+        self.keys = [(i, dts) for i, (_, key, dts) in enumerate(found) if key]
+        codec = stream.codec_context.name
+        self.timed = (
+            not untimed
+            and all(a < b for a, b in itertools.pairwise(self.pts))
+            and codec in TIMED_CODECS
+            and container.format.name in TIMED_CONTAINERS
+        )
+        self.seekable = container.format.name in SEEKABLE_CONTAINERS
+        self.skips = codec == "h264"  # where FFmpeg knows for certain what nothing refers to
+        times = np.array(self.pts, np.float64) * float(stream.time_base or 0) if self.timed else self._count()
+        return VideoInfo(len(times), codec, times - times[0], len(self.keys), "pyav")
+
+    def _check_length(
+        self, container: InputContainer, stream: VideoStream, packets: int, declared: float, end: float
+    ) -> None:
+        """Refuse a file that holds less than its header promises: it was cut short, and its end is lost."""
+        exact = container.format.name == TIMED_CONTAINERS[0]
+        if packets < stream.frames * (1 if exact else 0.95):
+            found, promised = f"{packets} frames", f"{stream.frames}"
+        elif end < declared - max(0.5, 0.05 * declared) and container.format.name in (*SEEKABLE_CONTAINERS, "flv"):
+            found, promised = f"{end:.1f} s", f"{declared:.1f} s"
+        else:
+            return
+        raise DecodeError(
+            self.uri, f"cut short: the header promises {promised}, the file holds {found}; fetch it again"
+        )
+
+    def _count(self) -> NDArray[np.float64]:
+        """Decode the whole stream to learn its frames' times; small videos are kept for ``read``."""
+        times: list[float] = []
+        size = 0
+        try:
+            with self.open_container() as container:
+                stream = self._stream(container)
+                rate = float(stream.average_rate or 25)
+                for frame in container.decode(stream):
+                    self._check_picture(frame, len(times))
+                    times.append(len(times) / rate if frame.time is None else frame.time)
+                    size += sum(plane.buffer_size for plane in frame.planes)
+                    if size <= KEPT_BYTES:
+                        self._kept.append(frame)
+        except FFMPEG_ERRORS as error:
+            raise DecodeError(self.uri, self._damaged(len(times))) from error
+        if not times:
+            raise DecodeError(self.uri, self._damaged(0))
+        if any(b <= a for a, b in itertools.pairwise(times)):
+            times = [i / rate for i in range(len(times))]
+        if len(self._kept) < len(times):
+            self._kept = []
+        return np.array(times)
+
+    # How frames are found --------------------------------------------------------------------------------------------
+
+    def _by_time(self, indices: Sequence[int]) -> Iterator[av.VideoFrame]:
+        """By seeking to key frames and skipping what is not needed."""
+        if not self.seekable:
+            yield from self._by_order(indices)
+            return
+        stream = self._stream(self._container)
+        for dts, run in self._runs(indices):
+            self._container.seek(dts, stream=stream)
+            yield from self._decode_run(stream, [self.pts[i] for i in run])
+
+    def _runs(self, indices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """The wanted frames in groups to be decoded without a seek; before each the dts of the key frame to start from.
+
+        The key frame is the last one *shown* at or before the first frame of the group: what is shown before a key
+        frame but decoded after it (an open GOP) may refer to the pictures before.
+        """
+        starts = [key for key, _ in self.keys]
+        run: list[int] = []
+        seek = 0
+        for index in indices:
+            place = int(np.searchsorted(starts, index, side="right")) - 1
+            key, dts = self.keys[place] if place >= 0 else (0, self.pts[0])
+            if run and key - run[-1] > SEEK_GAP:
+                yield seek, run
+                run = []
+            if not run:
+                seek = dts
+            run.append(index)
+        yield seek, run
+
+    def _decode_run(self, stream: VideoStream, wanted: list[int]) -> Iterator[av.VideoFrame]:
+        """The frames of the times ``wanted``, rising, from where the container stands."""
+        left = set(wanted)
+        for packet in self._container.demux(stream):
+            if self.skips and packet.size:
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in left else "NONREF"
+            for frame in packet.decode():
+                if frame.pts in left:
+                    left.remove(frame.pts)
+                    yield frame
+                elif frame.is_corrupt and frame.pts is not None and frame.pts > wanted[0]:
+                    self._check_picture(frame, bisect.bisect_left(self.pts, frame.pts))  # others are made from it
+                if not left:
+                    return
+
+    def _by_order(self, indices: Sequence[int]) -> Iterator[av.VideoFrame]:
+        """By decoding everything up to the last one."""
+        wanted = set(indices)
+        if self._kept:
+            yield from (self._kept[i] for i in sorted(wanted))
+            return
+        last = max(wanted)
+        with self.open_container() as container:
+            for number, frame in enumerate(container.decode(self._stream(container))):
+                if number in wanted:
+                    yield frame
+                else:
+                    self._check_picture(frame, number)
+                if number == last:
+                    return
+
+    def _by_decord(self, indices: Sequence[int]) -> Iterator[Frames]:
+        reader = self._reader()
+        here = 0
+        for index in indices:
+            if index > here:
+                reader.skip_frames(index - here)
+            frame: Frames = reader.next().asnumpy()
+            # FFmpeg pads each line of pixels. Where the padded line is a multiple of the width (8, 16, 96, 144, ...),
+            # decord takes the padding for more channels and gives [H, W, 4] or beyond: cut it off.
+            h, w = frame.shape[:2]
+            yield frame.reshape(h, -1)[:, : 3 * w].reshape(h, w, 3)
+            here = index + 1
+
+    def _decord_agrees(self) -> bool:
+        try:
+            return self.timed and len(self._reader()) == self.info.frames
+        except DECORD_ERRORS:
+            return False
+
+    def _reader(self) -> decord.VideoReader:
+        source = io.BytesIO(self.source) if isinstance(self.source, bytes) else os.path.abspath(self.source)
+        return decord.VideoReader(source, num_threads=1)  # never kept: memory grows in readers that seek
+
+    # What may be wrong with them ------------------------------------------------------------------------------------
+
+    def _gather(
+        self, frames: Iterator[av.VideoFrame], indices: Sequence[int], short_side: int | None, allocate: Allocate
+    ) -> Frames:
+        return _gather(self._watched(frames, indices), len(indices), short_side, allocate)
+
+    def _watched(self, frames: Iterator[av.VideoFrame], indices: Sequence[int]) -> Iterator[av.VideoFrame]:
+        """The same frames; raises where one is damaged or missing."""
+        done = 0
+        try:
+            for frame in frames:
+                self._check_picture(frame, indices[done])
+                done += 1
+                yield frame
+        except FFMPEG_ERRORS as error:
+            raise DecodeError(self.uri, self._damaged(indices[done] if done < len(indices) else 0)) from error
+        except MemoryError as error:
+            raise DecodeError(self.uri, TOO_LARGE) from error
+        if done < len(indices):
+            raise DecodeError(self.uri, self._damaged(indices[done]))
+
+    def _check_picture(self, frame: av.VideoFrame, number: int) -> None:
+        if frame.is_corrupt:  # FFmpeg has filled what it could not decode
+            raise DecodeError(self.uri, self._damaged(number))
+
+    def _damaged(self, number: int) -> str:
+        total = f" of {len(self.pts)}" if self.pts else ""
+        return f"the video is truncated or corrupt, frame {number}{total} does not decode; fetch it again"
+
+    def _cannot_open(self) -> str:
+        if VIDEO_HEAD.match(self.head):
+            return "the video is truncated or corrupt, it cannot be opened; fetch it again"
+        return "not a video, or of a format that FFmpeg does not know; convert it, or remove it from the manifest"
 
 
-def _open(uri: str) -> decord.VideoReader:
+class ImageFolder:
+    """A video as numbered pictures (JPEG, PNG, BMP): the uri is ``FOLDER/{:05d}.jpg``, numbers count from 1.
+
+    Raises:
+        DecodeError: the first picture cannot be read.
+    """
+
+    def __init__(self, uri: str, images: int) -> None:
+        self.uri = uri
+        if images < 1:
+            raise DecodeError(uri, "no pictures; check the number of frames in the manifest")
+        self.info = VideoInfo(images, self._picture(0)[1], None, images, "pyav")
+
+    def close(self) -> None:
+        """As ``Video.close``; nothing stays open."""
+
+    def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = np.empty) -> Frames:
+        """Some pictures; as ``Video.read``."""
+        return _gather((self._picture(i)[0] for i in indices), len(indices), short_side, allocate)
+
+    def all_frames(self, short_side: int | None = None) -> Iterator[Frames]:
+        """Every picture in order; as ``Video.all_frames``."""
+        first = self._picture(0)[0]
+        height, width = scaled(first.height, first.width, short_side)
+        for i in range(self.info.frames):
+            yield _to_rgb(self._picture(i)[0], height, width)
+
+    def verify(self) -> tuple[int, int]:
+        """Decode every picture; as ``Video.verify``."""
+        sizes = [_shown(self._picture(i)[0]) for i in range(self.info.frames)]
+        return sizes[0]
+
+    def _picture(self, index: int) -> tuple[av.VideoFrame, str]:
+        uri = self.uri.format(index + 1)
+        source, head = _fetch(uri)
+        content = source if isinstance(source, bytes) else storage.read_bytes(source)
+        name = IMAGE_CODECS.get(head[:2])
+        try:
+            if name is None:
+                raise ValueError("unknown kind of picture")
+            codec = cast(Any, av.CodecContext.create(name, "r"))
+            pictures = [*codec.decode(av.Packet(content)), *codec.decode(None)]
+            picture = cast(av.VideoFrame, pictures[0])
+            if picture.is_corrupt:
+                raise ValueError("damaged")
+        except (*FFMPEG_ERRORS, IndexError) as error:
+            kinds = "JPEG, PNG or BMP"
+            raise DecodeError(uri, f"the picture is damaged, or not {kinds}; fetch it again") from error
+        return picture, name
+
+
+def scaled(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """Height and width with the shorter one at ``short_side``, aspect kept, never upscaled."""
+    scale = min(1.0, short_side / min(height, width)) if short_side else 1.0
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _gather(frames: Iterable[av.VideoFrame | Frames], count: int, short_side: int | None, allocate: Allocate) -> Frames:
+    """Frames as one array; the first one sets the size, as a stream may change it halfway."""
+    out: Frames | None = None
+    height = width = 0
+    for i, frame in enumerate(frames):
+        if out is None:
+            h, w = frame.shape[:2] if isinstance(frame, np.ndarray) else (frame.height, frame.width)
+            height, width = scaled(h, w, short_side)
+            first = _to_rgb(frame, height, width)
+            out = allocate((count, *first.shape))
+            out[0] = first
+        else:
+            out[i] = _to_rgb(frame, height, width)
+    assert out is not None
+    return out
+
+
+def _shown(frame: av.VideoFrame) -> tuple[int, int]:
+    """Height and width after rotation."""
+    return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+
+
+def _to_rgb(frame: av.VideoFrame | Frames, height: int, width: int) -> Frames:
+    """A decoded picture as RGB of the size (before it is turned upright), by one pass of FFmpeg's scaler."""
+    if isinstance(frame, np.ndarray):
+        if frame.shape[:2] == (height, width):
+            return frame
+        frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+    # its bilinear filter widens with the reduction, so that nothing aliases
+    rgb = cast(Frames, frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR"))
+    return np.rot90(rgb, frame.rotation // 90) if frame.rotation else rgb
+
+
+def _fetch(uri: str) -> tuple[str | bytes, bytes]:
+    """What to open, a local path or the content of a remote file; and its first bytes."""
     try:
-        with open(uri, "rb") as file:
-            head = file.read(16)
-    except FileNotFoundError as error:
-        raise DecodeError(uri, "the file is missing; check the path in the manifest") from error
-    except IsADirectoryError as error:
-        raise DecodeError(uri, "this is a folder; expected a video file") from error
-    except (OSError, ValueError) as error:
-        raise DecodeError(uri, f"the file cannot be opened ({error})") from error
+        if storage.is_remote(uri) or storage.parquet_row(uri):
+            source: str | bytes = storage.read_bytes(uri)
+            head = cast(bytes, source)[:16]
+        else:
+            source = storage.local_path(uri)
+            with open(source, "rb") as file:
+                head = file.read(16)
+    except (OSError, ValueError, UserError) as error:
+        raise cannot_open(uri, error) from error
     if not head:
         raise DecodeError(uri, "the file is empty (0 bytes); fetch it again")
-    try:
-        # an absolute path, because FFmpeg takes what stands before a colon for a protocol
-        return decord.VideoReader(os.path.abspath(uri), num_threads=1)
-    except DECORD_ERRORS as error:
-        if "cannot find video stream" in str(error):
-            reason = "no video stream in the file (only sound or other data); remove it from the manifest"
-        elif "Invalid frame count" in str(error):
-            reason = "no frames in the video stream; fetch the file again, or remove it from the manifest"
-        elif VIDEO_HEAD.match(head):
-            reason = "the video is truncated or corrupt, it cannot be opened; fetch it again"
-        else:
-            reason = "not a video, or of a format that FFmpeg does not know; convert it, or remove it from the manifest"
-        raise DecodeError(uri, reason) from error
+    return source, head
 
 
-def _decode(reader: decord.VideoReader, uri: str, wanted: Collection[int], short_side: int | None) -> Iterator[Frames]:
-    """The ``wanted`` frames, one by one in rising order: each uint8 ``[H, W, 3]``.
-
-    All frames before the last one wanted are decoded. Seeking would be faster for a clip from the end of a long video,
-    yet where frames refer across a key frame (open GOPs, usual in HEVC and MPEG) decord then delivers a neighbour of
-    the frame, and the cache would differ from the file.
-    """
-    height = width = 0
-    for index in range(max(wanted) + 1):
-        try:
-            decoded = reader.next()
-        except DECORD_ERRORS as error:
-            # not which frame: decord works ahead, so the error comes somewhere before it, and not always at the same
-            reason = f"the video is truncated or corrupt, not all of its {len(reader)} frames decode; fetch it again"
-            raise DecodeError(uri, reason) from error
-        if index not in wanted:
-            continue
-        frame: Frames = decoded.asnumpy()
-        h, w = frame.shape[:2]
-        # FFmpeg pads each line of pixels. Where the padded line is a multiple of the width (8, 16, 96, 144, ...),
-        # decord takes the padding for more channels and gives [H, W, 4] or beyond (and its batches fail): cut it off.
-        frame = frame.reshape(h, -1)[:, : 3 * w].reshape(h, w, 3)
-        if not height:  # the first frame sets the size: a stream may change it halfway
-            scale = min(1.0, short_side / min(h, w)) if short_side else 1.0
-            height, width = max(1, round(h * scale)), max(1, round(w * scale))
-        yield _resize(frame[None], height, width)[0]
-
-
-def _resize(frames: Frames, height: int, width: int) -> Frames:
-    """uint8 ``[T, H, W, 3]`` to ``[T, height, width, 3]``, bilinear with antialiasing."""
-    frames = np.ascontiguousarray(frames)
-    if frames.shape[1:3] == (height, width):
-        return frames
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [T, 3, H, W], a view: channels stay last in memory
-    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def _chosen(choose: Choose, num_frames: int) -> NDArray[np.int64]:
-    indices = np.asarray(choose(num_frames))
-    if indices.ndim != 1 or not len(indices) or indices.min() < 0 or indices.max() >= num_frames:
-        raise ValueError(f"frames {indices} were chosen from a video of {num_frames}; expected one or more in range")
-    return indices
+def cannot_open(uri: str, error: Exception) -> DecodeError:
+    """Why a file or object cannot be read at all."""
+    if isinstance(error, FileNotFoundError):
+        return DecodeError(uri, "the file is missing; check the path in the manifest")
+    if isinstance(error, IsADirectoryError):
+        return DecodeError(uri, "this is a folder; expected a video file")
+    return DecodeError(uri, f"the file cannot be opened ({error})")

@@ -1,0 +1,145 @@
+"""From a manifest row to the clips that a step is made of: which frames, which box, at which size."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from posmlp.config import Config, DataSection
+from posmlp.video.cache import CachedVideo, cache_path, store
+from posmlp.video.decode import DecodeError, Decoder, Frames, VideoInfo
+from posmlp.video.isolated import open_isolated
+from posmlp.video.sampling import (
+    Box,
+    dense_indices,
+    fps_indices,
+    random_resized_crop,
+    sample_rng,
+    square_crop,
+    uniform_indices,
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """One clip of a video before it is decoded.
+
+    Attributes:
+        indices: int64 ``[T]``, numbers of frames.
+        rng: for the choices still to be made, those of a training clip's box and order; None for a test view.
+        crop, crops: which of a test view's squares.
+    """
+
+    indices: NDArray[np.int64]
+    rng: np.random.Generator | None
+    crop: int = 0
+    crops: int = 1
+
+
+def views_of(config: Config, train: bool) -> int:
+    """Clips that ``load_clips`` cuts from a video, V."""
+    return config.data.repeats if train else config.eval.clips * config.eval.crops
+
+
+def load_clips(
+    uri: str, sample_id: str, config: Config, *, epoch: int, train: bool, images: int | None = None
+) -> tuple[Frames, Decoder]:
+    """All views of one video, decoded once. Every random choice derives from ``(train.seed, epoch, sample_id, view)``.
+
+    For training, view ``r`` of ``data.repeats`` draws frames at random and one random box for them all. For
+    validation, view ``clip * eval.crops + crop`` takes the frames and the square of that clip and crop, and nothing
+    depends on the seed or the epoch. With ``data.frame_order == "shuffled"`` a clip has the same frames and box as
+    the ordered one, in a random order (for validation, always the same one for a sample and view).
+
+    Args:
+        uri, sample_id, images: of the manifest's row; images is its ``frames``.
+
+    Returns:
+        uint8 ``[V, T, H, W, 3]`` RGB with ``T = model.frames`` and ``H = W = model.image_size``; and what decoded them.
+
+    Raises:
+        DecodeError: the video cannot be read.
+        UserError: the cache cannot be written.
+    """
+    variant, data = config.model.variant(), config.data
+    size = variant.image_size
+    with open_frames(uri, images, data, data.short_side or -(-size * 8 // 7)) as (info, read):
+        if data.fps is not None and info.times is None:
+            raise DecodeError(uri, "data.fps needs frame times, which a frame folder has not; leave data.fps out")
+        views = list(choose_views(info, variant.frames, sample_id, config, epoch, train))
+        wanted, places = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
+        pictures = read(wanted.tolist())
+        clips = np.empty((len(views), variant.frames, size, size, 3), np.uint8)
+        for number, (view, place) in enumerate(zip(views, np.split(places, len(views)), strict=True)):
+            box = choose_box(pictures.shape[1], pictures.shape[2], view, data)
+            if data.frame_order == "shuffled":  # drawn last: the other choices stay those of the ordered clip
+                place = place[(view.rng or sample_rng(0, 0, sample_id, number)).permutation(len(place))]
+            used, back = np.unique(place, return_inverse=True)  # short videos repeat frames: each is resized once
+            boxed = pictures[used, box.top : box.top + box.height, box.left : box.left + box.width]
+            clips[number] = resize(boxed, size)[back]
+        return clips, info.decoder
+
+
+def choose_views(
+    info: VideoInfo, count: int, sample_id: str, config: Config, epoch: int, train: bool
+) -> Iterator[View]:
+    """The views of a video, each of ``count`` frames."""
+    data = config.data
+    numbers = np.arange(info.frames)
+    if data.fps is not None and info.times is not None:
+        numbers = fps_indices(info.times, data.fps)
+
+    def pick(rng: np.random.Generator | None, clip: int = 0, clips: int = 1) -> NDArray[np.int64]:
+        if data.sampling == "dense":
+            return numbers[dense_indices(len(numbers), count, data.stride, rng, clip, clips)]
+        return numbers[uniform_indices(len(numbers), count, rng, clip, clips)]
+
+    if train:
+        for view in range(data.repeats):
+            rng = sample_rng(config.train.seed, epoch, sample_id, view)
+            yield View(pick(rng), rng)
+    else:
+        for clip, crop in itertools.product(range(config.eval.clips), range(config.eval.crops)):
+            yield View(pick(None, clip, config.eval.clips), None, crop, config.eval.crops)
+
+
+def choose_box(height: int, width: int, view: View, data: DataSection) -> Box:
+    """The part of the pictures that a view shows."""
+    if view.rng is None:
+        return square_crop(height, width, view.crop, view.crops)
+    return random_resized_crop(height, width, data.crop_scale, data.crop_ratio, view.rng)
+
+
+def resize(frames: Frames, size: int) -> Frames:
+    """uint8 ``[T, H, W, 3]`` to ``[T, size, size, 3]``, bilinear with antialiasing."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # a view: channels stay last in memory
+    pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    resized: Frames = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    return resized
+
+
+@contextmanager
+def open_frames(
+    uri: str, images: int | None, data: DataSection, short_side: int
+) -> Iterator[tuple[VideoInfo, Callable[[list[int]], Frames]]]:
+    """A video's info and a function that reads frames at the short side: from its file, or from the cache."""
+    if data.cache_dir is None:
+        with open_isolated(uri, images, data.decoder, timeout_s=data.decode_timeout_s) as video:
+            yield video.info, lambda indices: video.read(indices, short_side)
+        return
+    path = cache_path(uri, images, short_side, data.cache_dir)
+    try:
+        cached = CachedVideo(path)
+    except OSError:  # not there yet, or cut short when the machine stopped
+        with open_isolated(uri, images, timeout_s=data.decode_timeout_s) as video:
+            video.run(store, short_side, path)
+        cached = CachedVideo(path)
+    yield cached.info, cached.read

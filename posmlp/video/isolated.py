@@ -1,0 +1,237 @@
+"""Decoding in a child process: a video that crashes FFmpeg, hangs it or never ends costs itself and nothing else.
+
+Each process that decodes has one child, started at the first video and again after one that had to be killed. Pixels
+come back through shared memory, so that the child's copy of them is the only one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import mmap
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from posmlp.errors import UserError
+from posmlp.video.decode import TOO_LARGE, DecodeError, Decoder, Frames, ImageFolder, Video, VideoInfo, open_video
+
+MEMORY_LIMIT = 6 * 2**30  # bytes of a child's address space; an 8K stream takes about 3
+START_TIMEOUT_S = 60.0
+
+_child: Child | None = None
+
+
+@contextlib.contextmanager
+def open_isolated(
+    uri: str, images: int | None = None, decoder: Decoder = "pyav", *, timeout_s: float
+) -> Iterator[IsolatedVideo]:
+    """``posmlp.video.decode.open_video`` in the child process, to be closed at the end of a ``with``.
+
+    Args:
+        timeout_s: seconds that everything done to this video may take.
+
+    Raises:
+        DecodeError: it cannot be read, crashes the decoder, or takes longer than ``timeout_s``; also from every method
+            of what is returned.
+    """
+    video = IsolatedVideo(child(), uri, images, decoder, timeout_s)
+    try:
+        yield video
+    finally:
+        video.close()
+
+
+class IsolatedVideo:
+    """A video that is open in the child process; see ``posmlp.video.decode.Video``.
+
+    Attributes:
+        info: what is known of the video.
+    """
+
+    def __init__(self, child: Child, uri: str, images: int | None, decoder: Decoder, timeout_s: float) -> None:
+        self._child, self._uri, self._timeout_s = child, uri, timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self.info: VideoInfo = self._call("open", uri, images, decoder)
+
+    def read(self, indices: Sequence[int], short_side: int | None = None) -> Frames:
+        """Some frames, uint8 ``[len(indices), H, W, 3]``, in shared memory: valid until the child's next video."""
+        shape, self.info = self._call("read", indices, short_side)
+        return self._child.pixels(shape)
+
+    def verify(self) -> tuple[int, int]:
+        """Decode every frame; returns height and width in pixels, as shown."""
+        size: tuple[int, int] = self._call("verify")
+        return size
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(video, *args)`` in the child; a function of a module, and what can be pickled."""
+        return self._call("run", function, *args)
+
+    def close(self) -> None:
+        """Let the child forget the video."""
+        if self._child.alive():
+            with contextlib.suppress(DecodeError):
+                self._call("close")
+
+    def _call(self, command: str, *args: Any) -> Any:
+        return self._child.call(self._uri, command, args, self._deadline, self._timeout_s)
+
+
+class Child:
+    """The process, a channel to it and memory shared with it."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self.memory = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the child lives
+        self.map: mmap.mmap | None = None
+        ours, theirs = socket.socketpair()
+        code = f"from posmlp.video.isolated import serve; serve({theirs.fileno()}, {self.memory.fileno()})"
+        command = [sys.executable, "-P", "-c", code]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), self.memory.fileno()),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        )
+        theirs.close()
+        self.channel = Connection(ours.detach())
+        if not self.channel.poll(START_TIMEOUT_S) or self.channel.recv() != "ready":
+            self.kill()
+            raise RuntimeError("the decoding process does not start")
+
+    def alive(self) -> bool:
+        """Whether it can take another video."""
+        return self.process.poll() is None
+
+    def call(self, uri: str, command: str, args: tuple[Any, ...], deadline: float, timeout_s: float) -> Any:
+        """Run one command; kills the process when it does not answer in time."""
+        left = deadline - time.monotonic()
+        try:
+            self.channel.send((max(left, 0.0), command, args))
+            if left <= 0 or not self.channel.poll(left):
+                self.kill()
+                raise DecodeError(
+                    uri, f"not decoded within {timeout_s:g} s (data.decode_timeout_s); raise it, or remove the video"
+                )
+            failed, answer = self.channel.recv()
+        except (EOFError, OSError) as error:
+            self.kill()
+            code = self.process.returncode
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise DecodeError(uri, f"it crashes the decoder ({how}); re-encode it, or remove it") from error
+        if failed:
+            raise answer
+        return answer
+
+    def pixels(self, shape: tuple[int, ...]) -> Frames:
+        """The pixels that the child has written."""
+        size = int(np.prod(shape))
+        if self.map is None or len(self.map) < size:
+            self.map = mmap.mmap(self.memory.fileno(), os.fstat(self.memory.fileno()).st_size)
+        return np.frombuffer(self.map, np.uint8, size).reshape(shape)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.process.wait()
+        self.channel.close()
+        self.memory.close()
+
+
+def child() -> Child:
+    """The child of this process."""
+    global _child
+    if _child is None or _child.owner != os.getpid() or not _child.alive():  # after a fork it is the parent's
+        _child = Child()
+        atexit.register(_child.kill)
+    return _child
+
+
+# --- in the child --------------------------------------------------------------------------------------------------
+
+
+def serve(channel_fd: int, memory_fd: int) -> None:
+    """Do what the parent asks, until it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    channel = Connection(channel_fd)
+    worker = _Worker(memory_fd)
+    channel.send("ready")
+    while True:
+        try:
+            seconds, command, args = channel.recv()
+        except EOFError:
+            os._exit(0)
+        # Should the parent die meanwhile, nobody kills this process if it hangs: the alarm does.
+        signal.setitimer(signal.ITIMER_REAL, seconds + 5)
+        try:
+            answer = False, worker.do(command, args)
+        except (DecodeError, UserError) as error:
+            answer = True, error
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            channel.send(answer)
+        except OSError:
+            os._exit(0)
+
+
+class _Worker:
+    """The commands."""
+
+    def __init__(self, memory_fd: int) -> None:
+        self.memory_fd = memory_fd
+        self.map: mmap.mmap | None = None
+        self.uri = ""
+        self.video: Video | ImageFolder
+
+    def do(self, command: str, args: tuple[Any, ...]) -> Any:
+        """Whatever else goes wrong, in a decoder or for want of memory, is the video's misfortune too."""
+        try:
+            return getattr(self, command)(*args)
+        except (DecodeError, UserError):
+            raise
+        except MemoryError as error:
+            raise DecodeError(self.uri, TOO_LARGE) from error
+        except Exception as error:
+            reason = f"the decoder fails ({type(error).__name__}: {error}); re-encode the video, or remove it"
+            raise DecodeError(self.uri, reason) from error
+
+    def open(self, uri: str, images: int | None, decoder: Decoder) -> VideoInfo:
+        self.uri = uri
+        self.video = open_video(uri, images, decoder)
+        return self.video.info
+
+    def read(self, indices: Sequence[int], short_side: int | None) -> tuple[tuple[int, ...], VideoInfo]:
+        return self.video.read(indices, short_side, self.allocate).shape, self.video.info
+
+    def verify(self) -> tuple[int, int]:
+        return self.video.verify()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.video, *args)
+
+    def close(self) -> None:
+        self.video.close()
+        del self.video
+
+    def allocate(self, shape: tuple[int, ...]) -> Frames:
+        size = int(np.prod(shape))
+        if self.map is None or len(self.map) < size:
+            # a file that is only made longer would kill the process where the memory behind it is full
+            os.posix_fallocate(self.memory_fd, 0, size)
+            self.map = mmap.mmap(self.memory_fd, size)
+        return np.frombuffer(self.map, np.uint8, size).reshape(shape)

@@ -8,23 +8,28 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from posmlp.config import load_recipe
+from posmlp.config import Format, load_recipe
 from posmlp.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 failed or refused, 2 wrong usage, 130 interrupted."""
-    args = parser().parse_args(argv)
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(item.startswith("-") or "=" not in item for item in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option; argparse takes them only in one piece
+        args.overrides += rest
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"posmlp: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=20")
     train.set_defaults(run=run_train)
 
-    data = verbs.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="WHAT")
+    data = verbs.add_parser("data", help="make, check, pack and look at data sets")
+    data = data.add_subparsers(required=True, metavar="WHAT")
     motion = data.add_parser("motion", help="the embedded data set: 8 classes that only motion separates")
     motion.add_argument("--out", type=Path, default=Path("data/motion"))
     motion.add_argument("--train", type=int, default=640, help="training clips (%(default)s)")
@@ -49,6 +55,28 @@ def parser() -> argparse.ArgumentParser:
     motion.add_argument("--size", type=int, default=64, help="height and width in pixels (%(default)s)")
     motion.add_argument("--seed", type=int, default=0)
     motion.set_defaults(run=run_motion)
+
+    check = data.add_parser("check", help="decode every video of a list and report the bad ones")
+    add_manifest(check)
+    check.add_argument("--timeout", type=float, default=300.0, help="seconds a video may take (%(default)g)")
+    check.set_defaults(run=run_check)
+
+    shard = data.add_parser("shard", help="pack the videos of a list into Parquet files")
+    add_manifest(shard)
+    shard.add_argument("--rows-per-shard", type=positive, default=256, help="videos in a file (%(default)s)")
+    shard.add_argument("--short-side", type=positive, help="encode anew at this short side in pixels")
+    shard.add_argument("--keyframe-interval", type=positive, help="encode anew with a key frame every so many frames")
+    shard.add_argument("--timeout", type=float, default=300.0, help="seconds a video may take (%(default)g)")
+    shard.set_defaults(run=run_shard)
+
+    preview = data.add_parser("preview", help="a picture of a batch as the model will see it")
+    preview.add_argument("recipe", help="a YAML file, or the name of one in posmlp/recipes")
+    preview.add_argument("overrides", nargs="*", metavar="key=value", help="for example augment.flip=0.5")
+    preview.add_argument("--out", type=Path, default=Path("preview.png"))
+    preview.add_argument("--split", choices=("train", "val"), default="train")
+    preview.add_argument("--epoch", type=int, default=0)
+    preview.add_argument("--videos", type=positive, default=8, help="of the epoch's first (%(default)s)")
+    preview.set_defaults(run=run_preview)
 
     cost = verbs.add_parser("cost", help="parameters, MACs, memory and speed of a model on this machine")
     cost.add_argument("--model", required=True)
@@ -59,6 +87,38 @@ def parser() -> argparse.ArgumentParser:
     cost.add_argument("--json", action="store_true", help="print JSON instead of a table")
     cost.set_defaults(run=run_cost)
     return top
+
+
+def add_manifest(verb: argparse.ArgumentParser) -> None:
+    """The arguments that name a list of videos, as ``data.*`` does in a recipe."""
+    verb.add_argument("manifest", help="the list, or a folder with one subfolder a class; a path or a URI")
+    verb.add_argument("--out", required=True, help="folder for the results; a path or a URI")
+    verb.add_argument("--format", choices=get_args(Format), default="auto", help="of the list (%(default)s)")
+    verb.add_argument("--root", help="where the videos lie, if not beside the list")
+    verb.add_argument("--classes", help="the file of class names, for formats that have one")
+    verb.add_argument("--template", default="{:05d}.jpg", help="names of a frame folder's images (%(default)s)")
+    verb.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="take these rows alone")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def manifest_of(args: argparse.Namespace, missing_ok: bool):
+    from posmlp.video.manifest import read_manifest
+
+    where = {}
+    for item in args.where:
+        column, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--where {item!r}: expected COLUMN=VALUE")
+        where[column] = value
+    options = {key: getattr(args, key) for key in ("format", "root", "classes", "template")}
+    return read_manifest(args.manifest, where, **options, missing_ok=missing_ok)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -111,6 +171,40 @@ def run_motion(args: argparse.Namespace) -> None:
 
     folder = make_motion_set(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
     print(f"{args.train} training and {args.val} validation clips: {folder}/train.csv, {folder}/val.csv")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Exit code 1 if there is a bad video."""
+    from pipelines.scan import check
+    from pipelines.train import start_ray
+
+    manifest = manifest_of(args, missing_ok=True)
+    start_ray()
+    result = check(manifest, args.out, args.timeout, echo=lambda line: print(line, flush=True))
+    print(result.summary, end="")
+    print(f"report.parquet, summary.txt and good.parquet (a list of the good ones) are in {args.out}")
+    return int(result.bad > 0)
+
+
+def run_shard(args: argparse.Namespace) -> None:
+    from pipelines.scan import ShardSettings, shard
+    from pipelines.train import start_ray
+
+    manifest = manifest_of(args, missing_ok=False)
+    settings = ShardSettings(args.rows_per_shard, args.short_side, args.keyframe_interval, args.timeout)
+    start_ray()
+    result = shard(manifest, args.out, settings, echo=lambda line: print(line, flush=True))
+    print(f"{result.videos} videos in {result.shards} shards, {result.bytes / 1e6:.1f} MB; train on {result.manifest}")
+    if result.bad:
+        print(f"{result.bad} videos could not be packed, see bad.parquet beside it")
+
+
+def run_preview(args: argparse.Namespace) -> None:
+    from pipelines.preview import preview
+
+    config = load_recipe(args.recipe, args.overrides)
+    preview(config, args.out, train=args.split == "train", epoch=args.epoch, videos=args.videos)
+    print(args.out)
 
 
 def run_cost(args: argparse.Namespace) -> None:

@@ -116,7 +116,8 @@ class Split:
             for order in self.segments(now, step if now == epoch else 0)
         )
         for columns in chained(plans):
-            yield self.collate(columns)
+            self.note(columns)
+            yield collate(columns)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
         """The row indices of this worker's batches from ``step`` on, in parts for one plan each."""
@@ -144,30 +145,33 @@ class Split:
         )
         return iter(dataset.iter_batches(batch_size=self.size // self.world, batch_format="numpy", prefetch_batches=2))
 
-    def collate(self, columns: dict[str, np.ndarray]) -> Batch:
-        """Decoded rows to a batch; bad ones are recorded, and count for nothing."""
-        good = (columns["reason"] == "") & columns["real"]
+    def note(self, columns: dict[str, np.ndarray]) -> None:
+        """Record the bad videos of a batch."""
         for i in np.flatnonzero(columns["reason"] != ""):
             self.bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
         if self.config.data.decoder == "decord":
-            self.taken_over += int((columns["decoder"][good] == "pyav").sum())
-        clips = columns["clip"]  # [rows, V, T, H, W, 3]
-        if not good.all() and good.any():
-            # Batch norm sees every clip of the batch, so one without a picture shows another's, at weight 0.
-            clips = clips[np.where(good, np.arange(len(good)), np.flatnonzero(good)[0])]
-        views = clips.shape[1]
-        clips = torch.from_numpy(clips if clips.flags.writeable else clips.copy())
-        return Batch(
-            clips=clips.flatten(0, 1),
-            labels=torch.from_numpy(columns["label"].astype(np.int64)).repeat_interleave(views),
-            weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
-            seeds=torch.from_numpy(np.stack(columns["seeds"]).astype(np.int64)).flatten(),
-        )
+            self.taken_over += int((columns["decoder"] == "pyav").sum())
 
     def take_bad(self) -> list[BadVideo]:
         """The bad videos since the last call."""
         bad, self.bad, self.taken_over = self.bad, [], 0
         return bad
+
+
+def collate(columns: dict[str, np.ndarray]) -> Batch:
+    """Decoded rows (``decode_rows``) to a batch, a video's views adjacent; what failed counts for nothing."""
+    good = (columns["reason"] == "") & columns["real"]
+    clips = columns["clip"]  # [rows, V, T, H, W, 3]
+    if not good.all() and good.any():
+        # Batch norm sees every clip of the batch, so one without a picture shows another's, at weight 0.
+        clips = clips[np.where(good, np.arange(len(good)), np.flatnonzero(good)[0])]
+    views = clips.shape[1]
+    return Batch(
+        clips=torch.from_numpy(clips if clips.flags.writeable else clips.copy()).flatten(0, 1),
+        labels=torch.from_numpy(columns["label"].astype(np.int64)).repeat_interleave(views),
+        weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
+        seeds=torch.from_numpy(np.stack(columns["seeds"]).astype(np.int64)).flatten(),
+    )
 
 
 def chained(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:

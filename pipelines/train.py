@@ -355,13 +355,15 @@ def train_epoch(
 ) -> dict[str, float]:
     """One epoch of optimizer steps; returns its metrics, the mean over all workers."""
     steps, epochs = split.steps, split.config.train.epochs
-    loss, waited, clips = torch.zeros((), device=learner.device), 0.0, 0
+    loss, waited, first, clips = torch.zeros((), device=learner.device), 0.0, 0.0, 0
     start = spoken = time.perf_counter()
     store, (_, spilled_before) = 0.0, object_store()
     for step in range(1, steps + 1):
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
+        if step == 1:
+            first = waited
         loss += learner.train_step(batch.to(learner.device))
         clips += len(batch.labels) * split.world
         now = time.perf_counter()
@@ -380,6 +382,7 @@ def train_epoch(
         "train/lr": learner.optimizer.param_groups[0]["lr"],
         "perf/clips_per_s": clips / seconds,
         "perf/data_wait_frac": mean_wait,
+        "perf/first_batch_s": first,
         "perf/epoch_s": seconds,
         "data/object_store_mb": max(store, used),
         "data/spilled_mb": spilled - spilled_before,
@@ -474,7 +477,9 @@ def describe_epoch(metrics: dict[str, float], config: Config) -> str:
 def advise(metrics: dict[str, float], config: Config) -> str:
     """Which knob to turn when the device waits for clips or the object store spills; empty when all is well."""
     data, lines = config.data, []
-    if metrics["perf/data_wait_frac"] > WAIT_LIMIT:
+    seconds, first = metrics["perf/epoch_s"], metrics["perf/first_batch_s"]
+    waited = (metrics["perf/data_wait_frac"] * seconds - first) / (seconds - first)  # not the start of the decoders
+    if waited > WAIT_LIMIT:
         knobs = [
             "decode on more CPUs (scaling.cpus_per_worker reserves CPUs that decoding cannot have; nodes without a GPU "
             "decode too)"
@@ -487,8 +492,7 @@ def advise(metrics: dict[str, float], config: Config) -> str:
             knobs = ["wait for the next epoch: data.cache_dir is being filled in the first"]
         if data.repeats == 1 and not data.cache_dir:
             knobs.append("cut several clips from each decoded video (data.repeats)")
-        waited = f"{metrics['perf/data_wait_frac']:.0%}"
-        lines.append(f"training waited for clips {waited} of the epoch. What helps: " + "; or ".join(knobs))
+        lines.append(f"training waited for clips {waited:.0%} of the epoch. What helps: " + "; or ".join(knobs))
     if metrics["data/spilled_mb"]:
         lines.append(
             f"the object store spilled {metrics['data/spilled_mb']:.0f} MB to disk. What helps: a smaller "

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.ingest import Split, global_order, local_order
+from pipelines import ingest
+from pipelines.ingest import Split, chained, global_order, local_order, rows_per_step
 from posmlp.config import load_recipe
-from posmlp.video.decode import load_clip
+from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
 
 
@@ -50,16 +51,16 @@ def clip_hash(clip):
     return hashlib.sha256(np.ascontiguousarray(clip).tobytes()).hexdigest()
 
 
-def epoch_of(rows, config, world, epoch=1, train=True):
-    """Global batches as lists of (label, pixels, draws), put together from all workers; and the bad videos."""
+def epoch_of(rows, config, world, epoch=1, train=True, step=0, until=None):
+    """Global batches as lists of (label, pixels, seed, weight), put together from all workers; and the bad videos."""
     splits = [Split(rows, config, train, rank, world) for rank in range(world)]
     steps = []
-    for parts in zip(*(split.batches(epoch) for split in splits), strict=True):
+    for parts in zip(*(split.batches(epoch, step, until) for split in splits), strict=True):
         steps.append(
             [
-                (int(label), clip_hash(clip.numpy()), tuple(draws.tolist()), float(weight))
+                (int(label), clip_hash(clip.numpy()), int(seed), float(weight))
                 for b in parts
-                for clip, label, draws, weight in zip(b.clips, b.labels, b.draws, b.weights, strict=True)
+                for clip, label, seed, weight in zip(b.clips, b.labels, b.seeds, b.weights, strict=True)
             ]
         )
     return steps, [video for split in splits for video in split.bad]
@@ -76,11 +77,12 @@ def test_global_batches_are_the_same_for_1_2_and_3_workers(local_ray, motion_set
 
 @pytest.mark.ray
 def test_clips_are_those_of_load_clip(local_ray, motion_set):
-    rows, config = read_manifest(motion_set / "train.csv").rows, recipe()
+    rows, config = read_manifest(motion_set / "train.csv").rows, recipe("data.repeats=2")
     order = global_order(len(rows), config, 3, train=True)
     expected = [
-        clip_hash(load_clip(r["uri"], r["sample_id"], config.data, frames=4, size=32, seed=0, epoch=3, train=True))
+        clip_hash(view)
         for r in rows.take(order).to_pylist()
+        for view in load_clips(r["uri"], r["sample_id"], config, epoch=3, train=True)[0]
     ]
     steps, _ = epoch_of(rows, config, 1, epoch=3)
     assert [pixels for step in steps for _, pixels, _, _ in step] == expected
@@ -103,3 +105,95 @@ def test_bad_videos_are_named_and_cost_no_other_row(local_ray, motion_set, tmp_p
         assert [clip[0] for clip in good] == [r["label"] for i, r in enumerate(rows) if i not in (3, 7)]
         if world == 1:  # a place without a picture shows another's of its batch, at weight 0
             assert {clip[1] for clip in flat} == {clip[1] for clip in good}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_starts_in_the_middle_of_an_epoch(local_ray, motion_set, monkeypatch, world):
+    monkeypatch.setattr(ingest, "SEGMENT_BLOCKS", 2)  # several plans an epoch
+    rows, config = read_manifest(motion_set / "train.csv").rows, recipe("data.rows_per_block=4")
+    whole = epoch_of(rows, config, world, epoch=1, until=3)[0]
+    assert len(whole) == 2 * (32 // 6)
+    assert whole == epoch_of(rows, config, world, epoch=1)[0] + epoch_of(rows, config, world, epoch=2)[0]
+    assert epoch_of(rows, config, world, epoch=1, step=3, until=3)[0] == whole[3:]
+    assert epoch_of(rows, config, world, epoch=1, step=5, until=3)[0] == whole[5:]
+
+
+@pytest.mark.ray
+def test_what_lies_before_the_start_is_not_decoded(local_ray, motion_set, tmp_path):
+    rows, config = read_manifest(motion_set / "train.csv").rows, recipe()
+    early = set(global_order(len(rows), config, 0, train=True)[:18].tolist())
+    gone = [r | ({"uri": str(tmp_path / "gone.mp4")} if i in early else {}) for i, r in enumerate(rows.to_pylist())]
+    steps, bad = epoch_of(pa.Table.from_pylist(gone, schema=rows.schema), config, 1, epoch=0, step=3)
+    assert len(steps) == 2
+    assert not bad
+
+
+@pytest.mark.ray
+def test_repeats_of_a_video_are_adjacent_and_differ(local_ray, motion_set):
+    rows, config = read_manifest(motion_set / "train.csv").rows, recipe("data.repeats=3")
+    assert rows_per_step(config, train=True) == 2
+    (step, *_) = epoch_of(rows, config, 1)[0]
+    assert len(step) == 6
+    labels = [label for label, *_ in step]
+    order = global_order(len(rows), config, 1, train=True)
+    assert labels == [rows["label"][int(i)].as_py() for i in order[:2] for _ in range(3)]
+    assert len({pixels for _, pixels, *_ in step}) == len({seed for _, _, seed, _ in step}) == 6
+
+
+@pytest.mark.ray
+def test_validation_has_every_view_of_every_video(local_ray, motion_set):
+    rows, config = read_manifest(motion_set / "val.csv").rows, recipe("eval.clips=2", "eval.crops=3")
+    split = Split(rows, config, False)
+    batches = list(split.batches(0))
+    assert len(batches) == split.steps == 16
+    for batch, row in zip(batches, rows.to_pylist(), strict=True):
+        assert batch.labels.tolist() == [row["label"]] * 6
+        views, _ = load_clips(row["uri"], row["sample_id"], config, epoch=0, train=False)
+        assert np.array_equal(batch.clips.numpy(), views)
+
+
+def test_plans_are_started_ahead_and_give_all_their_results():
+    started = []
+
+    def plan(name, length):
+        started.append(name)
+        yield from ((name, i) for i in range(length))
+
+    lengths = [4, 1, 5, 2]
+    results = chained((plan(n, length), length) for n, length in enumerate(lengths))
+    seen = [next(results), next(results), next(results)]
+    assert set(started) <= {0, 1}
+    seen += list(results)
+    assert seen == [(n, i) for n, length in enumerate(lengths) for i in range(length)]
+
+
+def test_an_error_in_a_later_plan_is_raised():
+    def bad():
+        raise ValueError("no clips")
+        yield
+
+    with pytest.raises(ValueError, match="no clips"):
+        list(chained(iter([(iter([1, 2]), 2), (bad(), 3)])))
+
+
+@pytest.mark.ray
+def test_a_large_manifest_costs_little_memory(local_ray):
+    """A hundred thousand rows: what a worker holds is the table in shared memory and an epoch's order."""
+    names = [f"/nowhere/{i:06d}.mp4" for i in range(100_000)]
+    rows = pa.table(
+        {"sample_id": names, "uri": names, "label": [0] * len(names), "frames": pa.nulls(len(names), "int32")}
+    )
+    split = Split(rows, recipe("data.rows_per_block=4"), True)
+    batches = split.batches(0, step=split.steps - 3)
+    assert sum(len(batch.labels) for batch in batches) == 18  # bad all, and none is lost
+    assert len(split.take_bad()) == 18
+
+
+@pytest.mark.ray
+def test_spilling_is_seen(local_ray):
+    used, spilled = ingest.object_store()
+    reference = local_ray.put(np.zeros(8 * 2**20, np.uint8))
+    assert ingest.object_store()[0] >= used + 7
+    assert ingest.object_store()[1] == spilled
+    del reference

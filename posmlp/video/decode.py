@@ -55,6 +55,10 @@ decord.logging.set_level(decord.logging.QUIET)  # failures are raised; FFmpeg's 
 av.logging.set_level(av.logging.PANIC)
 
 
+def _allocate(shape: tuple[int, ...]) -> Frames:
+    return np.empty(shape, np.uint8)
+
+
 class DecodeError(Exception):
     """A video that cannot be read.
 
@@ -113,14 +117,15 @@ class Video:
     Args:
         uri: a path or URI. Local files are read as they are needed, others at once, into memory.
         decoder: decord is used if it finds the same number of frames in a stream whose packets tell their times.
+        content: the file, where it has been read already.
 
     Raises:
         DecodeError: the file is missing, not a video, damaged or cut short.
     """
 
-    def __init__(self, uri: str, decoder: Decoder = "pyav") -> None:
+    def __init__(self, uri: str, decoder: Decoder = "pyav", content: bytes | None = None) -> None:
         self.uri = uri
-        self.source, self.head = _fetch(uri)
+        self.source, self.head = _fetch(uri) if content is None else (content, content[:16])
         self.pts: list[int] = []  # time of each frame in the stream's units, rising
         self.keys: list[tuple[int, int]] = []  # number and dts of each key frame
         self._kept: list[av.VideoFrame] = []
@@ -143,7 +148,7 @@ class Video:
         source = io.BytesIO(self.source) if isinstance(self.source, bytes) else f"file:{self.source}"
         return cast(InputContainer, av.open(source, metadata_errors="replace"))
 
-    def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = np.empty) -> Frames:
+    def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = _allocate) -> Frames:
         """Some frames.
 
         Args:
@@ -175,12 +180,20 @@ class Video:
         Raises:
             DecodeError: the video is damaged; after the frames before the damage.
         """
-        everything = range(self.info.frames)
         height = width = 0
-        for frame in self._watched(self._by_order(everything), everything):
+        for frame in self.pictures():
             if not height:
                 height, width = scaled(frame.height, frame.width, short_side)
             yield _to_rgb(frame, height, width)
+
+    def pictures(self) -> Iterator[av.VideoFrame]:
+        """Every frame in order as PyAV's, with its time, and not turned upright.
+
+        Raises:
+            DecodeError: the video is damaged; after the frames before the damage.
+        """
+        everything = range(self.info.frames)
+        return self._watched(self._by_order(everything), everything)
 
     def verify(self) -> tuple[int, int]:
         """Decode every frame; returns height and width in pixels, as shown.
@@ -188,8 +201,7 @@ class Video:
         Raises:
             DecodeError: the video is damaged.
         """
-        everything = range(self.info.frames)
-        sizes = [_shown(frame) for frame in self._watched(self._by_order(everything), everything)]
+        sizes = [_shown(frame) for frame in self.pictures()]
         return sizes[0]
 
     # What the packets say ------------------------------------------------------------------------------------------
@@ -203,7 +215,8 @@ class Video:
         stream = pictures[0]
         if stream.codec_context is None:
             raise DecodeError(self.uri, "its codec is unknown to FFmpeg; convert the video")
-        stream.thread_type = "NONE"  # many processes decode: more threads each would only get in each other's way
+        if not stream.codec_context.is_open:
+            stream.thread_type = "NONE"  # many processes decode: more threads each would only get in each other's way
         return stream
 
     def _index(self) -> VideoInfo:
@@ -213,10 +226,9 @@ class Video:
         declared = container.duration / av.time_base if container.duration and not stream.frames else 0.0
         found: list[tuple[int, bool, int]] = []  # time of presentation, key frame, time of decoding
         untimed, packets, end = False, 0, 0.0
-        start = float(container.start_time or 0) / av.time_base
         for packet in container.demux() if declared else container.demux(stream):
             if packet.pts is not None and packet.time_base:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - start)
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream_index != stream.index or not packet.size:
                 continue
             packets += 1
@@ -236,6 +248,7 @@ class Video:
         codec = stream.codec_context.name
         self.timed = (
             not untimed
+            and found[0][1]  # what is shown before the first key frame may not decode
             and all(a < b for a, b in itertools.pairwise(self.pts))
             and codec in TIMED_CODECS
             and container.format.name in TIMED_CONTAINERS
@@ -348,9 +361,16 @@ class Video:
                     return
 
     def _by_decord(self, indices: Sequence[int]) -> Iterator[Frames]:
+        """By decoding all up to the last one: decord's seeks, also those of a skip over a key frame, miss by frames."""
         reader = self._reader()
+        keys = [int(key) for key in reader.get_key_indices()]
         here = 0
         for index in indices:
+            for key in keys[bisect.bisect_right(keys, here) : bisect.bisect_right(keys, index)]:
+                if key > here + 1:
+                    reader.skip_frames(key - here - 1)
+                reader.next()
+                here = key
             if index > here:
                 reader.skip_frames(index - here)
             frame: Frames = reader.next().asnumpy()
@@ -362,7 +382,7 @@ class Video:
 
     def _decord_agrees(self) -> bool:
         try:
-            return self.timed and len(self._reader()) == self.info.frames
+            return self.timed and self.seekable and len(self._reader()) == self.info.frames
         except DECORD_ERRORS:
             return False
 
@@ -422,7 +442,7 @@ class ImageFolder:
     def close(self) -> None:
         """As ``Video.close``; nothing stays open."""
 
-    def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = np.empty) -> Frames:
+    def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = _allocate) -> Frames:
         """Some pictures; as ``Video.read``."""
         return _gather((self._picture(i)[0] for i in indices), len(indices), short_side, allocate)
 
@@ -433,9 +453,13 @@ class ImageFolder:
         for i in range(self.info.frames):
             yield _to_rgb(self._picture(i)[0], height, width)
 
+    def pictures(self) -> Iterator[av.VideoFrame]:
+        """Every picture in order; as ``Video.pictures``, without times."""
+        return (self._picture(i)[0] for i in range(self.info.frames))
+
     def verify(self) -> tuple[int, int]:
         """Decode every picture; as ``Video.verify``."""
-        sizes = [_shown(self._picture(i)[0]) for i in range(self.info.frames)]
+        sizes = [_shown(picture) for picture in self.pictures()]
         return sizes[0]
 
     def _picture(self, index: int) -> tuple[av.VideoFrame, str]:
@@ -447,6 +471,7 @@ class ImageFolder:
             if name is None:
                 raise ValueError("unknown kind of picture")
             codec = cast(Any, av.CodecContext.create(name, "r"))
+            codec.options = {"err_detect": "explode"}  # else a picture cut short is filled with grey
             pictures = [*codec.decode(av.Packet(content)), *codec.decode(None)]
             picture = cast(av.VideoFrame, pictures[0])
             if picture.is_corrupt:
@@ -482,7 +507,12 @@ def _gather(frames: Iterable[av.VideoFrame | Frames], count: int, short_side: in
 
 def _shown(frame: av.VideoFrame) -> tuple[int, int]:
     """Height and width after rotation."""
-    return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+    return (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+
+
+def _turns(frame: av.VideoFrame) -> int:
+    """Quarter turns that make it upright; FFmpeg rounds angles to degrees."""
+    return round(frame.rotation / 90)
 
 
 def _to_rgb(frame: av.VideoFrame | Frames, height: int, width: int) -> Frames:
@@ -493,7 +523,7 @@ def _to_rgb(frame: av.VideoFrame | Frames, height: int, width: int) -> Frames:
         frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
     # its bilinear filter widens with the reduction, so that nothing aliases
     rgb = cast(Frames, frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR"))
-    return np.rot90(rgb, frame.rotation // 90) if frame.rotation else rgb
+    return np.rot90(rgb, _turns(frame))
 
 
 def _fetch(uri: str) -> tuple[str | bytes, bytes]:

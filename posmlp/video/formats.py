@@ -85,6 +85,7 @@ class Source:
     classes: str | None
     template: str
     format: str
+    missing_ok: bool = False
     problems: list[tuple[str, int | None, str]] = field(default_factory=list)
 
     def problem(self, file: str, line: int | None, text: str) -> None:

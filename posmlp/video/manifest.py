@@ -73,6 +73,7 @@ def read_manifest(
     root: str | Path | None = None,
     classes: str | Path | None = None,
     template: str = "{:05d}.jpg",
+    missing_ok: bool = False,
 ) -> Manifest:
     """Read and check the videos of a split.
 
@@ -96,6 +97,7 @@ def read_manifest(
         classes: a file that names the classes, for any format: one name a line, lines of id and name, or JSON.
             Numbers refer to it, names get their ids from it.
         template: the names of a frame folder's images; ssv1 only.
+        missing_ok: take rows whose video does not exist too.
 
     Raises:
         ManifestError: lists everything that is wrong.
@@ -107,6 +109,7 @@ def read_manifest(
         None if classes is None else _location(classes),
         template,
         format,
+        missing_ok,
     )
     try:
         manifest = _read(source)
@@ -369,7 +372,8 @@ def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str]
         missing = [i for i in missing if uris[i] != places.get(i)]
         tried += 1
     base = f"the paths are relative to {folder}" if source.root else "paths are relative to the manifest's folder"
-    for i in missing:
+    base += "; `posmlp data check` writes a list of the good videos"
+    for i in () if source.missing_ok else missing:
         row = rows[i]
         others = listing.others(row) if listing.others else []
         also = f" (nor {others[0]}{', ...' if len(others) > 1 else ''})" if others else ""
@@ -422,7 +426,7 @@ def _images(source: Source, rows: list[Row], folders: list[str]) -> tuple[list[s
             wanted += [(row, storage.join(folder, source.template.format(n))) for n in {1: 0, row.frames: 0}]
     found = _are_files(source, [uri for _, uri in wanted])
     for (row, uri), there in zip(wanted, found, strict=True):
-        if not there:
+        if not there and not source.missing_ok:
             text = f"no image {uri}, yet the list says {row.frames} frames, named as {source.template}"
             source.problem(row.file, row.line, f"{text}; check `root` and `template`")
     return [storage.join(_escaped(folder), source.template) if folder else "" for folder in folders], frames

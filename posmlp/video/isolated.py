@@ -128,6 +128,8 @@ class Child:
                 )
             failed, answer = self.channel.recv()
         except (EOFError, OSError) as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # for its own exit code
             self.kill()
             code = self.process.returncode
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -144,7 +146,8 @@ class Child:
         return np.frombuffer(self.map, np.uint8, size).reshape(shape)
 
     def kill(self) -> None:
-        """End the process at once."""
+        """End the process at once, and let go of its memory."""
+        self.map = None
         self.process.kill()
         self.process.wait()
         self.channel.close()
@@ -156,8 +159,13 @@ def child() -> Child:
     global _child
     if _child is None or _child.owner != os.getpid() or not _child.alive():  # after a fork it is the parent's
         _child = Child()
-        atexit.register(_child.kill)
     return _child
+
+
+@atexit.register
+def _end() -> None:
+    if _child is not None and _child.owner == os.getpid():
+        _child.kill()
 
 
 # --- in the child --------------------------------------------------------------------------------------------------
@@ -207,7 +215,8 @@ class _Worker:
         except MemoryError as error:
             raise DecodeError(self.uri, TOO_LARGE) from error
         except Exception as error:
-            reason = f"the decoder fails ({type(error).__name__}: {error}); re-encode the video, or remove it"
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = f"the decoder fails ({words}); re-encode the video, or remove it"
             raise DecodeError(self.uri, reason) from error
 
     def open(self, uri: str, images: int | None, decoder: Decoder) -> VideoInfo:

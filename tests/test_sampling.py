@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 
 from posmlp.video.sampling import (
     Box,
-    centre_crop,
     dense_indices,
+    fps_indices,
     random_resized_crop,
     sample_rng,
+    sample_seed,
+    square_crop,
     uniform_indices,
 )
 
+CLIPS = st.integers(1, 12).flatmap(lambda clips: st.tuples(st.integers(0, clips - 1), st.just(clips)))
 SIZE = st.integers(1, 2000)
 RNG = st.none() | st.integers(0, 2**32).map(np.random.default_rng)
 
@@ -39,6 +42,29 @@ def test_uniform_takes_one_frame_of_each_segment(num_frames, count, generator):
     edges = np.arange(count + 1) * num_frames / count
     assert (indices >= np.floor(edges[:-1])).all()
     assert (indices < np.ceil(edges[1:])).all()
+
+
+@given(SIZE, st.integers(1, 64), CLIPS)
+def test_uniform_clips_take_the_centre_of_their_part_of_each_segment(num_frames, count, clip_of):
+    clip, clips = clip_of
+    indices = uniform_indices(num_frames, count, None, clip, clips)
+    check_indices(indices, num_frames, count)
+    # the centre, in whole numbers: (segment + (2 clip + 1) / (2 clips)) * num_frames / count
+    exact = [((2 * clips * t + 2 * clip + 1) * num_frames) // (2 * clips * count) for t in range(count)]
+    assert (np.abs(indices - exact) <= 1).all()
+    assert (indices == exact).mean() > 0.5 or count < 4
+    edges = (np.arange(count) + clip / clips) * num_frames / count
+    assert (indices >= np.floor(edges - 1e-9)).all()
+    assert (indices <= np.ceil(edges + num_frames / count / clips)).all()
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8))
+def test_uniform_clips_together_are_one_longer_clip(count, clips, part):
+    """With whole frames for every part, the clips interleave to the clip of all parts' centres."""
+    num_frames = count * clips * (2 * part - 1)
+    together = [uniform_indices(num_frames, count, None, clip, clips) for clip in range(clips)]
+    merged = np.stack(together, axis=1).ravel()
+    np.testing.assert_array_equal(merged, part - 1 + np.arange(count * clips) * (2 * part - 1))
 
 
 def test_uniform_takes_the_centre_without_a_generator():
@@ -69,6 +95,21 @@ def test_dense_keeps_the_stride_and_repeats_the_last_frame(num_frames, count, st
         assert (np.diff(indices) == stride).all()
     else:
         assert indices[0] == 0
+
+
+@given(SIZE, st.integers(1, 64), st.integers(1, 16), st.integers(1, 12))
+def test_dense_clips_reach_from_the_first_frame_to_the_last(num_frames, count, stride, clips):
+    found = [dense_indices(num_frames, count, stride, None, clip, clips) for clip in range(clips)]
+    for indices in found:
+        check_indices(indices, num_frames, count)
+    starts = np.array([int(indices[0]) for indices in found])
+    spare = max(0, num_frames - (count - 1) * stride - 1)
+    if clips == 1:
+        assert abs(2 * starts[0] - spare) <= 1
+        return
+    assert starts[0] == 0
+    assert found[-1][-1] == num_frames - 1
+    assert (np.abs(starts - np.arange(clips) * spare / (clips - 1)) <= 0.5).all()
 
 
 def test_dense_is_centred_without_a_generator():
@@ -117,11 +158,95 @@ def test_the_shape_of_a_crop_is_not_biased():
 
 
 @given(SIZE, SIZE)
-def test_the_centre_crop_is_a_centred_square(height, width):
-    box = centre_crop(height, width)
+def test_one_square_is_centred(height, width):
+    box = square_crop(height, width)
     assert box.height == box.width == min(height, width)
     assert abs(height - box.height - 2 * box.top) <= 1
     assert abs(width - box.width - 2 * box.left) <= 1
+    assert square_crop(height, width, 1, 3) == box
+
+
+@given(SIZE, SIZE)
+def test_three_squares_reach_both_ends_of_the_longer_side(height, width):
+    first, middle, last = (square_crop(height, width, crop, 3) for crop in range(3))
+    side = min(height, width)
+    for box in (first, middle, last):
+        assert (box.height, box.width) == (side, side)
+        assert 0 <= box.top <= height - side
+        assert 0 <= box.left <= width - side
+        assert all(isinstance(value, int) for value in box)
+    assert (first.top, first.left) == (0, 0)
+    assert (last.top, last.left) == (height - side, width - side)
+    if max(height, width) <= 3 * side:  # then no pixel is left out
+        assert max(middle.top, middle.left) <= side
+        assert max(last.top - middle.top, last.left - middle.left) <= side
+
+
+# Frame rates ----------------------------------------------------------------------------------------------------------
+
+RATES = st.sampled_from([1.0, 10.0, 12.5, 23.976, 24.0, 25.0, 30000 / 1001, 29.97, 30.0, 50.0, 59.94, 60.0, 120.0])
+
+
+# Seconds: MPEG, microseconds, and Matroska and FLV, whose milliseconds are coarse for frames 33.4 apart
+UNITS = st.sampled_from([0.0, 1e-6, 1 / 90000, 1e-3])
+
+
+def constant(fps, count, unit, start=0.0):
+    """Times of frames of a constant rate, as a stream stores them, from the first one on."""
+    times = start + np.arange(count) / fps
+    if unit:
+        times = np.round(times / unit) * unit
+    return times - times[0]
+
+
+@given(RATES, st.integers(1, 2000), UNITS, st.floats(0, 1))
+def test_the_videos_own_rate_takes_every_frame(fps, count, unit, start):
+    times = constant(fps, count, unit, start)
+    np.testing.assert_array_equal(fps_indices(times, fps), np.arange(count))
+
+
+@given(RATES, st.integers(1, 600), st.integers(1, 6), UNITS, st.floats(0, 1))
+def test_a_whole_part_of_the_rate_takes_every_so_many_frames(fps, parts, divisor, unit, start):
+    times = constant(fps, parts * divisor, unit, start)
+    np.testing.assert_array_equal(fps_indices(times, fps / divisor), np.arange(parts) * divisor)
+
+
+@given(RATES, st.integers(2, 500), st.integers(2, 6))
+def test_a_multiple_of_the_rate_repeats_every_frame(fps, count, factor):
+    times = np.arange(count) / fps
+    if factor * fps < 600:  # moments further apart than times are rounded
+        np.testing.assert_array_equal(fps_indices(times, fps * factor), np.repeat(np.arange(count), factor))
+
+
+GAPS = st.lists(st.integers(2, 3000), max_size=60)  # thousandths of a second
+
+
+@given(GAPS, st.floats(0.1, 100))
+def test_the_frame_shown_at_each_moment_is_taken(gaps, fps):
+    times = np.cumsum([0, *gaps]) / 1000
+    indices = fps_indices(times, fps)
+    assert indices.dtype == np.int64
+    duration = times[-1] * len(times) / (len(times) - 1) if gaps else 0.0
+    assert len(indices) == max(1, round(duration * fps))
+    for i, index in enumerate(indices.tolist()):
+        moment = i / fps + 0.0015  # times are rounded
+        shown = max(frame for frame, time in enumerate(times) if time <= moment)
+        assert index == shown
+    assert indices[0] == 0
+    assert (np.diff(indices) >= 0).all()
+
+
+def test_fps_examples():
+    even = np.arange(10) / 10
+    assert fps_indices(even, 5).tolist() == [0, 2, 4, 6, 8]
+    assert fps_indices(even, 20).tolist() == np.repeat(np.arange(10), 2).tolist()
+    assert fps_indices(even, 4).tolist() == [0, 2, 5, 7]
+    assert fps_indices(even, 0.01).tolist() == [0]
+    assert fps_indices(np.zeros(1), 30).tolist() == [0]
+    assert fps_indices(np.array([0.0, 0.1, 0.2, 1.2, 1.3, 1.4]), 2).tolist() == [0, 2, 2]
+
+
+# The generator --------------------------------------------------------------------------------------------------------
 
 
 def test_the_generator_depends_on_each_of_its_four_values_and_on_nothing_else():
@@ -140,6 +265,19 @@ def test_the_generator_depends_on_each_of_its_four_values_and_on_nothing_else():
     assert sample_rng(0, 1, "a").integers(2**62) == draws[(0, 1, "a", 0)]
 
 
+def test_the_seed_depends_on_each_of_its_four_values():
+    keys = [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1), (0, 0, "0/a", 0)]
+    seeds = {sample_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what PyTorch takes, and int64 holds
+    assert sample_seed(0, 0, "a") == sample_seed(0, 0, "a", 0)
+
+
+def test_the_seed_stays_the_same_over_releases():
+    assert sample_seed(7, 3, "walk/é 1.mp4", 2) == 5257217324274688114
+    assert sample_seed(0, 0, "a") == 3757922900447577263
+
+
 def test_the_generator_stays_the_same_over_releases():
     """A change here changes every training clip: resumed runs would no longer see what they would have seen."""
     assert sample_rng(7, 3, "walk/é 1.mp4", 2).integers(1000, size=4).tolist() == [708, 285, 914, 658]
@@ -151,7 +289,16 @@ def test_the_generator_stays_the_same_over_releases():
         lambda: uniform_indices(0, 4, None),
         lambda: uniform_indices(4, 0, None),
         lambda: dense_indices(4, 4, 0, None),
-        lambda: centre_crop(0, 4),
+        lambda: uniform_indices(4, 4, None, 2, 2),
+        lambda: uniform_indices(4, 4, None, -1, 2),
+        lambda: dense_indices(4, 4, 1, None, 3, 3),
+        lambda: square_crop(0, 4),
+        lambda: square_crop(4, 4, 0, 2),
+        lambda: square_crop(4, 4, 3, 3),
+        lambda: square_crop(4, 4, 1, 1),
+        lambda: fps_indices(np.zeros(0), 1.0),
+        lambda: fps_indices(np.zeros(3), 0.0),
+        lambda: fps_indices(np.zeros(3), math.nan),
         lambda: random_resized_crop(4, 4, (0.9, 0.1), (1.0, 1.0), rng()),
         lambda: random_resized_crop(4, 4, (0.1, 0.9), (0.0, 1.0), rng()),
     ],

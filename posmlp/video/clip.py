@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from posmlp.config import Config, DataSection
 from posmlp.video.cache import CachedVideo, cache_path, store
 from posmlp.video.decode import DecodeError, Decoder, Frames, VideoInfo
-from posmlp.video.isolated import open_isolated
+from posmlp.video.isolated import IsolatedVideo, open_isolated
 from posmlp.video.sampling import (
     Box,
     dense_indices,
@@ -69,7 +69,8 @@ def load_clips(
     """
     variant, data = config.model.variant(), config.data
     size = variant.image_size
-    with open_frames(uri, images, data, data.short_side or -(-size * 8 // 7)) as (info, read):
+    with open_frames(uri, images, data, data.short_side or -(-size * 8 // 7)) as (video, read):
+        info = video.info
         if data.fps is not None and info.times is None:
             raise DecodeError(uri, "data.fps needs frame times, which a frame folder has not; leave data.fps out")
         views = list(choose_views(info, variant.frames, sample_id, config, epoch, train))
@@ -83,7 +84,7 @@ def load_clips(
             used, back = np.unique(place, return_inverse=True)  # short videos repeat frames: each is resized once
             boxed = pictures[used, box.top : box.top + box.height, box.left : box.left + box.width]
             clips[number] = resize(boxed, size)[back]
-        return clips, info.decoder
+        return clips, video.info.decoder  # known only now: PyAV takes over where decord fails
 
 
 def choose_views(
@@ -129,11 +130,11 @@ def resize(frames: Frames, size: int) -> Frames:
 @contextmanager
 def open_frames(
     uri: str, images: int | None, data: DataSection, short_side: int
-) -> Iterator[tuple[VideoInfo, Callable[[list[int]], Frames]]]:
-    """A video's info and a function that reads frames at the short side: from its file, or from the cache."""
+) -> Iterator[tuple[IsolatedVideo | CachedVideo, Callable[[list[int]], Frames]]]:
+    """A video and a function that reads its frames at the short side: from its file, or from the cache."""
     if data.cache_dir is None:
         with open_isolated(uri, images, data.decoder, timeout_s=data.decode_timeout_s) as video:
-            yield video.info, lambda indices: video.read(indices, short_side)
+            yield video, lambda indices: video.read(indices, short_side)
         return
     path = cache_path(uri, images, short_side, data.cache_dir)
     try:
@@ -142,4 +143,4 @@ def open_frames(
         with open_isolated(uri, images, timeout_s=data.decode_timeout_s) as video:
             video.run(store, short_side, path)
         cached = CachedVideo(path)
-    yield cached.info, cached.read
+    yield cached, cached.read

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDING_S = 1e-4  # times are rounded to a stream's units; no two frames are as near
+ROUNDING_S = 1.5e-3  # a frame's time and the first one's may each be rounded to a millisecond (Matroska, FLV)
 
 
 class Box(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from pipelines.train import RUN_FILE, trained_model
 from posmlp.config import Config
 from posmlp.video.augment import to_input
-from posmlp.video.decode import load_clip
-from posmlp.video.manifest import read_manifest
+from posmlp.video.clip import load_clips
+from posmlp.video.manifest import read_split
 
 
 def validation_logits(run: Path, frame_order: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
@@ -29,22 +29,13 @@ def validation_logits(run: Path, frame_order: str) -> tuple[torch.Tensor, torch.
         frame_order: ``ordered`` or ``shuffled``.
     """
     model, config = trained_model(run), Config.model_validate(json.loads((run / RUN_FILE).read_text())["config"])
-    data, variant = config.data.model_copy(update={"frame_order": frame_order}), config.model.variant()
-    manifest = read_manifest(data.val.path, data.val.where)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"frame_order": frame_order})})
+    manifest = read_split(config.data, "val")
     logits = []
     for row in manifest.rows.to_pylist():
-        clip = load_clip(
-            row["uri"],
-            row["sample_id"],
-            data,
-            frames=variant.frames,
-            size=variant.image_size,
-            seed=0,
-            epoch=0,
-            train=False,
-        )
+        clips, _ = load_clips(row["uri"], row["sample_id"], config, epoch=0, train=False)
         with torch.no_grad():
-            logits.append(model(to_input(torch.from_numpy(clip[None]), None, config))[0])
+            logits.append(model(to_input(torch.from_numpy(clips), config)).mean(0))
     return torch.stack(logits), torch.tensor(manifest.rows["label"].to_pylist()), manifest.classes
 
 

@@ -25,6 +25,7 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 from posmlp.config import Config
+from posmlp.errors import UserError
 from posmlp.learn.learner import Batch
 from posmlp.video.clip import load_clips, views_of
 from posmlp.video.decode import DecodeError
@@ -146,7 +147,13 @@ class Split:
         return iter(dataset.iter_batches(batch_size=self.size // self.world, batch_format="numpy", prefetch_batches=2))
 
     def note(self, columns: dict[str, np.ndarray]) -> None:
-        """Record the bad videos of a batch."""
+        """Record the bad videos of a batch.
+
+        Raises:
+            UserError: a task met what no other video will be spared, such as a cache folder that cannot be written.
+        """
+        for text in columns["fatal"][columns["fatal"] != ""]:
+            raise UserError(str(text))
         for i in np.flatnonzero(columns["reason"] != ""):
             self.bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
         if self.config.data.decoder == "decord":
@@ -223,7 +230,7 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
     """
     rows, variant, views = table.to_pylist(), config.model.variant(), views_of(config, train)
     clips = np.zeros((len(rows), views, variant.frames, variant.image_size, variant.image_size, 3), np.uint8)
-    reasons, decoders = [""] * len(rows), [""] * len(rows)
+    reasons, decoders, fatal = ([""] * len(rows) for _ in range(3))
     for i in np.flatnonzero(real):
         row = rows[i]
         try:
@@ -232,6 +239,9 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
             )
         except DecodeError as error:
             reasons[i] = error.reason
+        except UserError as error:  # as data: Ray would bury it in tracebacks of its own
+            fatal[i] = str(error)
+            break
     seed = config.train.seed
     return {
         "sample_id": np.array([row["sample_id"] for row in rows], dtype=object),
@@ -242,6 +252,7 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
         "seeds": np.array([[sample_seed(seed, epoch, row["sample_id"], v) for v in range(views)] for row in rows]),
         "reason": np.array(reasons, dtype=object),
         "decoder": np.array(decoders, dtype=object),
+        "fatal": np.array(fatal, dtype=object),
     }
 
 

@@ -56,7 +56,7 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
         f"{config.name}, {kind}, epoch {epoch}: {config.model.name}, {x.shape[2]} frames of {x.shape[4]}x{x.shape[3]}"
     )
     try:
-        sheet(to_pictures(x, config)[: videos * views], titles, head, out)
+        sheet(to_pictures(x, config)[: videos * views], titles[: videos * views], head, out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}); see --out") from error
 

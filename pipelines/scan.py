@@ -128,10 +128,10 @@ def summarise(report: pa.Table, classes: tuple[str, ...], seconds: float) -> str
         lines.append("  codecs   " + ", ".join(f"{codec} {count}" for codec, count in codecs))
         differ = good.filter(pa.compute.invert(good["decord_agrees"]))
         lines.append(f"  decord would find other frames in {len(differ)} of them")
-        empty = sorted(set(range(len(classes))) - set(good["label"].to_pylist()))
-        if empty:
-            names = ", ".join(classes[label] for label in empty[:EXAMPLES]) + (", ..." if len(empty) > EXAMPLES else "")
-            lines.append(f"  classes without a good video: {names}")
+    empty = sorted(set(range(len(classes))) - set(good["label"].to_pylist()))
+    if empty:
+        names = ", ".join(classes[label] for label in empty[:EXAMPLES]) + (", ..." if len(empty) > EXAMPLES else "")
+        lines.append(f"  classes without a good video: {names}")
     if len(bad):
         lines.append("bad videos:")
         lines += [f"  {row['uri']}: {row['reason']}" for row in bad.slice(0, EXAMPLES).to_pylist()]

@@ -33,6 +33,7 @@ from posmlp.config import Config, flatten
 from posmlp.errors import UserError
 from posmlp.learn.learner import Batch, Learner
 from posmlp.model.cost import Cost, cost
+from posmlp.video.augment import flip_labels
 from posmlp.video.manifest import Manifest, read_split
 
 # glibc gives every large block back to the system and takes a fresh one for the next: a quarter of a training step on
@@ -164,6 +165,7 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
                     f"data.fps {config.data.fps:g} needs frame times, but {split.path} lists frame folders, which have "
                     "none; leave data.fps out"
                 )
+    flip_labels(config.augment.flip_classes, train_set.classes, len(train_set.classes))
     classes = config.model.num_classes or len(train_set.classes)
     if classes < len(train_set.classes):
         raise RunError(f"model.num_classes {classes} is less than the data set's {len(train_set.classes)} classes")
@@ -237,7 +239,7 @@ def explain(error: Exception) -> str:
     """The reason of a failed run; with a traceback only where the failure is not of the user's making."""
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in failures:
-        if isinstance(failure, RunError):
+        if isinstance(failure, UserError):
             return str(failure)
     return f"training failed: {error}"
 

@@ -13,7 +13,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipelines.tracking import active_uri, tracking_uri
-from pipelines.train import RunError, train, trained_model
+from pipelines.train import RunError, advise, train, trained_model
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 
@@ -76,6 +76,7 @@ def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
     assert [m.step for m in history] == [1, 2]
     assert history[-1].value == result.metrics["val/top1"]
     names = {"train/loss", "val/loss", "val/top5", "perf/clips_per_s", "perf/data_wait_frac", "data/bad"}
+    names |= {"data/object_store_mb", "data/spilled_mb"}
     assert names | {"cost/gmacs", "cost/params_m", "cost/latency_ms"} <= set(run.data.metrics)
     assert any(name.startswith("system/") for name in run.data.metrics)
     assert {"torch", "ray", "mlflow", "mlflow.source.git.commit"} <= set(run.data.tags) | {"mlflow.source.git.commit"}
@@ -120,9 +121,10 @@ def test_a_changed_recipe_is_refused_on_resume(finished, tmp_path):
     [
         (["scaling.workers=4"], r"4 workers x 1 CPUs leave 0 of 4 CPUs for decoding"),
         (["scaling.use_gpu=true"], "the cluster has 0"),
-        (["train.global_batch=40"], "global_batch 40 is more than the 32 training videos"),
+        (["train.global_batch=40"], "global_batch 40 is more than the 32 training clips"),
         (["model.num_classes=3"], "num_classes 3 is less than the data set's 8"),
         (["data.train.path=nowhere.csv"], "nowhere.csv"),
+        (["augment.flip_classes={left: rihgt}"], r"augment\.flip_classes: .* no class 'rihgt'.*'right'"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(local_ray, motion_set, tmp_path, overrides, expected):
@@ -175,6 +177,39 @@ def test_too_many_bad_videos_end_the_run_with_their_names(local_ray, motion_set,
     assert "cut0.mp4" in str(error.value)
     assert "Traceback" not in str(error.value)
     assert run_of(config)[1].info.status == "FAILED"
+
+
+def test_an_unusable_cache_folder_ends_the_run_plainly(local_ray, motion_set, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file: cannot write .*; see data\.cache_dir") as error:
+        train(recipe_for(tmp_path, motion_set, f"data.cache_dir={tmp_path}/file"))
+    assert "Traceback" not in str(error.value)
+
+
+def test_views_repeats_and_augmentation_train(local_ray, motion_set, tmp_path):
+    keys = "data.repeats=2 eval.clips=2 eval.crops=3 data.fps=6 data.decoder=decord augment.mixup=0.8 augment.cutmix=1"
+    more = "augment.erasing=0.5 augment.randaug_layers=2 augment.flip=0.5 augment.flip_classes={left: right}"
+    overrides = [*keys.split(), *more.split(maxsplit=3), "data.modality=rgb", "data.cache_dir=null", "train.epochs=1"]
+    result = train(recipe_for(tmp_path, motion_set, *overrides))
+    assert result.metrics["val/clips"] == 16
+    assert result.metrics["data/decoded_by_pyav"] == 0
+    assert 1 < result.metrics["train/loss"] < 4
+
+
+def metrics_of(epoch=2.0, wait=0.0, first=0.0, spilled=0.0):
+    shares = {"perf/data_wait_frac": wait, "perf/first_batch_s": first, "perf/epoch_s": 100.0}
+    return shares | {"epoch": epoch, "data/spilled_mb": spilled}
+
+
+def test_a_run_that_waits_says_which_knob_to_turn(motion_set, tmp_path):
+    plain = recipe_for(tmp_path, motion_set, "data.cache_dir=null")
+    assert advise(metrics_of(wait=0.19), plain) == ""
+    assert advise(metrics_of(wait=0.5, first=45.0), plain) == ""  # decoders were starting
+    for knob in ("43%", "scaling.cpus_per_worker", "data shard", "data.cache_dir", "data.repeats"):
+        assert knob in advise(metrics_of(wait=0.43), plain)
+    cached = recipe_for(tmp_path, motion_set)
+    assert "being filled" in advise(metrics_of(epoch=1.0, wait=0.43), cached)
+    assert "data.rows_per_block" in advise(metrics_of(spilled=12.0), plain)
 
 
 def start_cli(folder, motion_set, *overrides):

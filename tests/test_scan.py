@@ -1,0 +1,214 @@
+"""Checking and packing whole data sets: every video is in the report, and shards are the same however they came."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.scan import ScanError, ShardSettings, check, fingerprint, shard, summarise
+from posmlp.video import storage
+from posmlp.video.decode import Video
+from posmlp.video.manifest import Manifest, read_manifest
+
+pytestmark = pytest.mark.ray
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture
+def mixed(motion_set, tmp_path):
+    """A list of good videos with a damaged one, one that is text and one that is gone among them."""
+    good = read_manifest(motion_set / "val.csv").rows["uri"].to_pylist()[:6]
+    content = Path(good[0]).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.mp4").write_text("not a video at all\n" * 20)
+    names = [*good[:3], "half.mp4", "gone.mp4", *good[3:], "text.mp4"]
+    path = tmp_path / "list.csv"
+    path.write_text("path,label,class\n" + "".join(f"{n},{i % 2},{'ab'[i % 2]}\n" for i, n in enumerate(names)))
+    return path
+
+
+def test_a_check_has_a_row_for_every_video(local_ray, mixed, tmp_path):
+    manifest = read_manifest(mixed, missing_ok=True)
+    result = check(manifest, str(tmp_path / "out"), 60, quiet)
+    report = pq.read_table(tmp_path / "out" / "report.parquet")
+    assert report.equals(result.report)
+    assert report["sample_id"].to_pylist() == manifest.rows["sample_id"].to_pylist()
+    bad = {Path(row["uri"]).name: row["reason"] for row in report.to_pylist() if not row["good"]}
+    assert set(bad) == {"half.mp4", "gone.mp4", "text.mp4"}
+    assert "fetch it again" in bad["half.mp4"]
+    assert "missing" in bad["gone.mp4"]
+    assert "not a video" in bad["text.mp4"]
+    for row in report.to_pylist():
+        if row["good"]:
+            with av.open(row["uri"]) as container:
+                frames = [*container.decode(video=0)]
+            assert (row["num_frames"], row["height"], row["width"]) == (len(frames), 32, 32)
+            assert row["fps"] == pytest.approx(12)
+            assert row["codec"] == "h264"
+            assert row["key_frames"] == sum(frame.key_frame for frame in frames)
+            assert row["decord_agrees"]
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert summary == result.summary
+    assert "9 videos of 2 classes: 6 good, 3 bad" in summary
+    assert all(name in summary for name in bad)
+
+
+def test_the_good_ones_are_a_list_to_train_on(local_ray, mixed, tmp_path):
+    manifest = read_manifest(mixed, missing_ok=True)
+    result = check(manifest, str(tmp_path / "out"), 60, quiet)
+    good = read_manifest(tmp_path / "out" / "good.parquet")
+    assert good.classes == ("a", "b")
+    expected = result.report.filter(result.report["good"])
+    assert good.rows["uri"].to_pylist() == expected["uri"].to_pylist()
+    assert good.rows["label"].to_pylist() == expected["label"].to_pylist()
+
+
+def test_a_summary_of_nothing_good_names_the_classes(local_ray, tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\ngone.mp4,walk\n")
+    result = check(read_manifest(tmp_path / "list.csv", missing_ok=True), str(tmp_path / "out"), 60, quiet)
+    assert result.bad == 1
+    assert "0 good, 1 bad" in result.summary
+    assert "classes without a good video: walk" in summarise(result.report, ("walk",), 1.0)
+
+
+def contents(out):
+    return {path.relative_to(out): path.read_bytes() for path in sorted(Path(out).rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"short_side": 16, "keyframe_interval": 4}])
+def test_shards_hold_the_videos(local_ray, motion_set, tmp_path, settings):
+    manifest = read_manifest(motion_set / "val.csv")
+    result = shard(manifest, str(tmp_path / "out"), ShardSettings(rows_per_shard=6, **settings), quiet)
+    assert (result.videos, result.bad, result.shards) == (16, 0, 3)
+    packed = read_manifest(result.manifest)
+    assert packed.classes == manifest.classes
+    assert packed.rows["sample_id"].equals(manifest.rows["sample_id"])
+    assert packed.rows["label"].equals(manifest.rows["label"])
+    facts = pq.read_table(result.manifest).to_pylist()
+    for before, after, fact in zip(manifest.rows.to_pylist(), packed.rows.to_pylist(), facts, strict=True):
+        old, new = Video(before["uri"]), Video(after["uri"])
+        assert new.info.frames == old.info.frames == fact["num_frames"]
+        assert np.allclose(new.info.times, old.info.times, atol=1e-4)
+        everything = range(old.info.frames)
+        if not settings:
+            assert storage.read_bytes(after["uri"]) == Path(before["uri"]).read_bytes()
+        else:
+            assert new.info.key_frames == -(-old.info.frames // 4)
+            a, b = old.read(everything, 16).astype(int), new.read(everything).astype(int)
+            assert b.shape[1:] == (16, 16, 3) == (fact["height"], fact["width"], 3)
+            assert np.abs(a - b).mean() < 9  # colours are at half the resolution
+        old.close()
+        new.close()
+
+
+def test_the_same_list_gives_the_same_shards(local_ray, motion_set, tmp_path):
+    manifest = read_manifest(motion_set / "val.csv")
+    settings = ShardSettings(rows_per_shard=5, short_side=24)
+    for name in ("one", "two"):
+        shard(manifest, str(tmp_path / name), settings, quiet)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_video_is_read_without_its_neighbours(local_ray, motion_set, tmp_path):
+    result = shard(read_manifest(motion_set / "val.csv"), str(tmp_path / "out"), ShardSettings(), quiet)
+    file = pq.ParquetFile(tmp_path / "out" / "shards" / "00000.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [1] * 16
+    assert result.bytes == (tmp_path / "out" / "shards" / "00000.parquet").stat().st_size
+
+
+def test_bad_videos_are_reported_and_not_packed(local_ray, mixed, tmp_path):
+    manifest = read_manifest(mixed, missing_ok=True)
+    result = shard(manifest, str(tmp_path / "out"), ShardSettings(rows_per_shard=4), quiet)
+    assert (result.videos, result.bad) == (6, 3)
+    bad = pq.read_table(tmp_path / "out" / "bad.parquet").to_pylist()
+    assert [Path(row["uri"]).name for row in bad] == ["half.mp4", "gone.mp4", "text.mp4"]
+    assert all(row["reason"] for row in bad)
+    assert len(read_manifest(result.manifest).rows) == 6
+
+
+def test_another_list_or_setting_is_refused(local_ray, motion_set, tmp_path):
+    manifest = read_manifest(motion_set / "val.csv")
+    out = str(tmp_path / "out")
+    shard(manifest, out, ShardSettings(), quiet)
+    before = contents(out)
+    with pytest.raises(ScanError, match=r"short_side: None there, 16 now"):
+        shard(manifest, out, ShardSettings(short_side=16), quiet)
+    other = Manifest(manifest.rows.slice(1), manifest.classes)
+    with pytest.raises(ScanError, match="choose another --out"):
+        shard(other, out, ShardSettings(), quiet)
+    assert fingerprint(other) != fingerprint(manifest)
+    shard(manifest, out, ShardSettings(), quiet)
+    assert contents(out) == before
+
+
+def test_a_killed_call_goes_on_to_the_same_shards(local_ray, motion_set, tmp_path):
+    """Killed with its workers in mid-shard: what is there is whole, and the next call makes the rest."""
+    options = ["--rows-per-shard", "2", "--short-side", "24"]
+    command = [sys.executable, "-m", "pipelines.cli", "data", "shard", str(motion_set / "train.csv"), *options]
+    env = os.environ | {"RAY_ADDRESS": local_ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=env, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "killed" / "shards"
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("*.parquet"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(20):  # tasks that still run may end
+        for path in folder.glob("*.parquet"):
+            assert pq.ParquetFile(path).num_row_groups == 2
+        time.sleep(0.05)
+    there = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert not (tmp_path / "killed" / "manifest.parquet").exists()
+
+    manifest = read_manifest(motion_set / "train.csv")
+    settings = ShardSettings(rows_per_shard=2, short_side=24)
+    lines = []
+    shard(manifest, str(tmp_path / "killed"), settings, lines.append)
+    assert any("are there already" in line for line in lines)
+    assert {path: path.stat().st_mtime_ns for path in there} == there  # not made again
+    shard(manifest, str(tmp_path / "straight"), settings, quiet)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+def test_frame_folders_become_videos(local_ray, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    for number in range(1, 6):
+        folder = tmp_path / "17"
+        folder.mkdir(exist_ok=True)
+        codec = av.CodecContext.create("mjpeg", "w")
+        codec.width, codec.height, codec.pix_fmt, codec.time_base = 48, 48, "yuvj420p", 1
+        frame = av.VideoFrame.from_ndarray(np.roll(pixels, number * 16, 1), format="rgb24").reformat(format="yuvj420p")
+        (packet,) = [*codec.encode(frame), *codec.encode(None)]
+        (folder / f"{number:05d}.jpg").write_bytes(bytes(packet))
+    (tmp_path / "list.txt").write_text("17 5 0\n")
+    manifest = read_manifest(tmp_path / "list.txt", format="ssv1")
+    result = shard(manifest, str(tmp_path / "out"), ShardSettings(keyframe_interval=2), quiet)
+    packed = read_manifest(result.manifest).rows.to_pylist()
+    assert packed[0]["frames"] is None
+    video = Video(packed[0]["uri"])
+    assert (video.info.frames, video.info.key_frames) == (5, 3)
+    assert video.info.fps == pytest.approx(12)
+    for number, frame in enumerate(video.read(range(5)), start=1):
+        assert np.abs(frame.astype(int) - np.roll(pixels, number * 16, 1)).mean() < 12
+
+
+def test_an_out_that_cannot_be_written_is_told_plainly(local_ray, motion_set, tmp_path):
+    (tmp_path / "file").write_text("")
+    manifest = read_manifest(motion_set / "val.csv")
+    with pytest.raises(ScanError, match=r"file/shards\.json cannot be (read|written)"):
+        shard(manifest, str(tmp_path / "file"), ShardSettings(), quiet)
+    with contextlib.suppress(FileNotFoundError), pytest.raises(ScanError, match="cannot be written"):
+        check(manifest, str(tmp_path / "file"), 60, quiet)

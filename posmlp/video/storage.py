@@ -195,15 +195,25 @@ def _parquet(path: str, version: str) -> tuple[pq.ParquetFile, list[int]]:
 
 
 def _read_row(path: str, row: int) -> bytes:
+    now = version(path)
     try:
-        file, starts = _parquet(path, version(path))
-        if BYTES_COLUMN not in file.schema_arrow.names:
-            raise OSError(f"{path} has no column {BYTES_COLUMN!r}")
-        if row >= starts[-1]:
-            raise OSError(f"{path} has {starts[-1]} rows, no row {row}")
-        group = next(i for i, end in enumerate(starts[1:]) if row < end)
+        file, starts = _parquet(path, now)
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{path} cannot be read as a Parquet file: {_line(error)}") from error
+    if BYTES_COLUMN not in file.schema_arrow.names:
+        raise OSError(f"{path} has no column {BYTES_COLUMN!r}")
+    if row >= starts[-1]:
+        raise OSError(f"{path} has {starts[-1]} rows, no row {row}")
+    group = next(i for i, end in enumerate(starts[1:]) if row < end)
+    try:
         column = file.read_row_group(group, columns=[BYTES_COLUMN], use_threads=False)[BYTES_COLUMN]
-    except pa.ArrowInvalid as error:
-        raise OSError(f"{path} is not a Parquet file: {error}") from error
-    content: bytes = column[row - starts[group]].as_py()
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"row {row} of {path} cannot be read: {_line(error)}") from error
+    content = column[row - starts[group]].as_py()
+    if not isinstance(content, bytes):
+        raise OSError(f"row {row} of {path} holds no bytes in column {BYTES_COLUMN!r}")
     return content
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -74,6 +74,10 @@ def frames_of(video):
     return video.info.frames
 
 
+def sequential(video):
+    return by_pyav(video.uri)
+
+
 def process_id(video):
     return os.getpid()
 
@@ -355,8 +359,8 @@ def test_damage_is_refused_and_harms_nothing_else(tmp_path, video, name):
         try:
             with open_isolated(str(path), timeout_s=10) as opened:
                 count = opened.info.frames
-                frames = opened.read(range(count), 24)
-                assert len(frames) == count
+                frames = opened.read(range(count)).copy()
+                np.testing.assert_array_equal(frames, opened.run(sequential))
         except DecodeError as error:
             refused += 1
             assert "\n" not in str(error)

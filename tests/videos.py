@@ -69,5 +69,5 @@ def write_video(
 
 def by_pyav(path):
     """All frames by plain sequential decoding: uint8 [T, H, W, 3]."""
-    with av.open(f"file:{path}") as container:
+    with av.open(f"file:{path}", metadata_errors="replace") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

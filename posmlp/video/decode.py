@@ -38,6 +38,7 @@ Allocate = Callable[[tuple[int, ...]], Frames]  # memory for uint8 pixels of a s
 TIMED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg1video", "mpeg2video", "mpeg4")
 TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "flv")
 SEEKABLE_CONTAINERS = TIMED_CONTAINERS[:2]  # with an index of key frames; the others guess by position
+DECLARED_CONTAINERS = ("matroska,webm", "avi", "flv")  # with their duration in the header; others' is an estimate
 SEEK_GAP = 8  # frames between two wanted ones above which a seek pays
 TOO_LARGE = "it needs more memory than a decoder may take; scale the video down"
 KEPT_BYTES = 2**28  # of decoded frames that are kept while a stream is counted
@@ -48,6 +49,7 @@ VIDEO_HEAD = re.compile(
     rb".{4}(?:ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF|FLV|OggS|GIF8|\x30\x26\xb2\x75|\x00\x00\x01[\xb3\xba]",
     re.DOTALL,
 )
+HEAD_BYTES = 256
 FFMPEG_ERRORS = (av.error.FFmpegError, ValueError, OverflowError, EOFError)
 DECORD_ERRORS = (decord.DECORDError, RuntimeError, AssertionError, IndexError, StopIteration, ValueError)
 
@@ -125,7 +127,7 @@ class Video:
 
     def __init__(self, uri: str, decoder: Decoder = "pyav", content: bytes | None = None) -> None:
         self.uri = uri
-        self.source, self.head = _fetch(uri) if content is None else (content, content[:16])
+        self.source, self.head = _fetch(uri) if content is None else (content, content[:HEAD_BYTES])
         self.pts: list[int] = []  # time of each frame in the stream's units, rising
         self.keys: list[tuple[int, int]] = []  # number and dts of each key frame
         self._kept: list[av.VideoFrame] = []
@@ -223,12 +225,14 @@ class Video:
         """Read all packets: they tell the frames' times and the key frames."""
         container = self._container
         stream = self._stream(container)
-        declared = container.duration / av.time_base if container.duration and not stream.frames else 0.0
+        exact = container.format.name == TIMED_CONTAINERS[0]  # tells the number of its packets
+        declared = container.duration / av.time_base if container.duration and not exact else 0.0
         found: list[tuple[int, bool, int]] = []  # time of presentation, key frame, time of decoding
         untimed, packets, end = False, 0, 0.0
         for packet in container.demux() if declared else container.demux(stream):
-            if packet.pts is not None and packet.time_base:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None and packet.time_base:
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
             if packet.stream_index != stream.index or not packet.size:
                 continue
             packets += 1
@@ -261,17 +265,31 @@ class Video:
     def _check_length(
         self, container: InputContainer, stream: VideoStream, packets: int, declared: float, end: float
     ) -> None:
-        """Refuse a file that holds less than its header promises: it was cut short, and its end is lost."""
-        exact = container.format.name == TIMED_CONTAINERS[0]
-        if packets < stream.frames * (1 if exact else 0.95):
+        """Refuse a file that was cut short: it holds less than its header promises, and its end is lost."""
+        if container.format.name == TIMED_CONTAINERS[0] and packets < stream.frames:
             found, promised = f"{packets} frames", f"{stream.frames}"
-        elif end < declared - max(0.5, 0.05 * declared) and container.format.name in (*SEEKABLE_CONTAINERS, "flv"):
+        elif (
+            container.format.name in DECLARED_CONTAINERS
+            and end < declared - max(0.5, 0.05 * declared)
+            and not self._has_all_bytes()  # else only the duration is wrong
+        ):
             found, promised = f"{end:.1f} s", f"{declared:.1f} s"
         else:
             return
         raise DecodeError(
             self.uri, f"cut short: the header promises {promised}, the file holds {found}; fetch it again"
         )
+
+    def _has_all_bytes(self) -> bool:
+        """Whether an AVI or Matroska file is as long as it says; False where it does not say."""
+        segment = self.head.find(b"\x18\x53\x80\x67\x01")  # of Matroska, with a size of 7 bytes
+        if self.head.startswith(b"RIFF"):
+            promised = 8 + int.from_bytes(self.head[4:8], "little")
+        elif segment >= 0:
+            promised = segment + 12 + int.from_bytes(self.head[segment + 5 : segment + 12], "big")
+        else:
+            return False
+        return promised <= (len(self.source) if isinstance(self.source, bytes) else os.path.getsize(self.source))
 
     def _count(self) -> NDArray[np.float64]:
         """Decode the whole stream to learn its frames' times; small videos are kept for ``read``."""
@@ -531,11 +549,11 @@ def _fetch(uri: str) -> tuple[str | bytes, bytes]:
     try:
         if storage.is_remote(uri) or storage.parquet_row(uri):
             source: str | bytes = storage.read_bytes(uri)
-            head = cast(bytes, source)[:16]
+            head = cast(bytes, source)[:HEAD_BYTES]
         else:
             source = storage.local_path(uri)
             with open(source, "rb") as file:
-                head = file.read(16)
+                head = file.read(HEAD_BYTES)
     except (OSError, ValueError, UserError) as error:
         raise cannot_open(uri, error) from error
     if not head:

@@ -567,4 +567,5 @@ def cannot_open(uri: str, error: Exception) -> DecodeError:
         return DecodeError(uri, "the file is missing; check the path in the manifest")
     if isinstance(error, IsADirectoryError):
         return DecodeError(uri, "this is a folder; expected a video file")
-    return DecodeError(uri, f"the file cannot be opened ({error})")
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return DecodeError(uri, f"the file cannot be opened ({reason})")

@@ -20,7 +20,8 @@ from posmlp.errors import UserError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FILE = "file://"
-OPTIONS = re.compile(r"\?(?=\w+=[^?]*$)")  # the question mark before a store's options; one in a file name is not it
+# The question mark before a store's options, as PyArrow names them; one in a file name (``watch?v=1.mp4``) is not it.
+OPTIONS = re.compile(r"\?(?=(?:region|scheme|user|replication|[a-z]+_[a-z_]+)=[^?]*$)")
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)$", re.DOTALL)
 REQUESTS = 32  # to a store at a time
 BYTES_COLUMN = "data"  # of a Parquet file with inline videos

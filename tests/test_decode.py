@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from videos import by_pyav, noisy, numbers, picture, write_video
+from videos import by_pyav, noisy, number, numbers, picture, write_video
 
 from posmlp.video.decode import DecodeError, Video, open_video, scaled
 
@@ -165,6 +165,15 @@ def test_pyav_takes_over_where_decord_fails(video, monkeypatch):
     monkeypatch.setattr(decord.VideoReader, "next", fail)
     assert numbers(opened.read([5, 25])) == [5, 25]
     assert opened.info.decoder == "pyav"
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("gop", ["25", "250"])
+def test_frames_late_in_a_long_video(tmp_path, gop, decoder):
+    options = {"g": gop, "bf": "3", "x264-params": "open-gop=1:scenecut=0"}
+    video = Video(write_video(tmp_path / "v.mp4", 72, 48, count=500, options=options), decoder)
+    for indices in ([499], list(range(480, 500)), [248, 249, 250, 251], [0, 499], list(range(15, 500, 31))):
+        assert numbers(video.read(indices)) == indices
 
 
 @settings(max_examples=25)
@@ -319,6 +328,34 @@ def test_a_video_cut_from_another_has_the_frames_that_decode(tmp_path, codec, na
         assert numbers(video.read(range(len(expected)))) == expected
         for i, frame in enumerate(expected):
             assert numbers(video.read([i])) == [frame]
+
+
+@pytest.mark.parametrize("name", ["v.ts", "v.mpg", "v.h264"])
+@pytest.mark.parametrize("size", [(108, 72), (54, 72), (216, 144)])
+def test_files_joined_end_to_end_are_one_video(tmp_path, name, size):
+    """Times begin anew, and the size may change: all frames get the first one's."""
+    codec = "mpeg2video" if name == "v.mpg" else "libx264"
+    content = b""
+    for width, height in ((108, 72), size):
+        content += Path(
+            write_video(tmp_path / name, width, height, count=20, codec=codec, options=B_FRAMES, rate=25)
+        ).read_bytes()
+    (tmp_path / name).write_bytes(content)
+    video = Video(str(tmp_path / name))
+    with av.open(str(tmp_path / name)) as container:
+        expected = [number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    assert video.info.frames == len(expected) >= 38
+    assert numbers(video.read(range(len(expected)))) == expected
+    assert numbers(video.read([3, 25, 37])) == [expected[i] for i in (3, 25, 37)]
+    assert {frame.shape for frame in video.all_frames()} == {(72, 108, 3)}
+    assert (np.diff(video.info.times) > 0).all()
+
+
+@pytest.mark.parametrize("pix_fmt", ["gray", "gray16le", "yuva444p", "yuv420p10le", "bgr0"])
+def test_pixels_of_other_kinds(tmp_path, pix_fmt):
+    path = write_video(tmp_path / "v.mkv", count=5, codec="ffv1", pix_fmt=pix_fmt)
+    for decoder in ("pyav", "decord"):
+        assert numbers(read(path, [1, 4], 36, decoder)) == [1, 4]
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])

@@ -32,6 +32,7 @@ from posmlp.video.decode import DecodeError
 from posmlp.video.sampling import sample_seed
 
 SEGMENT_BLOCKS = 256
+STORE_SHARE = 0.25  # of the object store for one plan of all workers; up to three are open: two of training, one other
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Split:
 
     def plan(self, order: np.ndarray, epoch: int) -> Iterator[dict[str, np.ndarray]]:
         """Ray Data's plan for some rows: batches as columns, decoded once the first is asked for."""
-        configure_ray_data(self.config)
+        configure_ray_data(self.config, self.train)
         blocks = math.ceil(len(order) / self.config.data.rows_per_block)
         dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
             decode_block,
@@ -198,15 +199,23 @@ def chained(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
                 yield result
 
 
-def configure_ray_data(config: Config) -> None:
-    """Ray Data's settings in this process: rows in order, and a fair part of the CPUs that training leaves."""
-    scaling = config.scaling
-    free = ray.cluster_resources().get("CPU", 1) - scaling.workers * scaling.cpus_per_worker
+def configure_ray_data(config: Config, train: bool) -> None:
+    """Ray Data's settings in this process: rows in order, a fair part of the CPUs that training leaves, and no more
+    decoded ahead than a part of the object store: a slow device must not make it spill."""
+    scaling, variant = config.scaling, config.model.variant()
+    cluster = ray.cluster_resources()
+    free = cluster.get("CPU", 1) - scaling.workers * scaling.cpus_per_worker
+    clip = variant.frames * variant.image_size**2 * 3
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.op_resource_reservation_enabled = False  # one operator: a reservation only leaves CPUs idle
+    # Ray Data holds back tasks whose output might not fit, and takes blocks for this large until it has seen some.
+    context.target_max_block_size = max(2**20, config.data.rows_per_block * views_of(config, train) * clip)
     context.execution_options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources(cpu=max(1.0, free // scaling.workers))
+        preserve_order=True,
+        resource_limits=ExecutionResources(
+            cpu=max(1.0, free // scaling.workers),
+            object_store_memory=cluster.get("object_store_memory", 2**30) * STORE_SHARE / scaling.workers,
+        ),
     )
 
 

@@ -1,0 +1,255 @@
+"""How fast clips come: Ray Data against a torch DataLoader and against decoding alone, and what each setting is worth.
+
+    python benchmarks/ingest.py throughput      # clips/s with 1 and 2 decoding processes
+    python benchmarks/ingest.py settings        # decode time by decoder, sampling, scale and key frames
+    python benchmarks/ingest.py memory          # a manifest of 100,000 rows
+
+Without ``--manifest`` a set of 340x256 H.264 videos is made first (``data/ingest``). All contestants call the same
+function for the same clips, take turns in one process, and give the median of their turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pyarrow as pa
+import ray
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.ingest import Split, global_order, object_store
+from pipelines.scan import ShardSettings, shard
+from pipelines.train import start_ray
+from posmlp.config import Config, load_recipe
+from posmlp.model.cost import device_name
+from posmlp.video.clip import load_clips
+from posmlp.video.manifest import Manifest, read_manifest
+
+CPU = device_name(torch.device("cpu"))
+FRAMES, WIDTH, HEIGHT, FPS = 300, 340, 256, 30  # of a made video: Kinetics' usual size
+
+
+def make_videos(folder: Path, count: int) -> Path:
+    """H.264 videos as a user has them (x264's defaults, a key frame every 250): textures that move, with noise."""
+    manifest = folder / "list.csv"
+    if manifest.exists() and len(manifest.read_text().splitlines()) == count + 1:
+        return manifest
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        coarse = torch.from_numpy(rng.random((1, 3, 24, 32), dtype=np.float32))
+        texture = torch.nn.functional.interpolate(coarse, (2 * HEIGHT, 2 * WIDTH), mode="bicubic")[0].clamp(0, 1)
+        texture = (texture.permute(1, 2, 0).numpy() * 200).astype(np.uint8)
+        noise = rng.integers(0, 24, (HEIGHT + 64, WIDTH + 64, 1), np.uint8)
+        with av.open(str(folder / f"{number:03d}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=FPS, options={"crf": "23"})
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            for frame in range(FRAMES):
+                y = int(HEIGHT / 2 * (1 + np.sin(frame / 40 + number)))
+                x = int(WIDTH / 2 * (1 + np.cos(frame / 50 + number)))
+                dy, dx = rng.integers(0, 64, 2)
+                grain = noise[dy : dy + HEIGHT, dx : dx + WIDTH]
+                picture = texture[y : y + HEIGHT, x : x + WIDTH] + grain
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    rows = "".join(f"{number:03d}.mp4,{number % 4}\n" for number in range(count))
+    manifest.write_text("path,label\n" + rows)
+    return manifest
+
+
+def recipe(manifest: Path | str, *overrides: str) -> Config:
+    """S/16 on the published clip: 16 frames of 224x224, cut from a short side of 256, batch 8."""
+    keys = ["model.name=s16", "model.frames=16", "model.image_size=224", "data.short_side=256", "data.cache_dir=null"]
+    keys += [
+        f"data.train.path={manifest}",
+        f"data.val.path={manifest}",
+        "train.global_batch=8",
+        "data.rows_per_block=8",
+    ]
+    return load_recipe("demo", [*keys, *overrides])
+
+
+# --- throughput ------------------------------------------------------------------------------------------------------
+
+
+class Clips(Dataset):
+    """One epoch as a DataLoader reads it."""
+
+    def __init__(self, manifest: Manifest, config: Config, epoch: int):
+        order = global_order(len(manifest.rows), config, epoch, train=True)
+        self.rows, self.config, self.epoch = manifest.rows.take(order).to_pylist(), config, epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        row = self.rows[index]
+        clips, _ = load_clips(row["uri"], row["sample_id"], self.config, epoch=self.epoch, train=True)
+        return clips, row["label"]
+
+
+def by_loop(manifest: Manifest, config: Config, processes: int) -> Iterator[int]:
+    """Decoding alone, in this process: the floor."""
+    del processes
+    for clips, _ in map(Clips(manifest, config, 0).__getitem__, range(len(manifest.rows) // 8 * 8)):
+        yield len(clips)
+
+
+def by_loader(manifest: Manifest, config: Config, processes: int) -> Iterator[int]:
+    """A torch DataLoader: two epochs in one, so that no seam is timed."""
+    both = torch.utils.data.ConcatDataset([Clips(manifest, config, epoch) for epoch in (0, 1)])
+    for clips, _ in DataLoader(both, batch_size=8, num_workers=processes, prefetch_factor=2):
+        yield len(clips)
+
+
+def by_ray(manifest: Manifest, config: Config, processes: int) -> Iterator[int]:
+    """The platform's own: two epochs, with ``processes`` CPUs left for decoding."""
+    reserved = ray.cluster_resources()["CPU"] - processes
+    config = config.model_copy(update={"scaling": config.scaling.model_copy(update={"cpus_per_worker": reserved})})
+    for batch in Split(manifest.rows, config, True).batches(0, until=2):
+        yield len(batch.labels)
+
+
+def rate(clips: Iterator[int]) -> float:
+    """Clips a second from the first batch on: the start of processes is not timed."""
+    next(clips)
+    start = time.perf_counter()
+    count = sum(clips)
+    return count / (time.perf_counter() - start)
+
+
+def throughput(manifest_path: Path, repeats: int) -> None:
+    """Clips/s of the three, and the ratios that matter."""
+    manifest, config = read_manifest(manifest_path), recipe(manifest_path)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    start_ray(num_cpus=3)  # two decode, the third stands for the training worker
+    contestants: dict[str, tuple[Callable[..., Iterator[int]], int]] = {
+        "decoding alone, 1 process": (by_loop, 1),
+        "DataLoader, 1 worker": (by_loader, 1),
+        "Ray Data, 1 worker": (by_ray, 1),
+        "DataLoader, 2 workers": (by_loader, 2),
+        "Ray Data, 2 workers": (by_ray, 2),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        for name, (run, processes) in contestants.items():
+            value = rate(run(manifest, config, processes))
+            if turn:  # the first turn warms up
+                rates[name].append(value)
+                print(f"  turn {turn}  {name:<28}{value:7.1f} clips/s", flush=True)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"\n{len(manifest.rows)} videos of {FRAMES} frames, {config.data.sampling} sampling, on {CPU}")
+    for name, value in median.items():
+        print(f"  {name:<28}{value:7.1f} clips/s  ({min(rates[name]):.1f} to {max(rates[name]):.1f})")
+    ratios = [
+        ("Ray Data / DataLoader, 1 worker", "Ray Data, 1 worker", "DataLoader, 1 worker"),
+        ("Ray Data / DataLoader, 2 workers", "Ray Data, 2 workers", "DataLoader, 2 workers"),
+        ("Ray Data, 2 workers / 1", "Ray Data, 2 workers", "Ray Data, 1 worker"),
+        ("DataLoader, 2 workers / 1", "DataLoader, 2 workers", "DataLoader, 1 worker"),
+        ("share of decoding, Ray Data, 1 worker", "Ray Data, 1 worker", "decoding alone, 1 process"),
+    ]
+    for text, above, below in ratios:
+        print(f"  {text:<40}{median[above] / median[below]:.2f}")
+    print_copies(config)
+
+
+def print_copies(config: Config) -> None:
+    """What is written for one clip, by hand count of the code."""
+    variant, side = config.model.variant(), config.data.short_side or 0
+    scaled = variant.frames * side * round(side * WIDTH / HEIGHT) * 3 / 1e6
+    clip = variant.frames * variant.image_size**2 * 3 / 1e6
+    print(f"\nMB written a clip: {scaled:.1f} by FFmpeg's scaler (short side {side}, into shared memory)")
+    print(f"  {clip:.1f} each: cut and resized; into Ray's object store; into the batch")
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def settings(manifest_path: Path, repeats: int) -> None:
+    """Milliseconds a clip and bytes a video, by how videos are stored and read."""
+    start_ray()
+    manifest = read_manifest(manifest_path)
+    sources = {"as they came": manifest}
+    stored = {"as they came": sum(Path(uri).stat().st_size for uri in manifest.rows["uri"].to_pylist())}
+    shards: list[tuple[int | None, int | None]] = [(None, None), (256, 250), (256, 32), (256, 12), (256, 4), (128, 12)]
+    for short_side, interval in shards:
+        name = "shards, not encoded anew" if interval is None else f"shards, {short_side} px, key frame each {interval}"
+        out = manifest_path.parent / f"shards-{short_side}-{interval}"
+        result = shard(manifest, str(out), ShardSettings(16, short_side, interval), lambda line: None)
+        sources[name], stored[name] = read_manifest(result.manifest), result.bytes
+    ray.shutdown()
+    readers = {
+        "uniform": [],
+        "dense": ["data.sampling=dense", "data.stride=2"],
+        "uniform, 112 px": ["model.image_size=112", "data.short_side=128"],
+        "dense, decord": ["data.sampling=dense", "data.stride=2", "data.decoder=decord"],
+        "uniform, decord": ["data.decoder=decord"],
+    }
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in itertools.product(sources, readers)}
+    for turn in range(repeats + 1):
+        for source, reader in times:
+            config, rows = recipe(manifest_path, *readers[reader]), sources[source].rows.to_pylist()[:16]
+            start = time.perf_counter()
+            for row in rows:
+                load_clips(row["uri"], row["sample_id"], config, epoch=turn, train=True)
+            if turn:
+                times[source, reader].append((time.perf_counter() - start) / len(rows) * 1000)
+    print(f"\nms a clip (16 frames), one process, on {CPU}")
+    print(f"{'':<38}{'KB a video':>11}" + "".join(f"{reader:>17}" for reader in readers))
+    for source, table in sources.items():
+        cells = "".join(f"{statistics.median(times[source, reader]):>17.1f}" for reader in readers)
+        print(f"{source:<38}{stored[source] / len(table.rows) / 1000:>11.0f}{cells}")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory(manifest_path: Path, rows: int) -> None:
+    """What a manifest of many rows costs the worker and the object store."""
+    start_ray(num_cpus=3)
+    few = read_manifest(manifest_path).rows
+    many = pa.concat_tables([few] * (rows // len(few) + 1)).slice(0, rows).combine_chunks()
+    for name, table in (("few", few), ("many", many)):
+        split = Split(table, recipe(manifest_path), True)
+        process, peak, store = psutil.Process(), 0, 0.0
+        start = time.perf_counter()
+        for count, _ in enumerate(split.batches(0, until=4)):
+            if not count:
+                first = time.perf_counter() - start
+            peak, store = max(peak, process.memory_info().rss), max(store, object_store()[0])
+            if count == 12:
+                break
+        print(
+            f"{name:<5}{len(table):>8} rows: first batch after {first:.1f} s; at most {peak / 2**20:.0f} MB resident in"
+            f" the worker, {store:.0f} MB in the object store, table {table.nbytes / 2**20:.1f} MB",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("throughput", "settings", "memory"))
+    parser.add_argument("--manifest", type=Path, help="a list of videos; without it a set is made")
+    parser.add_argument("--videos", type=int, default=64, help="of the set that is made (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    manifest = args.manifest or make_videos(Path("data/ingest"), args.videos)
+    if args.part == "throughput":
+        throughput(manifest, args.repeats)
+    elif args.part == "settings":
+        settings(manifest, args.repeats)
+    else:
+        memory(manifest, 100_000)
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,7 @@ from pipelines.train import start_ray
 from posmlp.config import Config, load_recipe
 from posmlp.model.cost import device_name
 from posmlp.video.clip import load_clips
-from posmlp.video.manifest import Manifest, read_manifest
+from posmlp.video.manifest import read_manifest
 
 CPU = device_name(torch.device("cpu"))
 FRAMES, WIDTH, HEIGHT, FPS = 300, 340, 256, 30  # of a made video: Kinetics' usual size
@@ -73,7 +73,6 @@ def recipe(manifest: Path | str, *overrides: str) -> Config:
         f"data.train.path={manifest}",
         f"data.val.path={manifest}",
         "train.global_batch=8",
-        "data.rows_per_block=8",
     ]
     return load_recipe("demo", [*keys, *overrides])
 
@@ -82,56 +81,68 @@ def recipe(manifest: Path | str, *overrides: str) -> Config:
 
 
 class Clips(Dataset):
-    """One epoch as a DataLoader reads it."""
+    """An epoch as a DataLoader reads it."""
 
-    def __init__(self, manifest: Manifest, config: Config, epoch: int):
-        order = global_order(len(manifest.rows), config, epoch, train=True)
-        self.rows, self.config, self.epoch = manifest.rows.take(order).to_pylist(), config, epoch
+    def __init__(self, rows: pa.Table, config: Config):
+        order = global_order(len(rows), config, 0, train=True)
+        self.rows, self.config = rows.take(order).to_pylist(), config
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         row = self.rows[index]
-        clips, _ = load_clips(row["uri"], row["sample_id"], self.config, epoch=self.epoch, train=True)
+        clips, _ = load_clips(row["uri"], row["sample_id"], self.config, epoch=0, train=True)
         return clips, row["label"]
 
 
-def by_loop(manifest: Manifest, config: Config, processes: int) -> Iterator[int]:
+def by_loop(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
     """Decoding alone, in this process: the floor."""
     del processes
-    for clips, _ in map(Clips(manifest, config, 0).__getitem__, range(len(manifest.rows) // 8 * 8)):
+    clips = Clips(rows, config)
+    for first in range(0, len(clips), 8):
+        yield sum(len(clips[i][0]) for i in range(first, first + 8))
+
+
+def by_loader(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
+    """A torch DataLoader."""
+    for clips, _ in DataLoader(Clips(rows, config), batch_size=8, num_workers=processes, prefetch_factor=2):
         yield len(clips)
 
 
-def by_loader(manifest: Manifest, config: Config, processes: int) -> Iterator[int]:
-    """A torch DataLoader: two epochs in one, so that no seam is timed."""
-    both = torch.utils.data.ConcatDataset([Clips(manifest, config, epoch) for epoch in (0, 1)])
-    for clips, _ in DataLoader(both, batch_size=8, num_workers=processes, prefetch_factor=2):
-        yield len(clips)
-
-
-def by_ray(manifest: Manifest, config: Config, processes: int) -> Iterator[int]:
-    """The platform's own: two epochs, with ``processes`` CPUs left for decoding."""
-    reserved = ray.cluster_resources()["CPU"] - processes
-    config = config.model_copy(update={"scaling": config.scaling.model_copy(update={"cpus_per_worker": reserved})})
-    for batch in Split(manifest.rows, config, True).batches(0, until=2):
+def by_ray(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
+    """The platform's own; of the cluster's 3 CPUs, ``processes`` are left for decoding."""
+    holder = Holder.options(num_cpus=3 - processes).remote()
+    ray.get(holder.ready.remote())
+    scaling = config.scaling.model_copy(update={"cpus_per_worker": 3 - processes})
+    for batch in Split(rows, config.model_copy(update={"scaling": scaling}), True).batches(0):
         yield len(batch.labels)
 
 
-def rate(clips: Iterator[int]) -> float:
-    """Clips a second from the first batch on: the start of processes is not timed."""
-    next(clips)
-    start = time.perf_counter()
-    count = sum(clips)
-    return count / (time.perf_counter() - start)
+@ray.remote
+class Holder:
+    """Has its CPUs, as a training worker would, and does nothing with them."""
+
+    def ready(self) -> None:
+        pass
+
+
+def rate(run: Callable[..., Iterator[int]], rows: pa.Table, config: Config, processes: int) -> float:
+    """Clips a second: what a long epoch takes more than a short one. Both start processes, fill buffers and drain them,
+    so that none of this is in the difference."""
+    clips, seconds = [], []
+    for part in (rows.slice(0, len(rows) // 4), rows):
+        start = time.perf_counter()
+        clips.append(sum(run(part, config, processes)))
+        seconds.append(time.perf_counter() - start)
+    return (clips[1] - clips[0]) / (seconds[1] - seconds[0])
 
 
 def throughput(manifest_path: Path, repeats: int) -> None:
     """Clips/s of the three, and the ratios that matter."""
-    manifest, config = read_manifest(manifest_path), recipe(manifest_path)
+    rows, config = pa.concat_tables([read_manifest(manifest_path).rows] * 4).combine_chunks(), recipe(manifest_path)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    start_ray(num_cpus=3)  # two decode, the third stands for the training worker
+    start_ray(num_cpus=3)
     contestants: dict[str, tuple[Callable[..., Iterator[int]], int]] = {
         "decoding alone, 1 process": (by_loop, 1),
         "DataLoader, 1 worker": (by_loader, 1),
@@ -140,14 +151,12 @@ def throughput(manifest_path: Path, repeats: int) -> None:
         "Ray Data, 2 workers": (by_ray, 2),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 1):
+    for turn in range(1, repeats + 1):
         for name, (run, processes) in contestants.items():
-            value = rate(run(manifest, config, processes))
-            if turn:  # the first turn warms up
-                rates[name].append(value)
-                print(f"  turn {turn}  {name:<28}{value:7.1f} clips/s", flush=True)
+            rates[name].append(rate(run, rows, config, processes))
+            print(f"  turn {turn}  {name:<28}{rates[name][-1]:7.1f} clips/s", flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"\n{len(manifest.rows)} videos of {FRAMES} frames, {config.data.sampling} sampling, on {CPU}")
+    print(f"\n{len(rows)} videos of {FRAMES} frames, {config.data.sampling} sampling, on {CPU}")
     for name, value in median.items():
         print(f"  {name:<28}{value:7.1f} clips/s  ({min(rates[name]):.1f} to {max(rates[name]):.1f})")
     ratios = [

@@ -32,6 +32,7 @@ from posmlp.video.decode import DecodeError
 from posmlp.video.sampling import sample_seed
 
 SEGMENT_BLOCKS = 256
+QUEUED = 2  # tasks asked for, for each CPU: one that runs, and one that waits so that the CPU never does
 STORE_SHARE = 0.25  # of the object store for one plan of all workers; up to three are open: two of training, one other
 
 
@@ -213,7 +214,7 @@ def configure_ray_data(config: Config, train: bool) -> None:
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(
-            cpu=max(1.0, free // scaling.workers),
+            cpu=QUEUED * max(1.0, free // scaling.workers),
             object_store_memory=cluster.get("object_store_memory", 2**30) * STORE_SHARE / scaling.workers,
         ),
     )

@@ -1,6 +1,7 @@
 """Which clips reach which worker: the same whatever the number of workers, and none lost."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +198,16 @@ def test_spilling_is_seen(local_ray):
     assert ingest.object_store()[0] >= used + 7
     assert ingest.object_store()[1] == spilled
     del reference
+
+
+@pytest.mark.ray
+def test_a_video_that_hangs_costs_itself_alone(local_ray, motion_set, tmp_path):
+    os.mkfifo(tmp_path / "endless.mp4")  # nobody ever writes into it
+    source = read_manifest(motion_set / "val.csv").rows
+    rows = source.to_pylist()
+    rows[5]["uri"] = str(tmp_path / "endless.mp4")
+    table = pa.Table.from_pylist(rows, schema=source.schema)
+    steps, bad = epoch_of(table, recipe("data.decode_timeout_s=2"), 1, train=False)
+    assert [(v.uri, "not decoded within 2 s" in v.reason) for v in bad] == [(rows[5]["uri"], True)]
+    good = [clip for step in steps for clip in step if clip[3] == 1]
+    assert [label for label, *_ in good] == [r["label"] for i, r in enumerate(rows) if i != 5]

@@ -39,7 +39,7 @@ TIMED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg1video", "mpeg2vi
 TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "flv")
 SEEKABLE_CONTAINERS = TIMED_CONTAINERS[:2]  # with an index of key frames; the others guess by position
 DECLARED_CONTAINERS = ("matroska,webm", "avi", "flv")  # with their duration in the header; others' is an estimate
-SEEK_GAP = 8  # frames between two wanted ones above which a seek pays
+SEEK_GAP = 4  # frames between two wanted ones above which a seek pays
 TOO_LARGE = "it needs more memory than a decoder may take; scale the video down"
 KEPT_BYTES = 2**28  # of decoded frames that are kept while a stream is counted
 IMAGE_CODECS = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"BM": "bmp"}
@@ -129,7 +129,7 @@ class Video:
         self.uri = uri
         self.source, self.head = _fetch(uri) if content is None else (content, content[:HEAD_BYTES])
         self.pts: list[int] = []  # time of each frame in the stream's units, rising
-        self.keys: list[tuple[int, int]] = []  # number and dts of each key frame
+        self.keys: list[int] = []  # numbers of the key frames
         self._kept: list[av.VideoFrame] = []
         try:
             self._container = self.open_container()
@@ -227,7 +227,7 @@ class Video:
         stream = self._stream(container)
         exact = container.format.name == TIMED_CONTAINERS[0]  # tells the number of its packets
         declared = container.duration / av.time_base if container.duration and not exact else 0.0
-        found: list[tuple[int, bool, int]] = []  # time of presentation, key frame, time of decoding
+        found: list[tuple[int, bool]] = []  # time of presentation, key frame
         untimed, packets, end = False, 0, 0.0
         for packet in container.demux() if declared else container.demux(stream):
             time = packet.dts if packet.pts is None else packet.pts
@@ -240,15 +240,15 @@ class Video:
                 continue
             untimed |= packet.pts is None
             pts = -1 if packet.pts is None else packet.pts
-            found.append((pts, packet.is_keyframe, pts if packet.dts is None else packet.dts))
+            found.append((pts, packet.is_keyframe))
         if not found:
             raise DecodeError(
                 self.uri, "no frames in the video stream; fetch the file again, or remove it from the manifest"
             )
         self._check_length(container, stream, packets, declared, end)
         found.sort()
-        self.pts = [pts for pts, _, _ in found]
-        self.keys = [(i, dts) for i, (_, key, dts) in enumerate(found) if key]
+        self.pts = [pts for pts, _ in found]
+        self.keys = [i for i, (_, key) in enumerate(found) if key]
         codec = stream.codec_context.name
         self.timed = (
             not untimed
@@ -323,44 +323,49 @@ class Video:
             yield from self._by_order(indices)
             return
         stream = self._stream(self._container)
-        for dts, run in self._runs(indices):
-            self._container.seek(dts, stream=stream)
+        for key, run in self._runs(indices):
+            self._container.seek(self.pts[key], stream=stream)
             yield from self._decode_run(stream, [self.pts[i] for i in run])
 
     def _runs(self, indices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """The wanted frames in groups to be decoded without a seek; before each the dts of the key frame to start from.
+        """The wanted frames in groups to be decoded without a seek; before each the key frame to start from.
 
-        The key frame is the last one *shown* at or before the first frame of the group: what is shown before a key
-        frame but decoded after it (an open GOP) may refer to the pictures before.
+        That is the last one *shown* at or before the first frame of the group: what is shown before a key frame but
+        decoded after it (an open GOP) may refer to the pictures before.
         """
-        starts = [key for key, _ in self.keys]
         run: list[int] = []
-        seek = 0
+        start = 0
         for index in indices:
-            place = int(np.searchsorted(starts, index, side="right")) - 1
-            key, dts = self.keys[place] if place >= 0 else (0, self.pts[0])
+            key = self.keys[max(0, bisect.bisect_right(self.keys, index) - 1)] if self.keys else 0
+            key = min(key, index)  # a stream may begin before its first key frame
             if run and key - run[-1] > SEEK_GAP:
-                yield seek, run
+                yield start, run
                 run = []
             if not run:
-                seek = dts
+                start = key
             run.append(index)
-        yield seek, run
+        yield start, run
 
     def _decode_run(self, stream: VideoStream, wanted: list[int]) -> Iterator[av.VideoFrame]:
         """The frames of the times ``wanted``, rising, from where the container stands."""
-        left = set(wanted)
+        left = set(wanted)  # not delivered yet
+        unread = set(wanted)  # not given to the decoder yet
         for packet in self._container.demux(stream):
             if self.skips and packet.size:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in left else "NONREF"
-            for frame in packet.decode():
+            unread.discard(cast(int, packet.pts))
+            frames = packet.decode()
+            if not unread and packet.size:
+                # A decoder gives a frame some packets after its own. When it has all of the run, it is emptied instead.
+                frames += cast(Any, stream.codec_context).decode(None)
+            for frame in frames:
                 if frame.pts in left:
                     left.remove(frame.pts)
                     yield frame
                 elif frame.is_corrupt and frame.pts is not None and frame.pts > wanted[0]:
                     self._check_picture(frame, bisect.bisect_left(self.pts, frame.pts))  # others are made from it
-                if not left:
-                    return
+            if not left or not unread:
+                return
 
     def _by_order(self, indices: Sequence[int]) -> Iterator[av.VideoFrame]:
         """By decoding everything up to the last one."""

@@ -224,6 +224,7 @@ def settings(manifest_path: Path, repeats: int) -> None:
 
 def memory(manifest_path: Path, rows: int) -> None:
     """What a manifest of many rows costs the worker and the object store."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     start_ray(num_cpus=3)
     few = read_manifest(manifest_path).rows
     many = pa.concat_tables([few] * (rows // len(few) + 1)).slice(0, rows).combine_chunks()
@@ -235,7 +236,7 @@ def memory(manifest_path: Path, rows: int) -> None:
             if not count:
                 first = time.perf_counter() - start
             peak, store = max(peak, process.memory_info().rss), max(store, object_store()[0])
-            if count == 12:
+            if count == 40:
                 break
         print(
             f"{name:<5}{len(table):>8} rows: first batch after {first:.1f} s; at most {peak / 2**20:.0f} MB resident in"

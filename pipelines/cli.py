@@ -13,6 +13,8 @@ from typing import get_args
 from posmlp.config import Format, load_recipe
 from posmlp.errors import UserError
 
+AGAIN = "the same command goes on from the last finished epoch"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 failed or refused, 2 wrong usage, 130 interrupted."""
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        print(f"\ninterrupted; {getattr(args, 'again', 'nothing is left to go on from')}", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"posmlp: {error}", file=sys.stderr)
@@ -39,12 +41,12 @@ def parser() -> argparse.ArgumentParser:
 
     demo = verbs.add_parser("demo", help="make the embedded data set and train a small model on it")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe 'demo'")
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run=run_demo, again=AGAIN)
 
     train = verbs.add_parser("train", help="train one model from a recipe")
     train.add_argument("recipe", help="a YAML file, or the name of one in posmlp/recipes")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=20")
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=run_train, again=AGAIN)
 
     data = verbs.add_parser("data", help="make, check, pack and look at data sets")
     data = data.add_subparsers(required=True, metavar="WHAT")
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     check = data.add_parser("check", help="decode every video of a list and report the bad ones")
     add_manifest(check)
-    check.add_argument("--timeout", type=float, default=300.0, help="seconds a video may take (%(default)g)")
+    check.add_argument("--timeout", type=seconds, default=300.0, help="seconds a video may take (%(default)g)")
     check.set_defaults(run=run_check)
 
     shard = data.add_parser("shard", help="pack the videos of a list into Parquet files")
@@ -66,15 +68,15 @@ def parser() -> argparse.ArgumentParser:
     shard.add_argument("--rows-per-shard", type=positive, default=256, help="videos in a file (%(default)s)")
     shard.add_argument("--short-side", type=positive, help="encode anew at this short side in pixels")
     shard.add_argument("--keyframe-interval", type=positive, help="encode anew with a key frame every so many frames")
-    shard.add_argument("--timeout", type=float, default=300.0, help="seconds a video may take (%(default)g)")
-    shard.set_defaults(run=run_shard)
+    shard.add_argument("--timeout", type=seconds, default=300.0, help="seconds a video may take (%(default)g)")
+    shard.set_defaults(run=run_shard, again="the same command goes on after the last finished shard")
 
     preview = data.add_parser("preview", help="a picture of a batch as the model will see it")
     preview.add_argument("recipe", help="a YAML file, or the name of one in posmlp/recipes")
     preview.add_argument("overrides", nargs="*", metavar="key=value", help="for example augment.flip=0.5")
     preview.add_argument("--out", type=Path, default=Path("preview.png"))
     preview.add_argument("--split", choices=("train", "val"), default="train")
-    preview.add_argument("--epoch", type=int, default=0)
+    preview.add_argument("--epoch", type=not_negative, default=0, help="from 0 (%(default)s)")
     preview.add_argument("--videos", type=positive, default=8, help="of the epoch's first (%(default)s)")
     preview.set_defaults(run=run_preview)
 
@@ -100,10 +102,26 @@ def add_manifest(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="take these rows alone")
 
 
+def not_negative(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     value = int(text)
     if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    value = float(text)
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
@@ -182,7 +200,8 @@ def run_check(args: argparse.Namespace) -> int:
     start_ray()
     result = check(manifest, args.out, args.timeout, echo=lambda line: print(line, flush=True))
     print(result.summary, end="")
-    print(f"report.parquet, summary.txt and good.parquet (a list of the good ones) are in {args.out}")
+    good = " and good.parquet (a list of the good ones)" if result.has_list else ""
+    print(f"{args.out} has report.parquet, summary.txt{good}")
     return int(result.bad > 0)
 
 

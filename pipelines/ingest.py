@@ -72,6 +72,11 @@ def rows_per_step(config: Config, *, train: bool) -> int:
     )
 
 
+def rows_per_block(config: Config, train: bool) -> int:
+    """Videos that one task decodes: ``data.rows_per_block``, fewer where each has many views."""
+    return max(1, config.data.rows_per_block // views_of(config, train))
+
+
 def local_order(order: np.ndarray, size: int, rank: int, world: int) -> np.ndarray:
     """A worker's part of ``global_order``: its contiguous share of every global batch of ``size`` rows."""
     return order.reshape(-1, world, size // world)[:, rank].reshape(-1)
@@ -127,14 +132,14 @@ class Split:
         order = global_order(self.count, self.config, epoch, train=self.train)
         mine = local_order(order, self.size, self.rank, self.world)
         local = self.size // self.world
-        length = max(1, SEGMENT_BLOCKS * self.config.data.rows_per_block // local) * local
+        length = max(1, SEGMENT_BLOCKS * rows_per_block(self.config, self.train) // local) * local
         for start in range(step * local, len(mine), length):
             yield mine[start : start + length]
 
     def plan(self, order: np.ndarray, epoch: int) -> Iterator[dict[str, np.ndarray]]:
         """Ray Data's plan for some rows: batches as columns, decoded once the first is asked for."""
         configure_ray_data(self.config, self.train)
-        blocks = math.ceil(len(order) / self.config.data.rows_per_block)
+        blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
         dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
             decode_block,
             batch_size=None,
@@ -210,7 +215,7 @@ def configure_ray_data(config: Config, train: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # Ray Data holds back tasks whose output might not fit, and takes blocks for this large until it has seen some.
-    context.target_max_block_size = max(2**20, config.data.rows_per_block * views_of(config, train) * clip)
+    context.target_max_block_size = max(2**20, rows_per_block(config, train) * views_of(config, train) * clip)
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(
@@ -226,7 +231,7 @@ def decode_block(
     """Ray Data task: the ``block["id"]``-th part of ``order``, decoded; see ``decode_rows``."""
     cfg = Config.model_validate(config)
     (number,) = block["id"]
-    size = cfg.data.rows_per_block
+    size = rows_per_block(cfg, train)
     mine = order[number * size : (number + 1) * size]
     return decode_rows(ray.get(rows).take(np.maximum(mine, 0)), mine >= 0, cfg, epoch, train)
 
@@ -244,14 +249,16 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
     for i in np.flatnonzero(real):
         row = rows[i]
         try:
-            clips[i], decoders[i] = load_clips(
-                row["uri"], row["sample_id"], config, epoch=epoch, train=train, images=row["frames"]
-            )
+            images = row["frames"]
+            clips[i], used = load_clips(row["uri"], row["sample_id"], config, epoch=epoch, train=train, images=images)
+            decoders[i] = used if images is None else "pictures"
         except DecodeError as error:
             reasons[i] = error.reason
         except UserError as error:  # as data: Ray would bury it in tracebacks of its own
             fatal[i] = str(error)
             break
+        except Exception as error:  # nothing about one video may cost another
+            reasons[i] = f"it cannot be read ({type(error).__name__}: {error}); re-encode it, or remove it"
     seed = config.train.seed
     return {
         "sample_id": np.array([row["sample_id"] for row in rows], dtype=object),
@@ -267,7 +274,9 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
 
 
 def object_store() -> tuple[float, float]:
-    """Megabytes in the cluster's object store now, and those spilled to disk since it started."""
-    context = ray.get_runtime_context()
-    stats = get_memory_info_reply(get_state_from_address(context.gcs_address)).store_stats
+    """Megabytes in the cluster's object store now, and those spilled to disk since it started; NaN if not to be had."""
+    try:
+        stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
+    except Exception:  # a private interface that asks every node: whatever it raises must not end a run
+        return math.nan, math.nan
     return stats.object_store_bytes_used / 2**20, stats.spilled_bytes_total / 2**20

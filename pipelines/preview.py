@@ -11,7 +11,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from pipelines.ingest import collate, decode_rows, global_order
+from pipelines.ingest import collate, decode_rows, global_order, rows_per_step
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.video.augment import MEAN, STD, flip_labels, to_input, to_train_input
@@ -33,7 +33,12 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
         UserError: ``out`` cannot be written.
     """
     manifest = read_split(config.data, "train" if train else "val")
-    order = global_order(len(manifest.rows), config, epoch, train=train) if train else range(len(manifest.rows))
+    count = len(manifest.rows)
+    if train and count < rows_per_step(config, train=True):
+        raise UserError(
+            f"{config.data.train.path} has {count} videos, fewer than a batch takes; lower train.global_batch"
+        )
+    order = global_order(count, config, epoch, train=True) if train else range(count)
     rows = [int(row) for row in order if row >= 0][: videos + videos % 2]  # mixed in pairs
     columns = decode_rows(
         manifest.rows.take(rows), torch.ones(len(rows), dtype=torch.bool).numpy(), config, epoch, train
@@ -57,7 +62,7 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
     )
     try:
         sheet(to_pictures(x, config)[: videos * views], titles[: videos * views], head, out)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know, or too many clips
         raise UserError(f"{out} cannot be written ({error}); see --out") from error
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import DataContext, ExecutionOptions
 
+from pipelines.ingest import SEGMENT_BLOCKS, chained
 from posmlp.errors import UserError
 from posmlp.video import storage
 from posmlp.video.decode import DecodeError
@@ -60,10 +61,12 @@ class CheckResult:
     Attributes:
         report: a row a video, in the manifest's order; ``REPORT``.
         summary: the same for reading.
+        has_list: whether ``good.parquet`` was written; of frame folders, which have no file to name, it is not.
     """
 
     report: pa.Table
     summary: str
+    has_list: bool
 
     @property
     def bad(self) -> int:
@@ -80,6 +83,7 @@ def check(manifest: Manifest, out: str, timeout_s: float, echo: Callable[[str], 
     Raises:
         ScanError: ``out`` cannot be written.
     """
+    write(storage.join(out, "summary.txt"), b"the check has not ended\n")  # now, and not after hours, if it fails
     blocks = -(-len(manifest.rows) // ROWS_PER_TASK)
     progress = Progress(len(manifest.rows), "checked", echo)
     tables = []
@@ -87,9 +91,10 @@ def check(manifest: Manifest, out: str, timeout_s: float, echo: Callable[[str], 
         tables.append(table)
         progress.add(len(table))
     report = pa.concat_tables(tables)
-    result = CheckResult(report, summarise(report, manifest.classes, progress.seconds))
+    has_list = manifest.rows["frames"].null_count == len(manifest.rows)
+    result = CheckResult(report, summarise(report, manifest.classes, progress.seconds), has_list)
     good = report.filter(report["good"]).select([*MANIFEST.names])
-    if manifest.rows["frames"].null_count == len(manifest.rows):  # a list of frame folders is its own best list
+    if has_list:
         write(storage.join(out, "good.parquet"), parquet(with_classes(good, manifest.classes)))
     write(storage.join(out, "report.parquet"), parquet(report))
     write(storage.join(out, "summary.txt"), result.summary.encode())
@@ -196,8 +201,14 @@ def shard(manifest: Manifest, out: str, settings: ShardSettings, echo: Callable[
     progress = Progress(len(todo) * settings.rows_per_shard, "packed", echo)
     arguments = {"rows": ray.put(manifest.rows), "uris": [uris[i] for i in todo], "numbers": todo, "settings": settings}
     for table in run_tasks(write_shard, len(todo), **arguments):
-        progress.add(int(table["videos"][0].as_py()))
-    return finish(manifest, out, names, uris)
+        (row,) = table.to_pylist()
+        if row["failure"]:
+            raise ScanError(row["failure"])
+        progress.add(row["videos"])
+    try:
+        return finish(manifest, out, names, uris)
+    except (OSError, pa.ArrowException) as error:
+        raise ScanError(f"{out}: its shards cannot be read ({error}); remove the damaged ones and try again") from error
 
 
 def begin(out: str, plan: dict[str, Any]) -> None:
@@ -227,17 +238,25 @@ def write_shard(
     """Ray Data task: one shard; the videos that cannot be packed are listed in its metadata."""
     (place,) = block["id"]
     mine = ray.get(rows).slice(numbers[place] * settings.rows_per_shard, settings.rows_per_shard)
-    good, bad = [], []
-    for row in mine.to_pylist():
-        try:
-            with open_isolated(row["uri"], row["frames"], timeout_s=settings.timeout_s) as video:
-                packed = video.run(pack, settings.short_side, settings.keyframe_interval)
-            good.append({"sample_id": row["sample_id"], "label": row["label"]} | packed)
-        except DecodeError as error:
-            bad.append({name: row[name] for name, _ in ROW} | {"reason": error.reason})
-    table = pa.Table.from_pylist(good, schema=SHARD.with_metadata({"bad": json.dumps(bad)}))
-    write(uris[place], parquet(table, row_group_size=1, compression="none"))
-    return pa.table({"videos": [len(mine)]})
+    bad = []
+    file = io.BytesIO()
+    with pq.ParquetWriter(file, SHARD, compression="none") as writer:
+        for row in mine.to_pylist():
+            try:
+                with open_isolated(row["uri"], row["frames"], timeout_s=settings.timeout_s) as video:
+                    packed = video.run(pack, settings.short_side, settings.keyframe_interval)
+            except DecodeError as error:
+                bad.append({name: row[name] for name, _ in ROW} | {"reason": error.reason})
+                continue
+            named = {"sample_id": row["sample_id"], "label": row["label"]}
+            writer.write_table(pa.Table.from_pylist([named | packed], schema=SHARD))  # a row group
+        writer.add_key_value_metadata({"bad": json.dumps(bad)})
+    failure = ""
+    try:
+        write(uris[place], file.getbuffer())
+    except ScanError as error:  # as data: Ray would bury it in tracebacks of its own
+        failure = str(error)
+    return pa.table({"videos": [len(mine)], "failure": [failure]})
 
 
 def finish(manifest: Manifest, out: str, names: list[str], uris: list[str]) -> ShardResult:
@@ -248,7 +267,7 @@ def finish(manifest: Manifest, out: str, names: list[str], uris: list[str]) -> S
         size += system.get_file_info(path).size
         with system.open_input_file(path) as file, pq.ParquetFile(file) as shard_file:
             table = shard_file.read(columns=[field for field in SHARD.names if field != "data"])
-            bad += json.loads(shard_file.schema_arrow.metadata[b"bad"])
+            bad += json.loads(shard_file.metadata.metadata[b"bad"])
         places = pa.array([f"{name}#{row}" for row in range(len(table))], pa.string())
         good.append(table.append_column("uri", places).select(MANIFEST.names))
     packed = pa.concat_tables(good).replace_schema_metadata(None)
@@ -303,12 +322,22 @@ def run_tasks(function: Callable[..., pa.Table], blocks: int, **arguments: Any) 
         logging.getLogger(noisy).setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.op_resource_reservation_enabled = False
     context.execution_options = ExecutionOptions(preserve_order=True)
-    dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        function, batch_size=None, fn_kwargs=arguments
-    )
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+    def plan(first: int, count: int) -> Iterator[pa.Table]:
+        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+            shifted, batch_size=None, fn_kwargs={"function": function, "first": first, "arguments": arguments}
+        )
+        return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+
+    starts = range(0, blocks, SEGMENT_BLOCKS)
+    lengths = [min(SEGMENT_BLOCKS, blocks - first) for first in starts]
+    yield from chained((plan(first, length), length) for first, length in zip(starts, lengths, strict=True))
+
+
+def shifted(block: dict[str, np.ndarray], function: Callable[..., pa.Table], first: int, arguments: dict) -> pa.Table:
+    """Ray Data task: ``function`` on a block that is counted from the segment's first."""
+    return function({"id": block["id"] + first}, **arguments)
 
 
 def with_classes(table: pa.Table, classes: tuple[str, ...]) -> pa.Table:
@@ -323,7 +352,7 @@ def parquet(table: pa.Table, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def write(uri: str, content: bytes) -> None:
+def write(uri: str, content: bytes | memoryview) -> None:
     """Write a file that appears only when complete.
 
     Raises:

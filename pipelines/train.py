@@ -8,6 +8,7 @@ where it stopped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import tempfile
@@ -34,7 +35,7 @@ from posmlp.errors import UserError
 from posmlp.learn.learner import Batch, Learner
 from posmlp.model.cost import Cost, cost
 from posmlp.video.augment import flip_labels
-from posmlp.video.manifest import Manifest, read_split
+from posmlp.video.manifest import Manifest, ManifestError, read_split
 
 # glibc gives every large block back to the system and takes a fresh one for the next: a quarter of a training step on
 # the CPU is then page faults. Workers keep what they have, in one arena: the training thread's own would give it back.
@@ -44,6 +45,9 @@ WORKER_ENV = {
     "MALLOC_ARENA_MAX": "1",
 }
 STATE_FILE = "state.pt"
+# Keys that a run which goes on may change: they are not what it learns from a good video.
+FREE = ("scaling.", "tracking.", "model.num_classes", "data.max_bad_fraction", "data.decode_timeout_s")
+FREE += ("data.cache_dir", "data.rows_per_block", "data.decoder", "data.train.root", "data.val.root")
 WAIT_LIMIT = 0.2  # share of an epoch that may pass in waiting for clips before the run says what helps
 RUN_FILE = "run.json"
 
@@ -85,7 +89,7 @@ def train(config: Config, echo: Callable[[str], None] = print) -> RunResult:
     """
     folder = Path(config.train.storage).resolve() / config.name
     record = read_record(folder, config)
-    train_set, val_set = read_split(config.data, "train"), read_split(config.data, "val")
+    train_set, val_set = read_splits(config)
     config = check_data(config, train_set, val_set)
     start_ray()
     check_cpus(config)
@@ -126,8 +130,7 @@ def read_record(folder: Path, config: Config) -> dict[str, Any]:
             f"{folder}). Choose another name (name=...), or delete that folder to train it again."
         )
     before, now = flatten(record["config"]), config.flat()
-    free = ("scaling.", "tracking.", "model.num_classes")
-    changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(free)]
+    changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)]
     if changed:
         raise RunError(
             f"run {config.name!r} was started with another recipe; choose another name, delete {folder}, or restore:"
@@ -145,8 +148,21 @@ def write_record(folder: Path, config: Config, mlflow_run_id: str, metrics: dict
     temporary.replace(folder / RUN_FILE)
 
 
+def read_splits(config: Config) -> tuple[Manifest, Manifest]:
+    """Both splits' lists; what is wrong with either is told at once."""
+    found, problems = [], []
+    for name in ("train", "val"):
+        try:
+            found.append(read_split(config.data, name))
+        except ManifestError as error:
+            problems += error.problems
+    if problems:
+        raise ManifestError(list(dict.fromkeys(problems)))
+    return found[0], found[1]
+
+
 def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config:
-    """Fill in the number of classes; refuse splits that do not fit together or the batch."""
+    """Fill in the number of classes and where the cache is; refuse splits that do not fit together or the batch."""
     if train_set.classes != val_set.classes:
         raise RunError(
             f"the splits name different classes: {config.data.train.path} has {list(train_set.classes)}, "
@@ -169,7 +185,10 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     classes = config.model.num_classes or len(train_set.classes)
     if classes < len(train_set.classes):
         raise RunError(f"model.num_classes {classes} is less than the data set's {len(train_set.classes)} classes")
-    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": classes})})
+    cache = config.data.cache_dir
+    data = config.data.model_copy(update={"cache_dir": cache and os.path.abspath(cache)})  # tasks run elsewhere
+    model = config.model.model_copy(update={"num_classes": classes})
+    return config.model_copy(update={"model": model, "data": data})
 
 
 def check_cpus(config: Config) -> None:
@@ -330,7 +349,7 @@ def train_worker(job: dict[str, Any]) -> None:
         tell({"kind": "cost", "metrics": measured.metrics()})
         tell({"kind": "metrics", "history": history})
         tell({"kind": "line", "text": describe_start(config, measured, len(history), world)})
-    advice = ""
+    told: set[str] = set()
     batches = train_split.batches(len(history), until=config.train.epochs)
     for epoch in range(len(history), config.train.epochs):
         torch.manual_seed(config.train.seed * 100_003 + epoch * 1_009 + rank)  # drop path: the same after a resume
@@ -338,7 +357,8 @@ def train_worker(job: dict[str, Any]) -> None:
         if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
             metrics |= validate(learner, val_split)
         if config.data.decoder == "decord":
-            metrics["data/decoded_by_pyav"] = float(train_split.taken_over + val_split.taken_over)
+            taken_over = torch.tensor([float(train_split.taken_over + val_split.taken_over)], device=learner.device)
+            metrics["data/decoded_by_pyav"] = average(taken_over)[0] * world
         bad = gather(train_split.take_bad() + val_split.take_bad())
         metrics |= {"data/bad": float(len(bad)), "epoch": float(epoch + 1)}
         if bad:
@@ -348,8 +368,10 @@ def train_worker(job: dict[str, Any]) -> None:
         save(learner, history, metrics, rank)
         tell({"kind": "metrics", "history": [metrics]})
         tell({"kind": "line", "text": describe_epoch(metrics, config)})
-        if not advice and (advice := advise(metrics, config)):  # once is enough
-            tell({"kind": "line", "text": advice})
+        for kind, text in advise(metrics, config).items():
+            if kind not in told:  # once is enough
+                told.add(kind)
+                tell({"kind": "line", "text": text})
 
 
 def train_epoch(
@@ -359,7 +381,8 @@ def train_epoch(
     steps, epochs = split.steps, split.config.train.epochs
     loss, waited, first, clips = torch.zeros((), device=learner.device), 0.0, 0.0, 0
     start = spoken = time.perf_counter()
-    store, (_, spilled_before) = 0.0, object_store()
+    watch = object_store if ray.train.get_context().get_world_rank() == 0 else lambda: (math.nan, math.nan)
+    (store, spilled_before) = watch()
     for step in range(1, steps + 1):
         before = time.perf_counter()
         batch = next(batches)
@@ -371,13 +394,13 @@ def train_epoch(
         now = time.perf_counter()
         if now - spoken > 5:
             spoken = now
-            store = max(store, object_store()[0])
+            store = max(store, watch()[0])
             left = (now - start) / step * (steps * (epochs - epoch) - step)
             text = f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item() / step:.3f}  "
             text += f"{clips / (now - start):.1f} clips/s  data wait {waited / (now - start):.0%}  left {minutes(left)}"
             tell({"kind": "line", "text": text})
     seconds = time.perf_counter() - start
-    used, spilled = object_store()
+    used, spilled = watch()
     (mean_loss, mean_wait) = average(torch.tensor([loss.item() / steps, waited / seconds], device=learner.device))
     return {
         "train/loss": mean_loss,
@@ -469,38 +492,40 @@ def describe_epoch(metrics: dict[str, float], config: Config) -> str:
         text += f"  val top-1 {metrics['val/top1']:.1%}"
     text += f"  {metrics['perf/clips_per_s']:.1f} clips/s  data wait {metrics['perf/data_wait_frac']:.0%}"
     text += f"  object store {metrics['data/object_store_mb']:.0f} MB"
-    if metrics["data/spilled_mb"]:
+    if metrics["data/spilled_mb"] > 0:
         text += f", spilled {metrics['data/spilled_mb']:.0f} MB"
     if metrics["data/bad"]:
         text += f"  bad videos {metrics['data/bad']:.0f}"
     return text
 
 
-def advise(metrics: dict[str, float], config: Config) -> str:
-    """Which knob to turn when the device waits for clips or the object store spills; empty when all is well."""
-    data, lines = config.data, []
+def advise(metrics: dict[str, float], config: Config) -> dict[str, str]:
+    """Which knob to turn when the device waits for clips or the object store spills: a text for each trouble."""
+    data, texts = config.data, {}
     seconds, first = metrics["perf/epoch_s"], metrics["perf/first_batch_s"]
     waited = (metrics["perf/data_wait_frac"] * seconds - first) / (seconds - first)  # not the start of the decoders
     if waited > WAIT_LIMIT:
+        kind = "wait"
         knobs = [
             "decode on more CPUs (scaling.cpus_per_worker reserves CPUs that decoding cannot have; nodes without a GPU "
             "decode too)"
         ]
         if data.cache_dir is None:
             side = data.short_side or -(-config.model.variant().image_size * 8 // 7)
-            knobs.append(f"pack the set for it (`posmlp data shard LIST --out DIR --short-side {side}`)")
             knobs.append("decode a small set once (data.cache_dir)")
+            pack = f"`posmlp data shard LIST --out DIR --short-side {side} --keyframe-interval 12`"
+            knobs.append(f"for the next run, pack the set for it ({pack})")
         elif metrics["epoch"] == 1:
-            knobs = ["wait for the next epoch: data.cache_dir is being filled in the first"]
+            kind, knobs = "cache", ["wait for the next epoch: data.cache_dir is being filled in the first"]
         if data.repeats == 1 and not data.cache_dir:
-            knobs.append("cut several clips from each decoded video (data.repeats)")
-        lines.append(f"training waited for clips {waited:.0%} of the epoch. What helps: " + "; or ".join(knobs))
-    if metrics["data/spilled_mb"]:
-        lines.append(
+            knobs.append("for the next run, cut several clips from each decoded video (data.repeats)")
+        texts[kind] = f"training waited for clips {waited:.0%} of the epoch. What helps: " + "; or ".join(knobs)
+    if metrics["data/spilled_mb"] > 0:
+        texts["spill"] = (
             f"the object store spilled {metrics['data/spilled_mb']:.0f} MB to disk. What helps: a smaller "
             "data.rows_per_block, or more memory for it (`ray start --object-store-memory`)"
         )
-    return "\n".join(lines)
+    return texts
 
 
 def minutes(seconds: float) -> str:

@@ -172,6 +172,8 @@ class Config(Section):
         """Refuse what no single key shows to be impossible."""
         self.model.variant()
         problems = []
+        if self.data.decoder == "decord" and self.data.cache_dir:
+            problems.append("data.decoder decord has no effect with data.cache_dir, which PyAV fills; drop one of them")
         if self.data.modality == "rgb_difference" and self.model.variant().frames < 2:
             problems.append("data.modality rgb_difference needs model.frames of at least 2")
         for key in ("crop_scale", "crop_ratio"):
@@ -181,8 +183,8 @@ class Config(Section):
         clips_per_step = self.data.repeats * self.scaling.workers
         if self.train.global_batch % clips_per_step:
             problems.append(
-                f"train.global_batch {self.train.global_batch} must divide by scaling.workers x data.repeats "
-                f"= {clips_per_step}"
+                f"train.global_batch {self.train.global_batch} must divide by scaling.workers {self.scaling.workers} x "
+                f"data.repeats {self.data.repeats}"
             )
         elif (self.augment.mixup or self.augment.cutmix) and self.train.global_batch // clips_per_step % 2:
             problems.append(

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from videos import noisy, numbers, picture, write_video
+from videos import numbers, picture, write_video
 
 from posmlp.config import DataSection, SplitSection
 from posmlp.errors import UserError
@@ -100,21 +100,6 @@ def test_a_cache_file_cut_short_is_written_again(video, tmp_path, left):
         CachedVideo(path)
     np.testing.assert_array_equal(cached(video, 30, tmp_path), whole)
     np.testing.assert_array_equal(CachedVideo(path).read(range(40)), whole)
-
-
-def scramble(path):
-    """Noise from the middle of the file on; the index stands at the front and stays whole."""
-    write_video(path, change=noisy, muxer={"movflags": "faststart"})
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 :] = np.random.default_rng(0).bytes(len(content) - len(content) // 2)
-    path.write_bytes(content)
-    return str(path)
-
-
-def test_a_failure_leaves_nothing_in_the_cache(tmp_path):
-    with pytest.raises(DecodeError, match=r"frame \d+ of 40 does not decode"):
-        cached(scramble(tmp_path / "v.mp4"), 30, tmp_path / "cache")
-    assert not list(tmp_path.glob("cache/*"))
 
 
 def test_two_that_write_the_same_file_do_no_harm(video, tmp_path):

@@ -1,12 +1,14 @@
 """Clips: the right frames and the same box for all of them, decided by seed, epoch, sample and view alone."""
 
 import contextlib
+import os
+from dataclasses import replace
 
 import decord
 import numpy as np
 import pytest
 import torch
-from videos import BITS, number, numbers, picture, write_video
+from videos import BITS, number, numbers, picture, scramble, write_video
 
 from posmlp.config import Config
 from posmlp.video import clip
@@ -317,3 +319,33 @@ def test_a_bad_file_is_told_by_name_and_reason(tmp_path, name, make, words, cach
         views(path, make_config(cache_dir=str(tmp_path / "cache") if cached else None))
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_failure_leaves_nothing_in_the_cache(tmp_path):
+    path = scramble(tmp_path / "v.mp4")
+    with pytest.raises(DecodeError, match=r"frame \d+ of 40 does not decode"):
+        views(path, make_config(cache_dir=str(tmp_path / "cache")))
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def store_and_die(video, short_side, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half a video")
+    os.abort()
+
+
+def test_a_decoder_that_dies_leaves_nothing_in_the_cache(video, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "store", store_and_die)
+    with pytest.raises(DecodeError, match="crashes the decoder"):
+        views(video, make_config(cache_dir=str(tmp_path / "cache")))
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_times_that_cannot_be_are_told(video, monkeypatch):
+    """A damaged time may claim that a video lasts for years: that many frames fit into no memory."""
+    info = Video(video).info
+    times = np.append(info.times[:-1], 1e12)
+    config = make_config(fps=30)
+    with pytest.raises(DecodeError, match="cannot be"):
+        list(clip.choose_views(video, replace(info, times=times), 8, "s", config, 0, True))
+    assert len(list(clip.choose_views(video, info, 8, "s", config, 0, True))) == 1

@@ -111,7 +111,7 @@ def test_a_decoder_that_hangs_is_stopped(video, function, args):
     check_serves(video)  # so that the start of a process is not counted
     start = time.monotonic()
     with (
-        pytest.raises(DecodeError, match=r"not decoded within 0\.5 s \(data\.decode_timeout_s\)"),
+        pytest.raises(DecodeError, match=r"not decoded within 0\.5 s; .*data\.decode_timeout_s"),
         open_isolated(video, timeout_s=0.5) as opened,
     ):
         opened.run(function, *args)

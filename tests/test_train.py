@@ -1,6 +1,7 @@
 """Whole runs through real Ray and MLflow: what they log, refuse, survive and leave behind."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -116,6 +117,11 @@ def test_a_changed_recipe_is_refused_on_resume(finished, tmp_path):
         train(changed)
 
 
+def test_both_lists_are_told_at_once(local_ray, motion_set, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)2 problems.*no-train\.csv.*no-val\.csv"):
+        train(recipe_for(tmp_path, motion_set, "data.train.path=no-train.csv", "data.val.path=no-val.csv"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -203,13 +209,14 @@ def metrics_of(epoch=2.0, wait=0.0, first=0.0, spilled=0.0):
 
 def test_a_run_that_waits_says_which_knob_to_turn(motion_set, tmp_path):
     plain = recipe_for(tmp_path, motion_set, "data.cache_dir=null")
-    assert advise(metrics_of(wait=0.19), plain) == ""
-    assert advise(metrics_of(wait=0.5, first=45.0), plain) == ""  # decoders were starting
+    assert advise(metrics_of(wait=0.19), plain) == {}
+    assert advise(metrics_of(wait=0.5, first=45.0), plain) == {}  # decoders were starting
     for knob in ("43%", "scaling.cpus_per_worker", "data shard", "data.cache_dir", "data.repeats"):
-        assert knob in advise(metrics_of(wait=0.43), plain)
+        assert knob in advise(metrics_of(wait=0.43), plain)["wait"]
     cached = recipe_for(tmp_path, motion_set)
-    assert "being filled" in advise(metrics_of(epoch=1.0, wait=0.43), cached)
-    assert "data.rows_per_block" in advise(metrics_of(spilled=12.0), plain)
+    assert "being filled" in advise(metrics_of(epoch=1.0, wait=0.43), cached)["cache"]
+    assert "data.rows_per_block" in advise(metrics_of(spilled=12.0), plain)["spill"]
+    assert advise(metrics_of(spilled=math.nan), plain) == {}
 
 
 def start_cli(folder, motion_set, *overrides):

@@ -71,3 +71,12 @@ def by_pyav(path):
     """All frames by plain sequential decoding: uint8 [T, H, W, 3]."""
     with av.open(f"file:{path}", metadata_errors="replace") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def scramble(path):
+    """Noise from the middle of the file on; the index stands at the front and stays whole."""
+    write_video(path, change=noisy, muxer={"movflags": "faststart"})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = np.random.default_rng(0).bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+    return str(path)

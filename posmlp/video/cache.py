@@ -6,11 +6,9 @@ One file a video, its frames uncompressed at the short side that clips are cut f
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +24,8 @@ CACHE_VERSION = 2  # raise it when decoding or scaling changes, so that old cach
 
 def cache_path(uri: str, images: int | None, short_side: int | None, cache_dir: str) -> Path:
     """Where a video's frames lie: named after its place, size and time of change, so a replaced video is decoded anew.
+
+    Of a frame folder the first picture's size and time stand for all.
 
     Raises:
         DecodeError: the video is missing.
@@ -69,7 +69,7 @@ class CachedVideo:
 
 
 def store(video: Video | ImageFolder, short_side: int | None, path: Path) -> None:
-    """Decode a whole video into ``path``, which appears only when complete.
+    """Decode a whole video into ``path``; for the cache, a name that the caller changes when this has returned.
 
     Raises:
         DecodeError: the video is damaged; because every frame is decoded, one with a damaged end always fails here.
@@ -77,7 +77,6 @@ def store(video: Video | ImageFolder, short_side: int | None, path: Path) -> Non
     """
     frames = video.all_frames(short_side)
     first = next(frames)
-    temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     times = b"" if video.info.times is None else video.info.times.tobytes()
     size = {"height": str(first.shape[0]), "width": str(first.shape[1])}
     meta = size | {"times": times, "codec": video.info.codec, "uri": video.uri}
@@ -85,15 +84,18 @@ def store(video: Video | ImageFolder, short_side: int | None, path: Path) -> Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not a memory map: a full disk would kill the process there
-        with open(temporary, "xb") as file, pa.ipc.new_file(file, schema) as writer:
+        with open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for frame in itertools.chain([first], frames):
                 pixels = pa.py_buffer(np.ascontiguousarray(frame))
                 column = pa.Array.from_buffers(schema.field(0).type, 1, [None, pixels])
                 writer.write_batch(pa.record_batch([column], schema=schema))
-        os.replace(temporary, path)
+        with open(path, "rb") as done:
+            os.fsync(done.fileno())  # else a power cut may leave the final name on half a file
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path.parent}: cannot write decoded videos there ({reason}); see data.cache_dir") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Why a file cannot be added to the cache."""
+    reason = error.strerror or error
+    return UserError(f"{path.parent}: cannot write decoded videos there ({reason}); see data.cache_dir")

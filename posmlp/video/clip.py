@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from posmlp.config import Config, DataSection
-from posmlp.video.cache import CachedVideo, cache_path, store
+from posmlp.errors import UserError
+from posmlp.video.cache import CachedVideo, cache_path, store, unwritable
 from posmlp.video.decode import DecodeError, Decoder, Frames, VideoInfo
-from posmlp.video.isolated import IsolatedVideo, open_isolated
+from posmlp.video.isolated import IsolatedVideo, call_isolated, open_isolated
 from posmlp.video.sampling import (
     Box,
     dense_indices,
@@ -24,6 +28,8 @@ from posmlp.video.sampling import (
     square_crop,
     uniform_indices,
 )
+
+MOST_FRAMES = 10**7  # of a video at ``data.fps``: four days at 30 a second; a damaged time may claim years
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def load_clips(
         info = video.info
         if data.fps is not None and info.times is None:
             raise DecodeError(uri, "data.fps needs frame times, which a frame folder has not; leave data.fps out")
-        views = list(choose_views(info, variant.frames, sample_id, config, epoch, train))
+        views = list(choose_views(uri, info, variant.frames, sample_id, config, epoch, train))
         wanted, places = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
         pictures = read(wanted.tolist())
         clips = np.empty((len(views), variant.frames, size, size, 3), np.uint8)
@@ -88,12 +94,19 @@ def load_clips(
 
 
 def choose_views(
-    info: VideoInfo, count: int, sample_id: str, config: Config, epoch: int, train: bool
+    uri: str, info: VideoInfo, count: int, sample_id: str, config: Config, epoch: int, train: bool
 ) -> Iterator[View]:
-    """The views of a video, each of ``count`` frames."""
+    """The views of a video, each of ``count`` frames.
+
+    Raises:
+        DecodeError: the frames' times cannot be true.
+    """
     data = config.data
     numbers = np.arange(info.frames)
     if data.fps is not None and info.times is not None:
+        if info.times[-1] * data.fps > MOST_FRAMES:
+            seconds = info.times[-1]
+            raise DecodeError(uri, f"its frames are said to last {seconds:.0f} s, which cannot be; mend or remove it")
         numbers = fps_indices(info.times, data.fps)
 
     def pick(rng: np.random.Generator | None, clip: int = 0, clips: int = 1) -> NDArray[np.int64]:
@@ -136,11 +149,23 @@ def open_frames(
         with open_isolated(uri, images, data.decoder, timeout_s=data.decode_timeout_s) as video:
             yield video, lambda indices: video.read(indices, short_side)
         return
-    path = cache_path(uri, images, short_side, data.cache_dir)
+    limit = data.decode_timeout_s
+    path: Path = call_isolated(uri, cache_path, uri, images, short_side, data.cache_dir, timeout_s=limit)
     try:
         cached = CachedVideo(path)
     except OSError:  # not there yet, or cut short when the machine stopped
-        with open_isolated(uri, images, timeout_s=data.decode_timeout_s) as video:
-            video.run(store, short_side, path)
-        cached = CachedVideo(path)
+        temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
+        try:
+            with open_isolated(uri, images, timeout_s=limit) as video:
+                video.run(store, short_side, temporary)
+            temporary.replace(path)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        finally:  # here, as the other process may have been killed
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        try:
+            cached = CachedVideo(path)
+        except OSError as error:
+            raise UserError(f"{path}: a decoded video that was just written cannot be read ({error})") from error
     yield cached, cached.read

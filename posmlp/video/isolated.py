@@ -45,11 +45,20 @@ def open_isolated(
         DecodeError: it cannot be read, crashes the decoder, or takes longer than ``timeout_s``; also from every method
             of what is returned.
     """
-    video = IsolatedVideo(child(), uri, images, decoder, timeout_s)
+    video = IsolatedVideo(uri, images, decoder, timeout_s)
     try:
         yield video
     finally:
         video.close()
+
+
+def call_isolated(uri: str, function: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
+    """``function(*args)``, of a module, in the child process; ``uri`` is what an error is told of.
+
+    Raises:
+        DecodeError: it takes too long, or the process dies.
+    """
+    return child().call(uri, "call", (function, *args), time.monotonic() + timeout_s, timeout_s)
 
 
 class IsolatedVideo:
@@ -59,14 +68,29 @@ class IsolatedVideo:
         info: what is known of the video.
     """
 
-    def __init__(self, child: Child, uri: str, images: int | None, decoder: Decoder, timeout_s: float) -> None:
-        self._child, self._uri, self._timeout_s = child, uri, timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        self.info: VideoInfo = self._call("open", uri, images, decoder)
+    def __init__(self, uri: str, images: int | None, decoder: Decoder, timeout_s: float) -> None:
+        self._uri, self._images, self._timeout_s = uri, images, timeout_s
+        try:
+            self._open(decoder)
+        except DecodeError:
+            if decoder == "pyav":
+                raise
+            self._open("pyav")  # decord may crash or hang where PyAV does not
+
+    def _open(self, decoder: Decoder) -> None:
+        self._child = child()
+        self._deadline = time.monotonic() + self._timeout_s
+        self.info: VideoInfo = self._call("open", self._uri, self._images, decoder)
 
     def read(self, indices: Sequence[int], short_side: int | None = None) -> Frames:
         """Some frames, uint8 ``[len(indices), H, W, 3]``, in shared memory: valid until the child's next video."""
-        shape, self.info = self._call("read", indices, short_side)
+        try:
+            shape, self.info = self._call("read", indices, short_side)
+        except DecodeError:
+            if self.info.decoder == "pyav":
+                raise
+            self._open("pyav")
+            shape, self.info = self._call("read", indices, short_side)
         return self._child.pixels(shape)
 
     def verify(self) -> tuple[int, int]:
@@ -108,9 +132,13 @@ class Child:
         )
         theirs.close()
         self.channel = Connection(ours.detach())
-        if not self.channel.poll(START_TIMEOUT_S) or self.channel.recv() != "ready":
+        try:
+            ready = self.channel.poll(START_TIMEOUT_S) and self.channel.recv() == "ready"
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
             self.kill()
-            raise RuntimeError("the decoding process does not start")
+            raise UserError(f"the decoding process does not start on {socket.gethostname()}: {' '.join(command)}")
 
     def alive(self) -> bool:
         """Whether it can take another video."""
@@ -124,14 +152,16 @@ class Child:
             if left <= 0 or not self.channel.poll(left):
                 self.kill()
                 raise DecodeError(
-                    uri, f"not decoded within {timeout_s:g} s (data.decode_timeout_s); raise it, or remove the video"
+                    uri,
+                    f"not decoded within {timeout_s:g} s; raise the limit (data.decode_timeout_s, --timeout), or "
+                    "remove the video",
                 )
             failed, answer = self.channel.recv()
         except (EOFError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1)  # for its own exit code
             self.kill()
-            code = self.process.returncode
+            code = self.process.returncode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise DecodeError(uri, f"it crashes the decoder ({how}); re-encode it, or remove it") from error
         if failed:
@@ -149,7 +179,8 @@ class Child:
         """End the process at once, and let go of its memory."""
         self.map = None
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot be killed
+            self.process.wait(5)
         self.channel.close()
         self.memory.close()
 
@@ -233,6 +264,9 @@ class _Worker:
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(self.video, *args)
 
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
     def close(self) -> None:
         self.video.close()
         del self.video
@@ -240,7 +274,12 @@ class _Worker:
     def allocate(self, shape: tuple[int, ...]) -> Frames:
         size = int(np.prod(shape))
         if self.map is None or len(self.map) < size:
-            # a file that is only made longer would kill the process where the memory behind it is full
-            os.posix_fallocate(self.memory_fd, 0, size)
+            try:  # a file that is only made longer would kill the process where the memory behind it is full
+                getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(self.memory_fd, 0, size)
+            except OSError as error:
+                raise UserError(
+                    f"no room for {size / 1e6:.0f} MB of decoded frames in shared memory ({error.strerror}); give the "
+                    "machine more (docker: --shm-size), or lower data.short_side"
+                ) from error
             self.map = mmap.mmap(self.memory_fd, size)
         return np.frombuffer(self.map, np.uint8, size).reshape(shape)

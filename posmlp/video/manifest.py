@@ -446,6 +446,8 @@ def _count(source: Source, row: Row, folder: str) -> int | None:
         else:
             names = set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
+        if source.missing_ok:
+            return 1  # whose picture will be missing
         source.problem(row.file, row.line, f"no folder {folder}; check `root`")
         return None
     except OSError as error:

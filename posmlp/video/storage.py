@@ -6,7 +6,9 @@ libraries read (for S3 ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_R
 ``?endpoint_override=...&scheme=http`` behind the URI). ``FILE.parquet#7`` is the value of column ``data`` in row 7.
 """
 
+import bisect
 import functools
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FILE = "file://"
 # The question mark before a store's options, as PyArrow names them; one in a file name (``watch?v=1.mp4``) is not it.
 OPTIONS = re.compile(r"\?(?=(?:region|scheme|user|replication|[a-z]+_[a-z_]+)=[^?]*$)")
+OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "memory")  # show what is written when it is closed
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)$", re.DOTALL)
 REQUESTS = 32  # to a store at a time
 BYTES_COLUMN = "data"  # of a Parquet file with inline videos
@@ -129,19 +132,22 @@ def read_bytes(uri: str) -> bytes:
     return content
 
 
-def write_bytes(uri: str, content: bytes) -> None:
+def write_bytes(uri: str, content: bytes | memoryview) -> None:
     """Write a file that appears only when complete; folders are made.
 
     Raises:
         OSError: it cannot be written.
     """
     system, path = resolve(uri)
-    if is_remote(uri):  # object stores show an object when its upload ends
-        with system.open_output_stream(path, compression=None) as file:
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    if is_remote(uri):
+        whole = uri.partition("://")[0] in OBJECT_STORES
+        with system.open_output_stream(path if whole else temporary, compression=None) as file:
             file.write(content)
+        if not whole:
+            system.move(temporary, path)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -157,16 +163,18 @@ def write_bytes(uri: str, content: bytes) -> None:
 def are_files(uris: Sequence[str]) -> list[bool]:
     """Whether each is a file that exists (of ``FILE.parquet#ROW``, the file). Many requests at a time for a store."""
     paths = [row[0] if (row := parquet_row(uri)) else uri for uri in uris]
-    found: dict[str, bool] = {}
-    for uri in dict.fromkeys(paths):
-        if not is_remote(uri):
-            found[uri] = os.path.isfile(local_path(uri))
-    remote = [uri for uri in dict.fromkeys(paths) if uri not in found]
-    places = [resolve(uri) for uri in remote]  # first, so that the threads share one client a bucket
-    with ThreadPoolExecutor(REQUESTS) as pool:  # one call for many paths would ask a store for one after the other
-        infos = pool.map(lambda place: place[0].get_file_info(place[1]), places)
-        found |= {uri: info.type == pafs.FileType.File for uri, info in zip(remote, infos, strict=True)}
+    different = list(dict.fromkeys(paths))
+    places = [resolve(uri) if is_remote(uri) else (None, local_path(uri)) for uri in different]  # a client a bucket
+    with ThreadPoolExecutor(REQUESTS) as pool:  # shared disks and stores take their time for each
+        found = dict(zip(different, pool.map(_is_file, places, chunksize=64), strict=True))
     return [found[path] for path in paths]
+
+
+def _is_file(place: tuple[pafs.FileSystem | None, str]) -> bool:
+    system, path = place
+    if system is None:
+        return os.path.isfile(path)
+    return bool(system.get_file_info(path).type == pafs.FileType.File)
 
 
 def version(uri: str) -> str:
@@ -205,12 +213,14 @@ def _read_row(path: str, row: int) -> bytes:
         raise OSError(f"{path} has no column {BYTES_COLUMN!r}")
     if row >= starts[-1]:
         raise OSError(f"{path} has {starts[-1]} rows, no row {row}")
-    group = next(i for i, end in enumerate(starts[1:]) if row < end)
+    group = bisect.bisect_right(starts, row) - 1
     try:
-        column = file.read_row_group(group, columns=[BYTES_COLUMN], use_threads=False)[BYTES_COLUMN]
+        # page by page, as a group may hold more videos than there is memory; shards have one video a group
+        batches = file.iter_batches(1, row_groups=[group], columns=[BYTES_COLUMN], use_threads=False)
+        column = next(itertools.islice(batches, row - starts[group], None))[BYTES_COLUMN]
     except (pa.ArrowException, OSError) as error:
         raise OSError(f"row {row} of {path} cannot be read: {_line(error)}") from error
-    content = column[row - starts[group]].as_py()
+    content = column[0].as_py()
     if not isinstance(content, bytes):
         raise OSError(f"row {row} of {path} holds no bytes in column {BYTES_COLUMN!r}")
     return content

@@ -44,6 +44,7 @@ CAMERA_DRIFT = 0.05  # way of the background over the clip, in frame sizes, at m
 RIM = 0.02  # width of the rim of a shape, in frame sizes
 SPOT_PLACE, SPOT_RADIUS = 0.3, 0.2  # in radii; inside every outline
 
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # read when a process first loads NumPy
 PART = ".part"  # ends the name of a file that is being written
 TURN = 2 * math.pi
 
@@ -289,8 +290,16 @@ def make_motion_set(
     write = partial(_write_clip, out, size, seed)
     workers = processes or min(os.cpu_count() or 1, len(keys) // 256)  # fewer clips do not repay starting a process
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(write, keys, chunksize=16))  # list: raises what a worker raised
+        # One thread of OpenBLAS for each process: its threads wait for each other without ever giving up the processor.
+        before = os.environ.get(BLAS_THREADS)
+        os.environ[BLAS_THREADS] = "1"
+        try:
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                list(pool.map(write, keys, chunksize=16))  # list: raises what a worker raised
+        finally:
+            os.environ.pop(BLAS_THREADS)
+            if before is not None:
+                os.environ[BLAS_THREADS] = before
     else:
         for key in keys:
             write(key)

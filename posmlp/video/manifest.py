@@ -38,7 +38,7 @@ class Manifest:
     Attributes:
         rows: columns ``sample_id: string`` (unique), ``uri: string`` (absolute path or URI), ``label: int32`` and
             ``frames: int32``. A frame folder's ``uri`` ends in the template of its images' names, as in
-            ``/root/12345/{:05d}.jpg``; there ``frames`` is their number, counted from 1. It is null for a video file.
+            ``/videos/12345/{:05d}.jpg``; there ``frames`` is their number, counted from 1. It is null for a video file.
         classes: the name of each label, over the whole data set and not only over ``rows``.
     """
 

@@ -7,6 +7,7 @@ libraries read (for S3 ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_R
 """
 
 import bisect
+import contextlib
 import functools
 import itertools
 import os
@@ -99,7 +100,7 @@ def _local() -> pafs.FileSystem:
 def _remote(root: str) -> tuple[pafs.FileSystem, str]:
     try:
         return pafs.FileSystem.from_uri(root)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+    except (pa.ArrowException, ValueError) as error:  # a scheme that PyArrow does not know, or a URI it cannot parse
         return _by_fsspec(root, error)
 
 
@@ -154,10 +155,9 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it has its final name, or was never made
             os.unlink(temporary)
-        raise
 
 
 def are_files(uris: Sequence[str]) -> list[bool]:

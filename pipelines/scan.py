@@ -22,8 +22,8 @@ import ray
 from ray.data import DataContext, ExecutionOptions
 
 from pipelines.ingest import SEGMENT_BLOCKS, chained
+from posmlp import storage
 from posmlp.errors import UserError
-from posmlp.video import storage
 from posmlp.video.decode import DecodeError
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import Manifest

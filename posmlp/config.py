@@ -48,7 +48,7 @@ class ModelSection(Section):
     blocks: str | tuple[str, ...] | None = None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the classifier
-    weights: str | None = None  # a published (or saved) checkpoint to start from
+    weights: str | None = None  # where to start from: a run's folder, a checkpoint, or a file of weights
 
     def overrides(self) -> dict[str, Any]:
         """What ``posmlp.create_model(self.name, ...)`` takes."""
@@ -107,10 +107,15 @@ class AugmentSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW, linear warm-up, then cosine. ``lr`` is the peak rate at the recipe's global batch."""
+    """AdamW, linear warm-up, then cosine.
 
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    Both rates hold for a global batch of ``lr_batch`` clips and are scaled in proportion to ``train.global_batch``;
+    without ``lr_batch`` they are taken as they are.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3  # the peak
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    lr_batch: Positive | None = None
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -125,8 +130,15 @@ class TrainSection(Section):
     epochs: Positive = 10
     global_batch: Positive = 32  # clips a step over all workers
     seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    storage: str = "runs"  # the run's folder is storage/name
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights and their sums stay in fp32
+    compile: bool = False  # torch.compile
+    recompute: bool = False  # blocks compute their activations again in the backward pass: less memory, more time
+    sync_batch_norm: bool = True  # the stem's statistics are those of all workers' clips
+    deterministic: bool = False  # refuse operations that may differ between two runs
+    checkpoint_every_steps: Positive | None = None  # within an epoch; there is one after each epoch anyway
+    keep_last: Positive = 2  # newest checkpoints kept
+    keep_best: Annotated[int, Field(ge=0)] = 1  # and those of the highest val/top1
+    storage: str = "runs"  # the run's folder is storage/name; a path or a URI that all nodes share
 
 
 class EvalSection(Section):
@@ -142,6 +154,9 @@ class ScalingSection(Section):
 
     workers: Positive = 1
     use_gpu: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: each worker holds a part of the weights and optimizer state
+    device_batch: Positive | None = None  # most clips on a device at once; a larger share is accumulated
+    max_failures: Annotated[int, Field(ge=0)] = 3  # times that dead workers are replaced
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     threads_per_worker: Positive | None = None  # PyTorch threads; None: the node's cores shared by its workers
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posmlp.video import storage
+from posmlp import storage
 from posmlp.video.manifest import ManifestError, read_manifest
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.scan import ScanError, ShardSettings, check, fingerprint, shard, summarise
-from posmlp.video import storage
+from posmlp import storage
 from posmlp.video.decode import Video
 from posmlp.video.manifest import Manifest, read_manifest
 

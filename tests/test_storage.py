@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from videos import numbers, write_video
 
-from posmlp.video import storage
+from posmlp import storage
 from posmlp.video.decode import DecodeError, Video
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import ManifestError, read_manifest

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from posmlp import storage
 from posmlp.errors import UserError
-from posmlp.video import storage
 from posmlp.video.decode import Frames, ImageFolder, Video, VideoInfo, cannot_open
 
 CACHE_VERSION = 2  # raise it when decoding or scaling changes, so that old cache files are not used

@@ -27,8 +27,8 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from posmlp import storage
 from posmlp.errors import UserError
-from posmlp.video import storage
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3] RGB, or one frame [H, W, 3]
 Decoder = Literal["pyav", "decord"]
@@ -114,7 +114,7 @@ def open_video(uri: str, images: int | None = None, decoder: Decoder = "pyav") -
 
 
 class Video:
-    """A video file, of any place (``posmlp.video.storage``).
+    """A video file, of any place (``posmlp.storage``).
 
     Args:
         uri: a path or URI. Local files are read as they are needed, others at once, into memory.

@@ -1,7 +1,7 @@
 """The list of a split's videos, in any of the common formats, becomes checked rows and class names.
 
 ``posmlp.video.formats`` knows what the lines of each format mean; what must hold for all of them is checked here.
-Lists and videos may be local or on an object store (``posmlp.video.storage``).
+Lists and videos may be local or on an object store (``posmlp.storage``).
 """
 
 import difflib
@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from posmlp import storage
 from posmlp.config import DataSection
 from posmlp.errors import UserError
-from posmlp.video import storage
 from posmlp.video.formats import FORMATS, PARSERS, VIDEO_SUFFIXES, Listing, Row, Source, Stop, kind
 
 __all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest", "read_split"]

@@ -8,7 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from posmlp.video import storage
+from posmlp import storage
 from posmlp.video.decode import ImageFolder, Video
 
 FOLDER_FPS = 12  # of frame folders, which do not say; Something-Something's

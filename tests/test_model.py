@@ -285,3 +285,18 @@ def test_the_joint_unit_never_holds_the_full_map():
     with torch.autograd.graph.saved_tensors_hooks(largest_saved, lambda tensor: tensor):
         stage(torch.randn(1, 2, 32, 4, 4)).sum().backward()
     assert 0 < largest < tokens**2 / 8
+
+
+@pytest.mark.parametrize("block", sorted(BLOCKS))
+def test_gradients_of_parts_of_a_batch_add_up(block):
+    """Gradients that shared memory would be added to, or scaled, twice."""
+    model = posmlp.create_model("tiny", frames=4, image_size=32, blocks=block).double().eval()
+    clips = torch.randn(4, 3, 4, 32, 32, dtype=torch.float64)
+    results = []
+    for size in (4, 1):
+        model.zero_grad()
+        for part in clips.split(size):
+            model(part)[:, 0].sum().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+        assert len({p.grad.data_ptr() for p in model.parameters()}) == len(results[0])
+    torch.testing.assert_close(*results)

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from posmlp.model.gates import PositionGate, Window
 from posmlp.model.ops import matmul
@@ -93,7 +94,7 @@ class Block(nn.Module):
             branch = matmul(unit.fc2.weight, gated.flatten(1))
             out = branch if out is None else out.add_(branch)
         assert out is not None
-        bias = torch.stack([u.fc2.bias for u in units]).sum(0)
+        bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, the gradients would share memory
         return out.add_(bias[:, None].to(out.dtype)).view(x.shape)
 
 
@@ -122,7 +123,13 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution; the tokens are put into window order once, on entry."""
+    """Blocks at one resolution; the tokens are put into window order once, on entry.
+
+    Attributes:
+        recompute: blocks compute their activations again in the backward pass: less memory, more time.
+    """
+
+    recompute = False
 
     def __init__(
         self, dim_in: int | None, dim: int, kind: str, depth: int, groups: int, window: Window, drop_path: list[float]
@@ -145,7 +152,10 @@ class Stage(nn.Module):
             norm = self.downsample.norm
             x = channel_norm(x, norm.eps) * per_channel(norm.weight) + per_channel(norm.bias)
         for block in self.blocks:
-            x = block(x, extent, real)
+            if self.recompute and x.requires_grad:
+                x = cast(Tensor, checkpoint(block, x, extent, real, use_reentrant=False))
+            else:
+                x = block(x, extent, real)
         return from_windows(x, extent, size)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,11 +14,15 @@ from typing import get_args
 from posmlp.config import Format, load_recipe
 from posmlp.errors import UserError
 
-AGAIN = "the same command goes on from the last finished epoch"
+AGAIN = "the same command goes on from the last checkpoint"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 failed or refused, 2 wrong usage, 130 interrupted."""
+    """Entry point.
+
+    Returns:
+        The exit code: 0 done, 1 failed or refused, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM.
+    """
     top = parser()
     args, rest = top.parse_known_args(argv)
     if rest and ("overrides" not in args or any(item.startswith("-") or "=" not in item for item in rest)):
@@ -26,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\ninterrupted; {getattr(args, 'again', 'nothing is left to go on from')}", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     except UserError as error:
         print(f"posmlp: {error}", file=sys.stderr)
         return 1
@@ -41,12 +46,22 @@ def parser() -> argparse.ArgumentParser:
 
     demo = verbs.add_parser("demo", help="make the embedded data set and train a small model on it")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe 'demo'")
+    add_train_options(demo)
     demo.set_defaults(run=run_demo, again=AGAIN)
 
     train = verbs.add_parser("train", help="train one model from a recipe")
     train.add_argument("recipe", help="a YAML file, or the name of one in posmlp/recipes")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=20")
+    add_train_options(train)
     train.set_defaults(run=run_train, again=AGAIN)
+
+    listing = verbs.add_parser("checkpoints", help="list a run's checkpoints, each read through")
+    listing.add_argument("run_folder", metavar="RUN", help="a run's folder, or its name below runs/")
+    listing.set_defaults(run=run_checkpoints)
+
+    sync = verbs.add_parser("sync", help="deliver to MLflow what runs could not while it was away")
+    sync.add_argument("run_folders", nargs="+", metavar="RUN", help="a run's folder, or its name below runs/")
+    sync.set_defaults(run=run_sync, again="the same command delivers the rest")
 
     data = verbs.add_parser("data", help="make, check, pack and look at data sets")
     data = data.add_subparsers(required=True, metavar="WHAT")
@@ -89,6 +104,14 @@ def parser() -> argparse.ArgumentParser:
     cost.add_argument("--json", action="store_true", help="print JSON instead of a table")
     cost.set_defaults(run=run_cost)
     return top
+
+
+def add_train_options(verb: argparse.ArgumentParser) -> None:
+    """The options of what trains."""
+    verb.add_argument("--profile", action="store_true", help="trace some steps (torch profiler) into MLflow")
+    verb.add_argument(
+        "--allow-changes", action="store_true", help="go on with another recipe than the run was started with"
+    )
 
 
 def add_manifest(verb: argparse.ArgumentParser) -> None:
@@ -147,24 +170,60 @@ def run_demo(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     folder = make_motion_set(Path(config.data.train.path).parent)
     print(f"embedded data set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
-    report(config)
+    report(config, args)
 
 
 def run_train(args: argparse.Namespace) -> None:
-    report(load_recipe(args.recipe, args.overrides))
+    report(load_recipe(args.recipe, args.overrides), args)
 
 
-def report(config) -> None:
+def run_checkpoints(args: argparse.Namespace) -> int:
+    """Exit code 1 if one is damaged."""
+    from pipelines import checkpoints
+    from pipelines.runs import find_run
+
+    run = find_run(args.run_folder)
+    found = checkpoints.find(run, check=True)
+    whole = [f for f in found if f.about]
+    best = {f.uri for f in checkpoints.best(found, 1)}
+    print(f"{'step':>10}{'epoch':>7}{'val top-1':>11}{'MB':>8}  {'written':<27}")
+    for f in found:
+        if f.about is None:
+            print(f"  {f.problem}")
+            continue
+        marks = ["newest"] * (f is whole[-1]) + ["best"] * (f.uri in best)
+        top1 = f.about.metrics.get("val/top1")
+        columns = f"{f.about.step:>10}{f.about.epoch:>7}{'' if top1 is None else f'{top1:.1%}':>11}"
+        print(f"{columns}{f.about.bytes / 1e6:>8.1f}  {f.about.time:<27}{', '.join(marks)}".rstrip())
+    print(f"{len(whole)} checkpoints in {run}, all read through" + (", the damaged ones apart" * (whole != found)))
+    return int(whole != found)
+
+
+def run_sync(args: argparse.Namespace) -> int:
+    """Exit code 1 if something is still to be delivered."""
+    from pipelines.runs import find_run
+    from pipelines.tracking import sync
+    from pipelines.train import journal_path
+
+    left = 0
+    for run in map(find_run, args.run_folders):
+        left += sync(journal_path(run), echo=lambda line: print(line, flush=True))
+    return int(left > 0)
+
+
+def report(config, args: argparse.Namespace) -> None:
     """Train, then print the result."""
     from pipelines.tracking import tracking_uri
     from pipelines.train import train
 
     start = time.perf_counter()
-    result = train(config, echo=lambda line: print(line, flush=True))
+    options = {"profile": args.profile, "allow_changes": args.allow_changes}
+    result = train(config, echo=lambda line: print(line, flush=True), **options)
     seconds = time.perf_counter() - start
     rows = [
         ("validation top-1", f"{result.metrics['val/top1']:.1%} of {result.metrics['val/clips']:.0f} videos"),
         ("validation top-5", f"{result.metrics['val/top5']:.1%}"),
+        ("mean over classes", f"{result.metrics['val/class_mean']:.1%}"),
         ("throughput", f"{result.metrics['perf/clips_per_s']:.1f} clips/s"),
         ("time", f"{seconds:.0f} s, with start-up"),
         ("bad videos", str(len(result.bad))),

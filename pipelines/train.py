@@ -1,39 +1,42 @@
-"""One training run: Ray Train workers that learn, and a driver that checks, reports and tracks.
+"""One training run: a driver that checks, reports and tracks, and Ray Train workers that learn (``pipelines.worker``).
 
-The driver validates everything first, starts the workers and listens to rank 0, which tells it of its progress through
-a queue; the driver alone prints and writes to MLflow. A run lives in ``train.storage/name``; the same name goes on from
-where it stopped.
+The driver validates everything first, starts the workers and takes from its mailbox what the first of them tells; the
+driver alone prints and writes to MLflow. A run lives in ``train.storage/name``; the same name goes on from its newest
+checkpoint (``pipelines.checkpoints``). Ray Train's own checkpoints are not used: it resumes only those that it has
+noted itself, which a kill can prevent.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
+import shutil
 import signal
 import tempfile
 import threading
-import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
-import torch.distributed
-from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
-from ray.util.queue import Empty, Queue
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.ingest import BadVideo, Split, object_store
+from pipelines import checkpoints, figures
+from pipelines.ingest import BadVideo
+from pipelines.mailbox import open_mailbox
+from pipelines.runs import read_record, run_folder, trained_model, write_record
 from pipelines.tracking import Tracker, source_tags
-from posmlp import create_model, load_published
+from pipelines.worker import RunError, train_worker
+from posmlp import storage
 from posmlp.config import Config, flatten
 from posmlp.errors import UserError
-from posmlp.learn.learner import Batch, Learner
-from posmlp.model.cost import Cost, cost
 from posmlp.video.augment import flip_labels
 from posmlp.video.manifest import Manifest, ManifestError, read_split
 
@@ -44,16 +47,12 @@ WORKER_ENV = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_ARENA_MAX": "1",
 }
-STATE_FILE = "state.pt"
+CUBLAS_ENV = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # cuBLAS repeats itself only with it (train.deterministic)
 # Keys that a run which goes on may change: they are not what it learns from a good video.
 FREE = ("scaling.", "tracking.", "model.num_classes", "data.max_bad_fraction", "data.decode_timeout_s")
 FREE += ("data.cache_dir", "data.rows_per_block", "data.decoder", "data.train.root", "data.val.root")
-WAIT_LIMIT = 0.2  # share of an epoch that may pass in waiting for clips before the run says what helps
-RUN_FILE = "run.json"
-
-
-class RunError(UserError):
-    """A run that cannot start or go on; the message is for the user."""
+FREE += ("train.checkpoint_every_steps", "train.keep_last", "train.keep_best", "train.storage")
+POLL_S = 0.2
 
 
 @dataclass
@@ -61,54 +60,80 @@ class RunResult:
     """What a finished run leaves.
 
     Attributes:
+        path: the run's folder, a path or a URI.
         metrics: those of the last epoch.
         bad: every bad video, once.
+        undelivered: what MLflow has not taken yet (``posmlp sync``).
     """
 
     name: str
-    path: Path
+    path: str
     mlflow_run_id: str
     metrics: dict[str, float]
     bad: list[BadVideo] = field(default_factory=list)
+    undelivered: int = 0
+
+
+class StoppedError(KeyboardInterrupt):
+    """A run that was asked to stop by a signal, and has saved its state."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
 
 
 # --- on the driver -----------------------------------------------------------------------------------------------
 
 
-def train(config: Config, echo: Callable[[str], None] = print) -> RunResult:
+def train(
+    config: Config, echo: Callable[[str], None] = print, *, profile: bool = False, allow_changes: bool = False
+) -> RunResult:
     """Run to the end, from the start or from where a run of this name stopped.
 
     Args:
         config: the recipe.
         echo: takes lines of progress.
+        profile: trace some steps, into the run's MLflow artifacts.
+        allow_changes: go on with another recipe than the run was started with.
 
     Raises:
         ManifestError: the data set's list is wrong.
         RunError: the run cannot start (the message says what to change), or has failed.
-        KeyboardInterrupt: stopped by the user; the same call goes on from the last epoch's checkpoint.
+        StoppedError: a signal (SIGINT or SIGTERM) asked it to stop; the same call goes on from there.
+        KeyboardInterrupt: a second signal; the same call goes on from the last checkpoint.
     """
-    folder = Path(config.train.storage).resolve() / config.name
-    record = read_record(folder, config)
+    run = run_folder(config)
     train_set, val_set = read_splits(config)
     config = check_data(config, train_set, val_set)
+    record = read_record(run)
+    changes = check_record(run, record, config, allow_changes) if record else {}
+    weights = None if checkpoints.find(run) else find_weights(config)
     start_ray()
     check_cpus(config)
-    tracker = Tracker.open(config, source_tags() | {"run": str(folder)}, record.get("mlflow_run_id"))
+    run_id = record["mlflow_run_id"] if record else None
+    tracker = Tracker.open(config, source_tags() | {"run": run}, run_id, journal=journal_path(run), echo=echo)
     status = "FAILED"
+    report = Report(tracker, echo)
     try:
-        write_record(folder, config, tracker.run_id, None)
-        bad: dict[str, BadVideo] = {}
-        metrics = fit(config, train_set, val_set, tracker, bad, echo)
+        if changes:
+            tracker.log_tags({f"changed.{key}": change for key, change in changes.items()})
+        write_record(run, config, tracker.run_id, None)
+        job = {"config": config.model_dump(), "run": run, "weights": weights, "classes": train_set.classes}
+        fit(job | {"profile": profile}, train_set, val_set, config, report)
+        metrics = report.history[-1]
+        report.draw(train_set.classes)
         if config.tracking.log_model:
-            tracker.log_model(trained_model(folder), example_input(config))
-        write_record(folder, config, tracker.run_id, metrics)
+            tracker.log_model(last_model(run), example_input(config))
+        write_record(run, config, tracker.run_id, metrics)
         status = "FINISHED"
-        return RunResult(config.name, folder, tracker.run_id, metrics, list(bad.values()))
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        tracker.close(status)
+        undelivered = tracker.close(status)
+        if undelivered:
+            echo(f"{undelivered} notes wait for MLflow; `posmlp sync {run}` delivers them")
+    return RunResult(config.name, run, tracker.run_id, metrics, list(report.bad.values()), undelivered)
 
 
 def start_ray(**options: Any) -> None:
@@ -118,34 +143,46 @@ def start_ray(**options: Any) -> None:
         ray.init(log_to_driver=False, logging_level="WARNING", **options)
 
 
-def read_record(folder: Path, config: Config) -> dict[str, Any]:
-    """What an earlier run of this name left; empty if there was none. Refuses to redo or to change it."""
-    path = folder / RUN_FILE
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text())
+def check_record(run: str, record: dict[str, Any], config: Config, allow_changes: bool) -> dict[str, str]:
+    """Refuse to redo a finished run, and to go on with another recipe unless that is wanted; returns the changes."""
     if record["metrics"] is not None:
         raise RunError(
             f"run {config.name!r} is finished (val/top1 {record['metrics'].get('val/top1', float('nan')):.1%}, "
-            f"{folder}). Choose another name (name=...), or delete that folder to train it again."
+            f"{run}). Choose another name (name=...), or delete that folder to train it again."
         )
     before, now = flatten(record["config"]), config.flat()
-    changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)]
-    if changed:
+    changed = {k: f"was {before.get(k)!r}, is {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)}
+    changed = {k: change for k, change in changed.items() if not k.startswith(FREE)}
+    if changed and not allow_changes:
         raise RunError(
-            f"run {config.name!r} was started with another recipe; choose another name, delete {folder}, or restore:"
-            + "".join(f"\n  {k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in changed)
+            f"run {config.name!r} was started with another recipe; choose another name, delete {run}, go on all the "
+            "same with --allow-changes, or restore:" + "".join(f"\n  {k}: {change}" for k, change in changed.items())
         )
-    return record
+    return changed
 
 
-def write_record(folder: Path, config: Config, mlflow_run_id: str, metrics: dict[str, float] | None) -> None:
-    """Note the run's recipe, its MLflow run and, at the end, its metrics; atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"config": config.model_dump(mode="json"), "mlflow_run_id": mlflow_run_id, "metrics": metrics}
-    temporary = folder / f"{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=1))
-    temporary.replace(folder / RUN_FILE)
+def find_weights(config: Config) -> str | None:
+    """The file that ``model.weights`` stands for.
+
+    Raises:
+        UserError: there is none.
+    """
+    weights = config.model.weights
+    if weights is None or storage.are_files([weights])[0]:
+        return weights
+    try:
+        return storage.join(checkpoints.choose(weights), checkpoints.WEIGHTS)
+    except UserError as error:
+        raise UserError(
+            f"model.weights is neither a file of weights nor a run: {error}. Train that run first, or start from "
+            "random weights with model.weights=null"
+        ) from error
+
+
+def journal_path(run: str) -> Path:
+    """Where what MLflow shall get is kept until it has it: on this machine, with the run if that is here too."""
+    folder = Path("runs", run.rstrip("/").rpartition("/")[2]).resolve() if storage.is_remote(run) else Path(run)
+    return folder / "tracking" / "journal.jsonl"
 
 
 def read_splits(config: Config) -> tuple[Manifest, Manifest]:
@@ -187,7 +224,9 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
         raise RunError(f"model.num_classes {classes} is less than the data set's {len(train_set.classes)} classes")
     cache = config.data.cache_dir
     data = config.data.model_copy(update={"cache_dir": cache and os.path.abspath(cache)})  # tasks run elsewhere
-    model = config.model.model_copy(update={"num_classes": classes})
+    weights = config.model.weights
+    update = {"num_classes": classes, "weights": weights and storage.join(".", weights)}
+    model = config.model.model_copy(update=update)
     return config.model_copy(update={"model": model, "data": data})
 
 
@@ -206,84 +245,104 @@ def check_cpus(config: Config) -> None:
         raise RunError(f"scaling.workers {scaling.workers} need a GPU each, and the cluster has {gpus:g}")
 
 
-def fit(
-    config: Config,
-    train_set: Manifest,
-    val_set: Manifest,
-    tracker: Tracker,
-    bad: dict[str, BadVideo],
-    echo: Callable[[str], None],
-) -> dict[str, float]:
-    """Run the workers while a thread passes on what rank 0 tells; returns the last epoch's metrics."""
-    queue = Queue(actor_options={"num_cpus": 0})
-    scaling = config.scaling
+def fit(job: dict[str, Any], train_set: Manifest, val_set: Manifest, config: Config, report: Report) -> None:
+    """Run the workers, and pass on what they tell, until they are done.
+
+    Raises:
+        RunError: the run has failed.
+        StoppedError, KeyboardInterrupt: as ``train``.
+    """
+    mailbox, scaling = open_mailbox(), config.scaling
+    rows = {"train_rows": ray.put(train_set.rows), "val_rows": ray.put(val_set.rows)}
+    own = tempfile.mkdtemp(prefix="ray-train-")  # for Ray Train's notes, which nothing reads
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={
-            "config": config.model_dump(),
-            "train_rows": ray.put(train_set.rows),
-            "val_rows": ray.put(val_set.rows),
-            "classes": train_set.classes,
-            "queue": queue,
-        },
+        train_loop_config=job | rows | {"mailbox": mailbox},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scaling.workers,
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=config.name,
-            storage_path=str(Path(config.train.storage).resolve()),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            worker_runtime_env={"env_vars": WORKER_ENV},
+            name=f"{config.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=own,
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            worker_runtime_env={"env_vars": WORKER_ENV | (CUBLAS_ENV if config.train.deterministic else {})},
         ),
     )
-    listener = Listener(queue, tracker, bad, echo)
-    on_interrupt = signal.getsignal(signal.SIGINT)
+    failures: list[Exception] = []
+    # In a thread: Ray Train would make Ctrl-C its own, and end without a checkpoint.
+    fitting = threading.Thread(target=run_trainer, args=(trainer, failures), daemon=True)
+    with stop_on_signal(mailbox, report.echo) as caught:
+        fitting.start()
+        while fitting.is_alive():
+            fitting.join(POLL_S)
+            report.take(mailbox)
+    reason = ray.get(mailbox.reason.remote())
+    ray.kill(mailbox)
+    shutil.rmtree(own, ignore_errors=True)
+    if reason:
+        raise RunError(reason)
+    if failures:
+        raise RunError(f"training failed: {failures[0]}") from failures[0]
+    if len(report.history) < config.train.epochs:
+        raise StoppedError(caught[0] if caught else signal.SIGTERM)
+
+
+def run_trainer(trainer: TorchTrainer, failures: list[Exception]) -> None:
+    """``trainer.fit()``; what it raises goes into the list."""
     try:
-        result = trainer.fit()
-    except SystemExit:  # how Ray Train ends when its own handler of Ctrl-C has stopped the workers
-        raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as error:
-        raise RunError(explain(error)) from error
+        trainer.fit()
+    except Exception as error:  # of a thread, none would be seen
+        failures.append(error)
+
+
+@contextmanager
+def stop_on_signal(mailbox: ActorHandle, echo: Callable[[str], None]) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM asks the workers to save and stop, a second one interrupts; yields what has come.
+
+    Only the main thread gets signals; elsewhere this does nothing.
+    """
+    caught: list[int] = []
+
+    def handle(signum: int, _: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signum)
+        mailbox.stop.remote()
+        echo(f"{signal.Signals(signum).name}: saving and stopping; once more to leave at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
-        listener.stop()
-        queue.shutdown()
-    return dict(result.metrics)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
-def explain(error: Exception) -> str:
-    """The reason of a failed run; with a traceback only where the failure is not of the user's making."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    for failure in failures:
-        if isinstance(failure, UserError):
-            return str(failure)
-    return f"training failed: {error}"
+class Report:
+    """Prints and tracks what the workers tell.
 
+    Attributes:
+        history: metrics of each finished epoch.
+        bad: every bad video, by its sample id.
+        confusion: ``[classes, classes]``, of the last validation.
+    """
 
-class Listener(threading.Thread):
-    """Prints and tracks what rank 0 tells, until stopped."""
-
-    def __init__(self, queue: Queue, tracker: Tracker, bad: dict[str, BadVideo], echo: Callable[[str], None]):
-        super().__init__(daemon=True)
-        self.queue, self.tracker, self.bad, self.echo = queue, tracker, bad, echo
+    def __init__(self, tracker: Tracker, echo: Callable[[str], None]):
+        self.tracker, self.echo = tracker, echo
+        self.history: list[dict[str, float]] = []
+        self.bad: dict[str, BadVideo] = {}
+        self.confusion: np.ndarray | None = None
         self.logged = tracker.epochs_logged()
-        self.failure: Exception | None = None
-        self.stopping = threading.Event()
-        self.start()
 
-    def run(self) -> None:
-        while True:
-            try:
-                event = self.queue.get(timeout=0.5)
-            except Empty:
-                if self.stopping.is_set():
-                    return
-                continue
-            except ray.exceptions.RayError:  # the queue's actor died with the cluster; fit() says why
-                return
+    def take(self, mailbox: ActorHandle) -> None:
+        """All that has come since the last call."""
+        for event in ray.get(mailbox.take.remote()):
             self.handle(**event)
 
     def handle(self, kind: str, **event: Any) -> None:
@@ -292,242 +351,35 @@ class Listener(threading.Thread):
         elif kind == "cost":
             self.tracker.log(event["metrics"], step=0)
         elif kind == "metrics":
-            for metrics in event["history"]:  # an epoch that an earlier driver did not live to write comes again
-                if metrics["epoch"] > self.logged:
-                    self.logged = int(metrics["epoch"])
-                    self.tracker.log(metrics, step=self.logged)
+            for metrics in event["history"]:  # from the start, whenever workers start
+                epoch = int(metrics["epoch"])
+                self.history[epoch - 1 :] = [metrics]
+                if epoch > self.logged:
+                    self.logged = epoch
+                    self.tracker.log(metrics, step=epoch)
         elif kind == "bad":
             self.bad |= {v.sample_id: v for v in event["videos"]}
             self.tracker.log_table([asdict(v) for v in self.bad.values()], "quarantine.json")
+        elif kind == "confusion":
+            self.confusion = event["counts"]
+        elif kind == "file":
+            self.tracker.log_file(event["path"], event["content"])
 
-    def stop(self) -> None:
-        """Take what is still in the queue, then end."""
-        self.stopping.set()
-        self.join(timeout=60)
+    def draw(self, classes: tuple[str, ...]) -> None:
+        """The pictures of a finished run."""
+        self.tracker.log_file("learning_curves.png", figures.learning_curves(self.history))
+        if self.confusion is not None:
+            self.tracker.log_file("confusion.png", figures.confusion(self.confusion, classes))
 
 
-def trained_model(folder: Path) -> torch.nn.Module:
-    """The model of a run's last checkpoint, on the CPU, in eval mode."""
-    checkpoints = sorted(folder.glob(f"checkpoint_*/{STATE_FILE}"))
-    if not checkpoints:
-        raise RunError(f"{folder} holds no checkpoint; expected the folder of a run, train.storage/name")
-    state = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
-    config = Config.model_validate(json.loads((folder / RUN_FILE).read_text())["config"])
-    model = create_model(config.model.name, **config.model.overrides())
-    model.load_state_dict(state["weights"])
-    return model.eval()
+def last_model(run: str) -> torch.nn.Module:
+    """The model of a run's newest checkpoint."""
+    whole = [found for found in checkpoints.find(run) if found.about]
+    model, _ = trained_model(whole[-1].uri)
+    return model
 
 
 def example_input(config: Config) -> torch.Tensor:
     """Zeros of the shape the model takes: ``[1, 3, T, H, W]``."""
     variant = config.model.variant()
     return torch.zeros(1, 3, variant.frames, variant.image_size, variant.image_size)
-
-
-# --- on a training worker ----------------------------------------------------------------------------------------
-
-
-def train_worker(job: dict[str, Any]) -> None:
-    """Ray Train's loop: epochs of train and eval steps, a checkpoint and a report after each."""
-    config = Config.model_validate(job["config"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    threads = config.scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-    torch.set_num_threads(threads)
-    torch.manual_seed(config.train.seed)
-    train_split, val_split = (
-        Split(job[f"{name}_rows"], config, name == "train", rank, world) for name in ("train", "val")
-    )
-    model = create_model(config.model.name, **config.model.overrides())
-    if config.model.weights:
-        load_published(model, config.model.weights)
-    learner = Learner(prepare_model(model), config, train_split.steps, job["classes"])
-    history = restore(learner)
-    tell = job["queue"].put if rank == 0 else (lambda event: None)
-    if rank == 0:
-        measured = cost(config.model.name, device=learner.device, **config.model.overrides())
-        tell({"kind": "cost", "metrics": measured.metrics()})
-        tell({"kind": "metrics", "history": history})
-        tell({"kind": "line", "text": describe_start(config, measured, len(history), world)})
-    told: set[str] = set()
-    batches = train_split.batches(len(history), until=config.train.epochs)
-    for epoch in range(len(history), config.train.epochs):
-        torch.manual_seed(config.train.seed * 100_003 + epoch * 1_009 + rank)  # drop path: the same after a resume
-        metrics = train_epoch(learner, train_split, batches, epoch, tell)
-        if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
-            metrics |= validate(learner, val_split)
-        if config.data.decoder == "decord":
-            taken_over = torch.tensor([float(train_split.taken_over + val_split.taken_over)], device=learner.device)
-            metrics["data/decoded_by_pyav"] = average(taken_over)[0] * world
-        bad = gather(train_split.take_bad() + val_split.take_bad())
-        metrics |= {"data/bad": float(len(bad)), "epoch": float(epoch + 1)}
-        if bad:
-            tell({"kind": "bad", "videos": bad})
-        check_bad(bad, train_split.count, val_split.count, config)
-        history.append(metrics)
-        save(learner, history, metrics, rank)
-        tell({"kind": "metrics", "history": [metrics]})
-        tell({"kind": "line", "text": describe_epoch(metrics, config)})
-        for kind, text in advise(metrics, config).items():
-            if kind not in told:  # once is enough
-                told.add(kind)
-                tell({"kind": "line", "text": text})
-
-
-def train_epoch(
-    learner: Learner, split: Split, batches: Iterator[Batch], epoch: int, tell: Callable[[dict], None]
-) -> dict[str, float]:
-    """One epoch of optimizer steps; returns its metrics, the mean over all workers."""
-    steps, epochs = split.steps, split.config.train.epochs
-    loss, waited, first, clips = torch.zeros((), device=learner.device), 0.0, 0.0, 0
-    start = spoken = time.perf_counter()
-    watch = object_store if ray.train.get_context().get_world_rank() == 0 else lambda: (math.nan, math.nan)
-    (store, spilled_before) = watch()
-    for step in range(1, steps + 1):
-        before = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - before
-        if step == 1:
-            first = waited
-        loss += learner.train_step(batch.to(learner.device))
-        clips += len(batch.labels) * split.world
-        now = time.perf_counter()
-        if now - spoken > 5:
-            spoken = now
-            store = max(store, watch()[0])
-            left = (now - start) / step * (steps * (epochs - epoch) - step)
-            text = f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item() / step:.3f}  "
-            text += f"{clips / (now - start):.1f} clips/s  data wait {waited / (now - start):.0%}  left {minutes(left)}"
-            tell({"kind": "line", "text": text})
-    seconds = time.perf_counter() - start
-    used, spilled = watch()
-    (mean_loss, mean_wait) = average(torch.tensor([loss.item() / steps, waited / seconds], device=learner.device))
-    return {
-        "train/loss": mean_loss,
-        "train/lr": learner.optimizer.param_groups[0]["lr"],
-        "perf/clips_per_s": clips / seconds,
-        "perf/data_wait_frac": mean_wait,
-        "perf/first_batch_s": first,
-        "perf/epoch_s": seconds,
-        "data/object_store_mb": max(store, used),
-        "data/spilled_mb": spilled - spilled_before,
-    }
-
-
-def validate(learner: Learner, split: Split) -> dict[str, float]:
-    """Loss, top-1 and top-5 over the whole split, every good video once."""
-    sums = sum(learner.eval_step(batch.to(learner.device)) for batch in split.batches(0))
-    if split.world > 1:
-        torch.distributed.all_reduce(sums)
-    loss, top1, top5, clips = sums.tolist()
-    if not clips:
-        raise RunError("no validation video could be decoded")
-    return {"val/loss": loss / clips, "val/top1": top1 / clips, "val/top5": top5 / clips, "val/clips": clips}
-
-
-def average(values: torch.Tensor) -> list[float]:
-    """The mean over all workers."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-        values /= torch.distributed.get_world_size()
-    return values.tolist()
-
-
-def gather(bad: list[BadVideo]) -> list[BadVideo]:
-    """The bad videos of all workers."""
-    if not torch.distributed.is_initialized():
-        return bad
-    parts: list[list[BadVideo] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, bad)
-    return [video for part in parts for video in part or []]
-
-
-def check_bad(bad: list[BadVideo], train_rows: int, val_rows: int, config: Config) -> None:
-    """End the run when too many of an epoch's videos are bad."""
-    fraction, limit = len(bad) / (train_rows + val_rows), config.data.max_bad_fraction
-    if fraction > limit:
-        examples = "".join(f"\n  {v.uri}: {v.reason}" for v in bad[:5])
-        raise RunError(
-            f"{len(bad)} of {train_rows + val_rows} videos ({fraction:.1%}) could not be decoded, more than "
-            f"data.max_bad_fraction {limit:.1%} allows. Mend them, or raise the limit. The first ones:{examples}"
-        )
-
-
-def save(learner: Learner, history: list[dict[str, float]], metrics: dict[str, float], rank: int) -> None:
-    """Report the epoch with a checkpoint; rank 0 writes it, and all workers wait for each other."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            weights = learner.evaluated.state_dict()
-            torch.save(learner.state_dict() | {"weights": weights, "history": history}, Path(folder) / STATE_FILE)
-            checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
-
-
-def restore(learner: Learner) -> list[dict[str, float]]:
-    """Load the run's last checkpoint, if there is one; returns the metrics of the epochs done."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return []
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / STATE_FILE, map_location=learner.device, weights_only=True)
-    learner.load_state_dict(state)
-    return state["history"]
-
-
-def describe_start(config: Config, model: Cost, done: int, world: int) -> str:
-    """The first line of a run."""
-    what = f"{model.name}, {model.params / 1e6:.2f} M parameters, {model.macs / 1e9:.2f} GMACs"
-    where = (
-        f"{world} worker{'s' * (world > 1)} on {model.device}, {model.threads} thread{'s' * (model.threads > 1)} each"
-    )
-    start = f"going on after epoch {done}" if done else "starting"
-    return f"{config.name}: {what}; {where}; {start}"
-
-
-def describe_epoch(metrics: dict[str, float], config: Config) -> str:
-    """The line that ends an epoch."""
-    text = f"epoch {metrics['epoch']:.0f}/{config.train.epochs}  loss {metrics['train/loss']:.3f}"
-    if "val/top1" in metrics:
-        text += f"  val top-1 {metrics['val/top1']:.1%}"
-    text += f"  {metrics['perf/clips_per_s']:.1f} clips/s  data wait {metrics['perf/data_wait_frac']:.0%}"
-    text += f"  object store {metrics['data/object_store_mb']:.0f} MB"
-    if metrics["data/spilled_mb"] > 0:
-        text += f", spilled {metrics['data/spilled_mb']:.0f} MB"
-    if metrics["data/bad"]:
-        text += f"  bad videos {metrics['data/bad']:.0f}"
-    return text
-
-
-def advise(metrics: dict[str, float], config: Config) -> dict[str, str]:
-    """Which knob to turn when the device waits for clips or the object store spills: a text for each trouble."""
-    data, texts = config.data, {}
-    seconds, first = metrics["perf/epoch_s"], metrics["perf/first_batch_s"]
-    waited = (metrics["perf/data_wait_frac"] * seconds - first) / (seconds - first)  # not the start of the decoders
-    if waited > WAIT_LIMIT:
-        kind = "wait"
-        knobs = [
-            "decode on more CPUs (scaling.cpus_per_worker reserves CPUs that decoding cannot have; nodes without a GPU "
-            "decode too)"
-        ]
-        if data.cache_dir is None:
-            side = data.short_side or -(-config.model.variant().image_size * 8 // 7)
-            knobs.append("decode a small set once (data.cache_dir)")
-            pack = f"`posmlp data shard LIST --out DIR --short-side {side} --keyframe-interval 12`"
-            knobs.append(f"for the next run, pack the set for it ({pack})")
-        elif metrics["epoch"] == 1:
-            kind, knobs = "cache", ["wait for the next epoch: data.cache_dir is being filled in the first"]
-        if data.repeats == 1 and not data.cache_dir:
-            knobs.append("for the next run, cut several clips from each decoded video (data.repeats)")
-        texts[kind] = f"training waited for clips {waited:.0%} of the epoch. What helps: " + "; or ".join(knobs)
-    if metrics["data/spilled_mb"] > 0:
-        texts["spill"] = (
-            f"the object store spilled {metrics['data/spilled_mb']:.0f} MB to disk. What helps: a smaller "
-            "data.rows_per_block, or more memory for it (`ray start --object-store-memory`)"
-        )
-    return texts
-
-
-def minutes(seconds: float) -> str:
-    """Readable time left."""
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
-Format = Literal["auto", "csv", "folder", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51"]
+Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51"]
 
 
 class RecipeError(UserError):
@@ -206,6 +206,13 @@ class Config(Section):
                 f"augment.mixup and augment.cutmix blend pairs: train.global_batch {self.train.global_batch} must "
                 f"divide by 2 x scaling.workers x data.repeats = {2 * clips_per_step}"
             )
+        if self.scaling.device_batch and self.scaling.device_batch % self.clips_together:
+            problems.append(
+                f"scaling.device_batch {self.scaling.device_batch} must divide by {self.clips_together}: the clips of "
+                "a video (data.repeats), and with mixup or cutmix of two videos, stay together"
+            )
+        if self.train.precision == "fp16" and self.scaling.parallel == "fsdp":
+            problems.append("train.precision fp16 does not go with scaling.parallel fsdp; choose bf16 or ddp")
         if self.optim.warmup_epochs > self.train.epochs:
             problems.append(
                 f"optim.warmup_epochs {self.optim.warmup_epochs} is more than train.epochs {self.train.epochs}"
@@ -213,6 +220,11 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def clips_together(self) -> int:
+        """Training clips that must be on one device together: a video's repeats, and the videos of a mixing pair."""
+        return self.data.repeats * (2 if self.augment.mixup or self.augment.cutmix else 1)
 
     def flat(self) -> dict[str, Any]:
         """Every key of the tree as ``section.key``."""

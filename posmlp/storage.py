@@ -160,6 +160,31 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
             os.unlink(temporary)
 
 
+def remove(uri: str) -> None:
+    """Remove a file, or a folder with all that is in it; what is not there is no error.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    system, path = resolve(uri)
+    kind = system.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        system.delete_dir(path)
+    elif kind != pafs.FileType.NotFound:
+        system.delete_file(path)
+
+
+def folders(uri: str) -> list[str]:
+    """The folders in a folder, by name; none if it is not there.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    system, path = resolve(uri)
+    entries = system.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(join(uri, entry.base_name) for entry in entries if entry.type == pafs.FileType.Directory)
+
+
 def are_files(uris: Sequence[str]) -> list[bool]:
     """Whether each is a file that exists (of ``FILE.parquet#ROW``, the file). Many requests at a time for a store."""
     paths = [row[0] if (row := parquet_row(uri)) else uri for uri in uris]

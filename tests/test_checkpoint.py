@@ -6,12 +6,15 @@ import pickle
 import re
 from pathlib import Path
 
+import fsspec
 import oracle
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 import posmlp
+from posmlp.errors import UserError
 from posmlp.model.backbone import Block
 from posmlp.model.checkpoint import CheckpointError, canonical, resize_offsets, resize_tokens
 from posmlp.model.gates import PositionGate
@@ -72,11 +75,12 @@ def save(tmp_path):
     [
         lambda s: s,
         lambda s: {"model": s, "epoch": 3},
+        lambda s: {"weights": s, "model": None},
         lambda s: {"state_dict": s, "optimizer": {"lr": 0.1}},
         lambda s: {"module." + k: v for k, v in s.items()},
         lambda s: {"model": {"module." + k: v for k, v in s.items()}},
     ],
-    ids=["bare", "model", "state_dict", "module.", "model of module."],
+    ids=["bare", "model", "weights", "state_dict", "module.", "model of module."],
 )
 def test_the_release_loads_however_it_is_wrapped(save, wrap):
     model, expected = tiny(), tiny()
@@ -183,6 +187,42 @@ def test_a_truncated_file_is_refused(tmp_path, zipped):
         path.write_bytes(whole[: int(part * len(whole))])
         with pytest.raises(CheckpointError, match=r"weights\.pt"):
             posmlp.load_published(model, path)
+
+
+@pytest.mark.parametrize("place", ["file", "file://", "memory://"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_files_of_any_kind_and_place(tmp_path, place, kind):
+    """The content tells the kind, and not the name."""
+    model, other = tiny(), posmlp.create_model("tiny", num_classes=7).eval()
+    path = tmp_path / "weights"
+    write = safetensors.torch.save_file if kind == "safetensors" else torch.save
+    write(model.state_dict(), path)
+    uri = {"file": str(path), "file://": f"file://{path}", "memory://": "memory://checkpoints/weights"}[place]
+    if place == "memory://":
+        fsspec.filesystem("memory").pipe_file("/checkpoints/weights", path.read_bytes())
+    assert posmlp.load_published(other, uri).adapted == ()
+    assert same_state(other, model.state_dict())
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path):
+    path, model = tmp_path / "weights.safetensors", tiny()
+    before = copy_of(model)
+    whole = safetensors.torch.save(release_state())
+    changed = whole.replace(b'"F32"', b'"F99"', 1)
+    for content in (*(whole[: int(part * len(whole))] for part in (0.001, 0.3, 0.999)), whole + b"x", changed):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"weights\.safetensors: damaged"):
+            posmlp.load_published(model, path)
+    assert same_state(model, before)
+
+
+def test_what_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot be read .*expected a file of weights"):
+        posmlp.load_published(tiny(), tmp_path)
+    with pytest.raises(UserError, match="nosuchscheme://bucket: no file system"):
+        posmlp.load_published(tiny(), "nosuchscheme://bucket/weights.pt")
+    with pytest.raises(FileNotFoundError):
+        posmlp.load_published(tiny(), "memory://checkpoints/nowhere.safetensors")
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2], {"model": {"a": 1}}], ids=str)

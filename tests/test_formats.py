@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import partial
 
 import fsspec
@@ -556,6 +557,58 @@ def test_a_name_that_no_file_can_have(write):
     assert problem.startswith("2: is not valid UTF-8")
 
 
+# Images ---------------------------------------------------------------------------------------------------------------
+
+IMAGES = ("cat/b.JPEG", "cat/deep/a.webp", "dog/a.png", "dog/notes.txt", "dog/.c.png", ".git/x.png", "README")
+
+
+def test_a_tree_of_images(tmp_path):
+    root = touch(tmp_path / "{root}", *IMAGES)
+    manifest = read_manifest(root, format="images")
+    assert manifest.classes == ("cat", "dog")
+    names = ["cat/b.JPEG", "cat/deep/a.webp", "dog/a.png"]
+    escaped = str(root).replace("{root}", "{{root}}")
+    assert manifest.rows.to_pydict() == {
+        "sample_id": names,
+        "uri": [f"{escaped}/{name}" for name in names],
+        "label": [0, 0, 1],
+        "frames": [1] * 3,
+    }
+    assert [uri.format(1) for uri in manifest.rows["uri"].to_pylist()] == [f"{root}/{name}" for name in names]
+
+
+def test_a_tree_of_images_is_found_out_where_it_can_be_nothing_else(tmp_path):
+    assert read_manifest(touch(tmp_path / "a", "cat/1.jpg", "dog/1.jpg")).rows["frames"].to_pylist() == [1, 1]
+    videos = read_manifest(touch(tmp_path / "b", "cat/1.jpg", "cat/1.mp4", "dog/1.mp4"))
+    assert columns(videos, "sample_id", "frames") == [["cat/1.mp4", "dog/1.mp4"], [None, None]]
+    for tree in (touch(tmp_path / "c", "cat/video/1.jpg", "dog/1.jpg"), touch(tmp_path / "d", "cat/1.jpg")):
+        options = {} if tree.name == "c" else {"format": "folder"}
+        for problem in problems(tree, **options):
+            assert re.search(r"(cat|dog): holds no videos .* set `format: images`", problem)
+
+
+def test_a_bad_tree_of_images(tmp_path):
+    found = problems(touch(tmp_path, "cat/a.jpg", "empty/v.mp4", "stray.png"), format="images")
+    assert len(found) == 2
+    assert "stray.png: lies in no class folder; move it to" in found[0]
+    assert "empty: holds no images (.bmp .jpeg" in found[1]
+
+
+def test_lists_of_images(write, tmp_path):
+    touch(tmp_path, "a.jpg", "b{0}.png")
+    path = write("m.csv", "path,label,part\na.jpg,cat,1\nb{0}.png,dog,2\n")
+    manifest = read_manifest(path, {"part": "2"}, format="images")
+    assert columns(manifest, "uri", "label", "frames") == [[f"{tmp_path}/b{{{{0}}}}.png"], [1], [1]]
+    (problem,) = problems(write("n.csv", "path,label\na.jpg,0\nc.jpg,0\n"), format="images")
+    assert problem.startswith("3: no image file")
+    parquet(tmp_path / "shards/0.parquet", data=[b"a", b"b"], label=["cat", "dog"])
+    for path in (tmp_path / "shards", tmp_path / "shards/0.parquet"):
+        manifest = read_manifest(path, format="images")
+        assert columns(manifest, "uri", "frames") == [[f"{tmp_path}/shards/0.parquet#{i}" for i in (0, 1)], [1, 1]]
+    uris = parquet(tmp_path / "uris.parquet", uri=["a.jpg"], label=[0])
+    assert columns(read_manifest(uris, format="images"), "uri", "frames") == [[f"{tmp_path}/a.jpg"], [1]]
+
+
 # Object stores --------------------------------------------------------------------------------------------------------
 
 
@@ -595,6 +648,15 @@ def test_a_folder_on_an_object_store(store):
         names := ["run/a.mp4", "walk/b.MP4", "walk/deep/a.webm"],
         [f"memory://bucket/tree/{name}" for name in names],
     ]
+
+
+def test_images_on_an_object_store(store):
+    for name in ("cat/b.JPEG", "dog/a.png", "dog/notes.txt"):
+        store(f"images/{name}")
+    for format in ("images", "auto"):
+        manifest = read_manifest("memory://bucket/images", format=format)
+        names = [f"memory://bucket/images/{name}" for name in ("cat/b.JPEG", "dog/a.png")]
+        assert columns(manifest, "uri", "frames") == [names, [1, 1]]
 
 
 def test_frame_folders_on_an_object_store(store):

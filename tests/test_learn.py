@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posmlp import create_model
-from posmlp.config import OptimSection, load_recipe
+from posmlp.config import OptimSection, TrainSection, load_recipe
 from posmlp.errors import UserError
-from posmlp.learn.learner import Batch, Learner
+from posmlp.learn.average import WeightAverage
+from posmlp.learn.evaluation import Tally, video_scores
+from posmlp.learn.learner import Batch, ExplodedError, Learner, part_size
 from posmlp.learn.optim import build_optimizer, learning_rate
 from posmlp.video.augment import to_input, to_train_input
 
@@ -36,19 +38,26 @@ def make_batch(count=8, seed=0, classes=8):
 
 
 def test_rate_warms_up_linearly_then_follows_half_a_cosine():
-    config = OptimSection(lr=1.0, min_lr=0.1, warmup_epochs=2)
-    assert learning_rate(0, 10, config) == 0
-    assert learning_rate(1, 10, config) == pytest.approx(0.5)
-    assert learning_rate(2, 10, config) == pytest.approx(1.0)
-    assert learning_rate(6, 10, config) == pytest.approx(0.55)  # half-way: the mean of both ends
-    assert learning_rate(10, 10, config) == pytest.approx(0.1)
-    assert learning_rate(4, 10, config) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    config, train = OptimSection(lr=1.0, min_lr=0.1, warmup_epochs=2), TrainSection(epochs=10)
+    assert learning_rate(0, train, config) == 0
+    assert learning_rate(1, train, config) == pytest.approx(0.5)
+    assert learning_rate(2, train, config) == pytest.approx(1.0)
+    assert learning_rate(6, train, config) == pytest.approx(0.55)  # half-way: the mean of both ends
+    assert learning_rate(10, train, config) == pytest.approx(0.1)
+    assert learning_rate(4, train, config) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_rate_follows_the_global_batch():
+    config = OptimSection(lr=4e-4, min_lr=1e-6, lr_batch=128, warmup_epochs=0)
+    assert learning_rate(0, TrainSection(epochs=10, global_batch=128), config) == pytest.approx(4e-4)
+    assert learning_rate(0, TrainSection(epochs=10, global_batch=512), config) == pytest.approx(16e-4)
+    assert learning_rate(10, TrainSection(epochs=10, global_batch=512), config) == pytest.approx(4e-6)
 
 
 @given(st.floats(0, 60), st.floats(0, 20))
 def test_rate_stays_within_its_bounds(epoch, warmup):
     config = OptimSection(lr=1e-3, min_lr=1e-6, warmup_epochs=warmup)
-    assert 0 <= learning_rate(epoch, 60, config) <= 1e-3
+    assert 0 <= learning_rate(epoch, TrainSection(epochs=60), config) <= 1e-3
 
 
 def test_only_matrices_decay():
@@ -76,9 +85,17 @@ def test_a_step_is_adamw_on_the_mean_loss():
     loss.backward()
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
     optimizer.step()
-    assert learner.train_step(batch).item() == pytest.approx(loss.item())
+    assert learner.train_step(batch).loss == pytest.approx(loss.item())
     for a, b in zip(learner.raw.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def metrics_of(learner, batch):
+    """``val/*`` of one batch."""
+    views = learner.config.eval.clips * learner.config.eval.crops
+    tally = Tally.empty(8)
+    tally.add(video_scores(learner.score(batch)), batch.labels[::views], batch.weights[::views])
+    return tally.metrics()
 
 
 def test_clips_of_weight_zero_do_not_train_and_do_not_count():
@@ -90,27 +107,34 @@ def test_clips_of_weight_zero_do_not_train_and_do_not_count():
     results = []
     for labels in (batch.labels, other):
         learner = make_learner()
-        loss = learner.train_step(Batch(batch.clips, labels, weights, batch.seeds))
-        results.append(
-            (loss, learner.eval_step(Batch(batch.clips, labels, weights, batch.seeds)), learner.raw.head.bias)
-        )
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert results[0][1][3] == 5
+        batch = Batch(batch.clips, labels, weights, batch.seeds)
+        results.append((learner.train_step(batch), metrics_of(learner, batch), learner.raw.head.bias.tolist()))
+    assert results[0] == results[1]
+    assert results[0][1]["val/clips"] == 5
 
 
-def test_eval_sums_equal_a_plain_count():
+def test_metrics_equal_a_plain_count():
     learner, batch = make_learner(), make_batch(16)
-    sums = learner.eval_step(batch)
+    found = metrics_of(learner, batch)
     with torch.no_grad():
         logits = learner.raw.eval()(to_input(batch.clips, learner.config)).numpy()
     order = np.argsort(-logits, axis=1)
     labels = batch.labels.numpy()
-    assert sums[1] == (order[:, 0] == labels).sum()
-    assert sums[2] == (order[:, :5] == labels[:, None]).any(1).sum()
-    assert sums[0].item() == pytest.approx(
-        F.cross_entropy(torch.from_numpy(logits), batch.labels).item() * 16, rel=1e-5
-    )
+    hits = order[:, 0] == labels
+    assert found["val/top1"] == hits.mean()
+    assert found["val/top5"] == (order[:, :5] == labels[:, None]).any(1).mean()
+    assert found["val/class_mean"] == pytest.approx(np.mean([hits[labels == c].mean() for c in range(8)]))
+    loss = F.cross_entropy(torch.from_numpy(logits), batch.labels).item()
+    assert found["val/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_mean_over_classes_leaves_out_classes_without_a_video():
+    tally = Tally.empty(3)
+    scores = torch.tensor([[0.7, 0.2, 0.1]] * 4).log()
+    tally.add(scores, torch.tensor([0, 0, 0, 2]), torch.ones(4))
+    assert tally.confusion.tolist() == [[3, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert tally.metrics()["val/top1"] == 0.75
+    assert tally.metrics()["val/class_mean"] == 0.5
 
 
 @pytest.mark.parametrize(("clips", "crops"), [(1, 1), (2, 1), (2, 3)])
@@ -120,17 +144,19 @@ def test_the_views_of_a_video_are_averaged_as_probabilities(clips, crops):
         learner.raw.head.weight.mul_(30)  # sure of itself, so that averages of logits would rank otherwise
     batch = make_batch(6 * views)
     labels, weights = torch.tensor([0, 3, 5, 1, 7, 2]), torch.tensor([1.0, 1, 0, 1, 1, 0])
-    sums = learner.eval_step(
-        Batch(batch.clips, labels.repeat_interleave(views), weights.repeat_interleave(views), batch.seeds)
+    found = metrics_of(
+        learner, Batch(batch.clips, labels.repeat_interleave(views), weights.repeat_interleave(views), batch.seeds)
     )
-    expected = torch.zeros(4, dtype=torch.float64)
+    expected = np.zeros(4)
     for i in (0, 1, 3, 4):
         with torch.no_grad():
             logits = learner.raw.eval()(to_input(batch.clips[i * views : (i + 1) * views], learner.config))
         mean = logits.double().softmax(1).mean(0)
         place = int((mean > mean[labels[i]]).sum())
-        expected += torch.tensor([-mean[labels[i]].log(), place == 0, place < 5, 1])
-    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+        expected += [-mean[labels[i]].log().item(), place == 0, place < 5, 1]
+    loss, top1, top5, count = expected
+    assert found["val/clips"] == count
+    assert [found[f"val/{k}"] * count for k in ("loss", "top1", "top5")] == pytest.approx([loss, top1, top5], rel=1e-4)
 
 
 def test_the_learner_flips_classes_by_name():
@@ -142,40 +168,92 @@ def test_the_learner_flips_classes_by_name():
         make_learner("augment.flip_classes={left: rihgt}", classes=names)
 
 
-def test_learning_goes_on_from_its_state_bit_for_bit(tmp_path):
-    straight = make_learner("optim.ema=0.9", "model.drop_path=0.3")
-    resumed = make_learner("optim.ema=0.9", "model.drop_path=0.3")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_learning_goes_on_from_its_state_bit_for_bit(tmp_path, precision):
+    overrides = ("optim.ema=0.9", "model.drop_path=0.3", "model.dropout=0.2", f"train.precision={precision}")
+    straight, resumed = make_learner(*overrides), make_learner(*overrides)
     for i in range(4):
-        torch.manual_seed(i)
         straight.train_step(make_batch(seed=i))
         if i == 1:
-            torch.save(straight.state_dict(), tmp_path / "state.pt")
-            resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            torch.save((straight.weights(), straight.state_dict()), tmp_path / "state.pt")
+            torch.manual_seed(99)
+            resumed.load_state_dict(*torch.load(tmp_path / "state.pt", weights_only=True))
         if i > 1:
-            torch.manual_seed(i)
             resumed.train_step(make_batch(seed=i))
-    for part in ("raw", "evaluated"):
-        a, b = getattr(straight, part).state_dict(), getattr(resumed, part).state_dict()
-        assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = straight.weights(), resumed.weights()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = straight.raw.state_dict(), resumed.raw.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_weight_average_is_evaluated():
-    learner = make_learner("optim.ema=0.5", "optim.warmup_epochs=0")
-    before = learner.raw.head.bias.detach().clone()
-    learner.train_step(make_batch())
-    first = learner.raw.head.bias.detach().clone()
-    learner.train_step(make_batch(seed=1))
-    assert not torch.equal(before, first)
-    torch.testing.assert_close(learner.evaluated.head.bias, 0.5 * first + 0.5 * learner.raw.head.bias)
-
-
-def test_bf16_learns_to_the_same_loss():
+def test_a_step_does_not_depend_on_random_numbers_drawn_before_it():
     losses = []
-    for precision in ("fp32", "bf16"):
-        learner = make_learner(f"train.precision={precision}", "optim.warmup_epochs=0")
-        for _ in range(20):
-            loss = learner.train_step(make_batch())
-        losses.append(loss.item())
-        assert all(p.dtype == torch.float32 for p in learner.raw.parameters())
-    assert losses[0] < 1.5
-    assert losses[1] == pytest.approx(losses[0], abs=0.3)
+    for seed in (1, 2):
+        learner = make_learner("model.drop_path=0.5")
+        torch.manual_seed(seed)
+        losses.append(learner.train_step(make_batch()).loss)
+    assert losses[0] == losses[1]
+    assert learner.train_step(make_batch()).loss != losses[0]
+
+
+def test_the_weight_average_follows_its_formula_and_is_what_counts():
+    learner = make_learner("optim.ema=0.3", "optim.warmup_epochs=0")
+    average = learner.raw.head.bias.detach().clone()
+    for t in range(6):
+        learner.train_step(make_batch(seed=t))
+        keep = min(0.3, (1 + t) / (10 + t))
+        average = keep * average + (1 - keep) * learner.raw.head.bias.detach()
+    live = learner.raw.head.bias.detach().clone()
+    with learner.averaged():
+        torch.testing.assert_close(learner.raw.head.bias, average)
+    assert torch.equal(learner.raw.head.bias, live)
+    torch.testing.assert_close(learner.weights()["head.bias"], average)
+
+
+def test_the_average_takes_in_buffers():
+    model = torch.nn.BatchNorm1d(2)
+    average = WeightAverage(model, 0.5)
+    model(torch.tensor([[0.0, 1], [2, 5]]))
+    average.update()
+    with average.in_place():
+        torch.testing.assert_close(model.running_mean, 0.9 * torch.tensor([0.1, 0.3]))  # keeps (1 + 0) / (10 + 0)
+        assert model.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(("what", "expected"), [("nan", "loss nan"), ("large", "loss ")])
+def test_a_step_that_explodes_leaves_the_weights_alone(what, expected):
+    learner = make_learner("optim.warmup_epochs=0")
+    learner.train_step(make_batch())
+    with torch.no_grad():
+        if what == "nan":
+            learner.raw.head.bias[3] = math.nan
+        else:
+            learner.raw.head.bias[0] = -1e4
+    before = {k: v.clone() for k, v in learner.raw.state_dict().items() if "norm" not in k}
+    with pytest.raises(ExplodedError, match=rf"step 1 exploded: {expected}.*gradient norm"):
+        learner.train_step(make_batch(seed=1))
+    after = learner.raw.state_dict()
+    assert all(torch.equal(v, after[k]) or v.isnan().any() for k, v in before.items())
+    assert learner.step == 1
+
+
+def test_in_fp16_an_overflowing_gradient_is_left_out_and_the_scale_halved():
+    learner = make_learner("train.precision=fp16", "optim.warmup_epochs=0", "optim.weight_decay=0")
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = learner.raw.head.bias.detach().clone()
+    assert not math.isfinite(learner.train_step(make_batch()).grad_norm)
+    assert torch.equal(learner.raw.head.bias, before)
+    assert learner.scaler.get_scale() == 2.0**39
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.sampled_from([(1, 0), (2, 0), (1, 0.8), (2, 0.8)]))
+def test_parts_fit_the_device_and_keep_videos_and_pairs_whole(videos, limit, mixing):
+    repeats, mixup = mixing
+    together = repeats * (2 if mixup else 1)
+    count, limit = videos * together, limit * together
+    keys = [f"train.global_batch={count}", f"data.repeats={repeats}", f"augment.mixup={mixup}"]
+    config = load_recipe("demo", [*keys, f"scaling.device_batch={limit}"])
+    size = part_size(count, config)
+    assert size % together == 0
+    assert together <= size <= limit
+    assert math.ceil(count / size) == math.ceil(count / limit)

@@ -242,40 +242,6 @@ def test_a_bad_parquet_file_is_told_plainly(tmp_path, make, words):
 
 
 @pytest.fixture(scope="module")
-def s3():
-    """Host and port of a server with an empty bucket ``videos``, which the environment names."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    place = "{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ENDPOINT_URL": f"http://{place}",
-        }.items():
-            patch.setenv(key, value)
-        boto3.client("s3", endpoint_url=f"http://{place}", region_name="us-east-1").create_bucket(Bucket="videos")
-        stop_child()
-        yield place
-        stop_child()
-    server.stop()
-
-
-def stop_child():
-    """The next child has the environment of now."""
-    from posmlp.video import isolated
-
-    if isolated._child is not None:
-        isolated._child.kill()
-    storage._remote.cache_clear()
-
-
-@pytest.fixture(scope="module")
 def clips(s3, tmp_path_factory):
     """Local videos that lie in the bucket too."""
     folder = tmp_path_factory.mktemp("clips")

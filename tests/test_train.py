@@ -1,47 +1,24 @@
 """Whole runs through real Ray and MLflow: what they log, refuse, survive and leave behind."""
 
+import gzip
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import mlflow
 import pytest
 import torch
-from mlflow import MlflowClient
+from runs import recipe_for, run_of
 
+from pipelines import checkpoints
+from pipelines.progress import advise
+from pipelines.runs import trained_model
 from pipelines.tracking import active_uri, tracking_uri
-from pipelines.train import RunError, advise, train, trained_model
-from posmlp.config import load_recipe
+from pipelines.train import last_model, train
+from pipelines.worker import RunError
 from posmlp.errors import UserError
+from posmlp.video.motion import CLASSES
 
 pytestmark = pytest.mark.ray
-
-
-def recipe_for(folder, motion_set, *overrides):
-    base = [
-        "name=small",
-        "model.frames=4",
-        "model.image_size=32",
-        f"data.train.path={motion_set}/train.csv",
-        f"data.val.path={motion_set}/val.csv",
-        "train.epochs=2",
-        "train.global_batch=8",
-        "optim.warmup_epochs=1",
-        f"train.storage={folder}",
-        "tracking.log_model=false",
-    ]
-    return load_recipe("demo", [*base, *overrides])
-
-
-def run_of(config):
-    """The one MLflow run of a recipe, and its client."""
-    client = MlflowClient(tracking_uri(config))
-    (run,) = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
-    return client, run
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +54,8 @@ def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
     assert [m.step for m in history] == [1, 2]
     assert history[-1].value == result.metrics["val/top1"]
     names = {"train/loss", "val/loss", "val/top5", "perf/clips_per_s", "perf/data_wait_frac", "data/bad"}
-    names |= {"data/object_store_mb", "data/spilled_mb"}
+    names |= {"data/object_store_mb", "data/spilled_mb", "train/grad_norm", "val/class_mean"}
+    names |= {"perf/steps_per_s", "perf/tflops", "perf/memory_mb"}
     assert names | {"cost/gmacs", "cost/params_m", "cost/latency_ms"} <= set(run.data.metrics)
     assert any(name.startswith("system/") for name in run.data.metrics)
     assert {"torch", "ray", "mlflow", "mlflow.source.git.commit"} <= set(run.data.tags) | {"mlflow.source.git.commit"}
@@ -92,7 +70,7 @@ def test_the_logged_model_is_the_checkpoints(finished):
     with active_uri(tracking_uri(config)):
         logged = mlflow.pytorch.load_model(f"runs:/{result.mlflow_run_id}/model")
     with torch.no_grad():
-        torch.testing.assert_close(logged(clip), trained_model(result.path)(clip), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logged(clip), last_model(result.path)(clip), rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_name_is_refused(finished):
@@ -102,19 +80,24 @@ def test_a_finished_name_is_refused(finished):
     assert isinstance(error.value, UserError)
 
 
-def test_a_changed_recipe_is_refused_on_resume(finished, tmp_path):
-    config, result, _ = finished
-    record = json.loads((result.path / "run.json").read_text()) | {"metrics": None}
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "run.json").write_text(json.dumps(record))
-    changed = config.model_copy(
-        update={
-            "train": config.train.model_copy(update={"storage": str(tmp_path)}),
-            "optim": config.optim.model_copy(update={"lr": 9e-9}),
-        }
-    )
-    with pytest.raises(RunError, match=r"optim\.lr: was .*, is 9e-09"):
-        train(changed)
+def test_the_pictures_are_logged(finished):
+    config, _result, _ = finished
+    client, run = run_of(config)
+    assert {"learning_curves.png", "confusion.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    with active_uri(tracking_uri(config)):
+        png = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/confusion.png")
+    with open(png, "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_best_and_the_newest_checkpoints_are_kept(finished):
+    _, result, _ = finished
+    found = checkpoints.find(result.path, check=True)
+    assert [f.about.epoch for f in found] == [1, 2]
+    assert found[-1].about.metrics == result.metrics
+    assert list(found[-1].about.classes) == list(CLASSES)
+    _, about = trained_model(result.path)
+    assert about.metrics["val/top1"] == max(f.about.metrics["val/top1"] for f in found)
 
 
 def test_both_lists_are_told_at_once(local_ray, motion_set, tmp_path):
@@ -192,6 +175,18 @@ def test_an_unusable_cache_folder_ends_the_run_plainly(local_ray, motion_set, tm
     assert "Traceback" not in str(error.value)
 
 
+def test_a_profile_is_an_artifact_of_the_run(local_ray, motion_set, tmp_path):
+    config = recipe_for(tmp_path, motion_set, "train.global_batch=4", "train.epochs=1")
+    train(config, profile=True)
+    _, run = run_of(config)
+    with active_uri(tracking_uri(config)):
+        path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/profile/trace.json.gz")
+    with gzip.open(path) as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert any("Convolution" in name for name in names)
+    assert any("AdamW" in name for name in names)
+
+
 def test_views_repeats_and_augmentation_train(local_ray, motion_set, tmp_path):
     keys = "data.repeats=2 eval.clips=2 eval.crops=3 data.fps=6 data.decoder=decord augment.mixup=0.8 augment.cutmix=1"
     more = "augment.erasing=0.5 augment.randaug_layers=2 augment.flip=0.5 augment.flip_classes={left: right}"
@@ -217,56 +212,3 @@ def test_a_run_that_waits_says_which_knob_to_turn(motion_set, tmp_path):
     assert "being filled" in advise(metrics_of(epoch=1.0, wait=0.43), cached)["cache"]
     assert "data.rows_per_block" in advise(metrics_of(spilled=12.0), plain)["spill"]
     assert advise(metrics_of(spilled=math.nan), plain) == {}
-
-
-def start_cli(folder, motion_set, *overrides):
-    """``posmlp train`` in a process of its own, on the tests' Ray."""
-    config = recipe_for(folder, motion_set, *overrides)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(config.to_yaml())
-    import ray
-
-    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe)]
-    with open(folder / "log.txt", "a") as log:
-        return config, subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True)
-
-
-def wait_for_checkpoint(folder, process, seconds=120):
-    """Until Ray Train has noted a checkpoint; one whose file is there, but which is not yet noted, is not resumed."""
-    deadline = time.monotonic() + seconds
-    noted = folder / "small" / "checkpoint_manager_snapshot.json"
-    while not (noted.exists() and "checkpoint_dir_name" in noted.read_text()):
-        assert process.poll() is None, (folder / "log.txt").read_text()
-        assert time.monotonic() < deadline, (folder / "log.txt").read_text()
-        time.sleep(0.2)
-
-
-def test_a_killed_driver_goes_on_to_the_weights_of_an_uninterrupted_run(local_ray, motion_set, tmp_path):
-    overrides = ["train.epochs=8", "model.drop_path=0.2", "scaling.threads_per_worker=1"]
-    config, process = start_cli(tmp_path, motion_set, *overrides)
-    wait_for_checkpoint(tmp_path, process)
-    process.kill()
-    process.wait()
-    _, process = start_cli(tmp_path, motion_set, *overrides)
-    assert process.wait(timeout=300) == 0, (tmp_path / "log.txt").read_text()
-    assert "going on after epoch" in (tmp_path / "log.txt").read_text()
-
-    client, run = run_of(config)  # one run, not two, with every epoch once
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, 9))
-    assert run.info.status == "FINISHED"
-
-    straight = train(recipe_for(tmp_path / "straight", motion_set, *overrides))
-    resumed, uninterrupted = (trained_model(path).state_dict() for path in (tmp_path / "small", straight.path))
-    assert all(torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted)
-
-
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(local_ray, motion_set, tmp_path):
-    config, process = start_cli(tmp_path, motion_set, "train.epochs=1000")
-    wait_for_checkpoint(tmp_path, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (tmp_path / "log.txt").read_text()
-    log = (tmp_path / "log.txt").read_text()
-    assert "the same command goes on" in log
-    assert "Traceback" not in log
-    assert run_of(config)[1].info.status == "KILLED"

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from posmlp.config import Config
+from posmlp.errors import UserError
+from posmlp.learn.average import WeightAverage
 from posmlp.learn.optim import build_optimizer, learning_rate
+from posmlp.learn.parallel import average, gradients_summed, rank, total_norm
 from posmlp.video.augment import flip_labels, to_input, to_train_input
+
+EXPLODED = 10  # times the loss of a guess: no training comes back from there
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # as on one device, whatever the number of workers
 
 
 @dataclass(frozen=True)
@@ -42,12 +55,35 @@ class Batch:
         clips, labels = (x.to(device, non_blocking=True) for x in (self.clips, self.labels))
         return replace(self, clips=clips, labels=labels)
 
+    def parts(self, size: int) -> Iterator[Batch]:
+        """The batch in order, in parts of ``size`` clips; the last may be smaller."""
+        columns = (x.split(size) for x in (self.clips, self.labels, self.weights, self.seeds))
+        for part in zip(*columns, strict=True):
+            yield Batch(*part)
+
+
+class ExplodedError(UserError):
+    """A step whose loss or gradient is no number, or far beyond that of a guess. The weights are those before it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step found, the same on all workers.
+
+    Attributes:
+        loss: mean over the global batch.
+        grad_norm: 2-norm of the gradient, before it is clipped.
+    """
+
+    loss: float
+    grad_norm: float
+
 
 class Learner:
     """A model in training: steps, schedule, weight average.
 
     Args:
-        model: the backbone on its device; wrapped in DDP where there are several workers.
+        model: the backbone as it trains (``posmlp.learn.parallel.parallelise``), or a plain one.
         config: the whole recipe.
         steps_per_epoch: optimizer steps in an epoch.
         classes: the class names, for ``augment.flip_classes``; none: classes are called by their labels.
@@ -63,74 +99,131 @@ class Learner:
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         self.device = next(model.parameters()).device
-        num_classes = config.model.variant().num_classes
-        self.flipped = flip_labels(config.augment.flip_classes, classes, num_classes).to(self.device)
+        self.classes = config.model.variant().num_classes
+        self.flipped = flip_labels(config.augment.flip_classes, classes, self.classes).to(self.device)
         self.optimizer = build_optimizer(self.raw, config.optim)
-        ema = config.optim.ema
-        self.ema = AveragedModel(self.raw, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that count: the average if there is one."""
-        return self.ema.module if self.ema else self.raw
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
+        self.ema = WeightAverage(self.raw, config.optim.ema) if config.optim.ema else None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        bf16 = self.config.train.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        dtype = PRECISIONS.get(self.config.train.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
-    def train_step(self, batch: Batch) -> Tensor:
-        """One optimizer step; returns the mean loss of the batch, a scalar on the device."""
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model has the weights that count, for a while: the average if there is one."""
+        return self.ema.in_place() if self.ema else nullcontext()
+
+    def train_step(self, batch: Batch) -> Step:
+        """One optimizer step on this worker's share of a global batch, in parts of ``scaling.device_batch`` clips.
+
+        Dropout and drop path draw from (``train.seed``, step, worker) alone.
+
+        Raises:
+            ExplodedError: on all workers, and before the weights change.
+        """
         optim = self.config.optim
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step / self.steps_per_epoch, self.config.train.epochs, optim)
-        clips, targets = to_train_input(batch, self.config, self.flipped)
-        with self.autocast():
-            logits = self.model(clips)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=optim.label_smoothing)
-        loss = (losses * batch.weights.to(self.device, non_blocking=True)).mean()
+            group["lr"] = learning_rate(self.step / self.steps_per_epoch, self.config.train, optim)
+        torch.manual_seed((self.config.train.seed * 1_000_003 + self.step) * 1_009 + rank())
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, norm = self.backward(batch)
+        step = Step(*average([loss, norm]))
+        self.check(step)
         if optim.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_grad)
-        self.optimizer.step()
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), optim.clip_grad, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         if self.ema:
-            self.ema.update_parameters(self.raw)
-        return loss.detach()
+            self.ema.update()
+        return step
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss; returns that loss on this worker and the gradients' 2-norm, scalars."""
+        count, loss = len(batch.labels), torch.zeros((), device=self.device)
+        size = part_size(count, self.config)
+        done = 0
+        for part in batch.parts(size):
+            done += len(part.labels)
+            with gradients_summed(self.model, done == count):
+                clips, targets = to_train_input(part, self.config, self.flipped)
+                with self.autocast():
+                    logits = self.model(clips).float()
+                smoothing = self.config.optim.label_smoothing
+                losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+                part_loss = (losses * part.weights.to(self.device, non_blocking=True)).sum() / count
+                self.scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        return loss, total_norm(self.model.parameters())
+
+    def check(self, step: Step) -> None:
+        """Refuse a step that would spoil the weights; in fp16 a gradient that overflows is only left out."""
+        limit = EXPLODED * max(1.0, math.log(self.classes))
+        overflow_only = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if step.loss <= limit and (math.isfinite(step.grad_norm) or overflow_only):  # false for NaN
+            return
+        raise ExplodedError(
+            f"step {self.step} exploded: loss {step.loss:.4g} (a guess has {math.log(self.classes):.3g}), "
+            f"gradient norm {step.grad_norm:.4g}"
+        )
 
     @torch.no_grad()
-    def eval_step(self, batch: Batch) -> Tensor:
-        """Sums over the batch's videos: float64 ``[4]`` of loss, top-1 hits, top-5 hits, videos.
+    def score(self, batch: Batch) -> Tensor:
+        """Logarithms of the class probabilities of a batch's views, float32 ``[videos, views, classes]``.
 
-        A video's prediction is the mean of its views' probabilities, and its loss the negative logarithm of the mean
-        probability of its class.
+        The weights are used as they are; see ``averaged``.
         """
-        self.evaluated.eval()
-        with self.autocast():
-            logits = self.evaluated(to_input(batch.clips, self.config))
-        views = self.config.eval.clips * self.config.eval.crops
-        labels, weights = batch.labels[::views], batch.weights[::views].to(self.device)
-        # As logarithms, small probabilities keep their order: [B, C] -> [videos, views, C] -> [videos, C]
-        scores = logits.float().log_softmax(1).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
-        losses = F.nll_loss(scores, labels, reduction="none")
-        ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]  # [videos, 5]
-        rows = torch.stack([losses, ranked[:, 0], ranked.any(1), torch.ones_like(losses)])  # [4, videos]
-        return (rows.double() * weights).sum(1)
+        self.raw.eval()
+        return score_views(self.raw, batch.clips, self.config, self.autocast())
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights that count, by name, on the CPU; empty on workers other than the first, which all must
+        call."""
+        with self.averaged():
+            whole = cast(dict[str, Tensor], get_model_state_dict(self.raw, options=WHOLE))
+            return {name: tensor.clone() for name, tensor in whole.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as tensors and plain data."""
+        """What the next step depends on besides ``weights()``, as tensors and plain data. All workers must call; the
+        first one's counts."""
         return {
-            "model": self.raw.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
+            "model": get_model_state_dict(self.raw, options=WHOLE) if self.ema else None,
+            "optimizer": get_optimizer_state_dict(self.raw, self.optimizer, options=WHOLE),
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": self.ema.updates if self.ema else 0,
             "step": self.step,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``."""
-        self.raw.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue from ``weights()`` and ``state_dict()``, of any number of workers."""
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.raw, dict[str, Any](weights), options=whole)
         if self.ema:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.swap()
+            self.ema.updates = state["ema_updates"]
+            set_model_state_dict(self.raw, state["model"], options=whole)
+        set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=whole)
+        self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+
+
+def part_size(count: int, config: Config) -> int:
+    """Clips on the device at once, at most ``scaling.device_batch``: as equal parts as whole videos and pairs allow."""
+    parts = math.ceil(count / (config.scaling.device_batch or count))
+    return math.ceil(count / parts / config.clips_together) * config.clips_together
+
+
+def score_views(
+    model: nn.Module, clips: Tensor, config: Config, autocast: AbstractContextManager[Any] | None = None
+) -> Tensor:
+    """Logarithms of the class probabilities of videos' views, float32 ``[videos, views, classes]``.
+
+    Args:
+        model: in eval mode.
+        clips: uint8 ``[videos * views, T, H, W, 3]`` on the model's device, a video's views adjacent.
+    """
+    with torch.no_grad(), autocast or nullcontext():
+        logits = cast(Tensor, model(to_input(clips, config)))
+    return logits.float().log_softmax(1).unflatten(0, (-1, config.eval.clips * config.eval.crops))

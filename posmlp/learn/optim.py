@@ -7,7 +7,7 @@ import math
 from torch import nn
 from torch.optim import AdamW
 
-from posmlp.config import OptimSection
+from posmlp.config import OptimSection, TrainSection
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
@@ -20,14 +20,16 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
     return AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def learning_rate(epoch: float, epochs: int, config: OptimSection) -> float:
+def learning_rate(epoch: float, train: TrainSection, config: OptimSection) -> float:
     """The rate at a moment of training: linear warm-up from 0, then half a cosine down to ``min_lr``.
 
     Args:
         epoch: epochs done so far, with the part of the running one, e.g. 2.5.
-        epochs: length of the run.
+        train: for its length and its global batch, to which ``lr_batch`` scales both rates (arXiv:1706.02677).
     """
+    scale = train.global_batch / config.lr_batch if config.lr_batch else 1.0
+    peak, floor = config.lr * scale, config.min_lr * scale
     if epoch < config.warmup_epochs:
-        return config.lr * epoch / config.warmup_epochs
-    progress = min(1.0, (epoch - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs))
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * epoch / config.warmup_epochs
+    progress = min(1.0, (epoch - config.warmup_epochs) / max(1e-9, train.epochs - config.warmup_epochs))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -6,16 +6,19 @@ the checkpoint and the model: number of classes, window, clip length, and a miss
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.gates import PositionGate, Window
@@ -50,8 +53,9 @@ def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[
 
     Args:
         model: any variant.
-        path_or_state_dict: a file, read with ``weights_only=True``, or its tensors by name. A dict with a ``model`` or
-            ``state_dict`` entry is unwrapped, and ``module.`` prefixes are dropped.
+        path_or_state_dict: a file of PyTorch (read with ``weights_only=True``) or safetensors, local or a URI, or its
+            tensors by name. An entry ``weights``, ``model`` or ``state_dict`` is unwrapped; ``module.`` prefixes are
+            dropped.
 
     Raises:
         CheckpointError: the file holds no tensors or is unsafe to read, or keys are missing, extra or misshapen beyond
@@ -88,22 +92,40 @@ def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[
 
 
 def read_state(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> State:
-    """The tensors of a checkpoint by name, unwrapped; runs no code from the file."""
+    """The tensors of a checkpoint by name, unwrapped; runs no code from the file, which may lie anywhere."""
     content: object = path_or_state_dict
     if isinstance(path_or_state_dict, str | Path):
-        with open(path_or_state_dict, "rb") as file:
-            try:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged file can fail anywhere in its reader, with any type of error
-                raise CheckpointError(
-                    f"{path_or_state_dict}: not a checkpoint of tensors alone, so it is not loaded: {error}"
-                ) from error
-    for wrapper in ("model", "state_dict"):
+        content = read_tensors(str(path_or_state_dict))
+    for wrapper in ("weights", "model", "state_dict"):  # the first is what a run of this project evaluates
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError("the checkpoint holds no tensors by name, nor a 'model' or 'state_dict' that does")
+        raise CheckpointError("the checkpoint holds no tensors by name, nor has an entry weights, model or state_dict")
     return {str(k).removeprefix("module."): v for k, v in content.items()}
+
+
+def read_tensors(uri: str) -> object:
+    """What a file of PyTorch or safetensors holds, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, or holds more than plain data and tensors.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{uri}: cannot be read ({error}); expected a file of weights") from error
+    try:
+        # A safetensors file begins with the length of its JSON header, 8 bytes; what PyTorch writes never does.
+        if content[8:9] == b"{":
+            return safetensors.torch.load(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in its reader, with any type of error
+        raise CheckpointError(
+            f"{uri}: damaged, or not a checkpoint of tensors alone, so it is not loaded: {error}"
+        ) from error
 
 
 # --- the release's names and channel order -----------------------------------------------------------------------

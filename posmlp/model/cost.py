@@ -255,6 +255,28 @@ def resident_peak() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+# Dense matrix products in half precision, operations a second, from the makers' data sheets (half of "with sparsity").
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "T4": 65e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second that the device could do at most; None where that is not known (CPUs, fp32)."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
 def device_name(device: torch.device) -> str:
     """A name to print: of the GPU, or of the processor."""
     if device.type == "cuda":

@@ -25,7 +25,7 @@ from posmlp.video.sampling import Box, random_resized_crop
 if TYPE_CHECKING:
     from posmlp.learn.learner import Batch
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1, as in the published recipes
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1; the release has 0.45 and 0.225 for all three
 STD = (0.229, 0.224, 0.225)
 ERASED_AREA = (0.02, 1 / 3)  # of the frame
 ERASED_RATIO = (0.3, 1 / 0.3)  # width : height

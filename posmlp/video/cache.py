@@ -19,7 +19,7 @@ from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.video.decode import Frames, ImageFolder, Video, VideoInfo, cannot_open
 
-CACHE_VERSION = 2  # raise it when decoding or scaling changes, so that old cache files are not used
+CACHE_VERSION = 3  # raise it when decoding or scaling changes, so that old cache files are not used
 
 
 def cache_path(uri: str, images: int | None, short_side: int | None, cache_dir: str) -> Path:

@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -42,7 +43,14 @@ DECLARED_CONTAINERS = ("matroska,webm", "avi", "flv")  # with their duration in 
 SEEK_GAP = 4  # frames between two wanted ones above which a seek pays
 TOO_LARGE = "it needs more memory than a decoder may take; scale the video down"
 KEPT_BYTES = 2**28  # of decoded frames that are kept while a stream is counted
-IMAGE_CODECS = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"BM": "bmp"}
+IMAGE_CODECS = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}  # by a file's first two bytes
+
+# Where EXIF data begin in a JPEG, PNG or WebP file, and what their orientation asks for: mirror the picture from top to
+# bottom, then turn it by so many quarters to the left.
+EXIF_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF")
+EXIF = re.compile(rb"(?:Exif\0\0|eXIf|EXIF.{4})(II\*\0|MM\0\*)", re.DOTALL)
+ORIENTATION = 0x0112
+UPRIGHT = {2: (True, 2), 3: (False, 2), 4: (True, 0), 5: (True, -1), 6: (False, -1), 7: (True, 1), 8: (False, 1)}
 
 # How video files begin (MP4, Matroska, AVI, FLV, Ogg, GIF, WMV, MPEG): tells a damaged video from something else.
 VIDEO_HEAD = re.compile(
@@ -105,7 +113,7 @@ class VideoInfo:
 
 
 def open_video(uri: str, images: int | None = None, decoder: Decoder = "pyav") -> Video | ImageFolder:
-    """Open a video file, or a folder of ``images`` numbered pictures whose name template is the uri.
+    """Open a video file, or a folder of ``images`` numbered pictures whose name template is the uri (1: an image).
 
     Raises:
         DecodeError: it cannot be read.
@@ -450,7 +458,9 @@ class Video:
 
 
 class ImageFolder:
-    """A video as numbered pictures (JPEG, PNG, BMP): the uri is ``FOLDER/{:05d}.jpg``, numbers count from 1.
+    """A video as numbered pictures (JPEG, PNG, WebP, BMP): the uri is ``FOLDER/{:05d}.jpg``, numbers count from 1.
+
+    An image is the folder of one picture whose template has no number. Pictures are upright, as their EXIF says.
 
     Raises:
         DecodeError: the first picture cannot be read.
@@ -460,32 +470,36 @@ class ImageFolder:
         self.uri = uri
         if images < 1:
             raise DecodeError(uri, "no pictures; check the number of frames in the manifest")
-        self.info = VideoInfo(images, self._picture(0)[1], None, images, "pyav")
+        self._first, codec = self._decode(0)  # kept: of an image it is all that will be read
+        self.info = VideoInfo(images, codec, None, images, "pyav")
 
     def close(self) -> None:
         """As ``Video.close``; nothing stays open."""
 
     def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = _allocate) -> Frames:
         """Some pictures; as ``Video.read``."""
-        return _gather((self._picture(i)[0] for i in indices), len(indices), short_side, allocate)
+        return _gather((self._picture(i) for i in indices), len(indices), short_side, allocate)
 
     def all_frames(self, short_side: int | None = None) -> Iterator[Frames]:
         """Every picture in order; as ``Video.all_frames``."""
-        first = self._picture(0)[0]
-        height, width = scaled(first.height, first.width, short_side)
-        for i in range(self.info.frames):
-            yield _to_rgb(self._picture(i)[0], height, width)
+        height, width = scaled(self._first.height, self._first.width, short_side)
+        for picture in self.pictures():
+            yield _to_rgb(picture, height, width)
 
     def pictures(self) -> Iterator[av.VideoFrame]:
         """Every picture in order; as ``Video.pictures``, without times."""
-        return (self._picture(i)[0] for i in range(self.info.frames))
+        return (self._picture(i) for i in range(self.info.frames))
 
     def verify(self) -> tuple[int, int]:
         """Decode every picture; as ``Video.verify``."""
         sizes = [_shown(picture) for picture in self.pictures()]
         return sizes[0]
 
-    def _picture(self, index: int) -> tuple[av.VideoFrame, str]:
+    def _picture(self, index: int) -> av.VideoFrame:
+        return self._decode(index)[0] if index else self._first
+
+    def _decode(self, index: int) -> tuple[av.VideoFrame, str]:
+        """A picture and the name of its codec."""
         uri = self.uri.format(index + 1)
         source, head = _fetch(uri)
         content = source if isinstance(source, bytes) else storage.read_bytes(source)
@@ -500,9 +514,37 @@ class ImageFolder:
             if picture.is_corrupt:
                 raise ValueError("damaged")
         except (*FFMPEG_ERRORS, IndexError) as error:
-            kinds = "JPEG, PNG or BMP"
+            kinds = "JPEG, PNG, WebP or BMP"
             raise DecodeError(uri, f"the picture is damaged, or not {kinds}; fetch it again") from error
-        return picture, name
+        return upright(picture, orientation(content)), name
+
+
+def orientation(content: bytes) -> int:
+    """The EXIF orientation of a picture file; 1, upright, where it has none or its EXIF data are damaged."""
+    places = (content.find(mark) for mark in EXIF_MARKS)  # faster than a search for the expression
+    match = next(filter(None, (EXIF.match(content, place) for place in places if place >= 0)), None)
+    if not match:
+        return 1
+    tiff, order = content[match.start(1) :], "<" if match[1].startswith(b"I") else ">"
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(count):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
+            if tag == ORIENTATION:
+                return int(value)
+    except struct.error:  # beyond the end of the file
+        pass
+    return 1
+
+
+def upright(picture: av.VideoFrame, orientation: int) -> av.VideoFrame:
+    """A picture as it is to be seen. FFmpeg tells only turns, and only since version 8."""
+    if orientation not in UPRIGHT:
+        return picture
+    mirrored, turns = UPRIGHT[orientation]
+    rgb = cast(Frames, picture.to_ndarray(format="rgb24"))
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(rgb[::-1] if mirrored else rgb, turns)), "rgb24")
 
 
 def scaled(height: int, width: int, short_side: int | None) -> tuple[int, int]:

@@ -24,6 +24,7 @@ VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogg"),
     *(".ogv", ".ts", ".webm", ".wmv"),
 )
+PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 PATH_AND_NUMBER = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,18})")  # the last blank or comma separates
 NUMBER_AND_NAME = re.compile(r"([0-9]{1,9})\s*[\s,;]\s*(.+)")
@@ -57,6 +58,7 @@ class Listing:
         classes: the name of each label; None: they follow from the rows.
         first_label: the smallest number a label has in this list.
         images: each path is a folder of images.
+        pictures: each path is one image.
         present: the videos are known to exist.
         others: where else a missing video may lie; called with its row.
     """
@@ -67,6 +69,7 @@ class Listing:
     classes: tuple[str, ...] | None = None
     first_label: int = 0
     images: bool = False
+    pictures: bool = False
     present: bool = False
     others: Callable[[Row], list[str]] | None = None
 
@@ -320,27 +323,38 @@ def _check_header(source: Source, line: int, header: tuple[str, ...], needed: tu
 
 
 def _folder(source: Source) -> Listing:
-    """A tree ``class/**/video``; other files and hidden ones are ignored."""
+    """A tree ``class/**/video``; other files and hidden ones are ignored. Of format images, ``class/**/image``."""
     root = source.path
     need(source, root, "folder", "a class-per-folder tree of videos")
     with source.reading(root):
         classes, strays = _remote_tree(root) if storage.is_remote(root) else _local_tree(root)
+    pictures = source.format == "images" or (source.format == "auto" and _holds_images(classes))
+    what, suffixes = ("image", PICTURE_SUFFIXES) if pictures else ("video", VIDEO_SUFFIXES)
     short = root.rstrip("/").rpartition("/")[2]
     for stray in strays:
-        if _is_video(stray):
+        if _is_file(stray, suffixes):
             source.problem(storage.join(root, stray), None, f"lies in no class folder; move it to {short}/<class>/")
     if not classes:
         parquet = any(stray.endswith(".parquet") for stray in strays)
         hint = "; for Parquet files set `format: parquet`" if parquet else ""
-        source.problem(root, None, f"has no class folders; expected {short}/<class>/<video>{hint}")
+        source.problem(root, None, f"has no class folders; expected {short}/<class>/<{what}>{hint}")
     rows = []
     for name in sorted(classes):
-        videos = sorted(path for path in classes[name] if _is_video(path))
-        if not videos:
-            text = f"holds no videos ({' '.join(VIDEO_SUFFIXES)}); add some or remove it"
+        files = sorted(path for path in classes[name] if _is_file(path, suffixes))
+        if not files:
+            other = not pictures and any(_is_file(path, PICTURE_SUFFIXES) for path in classes[name])
+            hint = "; where each picture is a sample, set `format: images`" if other else ""
+            text = f"holds no {what}s ({' '.join(suffixes)}); add some or remove it{hint}"
             source.problem(storage.join(root, name), None, text)
-        rows += [Row(storage.join(root, name), None, path, name) for path in videos]
-    return Listing(rows, root, classes=class_names(source), present=True)
+        rows += [Row(storage.join(root, name), None, path, name) for path in files]
+    return Listing(rows, root, classes=class_names(source), present=True, pictures=pictures)
+
+
+def _holds_images(classes: Mapping[str, list[str]]) -> bool:
+    """Whether a tree is surely one of images: no videos, and no pictures deeper down, which may be a video's frames."""
+    files = [path for paths in classes.values() for path in paths]
+    found = [path for path in files if _is_file(path, PICTURE_SUFFIXES)]
+    return bool(found) and all(path.count("/") == 1 for path in found) and not any(map(_is_video, files))
 
 
 def _local_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
@@ -353,7 +367,8 @@ def _local_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
             files = classes[entry.name] = []
             for parent, folders, names in os.walk(entry.path):
                 folders[:] = [name for name in folders if not name.startswith(".")]
-                files += [os.path.relpath(os.path.join(parent, name), root).replace(os.sep, "/") for name in names]
+                inside = os.path.relpath(parent, root).replace(os.sep, "/")
+                files += [f"{inside}/{name}" for name in names]
     return classes, [entry.name for entry in shown if entry.is_file()]
 
 
@@ -375,9 +390,29 @@ def _remote_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
     return classes, sorted(strays)
 
 
-def _is_video(path: str) -> bool:
+def _is_file(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is of a kind, by its name, and not hidden."""
     name = path.rpartition("/")[2]
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
+
+
+def _is_video(path: str) -> bool:
+    return _is_file(path, VIDEO_SUFFIXES)
+
+
+# images ---------------------------------------------------------------------------------------------------------------
+
+
+def _images(source: Source) -> Listing:
+    """Images in place of videos: a tree ``class/**/image`` (ImageNet), Parquet files, or a CSV file."""
+    if kind(source, source.path) == "folder":
+        inline = any(name.endswith(".parquet") for name in file_names(source, source.path))
+        parser = _parquet if inline else _folder
+    else:
+        parser = _parquet if storage.OPTIONS.split(source.path)[0].endswith(".parquet") else _csv
+    listing = parser(source)
+    listing.pictures = True
+    return listing
 
 
 # parquet --------------------------------------------------------------------------------------------------------------
@@ -765,6 +800,7 @@ def _hmdb51(source: Source) -> Listing:
 PARSERS: dict[str, Callable[[Source], Listing]] = {
     "csv": _csv,
     "folder": _folder,
+    "images": _images,
     "parquet": _parquet,
     "kinetics": _kinetics,
     "ssv1": _ssv1,

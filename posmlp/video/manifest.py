@@ -38,7 +38,8 @@ class Manifest:
     Attributes:
         rows: columns ``sample_id: string`` (unique), ``uri: string`` (absolute path or URI), ``label: int32`` and
             ``frames: int32``. A frame folder's ``uri`` ends in the template of its images' names, as in
-            ``/videos/12345/{:05d}.jpg``; there ``frames`` is their number, counted from 1. It is null for a video file.
+            ``/videos/12345/{:05d}.jpg``; there ``frames`` is their number, counted from 1. An image is such a template
+            without a number (a brace in its name is doubled), and has 1 frame. It is null for a video file.
         classes: the name of each label, over the whole data set and not only over ``rows``.
     """
 
@@ -85,9 +86,10 @@ def read_manifest(
     A **folder** is a tree ``class/**/video``; class names are sorted, the path below the folder is the ``sample_id``.
     Other files and hidden ones are ignored; links to folders inside a class folder are not followed.
 
-    A **parquet** file, or a folder of them, has a row a video: its ``uri``, or its bytes. **kinetics**, **ssv1**,
-    **ssv2**, **ucf101** and **hmdb51** read the lists that these data sets are published with. ``formats.PARSERS``
-    has a function for each, which describes it.
+    A **parquet** file, or a folder of them, has a row a video: its ``uri``, or its bytes. **images** reads the three of
+    images in place of videos; ``auto`` takes a tree ``class/image`` without videos for one too. **kinetics**,
+    **ssv1**, **ssv2**, **ucf101** and **hmdb51** read the lists that these data sets are published with.
+    ``formats.PARSERS`` has a function for each, which describes it.
 
     Args:
         path: the list's file, or the folder.
@@ -166,6 +168,8 @@ def _read(source: Source) -> Manifest:
         uris, frames = _images(source, rows, uris)
     elif not listing.present:
         uris = _existing(source, listing, rows, uris, folder)
+    if listing.pictures:
+        uris, frames = [_escaped(uri) for uri in uris], [1] * len(uris)
     source.stop_if_bad()
     columns = {
         "sample_id": [row.sample_id or row.path for row in rows],
@@ -377,7 +381,8 @@ def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str]
         row = rows[i]
         others = listing.others(row) if listing.others else []
         also = f" (nor {others[0]}{', ...' if len(others) > 1 else ''})" if others else ""
-        source.problem(row.file, row.line, f"no video file {uris[i]}{also}; {base}")
+        what = "image" if listing.pictures else "video"
+        source.problem(row.file, row.line, f"no {what} file {uris[i]}{also}; {base}")
     absent = set(missing)
     _check_parquet_rows(source, rows, ["" if i in absent else uri for i, uri in enumerate(uris)])
     return uris

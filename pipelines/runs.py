@@ -1,0 +1,80 @@
+"""A run's folder, ``train.storage/name`` on any storage, and what is noted in it: ``run.json`` and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from pipelines import checkpoints
+from posmlp import create_model, storage
+from posmlp.config import Config
+from posmlp.errors import UserError
+
+RUN_FILE = "run.json"
+
+
+def run_folder(config: Config) -> str:
+    """An absolute path or a URI."""
+    return storage.join(config.train.storage, config.name)
+
+
+def read_record(run: str) -> dict[str, Any] | None:
+    """What is noted of a run; None if there is no such run.
+
+    Returns:
+        ``config`` (a recipe as plain data), ``mlflow_run_id``, and ``metrics``: those of the last epoch of a finished
+        run, else None.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    uri = storage.join(run, RUN_FILE)
+    try:
+        return dict(json.loads(storage.read_bytes(uri)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{uri} cannot be read: {error}") from error
+
+
+def write_record(run: str, config: Config, mlflow_run_id: str, metrics: dict[str, float] | None) -> None:
+    """Note a run's recipe, its MLflow run and, at the end, its metrics; atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    record = {"config": config.model_dump(mode="json"), "mlflow_run_id": mlflow_run_id, "metrics": metrics}
+    uri = storage.join(run, RUN_FILE)
+    try:
+        storage.write_bytes(uri, json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"{uri} cannot be written, see train.storage: {error}") from error
+
+
+def find_run(text: str) -> str:
+    """The folder of a run that is given by its folder or, below ``runs``, by its name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for run in (storage.join(".", text), storage.join("runs", text)):
+        if storage.are_files([storage.join(run, RUN_FILE)])[0]:
+            return run
+    raise UserError(
+        f"no run {text}: neither {text} nor runs/{text} has a {RUN_FILE}; give the folder train.storage/name"
+    )
+
+
+def trained_model(uri: str) -> tuple[torch.nn.Module, checkpoints.About]:
+    """The model of a checkpoint, or of a run's best one, on the CPU, in eval mode, and what the checkpoint says.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    about, contents = checkpoints.load(checkpoints.choose(uri), [checkpoints.WEIGHTS])
+    section = about.recipe().model
+    model = create_model(section.name, **section.overrides())
+    model.load_state_dict(contents[checkpoints.WEIGHTS])
+    return model.eval(), about

@@ -1,0 +1,457 @@
+"""What runs on each training worker: steps, validation and checkpoints, from where the run's last checkpoint is.
+
+All workers do the same at the same step; what one alone knows (that the user wants to stop, that its disk is full) is
+agreed on before the next step, so that none waits for another that has left. The first worker writes the checkpoints
+and tells the driver of the progress through the mailbox.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.train.torch import get_device
+from safetensors.torch import save as save_safetensors
+
+from pipelines import checkpoints
+from pipelines.ingest import BadVideo, Split, object_store
+from pipelines.progress import Progress, advise, describe_epoch, minutes
+from posmlp import create_model, load_published, storage
+from posmlp.config import Config
+from posmlp.errors import UserError
+from posmlp.learn.evaluation import Tally, video_scores
+from posmlp.learn.learner import Batch, ExplodedError, Learner
+from posmlp.learn.parallel import average, parallelise
+from posmlp.model.cost import cost, count_macs, peak_flops
+
+SPEAK_S = 5.0  # between two lines of progress
+ASK_S = 0.5  # between two questions to the driver whether to stop
+GO_ON, STOP, FAIL = 0, 1, 2  # what the workers agree on before a step
+PROFILED = 3  # steps in a trace, after as many that warm up
+TRACE = "profile/trace.json.gz"
+
+
+class RunError(UserError):
+    """A run that cannot start or go on; the message is for the user."""
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Ray Train's loop. What the user can mend ends the run on all workers, without a new try.
+
+    Args:
+        job: ``config`` (a recipe as plain data), ``run`` (the run's folder), ``weights`` (a file to start from, or
+            None), ``train_rows`` and ``val_rows`` (references), ``classes``, ``mailbox``, ``profile``.
+    """
+    mailbox = job["mailbox"]
+    try:
+        Worker(job).work()
+    except UserError as error:
+        ray.get(mailbox.fail.remote(str(error)))
+        if not agreed(error):
+            raise  # the others do not know: Ray ends them, and the next set of workers finds the run failed
+
+
+class AgreedError(RunError):
+    """An error that all workers raise together."""
+
+
+def agreed(error: UserError) -> bool:
+    """Whether all workers have met the error."""
+    return isinstance(error, AgreedError | ExplodedError) or world_size() == 1
+
+
+def world_size() -> int:
+    return ray.train.get_context().get_world_size()
+
+
+class Worker:
+    """One of a run's training workers."""
+
+    def __init__(self, job: dict[str, Any]):
+        self.job = job
+        self.config = Config.model_validate(job["config"])
+        self.run: str = job["run"]
+        self.mailbox: ActorHandle = job["mailbox"]
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        threads = self.config.scaling.threads_per_worker
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        if self.config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.asked: ray.ObjectRef | None = None
+        self.asked_at = 0.0
+
+    def tell(self, kind: str, **event: Any) -> None:
+        """Pass something on to the driver; the first worker speaks for all."""
+        if self.rank == 0:
+            ray.get(self.mailbox.tell.remote({"kind": kind, **event}))
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self.tell("line", text=text)
+
+    def work(self) -> None:
+        """From the last checkpoint to the end of the run, or until it is asked to stop."""
+        starts, ended = from_first(lambda: ray.get(self.mailbox.begin.remote()))
+        if ended:  # for a reason that another try would meet again
+            return
+        config = self.config
+        self.train_split, self.val_split = (
+            Split(self.job[f"{name}_rows"], config, name == "train", self.rank, self.world) for name in ("train", "val")
+        )
+        self.start(starts)
+        self.saved = self.learner.step
+        done, told = len(self.progress.history), set()
+        batches = self.train_split.batches(done, self.progress.steps, until=config.train.epochs)
+        for epoch in range(done, config.train.epochs):
+            metrics = self.train_epoch(batches, epoch)
+            if metrics is None:
+                return
+            if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
+                metrics |= self.validate()
+            self.collect_bad()
+            bad = [BadVideo(**video) for video in self.progress.bad]
+            metrics |= {"data/bad": float(len(bad)), "epoch": float(epoch + 1)}
+            if bad:
+                self.tell("bad", videos=bad)
+            self.progress = self.progress.next_epoch(metrics)
+            self.save(metrics)
+            self.tell("metrics", history=[metrics])
+            self.say(describe_epoch(metrics, config))
+            for kind, text in advise(metrics, config).items():
+                if kind not in told:  # once is enough
+                    told.add(kind)
+                    self.say(text)
+            check_bad(bad, self.train_split.count, self.val_split.count, config)
+            ray.train.report(metrics)
+
+    # --- start ---------------------------------------------------------------------------------------------------
+
+    def start(self, starts: int) -> None:
+        """The learner and the progress, new or from the run's last whole checkpoint."""
+        config = self.config
+        torch.manual_seed(config.train.seed)
+        model = create_model(config.model.name, **config.model.overrides())
+        self.macs = count_macs(config.model.variant())
+        found = from_first(self.find_checkpoint)
+        notes: list[str] = []
+        if found is None and self.job["weights"]:
+            report = load_published(model, self.job["weights"])
+            notes = [f"start from {self.job['weights']}: {report.loaded} tensors", *report.adapted]
+        learner = Learner(parallelise(model, config, get_device()), config, self.train_split.steps, self.job["classes"])
+        self.learner, self.progress = learner, Progress()
+        if found is not None:
+            uri, notes = found
+            _, contents = checkpoints.load(uri)
+            state = contents[checkpoints.STATE]
+            learner.load_state_dict(contents[checkpoints.WEIGHTS], state["learner"])
+            self.progress = Progress(**state["progress"])
+        if self.rank:
+            return
+        if not learner.step:
+            measured = cost(config.model.name, device=learner.device, **config.model.overrides())
+            self.tell("cost", metrics=measured.metrics())
+        self.tell("metrics", history=self.progress.history)
+        params = sum(p.numel() for p in model.parameters())
+        what = f"{config.model.name}, {params / 1e6:.2f} M parameters, {self.macs / 1e9:.2f} GMACs"
+        self.say(f"{config.name}: {what}; {self.describe_place()}; {self.describe_start(starts)}")
+        for note in notes:
+            self.say(f"  {note}")
+
+    def find_checkpoint(self) -> tuple[str, list[str]] | None:
+        """The newest whole checkpoint and what was wrong with newer ones; the first worker looks for all."""
+        try:
+            newest = checkpoints.newest(self.run)
+        except OSError as error:
+            raise RunError(f"{self.run} cannot be read: {error}") from error
+        if newest is None:
+            return None
+        about, _, problems = newest
+        return checkpoints.place(self.run, about.step), [f"passed over: {problem}" for problem in problems]
+
+    def describe_place(self) -> str:
+        """Where it trains, for the first line."""
+        learner, threads = self.learner, torch.get_num_threads()
+        device = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else "CPU"
+        text = f"{self.world} worker{'s' * (self.world > 1)} on {device}, {threads} thread{'s' * (threads > 1)} each"
+        local = self.config.train.global_batch // self.world
+        if (limit := self.config.scaling.device_batch) and limit < local:
+            text += f", {local} clips in {math.ceil(local / limit)} parts"
+        return text
+
+    def describe_start(self, starts: int) -> str:
+        """Where it starts, for the first line."""
+        text = "starting"
+        if self.learner.step:
+            epoch, step = len(self.progress.history), self.progress.steps
+            text = f"going on after epoch {epoch}" + (f", step {step}" if step else "")
+        if starts:
+            text = f"workers were lost ({starts} of {self.config.scaling.max_failures} times); {text}"
+        return text
+
+    # --- an epoch ------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
+        """What is left of an epoch; returns its metrics, or None if the run shall stop and its state is saved."""
+        config, learner, progress, split = self.config, self.learner, self.progress, self.train_split
+        steps, every = split.steps, config.train.checkpoint_every_steps
+        waited, first, began = 0.0, 0.0, progress.steps
+        start = spoken = time.perf_counter()
+        watch = object_store if self.rank == 0 else lambda: (math.nan, math.nan)
+        store, spilled_before = watch()
+        profiler = self.profiler() if self.job["profile"] and self.rank == 0 and not epoch else None
+        while progress.steps < steps:
+            before = time.perf_counter()
+            batch = self.next_batch(batches)
+            waited += time.perf_counter() - before
+            first = first or waited
+            if batch is None:
+                self.stop()
+                return None
+            try:
+                step = learner.train_step(batch.to(learner.device))
+            except ExplodedError as error:
+                raise self.saved_explosion(batch, error) from error
+            progress.steps += 1
+            progress.loss += step.loss
+            progress.grad_norm += step.grad_norm
+            if profiler:
+                profiler.step()
+            if every and learner.step % every == 0 and progress.steps < steps:
+                self.save()
+            now = time.perf_counter()
+            if now - spoken > SPEAK_S:
+                spoken = now
+                store = max(store, watch()[0])
+                rate = (progress.steps - began) / (now - start)
+                left = (steps * (config.train.epochs - epoch) - progress.steps) / rate
+                text = f"epoch {epoch + 1}/{config.train.epochs}  step {progress.steps}/{steps}  "
+                text += f"loss {progress.loss / progress.steps:.3f}  {rate * config.train.global_batch:.1f} clips/s  "
+                self.say(f"{text}data wait {waited / (now - start):.0%}  left {minutes(left)}")
+        if profiler:
+            profiler.stop()
+        seconds = time.perf_counter() - start
+        used, spilled = watch()
+        (waited_share,) = average([waited / seconds])
+        rate = (steps - began) / seconds
+        metrics = {
+            "train/loss": progress.loss / steps,
+            "train/grad_norm": progress.grad_norm / steps,
+            "train/lr": learner.optimizer.param_groups[0]["lr"],
+            "perf/data_wait_frac": waited_share,
+            "perf/first_batch_s": first,
+            "perf/epoch_s": seconds,
+            "data/object_store_mb": max(store, used),
+            "data/spilled_mb": spilled - spilled_before,
+        }
+        return metrics | self.speed(rate)
+
+    def speed(self, steps_per_s: float) -> dict[str, float]:
+        """Rates over all workers, the share of the devices' peak where it is known, and the memory of one worker.
+
+        A training step takes three times the multiply-accumulates of a forward pass, and two operations each.
+        """
+        clips = steps_per_s * self.config.train.global_batch
+        flops = clips * 6 * self.macs
+        metrics = {
+            "perf/steps_per_s": steps_per_s,
+            "perf/clips_per_s": clips,
+            "perf/tflops": flops / 1e12,
+            "perf/memory_mb": memory_mb(self.learner.device),
+        }
+        if peak := peak_flops(self.learner.device, self.config.train.precision):
+            metrics["perf/mfu"] = flops / self.world / peak
+        return metrics
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch; None, for all workers at the same step, if the run shall stop.
+
+        Raises:
+            AgreedError: a worker cannot go on; on all workers.
+        """
+        batch, error, wish = None, None, GO_ON
+        if self.rank == 0 and self.wants_stop():
+            wish = STOP
+        else:
+            try:
+                batch = next(batches)
+            except UserError as problem:
+                error, wish = problem, FAIL
+        self.agree(wish, error)
+        return batch if self.decision == GO_ON else None
+
+    def agree(self, wish: int, error: UserError | None = None) -> None:
+        """All workers do what the worst off needs; see ``decision``.
+
+        Raises:
+            AgreedError: a worker has failed.
+        """
+        if error:
+            ray.get(self.mailbox.fail.remote(str(error)))  # first: the others only know that one has failed
+        self.decision = wish
+        if self.world > 1:
+            worst = torch.tensor(wish)
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            self.decision = int(worst)
+        if self.decision == FAIL:
+            raise AgreedError(str(error) if error else "another worker failed") from error
+
+    def wants_stop(self) -> bool:
+        """Whether the driver has asked to stop; costs no wait."""
+        if self.asked is None and time.perf_counter() - self.asked_at > ASK_S:
+            self.asked, self.asked_at = self.mailbox.shall_stop.remote(), time.perf_counter()
+        if self.asked is None or not ray.wait([self.asked], timeout=0)[0]:
+            return False
+        answer, self.asked = ray.get(self.asked), None
+        return answer
+
+    def stop(self) -> None:
+        """Save what has been learned since the last checkpoint."""
+        if self.learner.step > self.saved:
+            self.save()
+        epoch, step = len(self.progress.history), self.progress.steps
+        self.say(f"stopped after epoch {epoch}" + (f", step {step}" if step else ""))
+
+    def validate(self) -> dict[str, float]:
+        """Metrics over the whole split, every good video once."""
+        learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
+        tally = Tally.empty(learner.classes)
+        with learner.averaged():
+            for batch in self.val_split.batches(0):
+                scores = video_scores(learner.score(batch.to(learner.device)))
+                tally.add(scores, batch.labels[::views], batch.weights[::views])
+        tally = tally.over_workers()
+        if not tally.videos:
+            raise AgreedError("no validation video could be decoded")
+        self.tell("confusion", counts=tally.confusion.numpy())
+        metrics = tally.metrics()
+        if self.config.data.decoder == "decord":
+            (taken_over,) = average([self.train_split.taken_over + self.val_split.taken_over])
+            metrics["data/decoded_by_pyav"] = taken_over * self.world
+        return metrics
+
+    def collect_bad(self) -> None:
+        """Add what any worker found bad since the last call."""
+        bad = [asdict(video) for video in self.train_split.take_bad() + self.val_split.take_bad()]
+        if self.world > 1:
+            parts: list[list[dict[str, str]]] = [[] for _ in range(self.world)]
+            dist.all_gather_object(parts, bad)
+            bad = [video for part in parts for video in part]
+        self.progress.bad += bad
+
+    # --- what it writes ------------------------------------------------------------------------------------------
+
+    def save(self, metrics: dict[str, float] | None = None) -> None:
+        """A checkpoint of this step; those that nobody needs any more go.
+
+        Raises:
+            AgreedError: it cannot be written; on all workers.
+        """
+        if metrics is None:
+            self.collect_bad()
+        weights, state = self.learner.weights(), self.learner.state_dict()
+        error: UserError | None = None
+        if self.rank == 0:
+            state = {"learner": state, "progress": asdict(self.progress)}
+            try:
+                checkpoints.save(self.run, self.about(metrics or {}), weights, state)
+                checkpoints.prune(self.run, self.config.train.keep_last, self.config.train.keep_best)
+            except checkpoints.UnwritableError as problem:
+                error = RunError(f"{problem}. Checkpoints before it are intact: make room, and start the run again")
+            except OSError as problem:
+                self.say(f"an old checkpoint cannot be removed: {problem}")
+        self.agree(FAIL if error else GO_ON, error)
+        self.saved = self.learner.step
+
+    def about(self, metrics: dict[str, float]) -> checkpoints.About:
+        """What a checkpoint of this moment says of itself."""
+        epoch = len(self.progress.history)
+        config = self.config.model_dump(mode="json")
+        return checkpoints.About(self.learner.step, epoch, metrics, list(self.job["classes"]), config)
+
+    def saved_explosion(self, batch: Batch, error: ExplodedError) -> ExplodedError:
+        """The error with what to do; the weights before the step, and its batch, are kept for a closer look."""
+        folder = storage.join(self.run, "exploded")
+        weights, state = self.learner.weights(), self.learner.state_dict()
+        try:
+            step = storage.join(folder, f"checkpoints/step-{self.learner.step:010d}")
+            if self.rank == 0:
+                progress = {"learner": state, "progress": asdict(self.progress)}
+                step = checkpoints.save(folder, self.about({}), weights, progress)
+            content = save_safetensors({key: getattr(batch, key).contiguous() for key in Batch.__annotations__})
+            storage.write_bytes(storage.join(step, f"batch-{self.rank}.safetensors"), content)
+            where = f"the weights before it, and its batch, are in {step}"
+        except (checkpoints.UnwritableError, OSError) as problem:
+            where = f"they could not be kept ({problem})"
+        advice = "Lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_grad, and go on with --allow-changes"
+        return ExplodedError(f"{error}; {where}. {advice}")
+
+    def profiler(self) -> torch.profiler.profile:
+        """Traces some of the first steps, and hands the trace to the driver."""
+
+        def keep(profile: torch.profiler.profile) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "trace.json")
+                profile.export_chrome_trace(str(path))
+                content = gzip.compress(path.read_bytes())
+            self.tell("file", path=TRACE, content=content)
+            self.say(f"a trace of {PROFILED} steps is in {TRACE}; open it in https://ui.perfetto.dev")
+
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.learner.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        schedule = torch.profiler.schedule(wait=0, warmup=PROFILED, active=PROFILED, repeat=1)
+        profiler = torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=keep)
+        profiler.start()
+        return profiler
+
+
+def from_first(function: Any) -> Any:
+    """What a function returns on the first worker, on all.
+
+    Raises:
+        AgreedError: it raised a ``UserError``; on all workers.
+    """
+    result: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result[0] = function()
+        except UserError as error:
+            result[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if result[1]:
+        raise AgreedError(result[1])
+    return result[0]
+
+
+def check_bad(bad: list[BadVideo], train_rows: int, val_rows: int, config: Config) -> None:
+    """End the run when too many of an epoch's videos are bad."""
+    fraction, limit = len(bad) / (train_rows + val_rows), config.data.max_bad_fraction
+    if fraction > limit:
+        examples = "".join(f"\n  {v.uri}: {v.reason}" for v in bad[:5])
+        raise AgreedError(
+            f"{len(bad)} of {train_rows + val_rows} videos ({fraction:.1%}) could not be decoded, more than "
+            f"data.max_bad_fraction {limit:.1%} allows. Mend them, or raise the limit and go on. The first ones:"
+            f"{examples}"
+        )
+
+
+def memory_mb(device: torch.device) -> float:
+    """The most memory that training has taken, MB (1e6 bytes): of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

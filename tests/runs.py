@@ -1,0 +1,61 @@
+"""Small runs on the motion set, for the tests that need one."""
+
+import os
+import subprocess
+import sys
+import time
+
+import ray
+from mlflow import MlflowClient
+
+from pipelines import checkpoints
+from pipelines.tracking import tracking_uri
+from posmlp.config import load_recipe
+
+
+def recipe_for(folder, motion_set, *overrides):
+    base = [
+        "name=small",
+        "model.frames=4",
+        "model.image_size=32",
+        f"data.train.path={motion_set}/train.csv",
+        f"data.val.path={motion_set}/val.csv",
+        "train.epochs=2",
+        "train.global_batch=8",
+        "optim.warmup_epochs=1",
+        f"train.storage={folder}",
+        "tracking.log_model=false",
+    ]
+    return load_recipe("demo", [*base, *overrides])
+
+
+def run_of(config):
+    """The one MLflow run of a recipe, and its client."""
+    client = MlflowClient(tracking_uri(config))
+    (run,) = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
+    return client, run
+
+
+def start_cli(folder, motion_set, *overrides, options=()):
+    """``posmlp train`` in a process of its own, on the tests' Ray; returns its recipe and the process."""
+    config = recipe_for(folder, motion_set, *overrides)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(config.to_yaml())
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe), *options]
+    with open(folder / "log.txt", "a") as log:
+        return config, subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True)
+
+
+def log_of(folder):
+    """What the processes of ``start_cli`` printed."""
+    return (folder / "log.txt").read_text()
+
+
+def wait_for_step(folder, process, step=1, seconds=120):
+    """Until a whole checkpoint of at least that step is there."""
+    deadline = time.monotonic() + seconds
+    while not any(f.about and f.about.step >= step for f in checkpoints.find(str(folder / "small"))):
+        assert process.poll() is None, log_of(folder)
+        assert time.monotonic() < deadline, log_of(folder)
+        time.sleep(0.05)

@@ -1,0 +1,184 @@
+"""Several workers train as one does: the same losses and weights at the same global batch (gloo, two processes)."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from posmlp import create_model
+from posmlp.config import load_recipe
+from posmlp.learn.learner import Batch, Learner
+from posmlp.learn.parallel import SyncBatchNorm, parallelise
+
+SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
+STEPS = 4
+
+
+def global_batch(seed):
+    g = torch.Generator().manual_seed(seed)
+    return Batch(
+        clips=torch.randint(0, 256, (8, 4, 32, 32, 3), dtype=torch.uint8, generator=g),
+        labels=torch.arange(8),
+        weights=torch.ones(8),
+        seeds=torch.randint(0, 2**63 - 1, (8,), generator=g),
+    )
+
+
+def train(rank, world, overrides, state=None):
+    """Some steps on a worker's share, from the start or from a state; returns losses, weights and state."""
+    config = load_recipe("demo", [*SMALL, f"scaling.workers={world}", *overrides])
+    torch.manual_seed(0)
+    model = create_model(config.model.name, **config.model.overrides())
+    learner = Learner(parallelise(model, config, torch.device("cpu")), config, STEPS)
+    if state:
+        learner.load_state_dict(*state)
+    size, losses = 8 // world, []
+    for step in range(learner.step, learner.step + STEPS):
+        losses.append(learner.train_step(list(global_batch(step).parts(size))[rank]).loss)
+    return losses, learner.weights(), learner.state_dict()
+
+
+def worker(rank, world, folder, overrides, state):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    result = train(rank, world, overrides, state)
+    if rank == 0:
+        torch.save(result, f"{folder}/result.pt")
+    dist.destroy_process_group()
+
+
+def on_two(folder, *overrides, state=None):
+    """``train`` on two workers; the first one's result."""
+    folder.mkdir()
+    mp.spawn(worker, (2, str(folder), overrides, state), nprocs=2)
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def distance(one, other):
+    """How far two sets of weights are apart, as a share of how far training has moved them."""
+    assert one.keys() == other.keys()
+    start = create_weights()
+    return norm_of(one, other) / norm_of(one, start)
+
+
+def norm_of(one, other):
+    return math.sqrt(sum(float((one[k].double() - other[k].double()).square().sum()) for k in one))
+
+
+def create_weights():
+    config = load_recipe("demo", SMALL)
+    torch.manual_seed(0)
+    return create_model(config.model.name, **config.model.overrides()).state_dict()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("scaling.parallel=fsdp", "optim.ema=0.9"),
+        ("optim.ema=0.9", "augment.mixup=0.8", "augment.cutmix=1", "optim.clip_grad=0.1", "train.recompute=true"),
+    ],
+    ids=["ddp", "fsdp", "everything"],
+)
+def test_two_workers_train_as_one(tmp_path, overrides):
+    one = train(0, 1, overrides)
+    two = on_two(tmp_path / "two", *overrides)
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    # where a gradient is close to 0, rounding alone decides on AdamW's first steps
+    assert distance(two[1], one[1]) < 1e-3
+    # each goes on from the other's state; from then on rounding grows with every step
+    ahead = on_two(tmp_path / "more", *overrides, state=one[1:])[0], train(0, 1, overrides, state=two[1:])[0]
+    assert ahead[0][0] == pytest.approx(ahead[1][0], rel=1e-4)
+    assert ahead[0] == pytest.approx(ahead[1], rel=1e-2)
+
+
+def test_without_synchronised_statistics_they_do_not(tmp_path):
+    """The test above can fail."""
+    losses = on_two(tmp_path / "two", "train.sync_batch_norm=false")[0]
+    assert losses != pytest.approx(train(0, 1, ())[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("device_batch", [2, 3, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(device_batch):
+    """In eval mode of the batch norms, which see only a part at a time."""
+    gradients = []
+    for size in (None, device_batch):
+        config = load_recipe("demo", [*SMALL, f"scaling.device_batch={size or 'null'}"])
+        torch.manual_seed(0)
+        model = create_model(config.model.name, **config.model.overrides())
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.train = lambda mode=True, module=module: module
+                module.training = False
+        learner = Learner(model, config, STEPS)
+        loss, norm = learner.backward(global_batch(0))
+        gradients.append((loss, norm, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def norm_worker(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    layer, x = norm_case(SyncBatchNorm)
+    mine = x.chunk(2)[rank].clone().requires_grad_()
+    out = layer(mine)
+    (out * torch.arange(out.numel()).view_as(out).sin()).sum().backward()
+    torch.save((out.detach(), mine.grad, layer.running_mean, layer.running_var), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def norm_case(kind):
+    torch.manual_seed(0)
+    layer = kind(3).train()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer, torch.randn(4, 3, 2, 5, 5) * 3 + 100
+
+
+def test_synchronised_batch_norm_is_batch_norm_of_all_clips(tmp_path):
+    """Output, gradient and running statistics against ``nn.BatchNorm3d`` on the whole batch."""
+    mp.spawn(norm_worker, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    layer, x = norm_case(nn.BatchNorm3d)
+    x.requires_grad_()
+    out = layer(x)
+    weights = torch.arange(out.numel() // 2).view_as(out[:2]).sin()
+    (out * torch.cat([weights, weights])).sum().backward()
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), x.grad, rtol=1e-3, atol=1e-4)
+    for part in parts:
+        torch.testing.assert_close(part[2], layer.running_mean)
+        torch.testing.assert_close(part[3], layer.running_var)
+
+
+def test_recomputation_changes_nothing():
+    results = [train(0, 1, ("model.drop_path=0.5", f"train.recompute={on}")) for on in ("false", "true")]
+    assert results[0][0] == results[1][0]
+    assert distance(results[0][1], results[1][1]) == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_to_the_same_loss(precision):
+    losses = []
+    for kind in ("fp32", precision):
+        config = load_recipe("demo", [*SMALL, f"train.precision={kind}", "optim.warmup_epochs=0"])
+        torch.manual_seed(0)
+        learner = Learner(create_model(config.model.name, **config.model.overrides()), config, 5)
+        for _ in range(20):
+            step = learner.train_step(global_batch(0))
+        losses.append(step.loss)
+        assert math.isfinite(step.grad_norm)
+        assert all(p.dtype == torch.float32 for p in learner.raw.parameters())
+    assert losses[0] < 1.5
+    assert losses[1] == pytest.approx(losses[0], abs=0.3)
+
+
+def test_compiled_training_is_eager_training():
+    small = "model.depths=[1, 1, 1, 1]"  # compiling takes its time
+    eager, compiled = (train(0, 1, (small, f"train.compile={on}")) for on in ("false", "true"))
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-4)
+    assert eager[1].keys() == compiled[1].keys()

@@ -9,26 +9,24 @@ chooses the right one of the two: 50 % is chance.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 
-from pipelines.train import RUN_FILE, trained_model
-from posmlp.config import Config
+from pipelines.runs import trained_model
 from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_split
 
 
-def validation_logits(run: Path, frame_order: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+def validation_logits(run: str, frame_order: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
     """Logits ``[N, classes]`` of a run's validation videos in a plain loop, their labels ``[N]``, and the class names.
 
     Args:
         run: the run's folder.
         frame_order: ``ordered`` or ``shuffled``.
     """
-    model, config = trained_model(run), Config.model_validate(json.loads((run / RUN_FILE).read_text())["config"])
+    model, about = trained_model(run)
+    config = about.recipe()
     config = config.model_copy(update={"data": config.data.model_copy(update={"frame_order": frame_order})})
     manifest = read_split(config.data, "val")
     logits = []
@@ -41,7 +39,7 @@ def validation_logits(run: Path, frame_order: str) -> tuple[torch.Tensor, torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run on the embedded data set, such as runs/demo")
+    parser.add_argument("run", help="folder of a run on the embedded data set, such as runs/demo")
     args = parser.parse_args()
     results = [validation_logits(args.run, order) for order in ("ordered", "shuffled")]
     print(f"{'':<30}{'ordered':>9}{'shuffled':>10}")

@@ -2,7 +2,6 @@
 
     python benchmarks/tables.py runs/demo --out docs/tables.png
 
-Needs matplotlib (``pip install -e .[figures]``).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import SubFigure
 
-from pipelines.train import trained_model
+from pipelines.runs import trained_model
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.video.motion import CLASSES, render
 
@@ -76,7 +75,7 @@ def main() -> None:
     figure = plt.figure(figsize=(11, 7))
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.9])
     draw_motions(top)
-    draw_tables(bottom, trained_model(args.run))
+    draw_tables(bottom, trained_model(str(args.run))[0])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     print(args.out)

@@ -207,7 +207,7 @@ def run_sync(args: argparse.Namespace) -> int:
 
     left = 0
     for run in map(find_run, args.run_folders):
-        left += sync(journal_path(run), echo=lambda line: print(line, flush=True))
+        left += sync(journal_path(run).parent, echo=lambda line: print(line, flush=True))
     return int(left > 0)
 
 

@@ -167,7 +167,8 @@ class Tracker:
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
-        self.journal.append({"op": "tags", "tags": {k: shorten(v, MAX_TAG_LENGTH) for k, v in tags.items()}})
+        values = {k: shorten(scrub(str(v), self.uri), MAX_TAG_LENGTH) for k, v in tags.items()}
+        self.journal.append({"op": "tags", "tags": values})
 
     def log_file(self, path: str, content: bytes) -> None:
         """Store an artifact. The same path again replaces it; of several that wait only the latest is delivered."""

@@ -32,7 +32,7 @@ from pipelines import checkpoints, figures
 from pipelines.ingest import BadVideo
 from pipelines.mailbox import open_mailbox
 from pipelines.runs import read_record, run_folder, trained_model, write_record
-from pipelines.tracking import Tracker, source_tags
+from pipelines.tracking import Tracker, source_tags, without_secrets
 from pipelines.worker import RunError, train_worker
 from posmlp import storage
 from posmlp.config import Config, flatten
@@ -117,6 +117,7 @@ def train(
     try:
         if changes:
             tracker.log_tags({f"changed.{key}": change for key, change in changes.items()})
+        config = without_password(config)  # from here on it is written down
         write_record(run, config, tracker.run_id, None)
         job = {"config": config.model_dump(), "run": run, "weights": weights, "classes": train_set.classes}
         fit(job | {"profile": profile}, train_set, val_set, config, report)
@@ -177,6 +178,12 @@ def find_weights(config: Config) -> str | None:
             f"model.weights is neither a file of weights nor a run: {error}. Train that run first, or start from "
             "random weights with model.weights=null"
         ) from error
+
+
+def without_password(config: Config) -> Config:
+    """The recipe as it may be stored: a password in ``tracking.uri`` is left out."""
+    uri = config.tracking.uri and without_secrets(config.tracking.uri)
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
 
 
 def journal_path(run: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a run survives, with real processes, signals and file systems; docs/faults.md has the table."""
+"""What a run survives, with real processes, signals and file systems; docs/training.md has the table."""
 
 import math
 import os

@@ -261,6 +261,7 @@ def test_a_password_in_the_uri_stays_in_memory(server, tmp_path, lines, monkeypa
     tracker = start(tmp_path, lines, f"tracking.uri={uri}")
     server.kill()
     tracker.log({"train/loss": 1.0}, step=1)
+    tracker.log_tags({"changed": f"now {uri}"})
     until(lambda: lines)
     assert tracker.close("FINISHED") > 0
     with pytest.raises(UserError) as error:

@@ -5,8 +5,10 @@ import json
 import math
 
 import mlflow
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import recipe_for, run_of
 
 from pipelines import checkpoints
@@ -195,6 +197,31 @@ def test_views_repeats_and_augmentation_train(local_ray, motion_set, tmp_path):
     assert result.metrics["val/clips"] == 16
     assert result.metrics["data/decoded_by_pyav"] == 0
     assert 1 < result.metrics["train/loss"] < 4
+
+
+def test_a_model_of_images_starts_a_run_on_videos(local_ray, motion_set, tmp_path):
+    """With one key: ``model.weights`` is the image run's folder."""
+    numbers = np.random.default_rng(0)
+    for i in range(24):
+        folder = tmp_path / ("val" if i % 3 == 0 else "train") / ("dark" if i % 2 else "light")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = numbers.integers(0, 128, (40, 32, 3)) + (0 if i % 2 else 128)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+    images = ["name=images", "data.format=images", "data.modality=rgb", "model.frames=1", "model.blocks=spatial"]
+    images += [f"data.{split}.path={tmp_path}/{split}" for split in ("train", "val")]
+    pretrained = train(recipe_for(tmp_path, motion_set, *images))
+    assert pretrained.metrics["val/clips"] == 8
+    lines = []
+    train(recipe_for(tmp_path, motion_set, f"model.weights={pretrained.path}"), lines.append)
+    text = "\n".join(lines)
+    assert f"start from {pretrained.path}/checkpoints/step-" in text
+    assert "temporal" in text
+    assert "head: fresh, as the checkpoint has 2 classes and the model 8" in text
+
+
+def test_weights_that_are_not_there_are_refused(local_ray, motion_set, tmp_path):
+    with pytest.raises(UserError, match=r"model\.weights is neither .*runs/in1k_s holds no .*model\.weights=null"):
+        train(recipe_for(tmp_path, motion_set, "model.weights=runs/in1k_s"))
 
 
 def metrics_of(epoch=2.0, wait=0.0, first=0.0, spilled=0.0):

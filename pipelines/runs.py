@@ -53,6 +53,20 @@ def write_record(run: str, config: Config, mlflow_run_id: str, metrics: dict[str
         raise UserError(f"{uri} cannot be written, see train.storage: {error}") from error
 
 
+def check_writable(run: str) -> None:
+    """Try to write into a run's folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    probe = storage.join(run, ".probe")
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except OSError as error:
+        raise UserError(f"{run} cannot be written, see train.storage: {error}") from error
+
+
 def find_run(text: str) -> str:
     """The folder of a run that is given by its folder or, below ``runs``, by its name.
 

@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines import checkpoints, figures
 from pipelines.ingest import BadVideo
 from pipelines.mailbox import open_mailbox
-from pipelines.runs import read_record, run_folder, trained_model, write_record
+from pipelines.runs import check_writable, read_record, run_folder, trained_model, write_record
 from pipelines.tracking import Tracker, source_tags, without_secrets
 from pipelines.worker import RunError, train_worker
 from posmlp import storage
@@ -110,6 +110,7 @@ def train(
     weights = None if checkpoints.find(run) else find_weights(config)
     start_ray()
     check_cpus(config)
+    check_writable(run)
     run_id = record["mlflow_run_id"] if record else None
     tracker = Tracker.open(config, source_tags() | {"run": run}, run_id, journal=journal_path(run), echo=echo)
     status = "FAILED"
@@ -281,14 +282,18 @@ def fit(job: dict[str, Any], train_set: Manifest, val_set: Manifest, config: Con
     failures: list[Exception] = []
     # In a thread: Ray Train would make Ctrl-C its own, and end without a checkpoint.
     fitting = threading.Thread(target=run_trainer, args=(trainer, failures), daemon=True)
-    with stop_on_signal(mailbox, report.echo) as caught:
-        fitting.start()
-        while fitting.is_alive():
-            fitting.join(POLL_S)
-            report.take(mailbox)
-    reason = ray.get(mailbox.reason.remote())
-    ray.kill(mailbox)
-    shutil.rmtree(own, ignore_errors=True)
+    try:
+        with stop_on_signal(mailbox, report.echo) as caught:
+            fitting.start()
+            while fitting.is_alive():
+                fitting.join(POLL_S)
+                report.take(mailbox)
+        reason = ray.get(mailbox.reason.remote())
+        ray.kill(mailbox)
+    except ray.exceptions.RayError as error:
+        raise RunError(f"the Ray cluster does not answer any more: {error}; the same call goes on") from error
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
     if reason:
         raise RunError(reason)
     if failures:

@@ -44,10 +44,6 @@ PROFILED = 3  # steps in a trace, after as many that warm up
 TRACE = "profile/trace.json.gz"
 
 
-class RunError(UserError):
-    """A run that cannot start or go on; the message is for the user."""
-
-
 def train_worker(job: dict[str, Any]) -> None:
     """Ray Train's loop. What the user can mend ends the run on all workers, without a new try.
 
@@ -55,26 +51,20 @@ def train_worker(job: dict[str, Any]) -> None:
         job: ``config`` (a recipe as plain data), ``run`` (the run's folder), ``weights`` (a file to start from, or
             None), ``train_rows`` and ``val_rows`` (references), ``classes``, ``mailbox``, ``profile``.
     """
-    mailbox = job["mailbox"]
     try:
         Worker(job).work()
     except UserError as error:
-        ray.get(mailbox.fail.remote(str(error)))
-        if not agreed(error):
-            raise  # the others do not know: Ray ends them, and the next set of workers finds the run failed
+        ray.get(job["mailbox"].fail.remote(str(error)))
+        if not isinstance(error, AgreedError) and ray.train.get_context().get_world_size() > 1:
+            raise  # the others do not know: Ray ends them, and the next set of workers finds that the run has failed
+
+
+class RunError(UserError):
+    """A run that cannot start or go on; the message is for the user."""
 
 
 class AgreedError(RunError):
-    """An error that all workers raise together."""
-
-
-def agreed(error: UserError) -> bool:
-    """Whether all workers have met the error."""
-    return isinstance(error, AgreedError | ExplodedError) or world_size() == 1
-
-
-def world_size() -> int:
-    return ray.train.get_context().get_world_size()
+    """An error that all workers raise together, so that none waits for another."""
 
 
 class Worker:
@@ -382,7 +372,7 @@ class Worker:
         config = self.config.model_dump(mode="json")
         return checkpoints.About(self.learner.step, epoch, metrics, list(self.job["classes"]), config)
 
-    def saved_explosion(self, batch: Batch, error: ExplodedError) -> ExplodedError:
+    def saved_explosion(self, batch: Batch, error: ExplodedError) -> AgreedError:
         """The error with what to do; the weights before the step, and its batch, are kept for a closer look."""
         folder = storage.join(self.run, "exploded")
         weights, state = self.learner.weights(), self.learner.state_dict()
@@ -397,7 +387,7 @@ class Worker:
         except (checkpoints.UnwritableError, OSError) as problem:
             where = f"they could not be kept ({problem})"
         advice = "Lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_grad, and go on with --allow-changes"
-        return ExplodedError(f"{error}; {where}. {advice}")
+        return AgreedError(f"{error}; {where}. {advice}")
 
     def profiler(self) -> torch.profiler.profile:
         """Traces some of the first steps, and hands the trace to the driver."""

@@ -52,10 +52,10 @@ def log_of(folder):
     return (folder / "log.txt").read_text()
 
 
-def wait_for_step(folder, process, step=1, seconds=120):
-    """Until a whole checkpoint of at least that step is there."""
+def wait_for_step(folder, process, step=1, seconds=120, storage=None):
+    """Until a whole checkpoint of at least that step is there; ``storage`` is where the run is, if not in ``folder``."""
     deadline = time.monotonic() + seconds
-    while not any(f.about and f.about.step >= step for f in checkpoints.find(str(folder / "small"))):
+    while not any(f.about and f.about.step >= step for f in checkpoints.find(str((storage or folder) / "small"))):
         assert process.poll() is None, log_of(folder)
         assert time.monotonic() < deadline, log_of(folder)
         time.sleep(0.05)

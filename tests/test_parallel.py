@@ -121,6 +121,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(device_batch):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
+def test_both_ways_of_two_workers_accumulate_alike(tmp_path):
+    """Gradients are exchanged once a step, after the last part."""
+    ddp, fsdp = (
+        on_two(tmp_path / kind, "scaling.device_batch=2", f"scaling.parallel={kind}") for kind in ("ddp", "fsdp")
+    )
+    assert ddp[0] == pytest.approx(fsdp[0], rel=1e-5)
+    assert distance(ddp[1], fsdp[1]) < 1e-3
+    whole = on_two(tmp_path / "whole")
+    assert whole[0] != pytest.approx(ddp[0], rel=1e-5)  # batch norm sees other parts
+    assert whole[0] == pytest.approx(ddp[0], rel=0.1)
+
+
 def norm_worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     layer, x = norm_case(SyncBatchNorm)

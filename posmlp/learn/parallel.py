@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from posmlp.config import Config
@@ -67,8 +66,7 @@ def parallelise(model: PosMLPVideo, config: Config, device: torch.device) -> nn.
             fully_shard(stage, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-    # Synchronised statistics are equal everywhere, and those that are not stay each worker's own until they are saved.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def gradients_summed(model: nn.Module, now: bool) -> AbstractContextManager[None]:
@@ -80,6 +78,22 @@ def gradients_summed(model: nn.Module, now: bool) -> AbstractContextManager[None
     return nullcontext()
 
 
+class SumOverWorkers(torch.autograd.Function):
+    """The sum of all workers' tensors; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class SyncBatchNorm(nn.BatchNorm3d):
     """Batch norm over the clips of all workers, for devices that ``nn.SyncBatchNorm`` does not know (CPU)."""
 
@@ -88,10 +102,10 @@ class SyncBatchNorm(nn.BatchNorm3d):
         if not self.training or workers() == 1:
             return super().forward(x)
         values = x.float()
-        axes, count = (0, 2, 3, 4), all_reduce(torch.tensor(float(x.numel() // x.shape[1])))
-        mean = all_reduce(values.sum(axes)) / count
+        axes, count = (0, 2, 3, 4), SumOverWorkers.apply(torch.tensor(float(x.numel() // x.shape[1])))
+        mean = SumOverWorkers.apply(values.sum(axes)) / count
         centred = values - mean.view(-1, 1, 1, 1)
-        variance = all_reduce(centred.square().sum(axes)) / count  # of the centred values: no cancellation
+        variance = SumOverWorkers.apply(centred.square().sum(axes)) / count  # of the centred values: no cancellation
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1

@@ -55,6 +55,21 @@ def parser() -> argparse.ArgumentParser:
     add_train_options(train)
     train.set_defaults(run=run_train, again=AGAIN)
 
+    evaluate = verbs.add_parser("evaluate", help="test a trained model on a split, with many views a video")
+    add_trained(evaluate)
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.val.path=test.csv")
+    evaluate.add_argument("--split", choices=("val", "train"), default="val", help="which list (%(default)s)")
+    evaluate.add_argument("--workers", type=positive, help="that score; the recipe's scaling.workers if not given")
+    evaluate.add_argument("--out", help="folder for the results, a path or a URI; RUN/evaluations/NAME if not given")
+    evaluate.set_defaults(run=run_evaluate)
+
+    predict = verbs.add_parser("predict", help="the classes that a trained model sees in videos")
+    add_trained(predict)
+    predict.add_argument("files", nargs="+", metavar="FILE", help="a video, an image or a folder of frames; or a URI")
+    predict.add_argument("--top", type=positive, default=5, help="classes of each file (%(default)s)")
+    predict.add_argument("--json", action="store_true", help="print a line of JSON for each file")
+    predict.set_defaults(run=run_predict)
+
     listing = verbs.add_parser("checkpoints", help="list a run's checkpoints, each read through")
     listing.add_argument("run_folder", metavar="RUN", help="a run's folder, or its name below runs/")
     listing.set_defaults(run=run_checkpoints)
@@ -112,6 +127,12 @@ def add_train_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--allow-changes", action="store_true", help="go on with another recipe than the run was started with"
     )
+
+
+def add_trained(verb: argparse.ArgumentParser) -> None:
+    """The arguments that name a trained model and how it looks at a video."""
+    verb.add_argument("subject", metavar="RUN|CHECKPOINT", help="a run's name or folder (its best), or a checkpoint's")
+    verb.add_argument("--views", help="CLIPSxCROPS, as in 4x3; the recipe's eval.clips x eval.crops if not given")
 
 
 def add_manifest(verb: argparse.ArgumentParser) -> None:
@@ -175,6 +196,32 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     report(load_recipe(args.recipe, args.overrides), args)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from pipelines.evaluate import evaluate
+    from pipelines.predict import parse_views
+
+    views = parse_views(args.views) if args.views else None
+    options = {"split": args.split, "overrides": args.overrides, "workers": args.workers, "out": args.out}
+    found = evaluate(args.subject, views, **options, echo=lambda line: print(line, flush=True))
+    print(f"\n{found}")
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Exit code 1 if a file could not be read."""
+    from pipelines.predict import parse_views, predict
+
+    bad = 0
+    for found in predict(args.subject, args.files, args.top, parse_views(args.views) if args.views else None):
+        bad += bool(found.error)
+        if args.json:
+            print(found.json(), flush=True)
+        elif found.error:
+            print(f"posmlp: {found.file}: {found.error}", file=sys.stderr, flush=True)
+        else:
+            print(found, flush=True)
+    return int(bad > 0)
 
 
 def run_checkpoints(args: argparse.Namespace) -> int:

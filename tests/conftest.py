@@ -27,7 +27,7 @@ def local_ray():
 
     from pipelines.train import start_ray
 
-    start_ray(num_cpus=4)
+    start_ray(address="local", num_cpus=4)
     yield ray
     ray.shutdown()
 

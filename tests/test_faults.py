@@ -287,7 +287,11 @@ def echo(line):
         killed.append(node)
 
 
-train(load_recipe(sys.argv[1]), echo)
+try:
+    train(load_recipe(sys.argv[1]), echo)
+finally:
+    ray.shutdown()
+    cluster.shutdown()
 """
 
 

@@ -21,13 +21,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from posmlp import storage
-from posmlp.config import Config
+from posmlp.config import Config, describe
 from posmlp.errors import UserError
 
 FOLDER = "checkpoints"
@@ -70,8 +71,16 @@ class About:
         return sum(file["bytes"] for file in self.files.values())
 
     def recipe(self) -> Config:
-        """The run's recipe."""
-        return Config.model_validate(self.config)
+        """The run's recipe.
+
+        Raises:
+            UserError: this version does not take it.
+        """
+        try:
+            return Config.model_validate(self.config)
+        except ValidationError as error:
+            problems = "\n  ".join(describe(problem) for problem in error.errors())
+            raise UserError(f"the checkpoint's recipe is of another version of this project:\n  {problems}") from error
 
 
 @dataclass(frozen=True)

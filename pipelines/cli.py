@@ -199,10 +199,11 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from pipelines.evaluate import evaluate
     from pipelines.predict import parse_views
 
-    views = parse_views(args.views) if args.views else None
+    views = parse_views(args.views) if args.views else None  # before a slow import: a typo is told at once
+    from pipelines.evaluate import evaluate
+
     options = {"split": args.split, "overrides": args.overrides, "workers": args.workers, "out": args.out}
     found = evaluate(args.subject, views, **options, echo=lambda line: print(line, flush=True))
     print(f"\n{found}")

@@ -171,3 +171,10 @@ def test_what_cannot_be_written_leaves_the_others_alone(tmp_path, monkeypatch):
     with pytest.raises(UnwritableError, match=r"step-0000000008 cannot be written: .*No space left"):
         save(tmp_path, 8)
     assert [f.uri for f in checkpoints.find(str(tmp_path), check=True)] == [checkpoints.place(str(tmp_path), 4)]
+
+
+def test_a_recipe_of_another_version_is_refused_by_key(tmp_path):
+    config = load_recipe("demo").model_dump(mode="json") | {"wings": 2}
+    written = checkpoints.save(str(tmp_path), About(1, 0, {}, [], config), {"x": torch.zeros(1)}, {})
+    with pytest.raises(UserError, match=r"another version of this project:\n  wings: unknown key"):
+        checkpoints.read_about(written).recipe()

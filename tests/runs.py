@@ -53,7 +53,11 @@ def log_of(folder):
 
 
 def wait_for_step(folder, process, step=1, seconds=120, storage=None):
-    """Until a whole checkpoint of at least that step is there; ``storage`` is where the run is, if not in ``folder``."""
+    """Until a whole checkpoint of at least that step is there.
+
+    Args:
+        folder: that of the log, and of the run, unless that is in ``storage``.
+    """
     deadline = time.monotonic() + seconds
     while not any(f.about and f.about.step >= step for f in checkpoints.find(str((storage or folder) / "small"))):
         assert process.poll() is None, log_of(folder)

@@ -16,7 +16,7 @@ import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,6 +39,10 @@ class DamagedError(UserError):
     """A checkpoint whose files are not what was written."""
 
 
+class UnfinishedError(DamagedError):
+    """A checkpoint without ``checkpoint.json``: whoever wrote it did not get to the end."""
+
+
 class UnwritableError(UserError):
     """Storage that does not take a checkpoint."""
 
@@ -53,6 +57,7 @@ class About:
         metrics: of the epoch just done; empty within an epoch.
         classes: the class names.
         config: the run's whole recipe.
+        progress: how far the run is (``pipelines.progress.Progress``).
         time: when it was written, ISO 8601.
         files: bytes and SHA-256 of each file.
     """
@@ -62,6 +67,7 @@ class About:
     metrics: Mapping[str, float]
     classes: Sequence[str]
     config: Mapping[str, Any]
+    progress: Mapping[str, Any] = field(default_factory=dict)
     time: str = ""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -103,18 +109,40 @@ def save(run: str, about: About, weights: Mapping[str, Tensor], state: Mapping[s
     torch.save(dict(state), buffer)
     contents = {WEIGHTS: save_safetensors(dict(weights)), STATE: buffer.getvalue()}
     files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
-    written = asdict(about) | {"files": files, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    text = json.dumps(written | {"sha256": digest(written)}, indent=1)
     try:
-        storage.remove(storage.join(uri, ABOUT))  # a damaged one of the same step, which is then none
+        unmark(uri)  # a damaged one of the same step
         for name, content in contents.items():
             storage.write_bytes(storage.join(uri, name), content)
-        storage.write_bytes(storage.join(uri, ABOUT), text.encode())
     except OSError as error:
         with contextlib.suppress(OSError):  # what is left has no checkpoint.json, so it does not count
             storage.remove(uri)
         raise UnwritableError(f"{uri} cannot be written: {error}") from error
+    describe_anew(run, replace(about, files=files, time=datetime.now(UTC).isoformat(timespec="seconds")))
     return uri
+
+
+def describe_anew(run: str, about: About) -> None:
+    """Write the ``checkpoint.json`` of a checkpoint whose other files are there; at once, or not at all.
+
+    Raises:
+        UnwritableError: it could not be written; what was there before still is.
+    """
+    written = asdict(about)
+    text = json.dumps(written | {"sha256": digest(written)}, indent=1)
+    uri = storage.join(place(run, about.step), ABOUT)
+    try:
+        storage.write_bytes(uri, text.encode())
+    except OSError as error:
+        raise UnwritableError(f"{uri} cannot be written: {error}") from error
+
+
+def unmark(uri: str) -> None:
+    """A checkpoint does not count any more; its other files stay.
+
+    Raises:
+        OSError: it cannot be changed.
+    """
+    storage.remove(storage.join(uri, ABOUT))
 
 
 def place(run: str, step: int) -> str:
@@ -140,7 +168,7 @@ def read_about(uri: str) -> About:
             raise ValueError("its checksum is another")
         return About(**about)
     except FileNotFoundError as error:
-        raise DamagedError(f"{uri} is unfinished: it has no {ABOUT}") from error
+        raise UnfinishedError(f"{uri} is unfinished: it has no {ABOUT}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"{uri} is damaged: {ABOUT}: {error}") from error
 
@@ -206,24 +234,32 @@ def find(run: str, *, check: bool = False) -> list[Found]:
     return found
 
 
-def newest(run: str) -> tuple[About, dict[str, Any], list[str]] | None:
-    """The newest checkpoint that is whole, its contents, and what was wrong with newer ones; None if there is none.
+def newest(run: str) -> tuple[str | None, list[DamagedError]]:
+    """The newest checkpoint that is whole, read through; None if there is none. And what is wrong with newer ones,
+    which do not count from now on.
 
     Raises:
         DamagedError: there are checkpoints, and none is whole. (Unfinished ones are none.)
         OSError: the storage does not answer.
     """
-    problems = []
-    for found in reversed(find(run)):
+    problems: list[DamagedError] = []
+    damaged: list[str] = []
+    for uri in reversed(storage.folders(storage.join(run, FOLDER))):
         try:
-            if found.about is None:
-                raise DamagedError(found.problem)
-            return *load(found.uri), problems
+            about = read_about(uri)
+            for name in about.files:
+                checked(uri, name, about)
         except DamagedError as error:
-            problems.append(str(error))
-    if any("damaged" in problem for problem in problems):
-        raise DamagedError("\n".join([*problems, f"no checkpoint of {run} is whole; delete the folder to start again"]))
-    return None
+            problems.append(error)
+            damaged += [] if isinstance(error, UnfinishedError) else [uri]
+            continue
+        for bad in damaged:  # else it would be taken for the newest, or the best, when others are removed
+            unmark(bad)
+        return uri, problems
+    if damaged:
+        lines = "\n".join(map(str, problems))
+        raise DamagedError(f"{lines}\nno checkpoint of {run} is whole; delete the folder to start again")
+    return None, problems
 
 
 def best(found: Sequence[Found], count: int) -> list[Found]:
@@ -244,6 +280,7 @@ def prune(run: str, keep_last: int, keep_best: int) -> None:
     kept = {f.uri for f in [*whole[-keep_last:], *best(whole, keep_best)]}
     for checkpoint in found:
         if checkpoint.uri not in kept and whole and checkpoint.uri < whole[-1].uri:
+            unmark(checkpoint.uri)  # first: a folder that is half removed must not look damaged
             storage.remove(checkpoint.uri)
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\ninterrupted; {getattr(args, 'again', 'nothing is left to go on from')}", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk or a store that does not answer
         print(f"posmlp: {error}", file=sys.stderr)
         return 1
 
@@ -261,7 +261,7 @@ def run_sync(args: argparse.Namespace) -> int:
 
 def report(config, args: argparse.Namespace) -> None:
     """Train, then print the result."""
-    from pipelines.tracking import tracking_uri
+    from pipelines.tracking import tracking_uri, without_secrets
     from pipelines.train import train
 
     start = time.perf_counter()
@@ -284,7 +284,7 @@ def report(config, args: argparse.Namespace) -> None:
         print(f"    {video.uri}: {video.reason}")
     if len(result.bad) > 10:
         print(f"    ... and {len(result.bad) - 10} more in the run's quarantine.json")
-    uri = tracking_uri(config)
+    uri = without_secrets(tracking_uri(config))
     if uri.startswith("sqlite:"):
         print(f"\n  see it in MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}")
     else:

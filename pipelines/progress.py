@@ -11,20 +11,26 @@ WAIT_LIMIT = 0.2  # share of an epoch that may pass in waiting for clips before 
 
 @dataclass
 class Progress:
-    """How far a run is, beside the weights; the same on all workers, and stored in each checkpoint.
+    """How far a run is, beside the weights; plain data, in ``checkpoint.json``. The first worker's counts.
 
     Attributes:
         history: metrics of each finished epoch.
         steps: done of the running epoch.
-        loss, grad_norm: sums over these steps.
-        bad: the running epoch's bad videos so far, as plain data (``BadVideo``).
+        loss, grad_norm: sums over these steps; a gradient that overflowed in fp16 is left out.
+        norms: the gradients that are in the sum.
+        bad: the running epoch's bad videos so far (``BadVideo``).
+        taken_over: its videos that PyAV decoded in place of decord.
+        trained: the epoch's metrics so far, when all its steps are done and only validation is left.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
     steps: int = 0
     loss: float = 0.0
     grad_norm: float = 0.0
+    norms: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)
+    taken_over: int = 0
+    trained: dict[str, float] = field(default_factory=dict)
 
     def next_epoch(self, metrics: dict[str, float]) -> Progress:
         """As the next epoch begins."""

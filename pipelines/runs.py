@@ -24,8 +24,8 @@ def read_record(run: str) -> dict[str, Any] | None:
     """What is noted of a run; None if there is no such run.
 
     Returns:
-        ``config`` (a recipe as plain data), ``mlflow_run_id``, and ``metrics``: those of the last epoch of a finished
-        run, else None.
+        ``config`` (a recipe as plain data), ``lists`` (what tells whether the lists of videos are still the same),
+        ``mlflow_run_id``, and ``metrics``: those of the last epoch of a finished run, else None.
 
     Raises:
         UserError: it cannot be read.
@@ -39,13 +39,16 @@ def read_record(run: str) -> dict[str, Any] | None:
         raise UserError(f"{uri} cannot be read: {error}") from error
 
 
-def write_record(run: str, config: Config, mlflow_run_id: str, metrics: dict[str, float] | None) -> None:
-    """Note a run's recipe, its MLflow run and, at the end, its metrics; atomically.
+def write_record(
+    run: str, config: Config, lists: dict[str, str], mlflow_run_id: str, metrics: dict[str, float] | None
+) -> None:
+    """Note a run's recipe, its lists of videos, its MLflow run and, at the end, its metrics; atomically.
 
     Raises:
         UserError: it cannot be written.
     """
-    record = {"config": config.model_dump(mode="json"), "mlflow_run_id": mlflow_run_id, "metrics": metrics}
+    record = {"config": config.model_dump(mode="json"), "lists": lists, "mlflow_run_id": mlflow_run_id}
+    record["metrics"] = metrics
     uri = storage.join(run, RUN_FILE)
     try:
         storage.write_bytes(uri, json.dumps(record, indent=1).encode())

@@ -116,7 +116,8 @@ class Tracker:
         config: Config,
         tags: Mapping[str, str],
         run_id: str | None = None,
-        journal: Path | None = None,
+        *,
+        journal: Path,
         echo: Callable[[str], None] = print,
     ) -> Tracker:
         """Start a run, or go on with ``run_id``, which needs no MLflow that answers.
@@ -131,7 +132,6 @@ class Tracker:
         """
         prepare_mlflow()
         uri = tracking_uri(config)
-        journal = journal or default_journal(config)
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         if journal.exists():
@@ -173,17 +173,6 @@ class Tracker:
     def log_file(self, path: str, content: bytes) -> None:
         """Store an artifact. The same path again replaces it; of several that wait only the latest is delivered."""
         self.journal.append_file({"op": "file", "path": path}, path, content)
-
-    def log_path(self, source: Path, path: str) -> None:
-        """Store a file of this machine as the artifact ``path``; it is copied, so it may change or go afterwards."""
-        copy = self.journal.files / f"copy-{threading.get_ident()}"
-        try:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-        except OSError as error:
-            self.journal.tell(error)
-            return
-        self.journal.append_file({"op": "file", "path": path}, path, copy)
 
     def log_table(self, rows: Iterable[Mapping[str, Any]], path: str) -> None:
         """Store rows as a JSON artifact."""
@@ -601,12 +590,6 @@ def prepare_mlflow() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords, too
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
-
-
-def default_journal(config: Config) -> Path:
-    """In the run's folder, where that is on this machine."""
-    storage = "runs" if "://" in str(config.train.storage) else config.train.storage
-    return Path(storage).resolve() / config.name / "tracking" / "journal.jsonl"
 
 
 @dataclass

@@ -8,6 +8,8 @@ noted itself, which a kill can prevent.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -49,9 +51,13 @@ WORKER_ENV = {
 }
 CUBLAS_ENV = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # cuBLAS repeats itself only with it (train.deterministic)
 # Keys that a run which goes on may change: they are not what it learns from a good video.
-FREE = ("scaling.", "tracking.", "model.num_classes", "data.max_bad_fraction", "data.decode_timeout_s")
+FREE = ("scaling.", "tracking.", "data.max_bad_fraction", "data.decode_timeout_s")
 FREE += ("data.cache_dir", "data.rows_per_block", "data.decoder", "data.train.root", "data.val.root")
 FREE += ("train.checkpoint_every_steps", "train.keep_last", "train.keep_best", "train.storage")
+# And keys that it can never change: with another model or other batches there is nothing to go on with.
+FIXED = ("model.name", "model.num_classes", "model.frames", "model.image_size", "model.dims", "model.depths")
+FIXED += ("model.groups", "model.windows", "model.blocks", "train.global_batch", "train.seed", "data.repeats")
+FIXED += ("data.train.", "data.format", "list.train")
 POLL_S = 0.2
 
 
@@ -105,9 +111,11 @@ def train(
     run = run_folder(config)
     train_set, val_set = read_splits(config)
     config = check_data(config, train_set, val_set)
-    record = read_record(run)
-    changes = check_record(run, record, config, allow_changes) if record else {}
-    weights = None if checkpoints.find(run) else find_weights(config)
+    record, lists = read_record(run), {"train": fingerprint(train_set), "val": fingerprint(val_set)}
+    whole = [found.about for found in checkpoints.find(run) if found.about]
+    done = max((about.epoch for about in whole), default=0)
+    changes = check_record(run, record, config, lists, done, allow_changes) if record else {}
+    weights = None if whole else find_weights(config)
     start_ray()
     check_cpus(config)
     check_writable(run)
@@ -116,18 +124,19 @@ def train(
     status = "FAILED"
     report = Report(tracker, echo)
     try:
+        config = without_password(config)  # from here on it is written down
         if changes:
             tracker.log_tags({f"changed.{key}": change for key, change in changes.items()})
-        config = without_password(config)  # from here on it is written down
-        write_record(run, config, tracker.run_id, None)
+            tracker.log_file("config.yaml", config.to_yaml().encode())
+        write_record(run, config, lists, tracker.run_id, None)
         job = {"config": config.model_dump(), "run": run, "weights": weights, "classes": train_set.classes}
         fit(job | {"profile": profile}, train_set, val_set, config, report)
         metrics = report.history[-1]
         report.draw(train_set.classes)
-        if config.tracking.log_model:
-            tracker.log_model(last_model(run), example_input(config))
-        write_record(run, config, tracker.run_id, metrics)
+        write_record(run, config, lists, tracker.run_id, metrics)
         status = "FINISHED"
+        if config.tracking.log_model:
+            log_model(run, config, tracker, echo)
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -145,22 +154,42 @@ def start_ray(**options: Any) -> None:
         ray.init(log_to_driver=False, logging_level="WARNING", **options)
 
 
-def check_record(run: str, record: dict[str, Any], config: Config, allow_changes: bool) -> dict[str, str]:
-    """Refuse to redo a finished run, and to go on with another recipe unless that is wanted; returns the changes."""
+def check_record(
+    run: str, record: dict[str, Any], config: Config, lists: dict[str, str], done: int, allow_changes: bool
+) -> dict[str, str]:
+    """Refuse to redo a finished run, and to go on with another recipe unless that is wanted; returns the changes.
+
+    Args:
+        lists: what the splits' lists are now (``fingerprint``).
+        done: whole epochs done.
+    """
     if record["metrics"] is not None:
         raise RunError(
             f"run {config.name!r} is finished (val/top1 {record['metrics'].get('val/top1', float('nan')):.1%}, "
             f"{run}). Choose another name (name=...), or delete that folder to train it again."
         )
-    before, now = flatten(record["config"]), config.flat()
+    before = flatten(record["config"]) | {f"list.{split}": text for split, text in record["lists"].items()}
+    now = config.flat() | {f"list.{split}": text for split, text in lists.items()}
     changed = {k: f"was {before.get(k)!r}, is {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)}
     changed = {k: change for k, change in changed.items() if not k.startswith(FREE)}
-    if changed and not allow_changes:
+    fixed = [k for k in changed if k.startswith(FIXED)]
+    if changed and (fixed or not allow_changes):
+        way = "choose another name, delete that folder, "
+        way += "or restore" if fixed else "go on all the same with --allow-changes, or restore"
         raise RunError(
-            f"run {config.name!r} was started with another recipe; choose another name, delete {run}, go on all the "
-            "same with --allow-changes, or restore:" + "".join(f"\n  {k}: {change}" for k, change in changed.items())
+            f"run {config.name!r} ({run}) was started with another recipe; {way}:"
+            + "".join(f"\n  {k}: {change}" for k, change in changed.items() if not fixed or k in fixed)
         )
+    if "train.epochs" in changed and config.train.epochs <= done:
+        raise RunError(f"train.epochs {config.train.epochs}: run {config.name!r} has done {done} epochs already")
     return changed
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """Tells whether a list is still the same: its videos, labels and classes, wherever the videos lie now."""
+    rows = manifest.rows.select(["sample_id", "label"]).to_pydict()
+    text = json.dumps([rows, manifest.classes])
+    return f"{len(manifest.rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def find_weights(config: Config) -> str | None:
@@ -173,12 +202,14 @@ def find_weights(config: Config) -> str | None:
     if weights is None or storage.are_files([weights])[0]:
         return weights
     try:
-        return storage.join(checkpoints.choose(weights), checkpoints.WEIGHTS)
+        checkpoint = checkpoints.choose(weights)
+        checkpoints.checked(checkpoint, checkpoints.WEIGHTS, checkpoints.read_about(checkpoint))
     except UserError as error:
         raise UserError(
             f"model.weights is neither a file of weights nor a run: {error}. Train that run first, or start from "
             "random weights with model.weights=null"
         ) from error
+    return storage.join(checkpoint, checkpoints.WEIGHTS)
 
 
 def without_password(config: Config) -> Config:
@@ -288,6 +319,7 @@ def fit(job: dict[str, Any], train_set: Manifest, val_set: Manifest, config: Con
             while fitting.is_alive():
                 fitting.join(POLL_S)
                 report.take(mailbox)
+            report.take(mailbox)  # what came just before the end
         reason = ray.get(mailbox.reason.remote())
         ray.kill(mailbox)
     except ray.exceptions.RayError as error:
@@ -382,6 +414,14 @@ class Report:
         self.tracker.log_file("learning_curves.png", figures.learning_curves(self.history))
         if self.confusion is not None:
             self.tracker.log_file("confusion.png", figures.confusion(self.confusion, classes))
+
+
+def log_model(run: str, config: Config, tracker: Tracker, echo: Callable[[str], None]) -> None:
+    """The model of the run's newest checkpoint into MLflow; a failure costs the run nothing."""
+    try:
+        tracker.log_model(last_model(run), example_input(config))
+    except Exception as error:  # of the export, which may fail for a model that trains well; the user is told
+        echo(f"the model is not in MLflow, as it could not be exported ({type(error).__name__}: {error})")
 
 
 def last_model(run: str) -> torch.nn.Module:

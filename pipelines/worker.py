@@ -13,8 +13,8 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,28 +104,21 @@ class Worker:
         )
         self.start(starts)
         self.saved = self.learner.step
-        done, told = len(self.progress.history), set()
-        batches = self.train_split.batches(done, self.progress.steps, until=config.train.epochs)
-        for epoch in range(done, config.train.epochs):
-            metrics = self.train_epoch(batches, epoch)
+        self.first = len(self.progress.history)
+        told: set[str] = set()
+        batches = self.train_split.batches(self.first, self.progress.steps, until=config.train.epochs)
+        for epoch in range(self.first, config.train.epochs):
+            metrics = self.epoch(batches, epoch)
             if metrics is None:
+                where = f"epoch {epoch}" + f", step {self.progress.steps}" * bool(self.progress.steps)
+                self.say(f"stopped after {where}")
                 return
-            if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
-                metrics |= self.validate()
-            self.collect_bad()
-            bad = [BadVideo(**video) for video in self.progress.bad]
-            metrics |= {"data/bad": float(len(bad)), "epoch": float(epoch + 1)}
-            if bad:
-                self.tell("bad", videos=bad)
-            self.progress = self.progress.next_epoch(metrics)
-            self.save(metrics)
             self.tell("metrics", history=[metrics])
             self.say(describe_epoch(metrics, config))
             for kind, text in advise(metrics, config).items():
                 if kind not in told:  # once is enough
                     told.add(kind)
                     self.say(text)
-            check_bad(bad, self.train_split.count, self.val_split.count, config)
             ray.train.report(metrics)
 
     # --- start ---------------------------------------------------------------------------------------------------
@@ -145,10 +138,9 @@ class Worker:
         self.learner, self.progress = learner, Progress()
         if found is not None:
             uri, notes = found
-            _, contents = checkpoints.load(uri)
-            state = contents[checkpoints.STATE]
-            learner.load_state_dict(contents[checkpoints.WEIGHTS], state["learner"])
-            self.progress = Progress(**state["progress"])
+            about, contents = checkpoints.load(uri)
+            learner.load_state_dict(contents[checkpoints.WEIGHTS], contents[checkpoints.STATE])
+            self.progress = Progress(**about.progress)
         if self.rank:
             return
         if not learner.step:
@@ -164,13 +156,10 @@ class Worker:
     def find_checkpoint(self) -> tuple[str, list[str]] | None:
         """The newest whole checkpoint and what was wrong with newer ones; the first worker looks for all."""
         try:
-            newest = checkpoints.newest(self.run)
+            uri, problems = checkpoints.newest(self.run)
         except OSError as error:
             raise RunError(f"{self.run} cannot be read: {error}") from error
-        if newest is None:
-            return None
-        about, _, problems = newest
-        return checkpoints.place(self.run, about.step), [f"passed over: {problem}" for problem in problems]
+        return (uri, [f"passed over: {problem}" for problem in problems]) if uri else None
 
     def describe_place(self) -> str:
         """Where it trains, for the first line."""
@@ -194,22 +183,51 @@ class Worker:
 
     # --- an epoch ------------------------------------------------------------------------------------------------
 
-    def train_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
+    def epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
         """What is left of an epoch; returns its metrics, or None if the run shall stop and its state is saved."""
+        config = self.config
+        if not self.progress.trained:
+            metrics = self.train_epoch(batches, epoch)
+            if metrics is None:
+                if self.learner.step > self.saved:
+                    self.save()
+                return None
+            self.progress.trained = metrics
+            self.save()  # before validation, which takes its time
+        metrics, rows = dict(self.progress.trained), self.train_split.count
+        if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
+            validation = self.validate()
+            if validation is None:
+                return None
+            metrics |= validation
+            rows += self.val_split.count
+            self.collect_bad()
+        if config.data.decoder == "decord":
+            metrics["data/decoded_by_pyav"] = float(self.progress.taken_over)
+        bad = [BadVideo(**video) for video in self.progress.bad]
+        metrics |= {"data/bad": float(len(bad)), "epoch": float(epoch + 1)}
+        if bad:
+            self.tell("bad", videos=bad)
+        check_bad(bad, rows, config)
+        self.progress = self.progress.next_epoch(metrics)
+        self.finish_epoch(metrics)
+        return metrics
+
+    def train_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
+        """The training steps that are left of an epoch; returns its metrics so far, or None if the run shall stop."""
         config, learner, progress, split = self.config, self.learner, self.progress, self.train_split
         steps, every = split.steps, config.train.checkpoint_every_steps
         waited, first, began = 0.0, 0.0, progress.steps
         start = spoken = time.perf_counter()
         watch = object_store if self.rank == 0 else lambda: (math.nan, math.nan)
         store, spilled_before = watch()
-        profiler = self.profiler() if self.job["profile"] and self.rank == 0 and not epoch else None
+        profiler = self.profiler(steps - began) if self.job["profile"] and epoch == self.first else None
         while progress.steps < steps:
             before = time.perf_counter()
             batch = self.next_batch(batches)
             waited += time.perf_counter() - before
             first = first or waited
             if batch is None:
-                self.stop()
                 return None
             try:
                 step = learner.train_step(batch.to(learner.device))
@@ -217,7 +235,9 @@ class Worker:
                 raise self.saved_explosion(batch, error) from error
             progress.steps += 1
             progress.loss += step.loss
-            progress.grad_norm += step.grad_norm
+            if math.isfinite(step.grad_norm):
+                progress.grad_norm += step.grad_norm
+                progress.norms += 1
             if profiler:
                 profiler.step()
             if every and learner.step % every == 0 and progress.steps < steps:
@@ -236,10 +256,9 @@ class Worker:
         seconds = time.perf_counter() - start
         used, spilled = watch()
         (waited_share,) = average([waited / seconds])
-        rate = (steps - began) / seconds
         metrics = {
             "train/loss": progress.loss / steps,
-            "train/grad_norm": progress.grad_norm / steps,
+            "train/grad_norm": progress.grad_norm / max(1, progress.norms),
             "train/lr": learner.optimizer.param_groups[0]["lr"],
             "perf/data_wait_frac": waited_share,
             "perf/first_batch_s": first,
@@ -247,7 +266,7 @@ class Worker:
             "data/object_store_mb": max(store, used),
             "data/spilled_mb": spilled - spilled_before,
         }
-        return metrics | self.speed(rate)
+        return metrics | self.speed((steps - began) / seconds)
 
     def speed(self, steps_per_s: float) -> dict[str, float]:
         """Rates over all workers, the share of the devices' peak where it is known, and the memory of one worker.
@@ -280,24 +299,23 @@ class Worker:
                 batch = next(batches)
             except UserError as problem:
                 error, wish = problem, FAIL
-        self.agree(wish, error)
-        return batch if self.decision == GO_ON else None
+        return batch if self.agree(wish, error) == GO_ON else None
 
-    def agree(self, wish: int, error: UserError | None = None) -> None:
-        """All workers do what the worst off needs; see ``decision``.
+    def agree(self, wish: int, error: UserError | None = None) -> int:
+        """All workers do what the worst off needs, which is returned.
 
         Raises:
             AgreedError: a worker has failed.
         """
         if error:
             ray.get(self.mailbox.fail.remote(str(error)))  # first: the others only know that one has failed
-        self.decision = wish
         if self.world > 1:
             worst = torch.tensor(wish)
             dist.all_reduce(worst, dist.ReduceOp.MAX)
-            self.decision = int(worst)
-        if self.decision == FAIL:
+            wish = int(worst)
+        if wish == FAIL:
             raise AgreedError(str(error) if error else "another worker failed") from error
+        return wish
 
     def wants_stop(self) -> bool:
         """Whether the driver has asked to stop; costs no wait."""
@@ -308,69 +326,85 @@ class Worker:
         answer, self.asked = ray.get(self.asked), None
         return answer
 
-    def stop(self) -> None:
-        """Save what has been learned since the last checkpoint."""
-        if self.learner.step > self.saved:
-            self.save()
-        epoch, step = len(self.progress.history), self.progress.steps
-        self.say(f"stopped after epoch {epoch}" + (f", step {step}" if step else ""))
-
-    def validate(self) -> dict[str, float]:
-        """Metrics over the whole split, every good video once."""
+    def validate(self) -> dict[str, float] | None:
+        """Metrics over the whole split, every good video once; None if the run shall stop."""
         learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
-        tally = Tally.empty(learner.classes)
+        tally, batches = Tally.empty(learner.classes), self.val_split.batches(0)
         with learner.averaged():
-            for batch in self.val_split.batches(0):
+            share_buffers(learner.raw)
+            for _ in range(self.val_split.steps):
+                batch = self.next_batch(batches)
+                if batch is None:
+                    return None
                 scores = video_scores(learner.score(batch.to(learner.device)))
                 tally.add(scores, batch.labels[::views], batch.weights[::views])
         tally = tally.over_workers()
         if not tally.videos:
             raise AgreedError("no validation video could be decoded")
         self.tell("confusion", counts=tally.confusion.numpy())
-        metrics = tally.metrics()
-        if self.config.data.decoder == "decord":
-            (taken_over,) = average([self.train_split.taken_over + self.val_split.taken_over])
-            metrics["data/decoded_by_pyav"] = taken_over * self.world
-        return metrics
+        return tally.metrics()
 
     def collect_bad(self) -> None:
-        """Add what any worker found bad since the last call."""
-        bad = [asdict(video) for video in self.train_split.take_bad() + self.val_split.take_bad()]
+        """Add what any worker found bad since the last call, each video once."""
+        taken_over = self.train_split.taken_over + self.val_split.taken_over
+        mine = [asdict(video) for video in self.train_split.take_bad() + self.val_split.take_bad()]
+        parts: list[tuple[list[dict[str, str]], int]] = [(mine, taken_over)] * self.world
         if self.world > 1:
-            parts: list[list[dict[str, str]]] = [[] for _ in range(self.world)]
-            dist.all_gather_object(parts, bad)
-            bad = [video for part in parts for video in part]
-        self.progress.bad += bad
+            dist.all_gather_object(parts, (mine, taken_over))
+        known = {video["sample_id"] for video in self.progress.bad}
+        for found, count in parts:
+            self.progress.bad += [video for video in found if video["sample_id"] not in known]
+            self.progress.taken_over += count
 
     # --- what it writes ------------------------------------------------------------------------------------------
 
-    def save(self, metrics: dict[str, float] | None = None) -> None:
-        """A checkpoint of this step; those that nobody needs any more go.
+    def save(self) -> None:
+        """A checkpoint of this step.
 
         Raises:
             AgreedError: it cannot be written; on all workers.
         """
-        if metrics is None:
-            self.collect_bad()
+        self.collect_bad()
         weights, state = self.learner.weights(), self.learner.state_dict()
+        self.write(lambda: checkpoints.save(self.run, self.about({}), weights, state))
+        self.saved = self.learner.step
+
+    def finish_epoch(self, metrics: dict[str, float]) -> None:
+        """The checkpoint of this step is that of a finished epoch.
+
+        Raises:
+            AgreedError: it cannot be written; on all workers.
+        """
+
+        def mark() -> None:
+            written = checkpoints.read_about(checkpoints.place(self.run, self.learner.step))
+            about = replace(self.about(metrics), files=written.files, time=written.time)
+            checkpoints.describe_anew(self.run, about)
+
+        self.write(mark)
+
+    def write(self, function: Callable[[], object]) -> None:
+        """The first worker writes; checkpoints that nobody needs any more go.
+
+        Raises:
+            AgreedError: it could not; on all workers.
+        """
         error: UserError | None = None
         if self.rank == 0:
-            state = {"learner": state, "progress": asdict(self.progress)}
             try:
-                checkpoints.save(self.run, self.about(metrics or {}), weights, state)
+                function()
                 checkpoints.prune(self.run, self.config.train.keep_last, self.config.train.keep_best)
             except checkpoints.UnwritableError as problem:
                 error = RunError(f"{problem}. Checkpoints before it are intact: make room, and start the run again")
             except OSError as problem:
                 self.say(f"an old checkpoint cannot be removed: {problem}")
         self.agree(FAIL if error else GO_ON, error)
-        self.saved = self.learner.step
 
     def about(self, metrics: dict[str, float]) -> checkpoints.About:
         """What a checkpoint of this moment says of itself."""
-        epoch = len(self.progress.history)
-        config = self.config.model_dump(mode="json")
-        return checkpoints.About(self.learner.step, epoch, metrics, list(self.job["classes"]), config)
+        epoch, config = len(self.progress.history), self.config.model_dump(mode="json")
+        progress = asdict(self.progress)
+        return checkpoints.About(self.learner.step, epoch, metrics, list(self.job["classes"]), config, progress)
 
     def saved_explosion(self, batch: Batch, error: ExplodedError) -> AgreedError:
         """The error with what to do; the weights before the step, and its batch, are kept for a closer look."""
@@ -379,8 +413,7 @@ class Worker:
         try:
             step = storage.join(folder, f"checkpoints/step-{self.learner.step:010d}")
             if self.rank == 0:
-                progress = {"learner": state, "progress": asdict(self.progress)}
-                step = checkpoints.save(folder, self.about({}), weights, progress)
+                step = checkpoints.save(folder, self.about({}), weights, state)
             content = save_safetensors({key: getattr(batch, key).contiguous() for key in Batch.__annotations__})
             storage.write_bytes(storage.join(step, f"batch-{self.rank}.safetensors"), content)
             where = f"the weights before it, and its batch, are in {step}"
@@ -389,8 +422,16 @@ class Worker:
         advice = "Lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_grad, and go on with --allow-changes"
         return AgreedError(f"{error}; {where}. {advice}")
 
-    def profiler(self) -> torch.profiler.profile:
-        """Traces some of the first steps, and hands the trace to the driver."""
+    def profiler(self, steps: int) -> torch.profiler.profile | None:
+        """Traces some of the next steps on the first worker, and hands the trace to the driver.
+
+        Args:
+            steps: left of the epoch.
+        """
+        if steps < 2 * PROFILED:
+            self.say(f"no trace: it needs {2 * PROFILED} steps, and {steps} are left of this epoch")
+        if self.rank or steps < 2 * PROFILED:
+            return None
 
         def keep(profile: torch.profiler.profile) -> None:
             with tempfile.TemporaryDirectory() as folder:
@@ -428,16 +469,22 @@ def from_first(function: Any) -> Any:
     return result[0]
 
 
-def check_bad(bad: list[BadVideo], train_rows: int, val_rows: int, config: Config) -> None:
+def check_bad(bad: list[BadVideo], rows: int, config: Config) -> None:
     """End the run when too many of an epoch's videos are bad."""
-    fraction, limit = len(bad) / (train_rows + val_rows), config.data.max_bad_fraction
+    fraction, limit = len(bad) / rows, config.data.max_bad_fraction
     if fraction > limit:
         examples = "".join(f"\n  {v.uri}: {v.reason}" for v in bad[:5])
         raise AgreedError(
-            f"{len(bad)} of {train_rows + val_rows} videos ({fraction:.1%}) could not be decoded, more than "
-            f"data.max_bad_fraction {limit:.1%} allows. Mend them, or raise the limit and go on. The first ones:"
-            f"{examples}"
+            f"{len(bad)} of {rows} videos ({fraction:.1%}) could not be decoded, more than data.max_bad_fraction "
+            f"{limit:.1%} allows. Mend them, or raise the limit and go on. The first ones:{examples}"
         )
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """All workers get the first one's statistics, which are those that are saved."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def memory_mb(device: torch.device) -> float:

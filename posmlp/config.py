@@ -129,7 +129,7 @@ class TrainSection(Section):
 
     epochs: Positive = 10
     global_batch: Positive = 32  # clips a step over all workers
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights and their sums stay in fp32
     compile: bool = False  # torch.compile
     recompute: bool = False  # blocks compute their activations again in the backward pass: less memory, more time
@@ -213,6 +213,8 @@ class Config(Section):
             )
         if self.train.precision == "fp16" and self.scaling.parallel == "fsdp":
             problems.append("train.precision fp16 does not go with scaling.parallel fsdp; choose bf16 or ddp")
+        if self.optim.min_lr > self.optim.lr:
+            problems.append(f"optim.min_lr {self.optim.min_lr:g} is more than optim.lr {self.optim.lr:g}, the peak")
         if self.optim.warmup_epochs > self.train.epochs:
             problems.append(
                 f"optim.warmup_epochs {self.optim.warmup_epochs} is more than train.epochs {self.train.epochs}"

@@ -85,6 +85,10 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return _local(), local_path(uri)
     location, options = _split(uri)
     scheme, _, path = location.partition("://")
+    if ":" in path.partition("/")[0].rpartition("@")[0]:
+        raise StorageError(
+            f"{scheme}://{path.rpartition('@')[2]}: leave user and password out; the environment has them"
+        )
     root = f"{scheme}://{path.partition('/')[0]}{options}"
     system, base = _remote(root)
     rest = path.partition("/")[2]

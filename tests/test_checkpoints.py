@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,12 @@ def test_what_is_saved_is_loaded(run):
     assert torch.equal(contents[WEIGHTS]["head"], torch.full((3, 2), 12.0))
     assert torch.equal(contents[STATE]["moment"], torch.arange(5.0) * 12)
     assert found.recipe() == load_recipe("demo")
-    newest, _, problems = checkpoints.newest(run)
-    assert (newest, problems) == (found, [])
+    assert checkpoints.newest(run) == (uri, [])
 
 
 def test_no_checkpoint_is_no_error(run):
     assert checkpoints.find(run) == []
-    assert checkpoints.newest(run) is None
+    assert checkpoints.newest(run) == (None, [])
     with pytest.raises(UserError, match="holds no checkpoint; expected the folder of a run"):
         checkpoints.choose(run)
 
@@ -82,19 +82,41 @@ def test_an_unfinished_checkpoint_does_not_count(run):
     save(run, 4)
     storage.remove(storage.join(save(run, 8), ABOUT))
     assert steps(run) == [4]
-    found, contents, problems = checkpoints.newest(run)
-    assert (found.step, contents[STATE]["step"]) == (4, 4)
-    assert "step-0000000008 is unfinished" in problems[0]
+    newest, (problem,) = checkpoints.newest(run)
+    assert newest == checkpoints.place(run, 4)
+    assert "step-0000000008 is unfinished" in str(problem)
     save(run, 12)
     checkpoints.prune(run, 3, 0)
     assert [f.uri for f in checkpoints.find(run)] == [checkpoints.place(run, s) for s in (4, 12)]
-    assert checkpoints.newest(run)[2] == []
+    assert checkpoints.newest(run) == (checkpoints.place(run, 12), [])
 
 
 def test_one_that_was_unfinished_is_written_again(run):
     storage.remove(storage.join(save(run, 8), ABOUT))
     save(run, 8)
-    assert checkpoints.newest(run)[0].step == 8
+    assert checkpoints.newest(run) == (checkpoints.place(run, 8), [])
+
+
+def test_a_damaged_one_is_neither_the_newest_nor_the_best_that_stays(run):
+    """A run that goes on from step 4, as 8 is damaged, keeps what it went on from."""
+    save(run, 4, 0.5)
+    storage.write_bytes(storage.join(save(run, 8, 0.6), STATE), b"torn")
+    assert checkpoints.newest(run)[0] == checkpoints.place(run, 4)
+    save(run, 6)
+    checkpoints.prune(run, keep_last=1, keep_best=1)
+    assert steps(run) == [4, 6]
+    save(run, 8, 0.4)
+    checkpoints.prune(run, keep_last=1, keep_best=1)
+    assert steps(run) == [4, 8]
+
+
+def test_a_finished_epoch_is_noted_in_place(run):
+    save(run, 4)
+    written = checkpoints.read_about(checkpoints.place(run, 4))
+    checkpoints.describe_anew(run, replace(written, epoch=1, metrics={"val/top1": 0.5}, progress={"steps": 0}))
+    found, contents = checkpoints.load(checkpoints.place(run, 4))
+    assert (found.epoch, found.metrics, found.progress) == (1, {"val/top1": 0.5}, {"steps": 0})
+    assert contents[STATE]["step"] == 4
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +139,14 @@ def test_any_damage_is_noticed_and_the_one_before_used(whole, name, place, chang
         with pytest.raises(DamagedError, match=rf"step-0000000008 is damaged: {name}"):
             checkpoints.load(str(path.parent))
         assert [bool(f.problem) for f in checkpoints.find(str(whole), check=True)] == [False, True]
-        found, contents, problems = checkpoints.newest(str(whole))
-        assert (found.step, contents[STATE]["step"], len(problems)) == (4, 4, 1)
+        about = path.with_name(ABOUT).read_bytes()
+        newest, problems = checkpoints.newest(str(whole))
+        assert (newest, len(problems)) == (checkpoints.place(str(whole), 4), 1)
+        assert not path.with_name(ABOUT).exists()
+        path.with_name(ABOUT).write_bytes(about)
     finally:
         path.write_bytes(intact)
-    assert checkpoints.newest(str(whole))[0].step == 8
+    assert checkpoints.newest(str(whole))[0] == checkpoints.place(str(whole), 8)
 
 
 def test_a_missing_file_is_damage(whole, tmp_path):

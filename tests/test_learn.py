@@ -257,3 +257,51 @@ def test_parts_fit_the_device_and_keep_videos_and_pairs_whole(videos, limit, mix
     assert size % together == 0
     assert together <= size <= limit
     assert math.ceil(count / size) == math.ceil(count / limit)
+
+
+def after_two_steps(*overrides):
+    learner = make_learner(*overrides)
+    for seed in (0, 1):
+        learner.train_step(make_batch(seed=seed))
+    return learner
+
+
+def test_a_changed_optimizer_holds_when_learning_goes_on():
+    before = after_two_steps()
+    learner = make_learner("optim.weight_decay=0.3", "optim.betas=[0.8, 0.9]")
+    learner.load_state_dict(before.weights(), before.state_dict())
+    assert [g["weight_decay"] for g in learner.optimizer.param_groups] == [0.3, 0.0]
+    assert learner.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    moments = [learner.optimizer.state[p]["exp_avg"] for p in learner.raw.parameters()]
+    expected = [before.optimizer.state[p]["exp_avg"] for p in before.raw.parameters()]
+    assert all(map(torch.equal, moments, expected))
+
+
+@pytest.mark.parametrize(("then", "now"), [((), ("optim.ema=0.9",)), (("optim.ema=0.9",), ())])
+def test_a_weight_average_can_come_and_go(then, now):
+    before, learner = after_two_steps(*then), make_learner(*now)
+    learner.load_state_dict(before.weights(), before.state_dict())
+    live = before.raw.state_dict()
+    assert all(torch.equal(v, live[k]) for k, v in learner.raw.state_dict().items())
+    assert all(torch.equal(v, live[k]) for k, v in learner.weights().items())
+    learner.train_step(make_batch(seed=2))
+
+
+def test_learning_goes_on_in_another_precision():
+    before = after_two_steps()
+    learner = make_learner("train.precision=fp16")
+    learner.load_state_dict(before.weights(), before.state_dict())
+    learner.train_step(make_batch(seed=2))
+    assert learner.step == 3
+
+
+def test_fp16_goes_on_exactly_from_before_the_first_step_that_counted():
+    straight, resumed = make_learner("train.precision=fp16"), make_learner("train.precision=fp16")
+    straight.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
+    straight.train_step(make_batch())  # overflows
+    resumed.load_state_dict(straight.weights(), straight.state_dict())
+    for learner in (straight, resumed):
+        learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        learner.train_step(make_batch(seed=1))
+    a, b = straight.weights(), resumed.weights()
+    assert all(torch.equal(a[k], b[k]) for k in a)

@@ -329,3 +329,9 @@ def test_a_store_that_cannot_be_reached(s3):
             pass
         assert time.monotonic() - start < 20
     assert "\n" not in str(caught.value)
+
+
+def test_passwords_in_a_uri_are_refused_and_not_repeated():
+    with pytest.raises(storage.StorageError, match=r"s3://bucket/x: leave user and password out") as error:
+        storage.read_bytes("s3://KEY:SECRET@bucket/x")
+    assert "SECRET" not in str(error.value)

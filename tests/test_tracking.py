@@ -101,7 +101,9 @@ def recipe(folder, *overrides):
 
 
 def start(folder, lines, *overrides, run_id=None):
-    return Tracker.open(recipe(folder, *overrides), {"a": "b"}, run_id, folder / "journal.jsonl", lines.append)
+    return Tracker.open(
+        recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl", echo=lines.append
+    )
 
 
 def rows(database, run_id, key="train/loss"):
@@ -123,9 +125,6 @@ def test_everything_arrives(tmp_path, lines):
     tracker.log_table([{"id": 1}], "quarantine.json")
     tracker.log_table([{"id": 1}, {"id": 2}], "quarantine.json")
     tracker.log_file("pictures/loss.png", b"picture")
-    (tmp_path / "big.parquet").write_bytes(b"rows")
-    tracker.log_path(tmp_path / "big.parquet", "tables/val.parquet")
-    (tmp_path / "big.parquet").unlink()
     assert tracker.close("FINISHED") == 0
     assert not lines
 
@@ -140,7 +139,6 @@ def test_everything_arrives(tmp_path, lines):
     folder = run.info.artifact_uri
     assert json.loads(mlflow.artifacts.load_text(f"{folder}/quarantine.json")) == [{"id": 1}, {"id": 2}]
     assert mlflow.artifacts.load_text(f"{folder}/pictures/loss.png") == "picture"
-    assert mlflow.artifacts.load_text(f"{folder}/tables/val.parquet") == "rows"
     assert "global_batch" in mlflow.artifacts.load_text(f"{folder}/config.yaml")
     assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1, 2)
     assert not [p for p in (tmp_path / "journal.files").rglob("*") if p.is_file()]
@@ -286,7 +284,7 @@ from pipelines.tracking import Tracker
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
-tracker = Tracker.open(config, {}, None, folder / "journal.jsonl")
+tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl")
 step = 0
 while True:
     step += 1
@@ -398,7 +396,7 @@ def test_a_bad_request_is_believed_only_when_it_comes_again(tmp_path, lines):
 
 def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, lines):
     (tmp_path / "file").touch()
-    tracker = Tracker.open(recipe(tmp_path), {}, None, tmp_path / "file" / "journal.jsonl", lines.append)
+    tracker = Tracker.open(recipe(tmp_path), {}, journal=tmp_path / "file" / "journal.jsonl", echo=lines.append)
     tracker.log({"train/loss": 1.0}, step=1)
     tracker.log_file("a.png", b"a")
     assert tracker.close("FINISHED") == 0

@@ -1,11 +1,13 @@
 """Whole runs through real Ray and MLflow: what they log, refuse, survive and leave behind."""
 
+import contextlib
 import gzip
 import json
 import math
 
 import mlflow
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -15,9 +17,10 @@ from pipelines import checkpoints
 from pipelines.progress import advise
 from pipelines.runs import trained_model
 from pipelines.tracking import active_uri, tracking_uri
-from pipelines.train import last_model, train
+from pipelines.train import check_record, fingerprint, last_model, train, without_password
 from pipelines.worker import RunError
 from posmlp.errors import UserError
+from posmlp.video.manifest import Manifest, read_manifest
 from posmlp.video.motion import CLASSES
 
 pytestmark = pytest.mark.ray
@@ -100,6 +103,63 @@ def test_the_best_and_the_newest_checkpoints_are_kept(finished):
     assert list(found[-1].about.classes) == list(CLASSES)
     _, about = trained_model(result.path)
     assert about.metrics["val/top1"] == max(f.about.metrics["val/top1"] for f in found)
+
+
+LISTS = {"train": "32 videos, a", "val": "16 videos, b"}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "lists", "allowed", "expected"),
+    [
+        ([], [], {}, False, None),
+        (["scaling.workers=2"], ["train.keep_last=5"], {}, False, None),
+        (
+            ["optim.lr=1e-3"],
+            ["optim.lr=2e-3"],
+            {},
+            False,
+            r"--allow-changes, or restore:\n  optim\.lr: was 0\.001, is 0\.002",
+        ),
+        (["optim.lr=1e-3"], ["optim.lr=2e-3"], {}, True, None),
+        (
+            ["model.blocks=joint"],
+            ["optim.lr=2e-3"],
+            {},
+            True,
+            r"folder, or restore:\n  model\.blocks: was 'joint', is None$",
+        ),
+        ([], [], {"val": "17 videos, c"}, False, r"list\.val: was '16 videos, b', is '17 videos, c'"),
+        ([], [], {"val": "17 videos, c"}, True, None),
+        ([], [], {"train": "33 videos, c"}, True, r"or restore:\n  list\.train"),
+        (["train.epochs=9"], ["train.epochs=2"], {}, True, r"train\.epochs 2: run 'small' has done 3 epochs already"),
+    ],
+)
+def test_what_a_run_may_change_when_it_goes_on(motion_set, tmp_path, then, now, lists, allowed, expected):
+    record = {
+        "config": recipe_for(tmp_path, motion_set, *then).model_dump(mode="json"),
+        "lists": LISTS,
+        "metrics": None,
+    }
+    with pytest.raises(RunError, match=expected) if expected else contextlib.nullcontext():
+        changes = check_record("runs/small", record, recipe_for(tmp_path, motion_set, *now), LISTS | lists, 3, allowed)
+        assert set(changes) <= {"optim.lr", "list.val"}
+
+
+def test_a_list_is_known_by_its_videos_labels_and_classes(motion_set):
+    manifest = read_manifest(motion_set / "val.csv")
+    assert fingerprint(manifest).startswith("16 videos, ")
+    moved = manifest.rows.set_column(1, "uri", pa.array(["elsewhere"] * 16))
+    assert fingerprint(Manifest(moved, manifest.classes)) == fingerprint(manifest)
+    for other in (
+        Manifest(manifest.rows.take(list(range(15, -1, -1))), manifest.classes),
+        Manifest(manifest.rows, manifest.classes[::-1]),
+    ):
+        assert fingerprint(other) != fingerprint(manifest)
+
+
+def test_a_password_is_not_stored(motion_set, tmp_path):
+    config = recipe_for(tmp_path, motion_set, "tracking.uri=https://bob:hunter2@mlflow.example/x")
+    assert without_password(config).tracking.uri == "https://mlflow.example/x"
 
 
 def test_both_lists_are_told_at_once(local_ray, motion_set, tmp_path):

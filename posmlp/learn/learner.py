@@ -197,15 +197,26 @@ class Learner:
         }
 
     def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Continue from ``weights()`` and ``state_dict()``, of any number of workers."""
+        """Continue from ``weights()`` and ``state_dict()``, of any number of workers.
+
+        What the recipe says of the optimizer holds, also where it was another then; a weight average that is new
+        starts from the weights.
+        """
         whole = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.raw, dict[str, Any](weights), options=whole)
+        own = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
+        set_model_state_dict(self.raw, dict[str, Any](state["model"] or weights), options=whole)
         if self.ema:
-            self.ema.swap()
-            self.ema.updates = state["ema_updates"]
-            set_model_state_dict(self.raw, state["model"], options=whole)
-        set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=whole)
-        self.scaler.load_state_dict(state["scaler"])
+            self.ema = WeightAverage(self.raw, self.ema.decay)
+            if state["model"]:
+                with self.ema.in_place():
+                    set_model_state_dict(self.raw, dict[str, Any](weights), options=whole)
+                self.ema.updates = state["ema_updates"]
+        if state["optimizer"]["state"]:  # none before the first step that counted
+            set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=whole)
+            for group, values in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(values)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
 

@@ -82,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     data = data.add_subparsers(required=True, metavar="WHAT")
     motion = data.add_parser("motion", help="the embedded data set: 8 classes that only motion separates")
     motion.add_argument("--out", type=Path, default=Path("data/motion"))
+    motion.add_argument(
+        "--kind", choices=["motion", "strokes"], default="motion", help="strokes: 42 classes of drawn paths"
+    )
     motion.add_argument("--train", type=int, default=640, help="training clips (%(default)s)")
     motion.add_argument("--val", type=int, default=160, help="validation clips (%(default)s)")
     motion.add_argument("--size", type=int, default=64, help="height and width in pixels (%(default)s)")
@@ -294,7 +297,7 @@ def report(config, args: argparse.Namespace) -> None:
 def run_motion(args: argparse.Namespace) -> None:
     from posmlp.video.motion import make_motion_set
 
-    folder = make_motion_set(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
+    folder = make_motion_set(args.out, kind=args.kind, train=args.train, val=args.val, size=args.size, seed=args.seed)
     print(f"{args.train} training and {args.val} validation clips: {folder}/train.csv, {folder}/val.csv")
 
 

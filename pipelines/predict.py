@@ -182,9 +182,15 @@ def parse_views(text: str) -> tuple[int, int]:
 
 
 def with_views(config: Config, views: tuple[int, int] | None) -> Config:
-    """The recipe with ``eval.clips`` and ``eval.crops`` of ``views``; None: as it is."""
+    """The recipe with ``eval.clips`` and ``eval.crops`` of ``views``; None: as it is.
+
+    Raises:
+        UserError: the recipe's clips have no squares to choose from.
+    """
     if views is None:
         return config
+    if config.data.whole and views[1] > 1:
+        raise UserError(f"views {views[0]}x{views[1]}: the recipe's clips show whole frames (data.whole); use x1")
     section = config.eval.model_copy(update={"clips": views[0], "crops": views[1]})
     return config.model_copy(update={"eval": section})
 

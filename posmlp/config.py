@@ -83,6 +83,7 @@ class DataSection(Section):
     short_side: Positive | None = None  # frames are decoded at this short side; None: 8/7 of the image size
     crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)  # area of the training crop, as a share of the frame
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width : height of the training crop
+    whole: bool = False  # test clips show whole frames, squeezed to a square, where the middle alone would not do
     repeats: Positive = 1  # training clips cut from a video each time it is decoded (repeated augmentation)
     decoder: Literal["pyav", "decord"] = "pyav"  # decord: PyAV takes over where decord would be wrong
     decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # a video that takes longer is bad
@@ -191,6 +192,8 @@ class Config(Section):
             problems.append("data.decoder decord has no effect with data.cache_dir, which PyAV fills; drop one of them")
         if self.data.modality == "rgb_difference" and self.model.variant().frames < 2:
             problems.append("data.modality rgb_difference needs model.frames of at least 2")
+        if self.data.whole and self.eval.crops > 1:
+            problems.append(f"data.whole leaves one view of a clip's frames, not eval.crops {self.eval.crops}; use 1")
         for key in ("crop_scale", "crop_ratio"):
             low, high = getattr(self.data, key)
             if not 0 < low <= high:

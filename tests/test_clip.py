@@ -178,6 +178,16 @@ def test_three_crops_cover_the_longer_side_from_end_to_end(tmp_path, width, heig
         assert np.abs(shown - expected)[1:-1].max() < 3
 
 
+def test_a_whole_frame_reaches_from_end_to_end(tmp_path):
+    frame = np.broadcast_to(np.arange(160, dtype=np.uint8)[None, :, None] + 20, (64, 160, 3))
+    path = write_video(tmp_path / "v.mp4", 160, 64, count=8, options={"crf": "5"}, change=lambda _: frame)
+    whole = make_config(whole=True, short_side=64)
+    along = views(path, whole, train=False).astype(float)[0, 0].mean(axis=(0, 2))
+    assert np.abs(along - (20 + (np.arange(32) + 0.5) * 5 - 0.5))[1:-1].max() < 3  # the ramp, five pixels to one
+    cut = make_config(short_side=64)
+    np.testing.assert_array_equal(views(path, whole), views(path, cut))  # training clips are cut at random all the same
+
+
 def test_clips_and_crops_are_numbered_crop_first(square, video):
     both = views(video, make_config(clips=2, crops=3), train=False)
     assert len(both) == views_of(make_config(clips=2, crops=3), False) == 6

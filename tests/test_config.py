@@ -58,6 +58,11 @@ def test_all_problems_are_listed_at_once():
     assert all(key in str(error.value) for key in ("train.epochs", "optim.lr", "data.tran"))
 
 
+def test_whole_frames_have_one_view():
+    with pytest.raises(RecipeError, match=r"data\.whole .* eval\.crops 3"):
+        load_recipe("demo", ["data.whole=true", "eval.crops=3"])
+
+
 def test_a_missing_recipe_names_the_known_ones():
     with pytest.raises(RecipeError, match="demo"):
         load_recipe("no-such-recipe")

@@ -125,6 +125,8 @@ def choose_views(
 
 def choose_box(height: int, width: int, view: View, data: DataSection) -> Box:
     """The part of the pictures that a view shows."""
+    if view.rng is None and data.whole:
+        return Box(0, 0, height, width)
     if view.rng is None:
         return square_crop(height, width, view.crop, view.crops)
     return random_resized_crop(height, width, data.crop_scale, data.crop_ratio, view.rng)

@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ import av
 import numpy as np
 
 from posmlp.errors import UserError
+from posmlp.video import strokes
 
 CLASSES: tuple[str, ...] = ("left", "right", "up", "down", "approach", "recede", "clockwise", "counterclockwise")
 SPLITS = ("train", "val")
@@ -253,9 +255,16 @@ def write_video(path: str | Path, clip: np.ndarray, fps: int = 12) -> None:
         part.unlink(missing_ok=True)
 
 
+SETS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {  # classes, and what draws a clip
+    "motion": (CLASSES, render),
+    "strokes": (strokes.CLASSES, strokes.render),
+}
+
+
 def make_motion_set(
     out: str | Path,
     *,
+    kind: str = "motion",
     train: int = 640,
     val: int = 160,
     size: int = 64,
@@ -264,18 +273,20 @@ def make_motion_set(
 ) -> Path:
     """Write `train` + `val` labelled videos, `out`/train.csv and `out`/val.csv (path, label, class); return `out`.
 
-    Clip i of a split has label i mod 8 and its own random stream, so the set is the same for any number of processes.
-    A folder that already holds this very set is left as it is. `out`/motion.json is written last: a folder without it
-    is the rest of a killed run, and is drawn again. A folder that holds anything else is refused.
+    `kind` is a key of `SETS`. Clip i of a split has label i mod the number of classes and its own random stream, so the
+    set is the same for any number of processes. A folder that already holds this very set is left as it is.
+    `out`/motion.json is written last: a folder without it is the rest of a killed run, and is drawn again. A folder
+    that holds anything else is refused.
     """
     if size < 16 or size % 2:
         raise UserError(f"size must be even and at least 16, not {size}")
     if train < 1 or val < 1:
         raise UserError(f"each split needs at least one clip, not train={train}, val={val}")
     out = Path(out)
-    counts = {"train": train, "val": val}
-    record = json.dumps({"version": VERSION, **counts, "size": size, "seed": seed}, indent=2) + "\n"
-    if _holds(out, counts, record):
+    classes, counts = SETS[kind][0], {"train": train, "val": val}
+    settings = {"version": VERSION, **counts, "size": size, "seed": seed} | ({} if kind == "motion" else {"kind": kind})
+    record = json.dumps(settings, indent=2) + "\n"
+    if _holds(out, classes, counts, record):
         return out
 
     (out / "motion.json").unlink(missing_ok=True)
@@ -284,10 +295,11 @@ def make_motion_set(
         with open(out / f"{split}.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "label", "class"])
-            writer.writerows([_name(split, i), _label(i), CLASSES[_label(i)]] for i in range(count))
+            labels = [i % len(classes) for i in range(count)]
+            writer.writerows([_name(classes, split, i), label, classes[label]] for i, label in enumerate(labels))
 
     keys = [(split, i) for split, count in counts.items() for i in range(count)]
-    write = partial(_write_clip, out, size, seed)
+    write = partial(_write_clip, kind, out, size, seed)
     workers = processes or min(os.cpu_count() or 1, len(keys) // 256)  # fewer clips do not repay starting a process
     if workers > 1:
         # One thread of OpenBLAS for each process: its threads wait for each other without ever giving up the processor.
@@ -312,7 +324,7 @@ def make_motion_set(
     return out
 
 
-def _holds(out: Path, counts: dict[str, int], record: str) -> bool:
+def _holds(out: Path, classes: tuple[str, ...], counts: dict[str, int], record: str) -> bool:
     """Whether `out` holds the complete set of `record`; raises if it holds something else."""
     advice = "choose another folder, or delete this one"
     if out.exists() and not out.is_dir():
@@ -321,7 +333,7 @@ def _holds(out: Path, counts: dict[str, int], record: str) -> bool:
     if recorded.exists() and recorded.read_text() != record:
         was, asked = (" ".join(text.split()) for text in (recorded.read_text(), record))
         raise UserError(f"{out} holds another motion set, {was} instead of {asked}: {advice}")
-    wanted = {_name(split, i) for split, count in counts.items() for i in range(count)}
+    wanted = {_name(classes, split, i) for split, count in counts.items() for i in range(count)}
     wanted |= {"motion.json", *(f"{split}.csv" for split in counts)}
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != PART}
     if foreign := sorted(found - wanted):
@@ -330,18 +342,14 @@ def _holds(out: Path, counts: dict[str, int], record: str) -> bool:
     return found == wanted
 
 
-def _label(index: int) -> int:
-    return index % len(CLASSES)
-
-
-def _name(split: str, index: int) -> str:
+def _name(classes: tuple[str, ...], split: str, index: int) -> str:
     """Path of a clip in the set's folder."""
-    return f"{split}/{CLASSES[_label(index)]}_{index:05d}.mp4"
+    return f"{split}/{classes[index % len(classes)]}_{index:05d}.mp4"
 
 
-def _write_clip(out: Path, size: int, seed: int, key: tuple[str, int]) -> None:
+def _write_clip(kind: str, out: Path, size: int, seed: int, key: tuple[str, int]) -> None:
     """Draw and encode clip `key` = (split, index) of the set; its random stream depends on nothing else."""
-    split, index = key
+    (classes, draw), (split, index) = SETS[kind], key
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index)))
     frames = int(rng.integers(*FRAMES, endpoint=True))
-    write_video(out / _name(split, index), render(_label(index), rng, size=size, frames=frames))
+    write_video(out / _name(classes, split, index), draw(index % len(classes), rng, size=size, frames=frames))

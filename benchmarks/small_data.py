@@ -38,12 +38,13 @@ VARIANTS: dict[str, list[str]] = {  # what differs from the recipe, in the order
     "no-mixup": ["augment.mixup=0"],
     "no-ema": ["optim.ema=null"],
     "centre": ["data.whole=false"],
-    "spatial": ["model.blocks=spatial"],
-    "joint": ["model.blocks=joint"],
-    "cascade_ts": ["model.blocks=cascade_ts"],
-    "cascade_st": ["model.blocks=cascade_st"],
-    "groups-1": ["model.groups=[1, 1, 1, 1]"],
-    "groups-x2": ["model.groups=[16, 16, 16, 32]"],
+    # Architectures start from random weights, to compare with NO_PRETRAINING; else each would need drawn clips' runs too.
+    "no-pretraining-spatial": ["model.blocks=spatial"],
+    "no-pretraining-joint": ["model.blocks=joint"],
+    "no-pretraining-cascade_ts": ["model.blocks=cascade_ts"],
+    "no-pretraining-cascade_st": ["model.blocks=cascade_st"],
+    "no-pretraining-groups-1": ["model.groups=[1, 1, 1, 1]"],
+    "no-pretraining-groups-x2": ["model.groups=[16, 16, 16, 32]"],
 }
 SETS: dict[str, dict[str, int]] = {"motion": {"train": 640, "val": 160}, "strokes": {"train": 2520, "val": 210}}
 DRAWN = ["train.global_batch=16", "data.whole=false", "augment.mixup=0", "optim.label_smoothing=0"]
@@ -96,7 +97,9 @@ def pretrained(variant: str, data: Path, overrides: Sequence[str]) -> str:
     weights = "null"
     model = load_recipe("small_data", overrides).model
     shared = [override for override in overrides if override.startswith(SHARED)]
-    for kind, counts in list(SETS.items())[: {NO_PRETRAINING: 0, NO_STROKES: 1}.get(variant)]:
+    for kind, counts in SETS.items():
+        if variant.startswith(NO_PRETRAINING) or (variant == NO_STROKES and kind == "strokes"):
+            break
         drawn = make_motion_set(data / kind, kind=kind, **counts)
         splits = [f"data.{split}.path={drawn / split}.csv" for split in ("train", "val")]
         name = f"{kind}-{model.blocks or 'parallel'}-groups-{'-'.join(map(str, model.groups or ()))}"

@@ -38,7 +38,7 @@ VARIANTS: dict[str, list[str]] = {  # what differs from the recipe, in the order
     "no-mixup": ["augment.mixup=0"],
     "no-ema": ["optim.ema=null"],
     "centre": ["data.whole=false"],
-    # Architectures start from random weights, to compare with NO_PRETRAINING; else each would need drawn clips' runs too.
+    # Architectures start from random weights, to compare with NO_PRETRAINING; each would need drawn clips of its own.
     "no-pretraining-spatial": ["model.blocks=spatial"],
     "no-pretraining-joint": ["model.blocks=joint"],
     "no-pretraining-cascade_ts": ["model.blocks=cascade_ts"],

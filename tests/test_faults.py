@@ -148,7 +148,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(straight, m
     wait_for_step(tmp_path, process, 10)
     process.kill()
     process.wait()
-    newest = checkpoints.find(str(tmp_path / "small"))[-1].uri
+    while training_workers():  # which live a little longer, and save
+        time.sleep(0.2)
+    newest = [found for found in checkpoints.find(str(tmp_path / "small")) if found.about][-1].uri
     with open(f"{newest}/{checkpoints.STATE}", "r+b") as file:
         file.seek(1000)
         file.write(b"spoilt")

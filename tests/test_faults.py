@@ -314,7 +314,7 @@ def test_a_run_on_an_object_store_is_resumed_too(straight, s3, motion_set, tmp_p
     storage, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_for(tmp_path, motion_set, *EXACT, f"train.storage={storage}", uri).to_yaml())
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": os.getcwd()}
+    env = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe)]
     with open(tmp_path / "log.txt", "a") as log:
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)

@@ -585,7 +585,7 @@ def active_uri(uri: str) -> Iterator[None]:
 
 def prepare_mlflow() -> None:
     """Keep MLflow quiet, and a call that fails short; what the user has set counts."""
-    for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+    for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool", "torch._export"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what fails is told in one line
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords, too
     for name, value in HTTP_LIMITS.items():

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
-from runs import recipe_for
+from small_runs import recipe_for
 from test_predict import plain_shares, write_checkpoint
 
 from pipelines import evaluate as module

@@ -14,8 +14,8 @@ import ray
 import torch
 from mlflow import MlflowClient
 from ray.util.state import list_actors
-from runs import log_of, recipe_for, run_of, start_cli, wait_for_step
 from safetensors.torch import load_file
+from small_runs import log_of, recipe_for, run_of, start_cli, wait_for_step
 
 from pipelines import checkpoints
 from pipelines.cli import main

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imsave
-from runs import recipe_for
+from small_runs import recipe_for
 
 from pipelines import checkpoints
 from pipelines.checkpoints import About

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from runs import recipe_for, run_of
+from small_runs import recipe_for, run_of
 
 from pipelines import checkpoints
 from pipelines.progress import advise

@@ -55,7 +55,7 @@ def subject(motion_set, tmp_path_factory):
     client = MlflowClient(tracking_uri(config))
     run_id = create_run(client, config, {})
     client.set_terminated(run_id, "FINISHED", end_time=123456789)
-    write_record(str(run), config, run_id, {"val/top1": 0.5})
+    write_record(str(run), config, {}, run_id, {"val/top1": 0.5})
     return {"run": str(run), "checkpoint": checkpoint, "config": config, "model": model, "broken": str(broken)}
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from pipelines import checkpoints, figures
 from pipelines.ingest import QUEUED, STORE_SHARE, BadVideo, decode_rows, rows_per_block
-from pipelines.predict import autocast, class_names, find_checkpoint, scored_together, with_views
+from pipelines.predict import class_names, find_checkpoint, scored_together, with_views
 from pipelines.runs import read_record
 from pipelines.scan import Progress, parquet
 from pipelines.tracking import create_run, now_ms, prepare_mlflow, scrub, tracking_uri, without_secrets
@@ -393,7 +393,7 @@ class Scorer:
         for first in range(0, len(good), size):
             part = good[first : first + size]
             pixels = torch.from_numpy(clips[part]).flatten(0, 1).to(self.device)
-            views = score_views(self.model, pixels, self.config, autocast(self.device, self.config))
+            views = score_views(self.model, pixels, self.config)
             scores[part] = views.cpu().numpy()
         return {key: columns[key] for key in ("sample_id", "uri", "reason", "fatal")} | {"scores": scores}
 

@@ -8,9 +8,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import video_scores
-from posmlp.learn.learner import PRECISIONS, score_views
+from posmlp.learn.learner import score_views
 from posmlp.video.clip import load_clips, views_of
 from posmlp.video.decode import DecodeError, Frames
 from posmlp.video.formats import PICTURE_SUFFIXES
@@ -98,7 +96,7 @@ def predictions(
             good = [torch.from_numpy(clips) for clips in results if not isinstance(clips, str)]
             scores = iter(())
             if good:
-                views = score_views(model, torch.cat(good).to(device), config, autocast(device, config))
+                views = score_views(model, torch.cat(good).to(device), config)
                 scores = iter(video_scores(views).exp().cpu())
             for (file, _), result in zip(ready, results, strict=True):
                 if isinstance(result, str):
@@ -203,9 +201,3 @@ def class_names(classes: Sequence[str], count: int) -> list[str]:
 def scored_together(config: Config) -> int:
     """Videos that go through the model together: what has room on the device, but all views of one at least."""
     return max(1, (config.scaling.device_batch or CLIPS) // views_of(config, False))
-
-
-def autocast(device: torch.device, config: Config) -> AbstractContextManager[Any]:
-    """The precision that the model was trained in."""
-    dtype = PRECISIONS.get(config.train.precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)

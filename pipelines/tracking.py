@@ -17,8 +17,8 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -568,19 +568,6 @@ class MachineMetrics(threading.Thread):
     def stop(self) -> None:
         self.stopping.set()
         self.join(timeout=5.0)
-
-
-@contextmanager
-def active_uri(uri: str) -> Iterator[None]:
-    """MLflow's global tracking URI for a while. Setting it also sets ``MLFLOW_TRACKING_URI``, which is the user's."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(None)
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def prepare_mlflow() -> None:

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import mlflow
 import ray
 from mlflow import MlflowClient
 
@@ -63,3 +66,16 @@ def wait_for_step(folder, process, step=1, seconds=120, storage=None):
         assert process.poll() is None, log_of(folder)
         assert time.monotonic() < deadline, log_of(folder)
         time.sleep(0.05)
+
+
+@contextmanager
+def active_uri(uri: str) -> Iterator[None]:
+    """MLflow's global tracking URI for a while. Setting it also sets ``MLFLOW_TRACKING_URI``, which is the user's."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before

@@ -18,10 +18,11 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
+from small_runs import active_uri
 
 from pipelines import tracking
 from pipelines.journal import JournalInUse, read
-from pipelines.tracking import Past, Tracker, active_uri, shorten, sync, tracking_uri, without_secrets
+from pipelines.tracking import Past, Tracker, shorten, sync, tracking_uri, without_secrets
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 

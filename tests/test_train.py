@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from small_runs import recipe_for, run_of
+from small_runs import active_uri, recipe_for, run_of
 
 from pipelines import checkpoints
 from pipelines.progress import advise
 from pipelines.runs import trained_model
-from pipelines.tracking import active_uri, tracking_uri
+from pipelines.tracking import tracking_uri
 from pipelines.train import check_record, fingerprint, last_model, train, without_password
 from pipelines.worker import RunError
 from posmlp.errors import UserError

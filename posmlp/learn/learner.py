@@ -105,10 +105,6 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
         self.ema = WeightAverage(self.raw, config.optim.ema) if config.optim.ema else None
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        dtype = PRECISIONS.get(self.config.train.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
     def averaged(self) -> AbstractContextManager[None]:
         """The model has the weights that count, for a while: the average if there is one."""
         return self.ema.in_place() if self.ema else nullcontext()
@@ -148,7 +144,7 @@ class Learner:
             done += len(part.labels)
             with gradients_summed(self.model, done == count):
                 clips, targets = to_train_input(part, self.config, self.flipped)
-                with self.autocast():
+                with autocast(self.device, self.config):
                     logits = self.model(clips).float()
                 smoothing = self.config.optim.label_smoothing
                 losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
@@ -176,7 +172,7 @@ class Learner:
         The weights are used as they are; see ``averaged``.
         """
         self.raw.eval()
-        return score_views(self.raw, batch.clips, self.config, self.autocast())
+        return score_views(self.raw, batch.clips, self.config)
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights that count, by name, on the CPU; empty on workers other than the first, which all must
@@ -226,15 +222,19 @@ def part_size(count: int, config: Config) -> int:
     return math.ceil(count / parts / config.clips_together) * config.clips_together
 
 
-def score_views(
-    model: nn.Module, clips: Tensor, config: Config, autocast: AbstractContextManager[Any] | None = None
-) -> Tensor:
+def autocast(device: torch.device, config: Config) -> AbstractContextManager[Any]:
+    """The precision that a recipe trains and scores in, ``train.precision``."""
+    dtype = PRECISIONS.get(config.train.precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def score_views(model: nn.Module, clips: Tensor, config: Config) -> Tensor:
     """Logarithms of the class probabilities of videos' views, float32 ``[videos, views, classes]``.
 
     Args:
         model: in eval mode.
         clips: uint8 ``[videos * views, T, H, W, 3]`` on the model's device, a video's views adjacent.
     """
-    with torch.no_grad(), autocast or nullcontext():
+    with torch.no_grad(), autocast(clips.device, config):
         logits = cast(Tensor, model(to_input(clips, config)))
     return logits.float().log_softmax(1).unflatten(0, (-1, config.eval.clips * config.eval.crops))

@@ -1,7 +1,6 @@
 """Picture of what a trained model learned: its relative-position tables, under the motions of the embedded data set.
 
 python benchmarks/tables.py runs/demo --out docs/tables.png
-
 """
 
 from __future__ import annotations

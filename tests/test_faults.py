@@ -146,10 +146,10 @@ def test_ctrl_c_saves_and_stops(local_ray, motion_set, tmp_path):
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(straight, motion_set, tmp_path, capsys):
     _config, process = start_cli(tmp_path, motion_set, *EXACT)
     wait_for_step(tmp_path, process, 10)
+    workers = training_workers()
     process.kill()
-    process.wait()
-    while training_workers():  # which live a little longer, and save
-        time.sleep(0.2)
+    _, alive = psutil.wait_procs(workers, timeout=60)  # which live a little longer than the driver, and save
+    assert not alive
     newest = [found for found in checkpoints.find(str(tmp_path / "small")) if found.about][-1].uri
     with open(f"{newest}/{checkpoints.STATE}", "r+b") as file:
         file.seek(1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -55,6 +56,35 @@ def parser() -> argparse.ArgumentParser:
     add_train_options(train)
     train.set_defaults(run=run_train, again=AGAIN)
 
+    tune = verbs.add_parser("tune", help="search: train many members of a space, and draw their front")
+    tune.add_argument("recipe", nargs="?", help="a YAML file, or the name of one in posmlp/recipes")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="of every trial's recipe")
+    tune.add_argument("--space", help="a name in tune_spaces, or a Python file")
+    tune.add_argument("--name", help="of the study; RECIPE-SPACE if not given")
+    tune.add_argument(
+        "--resume", metavar="STUDY", help="go on with a study, given by its folder or its name below runs/"
+    )
+    tune.add_argument("--trials", type=positive, help="to be trained; 20 if not given")
+    tune.add_argument("--searcher", choices=("grid", "random", "tpe", "nsga2"), help="tpe if not given")
+    tune.add_argument("--against", choices=("latency", "gmacs", "params"), help="a cost to be low beside high accuracy")
+    tune.add_argument("--asha", action="store_true", default=None, help="stop trials early that are behind the others")
+    tune.add_argument("--seed", type=not_negative, help="of the search; 0 if not given")
+    tune.add_argument("--concurrent", type=positive, help="trials at a time; as many as there is room for if not given")
+    tune.add_argument(
+        "--repeats", type=positive, help="seeds with which the front's trials are trained; 1 if not given"
+    )
+    tune.add_argument("--budget-gmacs", type=above_zero, metavar="X", help="the most GMACs of a clip")
+    tune.add_argument("--budget-ms", type=above_zero, metavar="X", help="the most milliseconds of a clip, as measured")
+    tune.add_argument("--budget-params", type=above_zero, metavar="X", help="the most millions of parameters")
+    tune.set_defaults(run=run_tune, again="posmlp tune --resume STUDY goes on")
+
+    front = verbs.add_parser("front", help="the speed-accuracy front of studies, from MLflow alone")
+    front.add_argument("studies", nargs="+", metavar="STUDY", help="names of studies, to be laid over each other")
+    front.add_argument("--against", choices=("latency", "gmacs", "params"), default="gmacs", help="(%(default)s)")
+    front.add_argument("--out", type=Path, default=Path("front"), help="folder for pictures and tables (%(default)s)")
+    front.add_argument("--uri", help="of MLflow; MLFLOW_TRACKING_URI, else runs/mlflow.db, if not given")
+    front.set_defaults(run=run_front)
+
     evaluate = verbs.add_parser("evaluate", help="test a trained model on a split, with many views a video")
     add_trained(evaluate)
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.val.path=test.csv")
@@ -93,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
     check = data.add_parser("check", help="decode every video of a list and report the bad ones")
     add_manifest(check)
-    check.add_argument("--timeout", type=seconds, default=300.0, help="seconds a video may take (%(default)g)")
+    check.add_argument("--timeout", type=above_zero, default=300.0, help="seconds a video may take (%(default)g)")
     check.set_defaults(run=run_check)
 
     shard = data.add_parser("shard", help="pack the videos of a list into Parquet files")
@@ -101,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     shard.add_argument("--rows-per-shard", type=positive, default=256, help="videos in a file (%(default)s)")
     shard.add_argument("--short-side", type=positive, help="encode anew at this short side in pixels")
     shard.add_argument("--keyframe-interval", type=positive, help="encode anew with a key frame every so many frames")
-    shard.add_argument("--timeout", type=seconds, default=300.0, help="seconds a video may take (%(default)g)")
+    shard.add_argument("--timeout", type=above_zero, default=300.0, help="seconds a video may take (%(default)g)")
     shard.set_defaults(run=run_shard, again="the same command goes on after the last finished shard")
 
     preview = data.add_parser("preview", help="a picture of a batch as the model will see it")
@@ -165,8 +195,8 @@ def positive(text: str) -> int:
     return value
 
 
-def seconds(text: str) -> float:
-    """A time above 0."""
+def above_zero(text: str) -> float:
+    """A number above 0."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -199,6 +229,57 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     report(load_recipe(args.recipe, args.overrides), args)
+
+
+def run_tune(args: argparse.Namespace) -> None:
+    """A new study, or the rest of one; then its front."""
+    from pydantic import ValidationError
+
+    from pipelines.study import Study, StudyError, explain, find_study
+
+    fields = ("space", "trials", "searcher", "against", "asha", "seed", "concurrent", "repeats")
+    fields += ("budget_gmacs", "budget_ms", "budget_params")
+    given = {key: value for key in fields if (value := getattr(args, key)) is not None}
+    if args.resume:
+        fixed = sorted(given.keys() - {"trials", "concurrent", "repeats"})
+        if args.recipe or args.overrides or args.name or fixed:
+            raise StudyError(
+                "--resume goes on with the study as it was started; only --trials, --concurrent and --repeats may be "
+                f"given, not {', '.join(['RECIPE'] * bool(args.recipe) + ['--name'] * bool(args.name) + fixed)}"
+            )
+        study, _ = find_study(args.resume)
+        study = study.model_copy(update=given)
+    else:
+        if not args.recipe or not args.space:
+            raise StudyError("give a recipe and --space, or --resume STUDY; see posmlp tune --help")
+        recipe = load_recipe(args.recipe, args.overrides)
+        name = args.name or f"{recipe.name}-{Path(args.space).stem}"
+        try:
+            study = Study(name=name, recipe=recipe, **given)
+        except ValidationError as error:
+            raise StudyError(f"study {name}: {explain(error)}") from error
+    from pipelines import front
+    from pipelines.tracking import tracking_uri
+    from pipelines.tune import tune
+
+    start = time.perf_counter()
+    result = tune(study, echo=lambda line: print(line, flush=True), resume=bool(args.resume))
+    print(f"\n{front.describe(result.study.name, result.trials, result.study.against or 'gmacs')}")
+    print(
+        f"\n  time  {time.perf_counter() - start:.0f} s;  study  {result.study.folder} (MLflow {result.mlflow_run_id})"
+    )
+    print(
+        f"  each trial's recipe, front.html and the tables are in the study's MLflow run;  {see(tracking_uri(study.recipe))}"
+    )
+
+
+def run_front(args: argparse.Namespace) -> None:
+    from pipelines.front import read_front, write_front
+
+    uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    views = [read_front(name, uri) for name in args.studies]
+    print(write_front(views, args.against, args.out))
+    print(f"\n{args.out} has front.html, front.png, trials.csv and the recipes of the fronts")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -264,7 +345,7 @@ def run_sync(args: argparse.Namespace) -> int:
 
 def report(config, args: argparse.Namespace) -> None:
     """Train, then print the result."""
-    from pipelines.tracking import tracking_uri, without_secrets
+    from pipelines.tracking import tracking_uri
     from pipelines.train import train
 
     start = time.perf_counter()
@@ -287,11 +368,17 @@ def report(config, args: argparse.Namespace) -> None:
         print(f"    {video.uri}: {video.reason}")
     if len(result.bad) > 10:
         print(f"    ... and {len(result.bad) - 10} more in the run's quarantine.json")
-    uri = without_secrets(tracking_uri(config))
+    print(f"\n  {see(tracking_uri(config))}")
+
+
+def see(uri: str) -> str:
+    """How to open MLflow."""
+    from pipelines.tracking import without_secrets
+
+    uri = without_secrets(uri)
     if uri.startswith("sqlite:"):
-        print(f"\n  see it in MLflow:  {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}")
-    else:
-        print(f"\n  see it in MLflow:  {uri}")
+        uri = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
+    return f"see it in MLflow:  {uri}"
 
 
 def run_motion(args: argparse.Namespace) -> None:

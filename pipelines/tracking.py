@@ -52,6 +52,7 @@ MAX_TAG_LENGTH = 8000
 
 EPOCH_KEY = "train/loss"  # every epoch has it, so it tells which epochs are logged
 SYSTEM = "system/"
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow nests a run
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
 ASIDE_PAUSE = 60.0  # seconds between two tries of what was put aside
 CLOSE_WAIT = 20.0  # seconds that the end of a run waits for MLflow, and
@@ -118,11 +119,13 @@ class Tracker:
         run_id: str | None = None,
         *,
         journal: Path,
+        params: Mapping[str, Any] | None = None,
         echo: Callable[[str], None] = print,
     ) -> Tracker:
         """Start a run, or go on with ``run_id``, which needs no MLflow that answers.
 
         Args:
+            params: of a new run, beside the recipe's keys.
             journal: the file for what waits for MLflow, on this machine's disk.
             echo: takes what the user should know: that MLflow does not answer, and that it is back.
 
@@ -140,7 +143,7 @@ class Tracker:
         try:
             client = MlflowClient(uri)
             if run_id is None:
-                run_id = create_run(client, config, tags)
+                run_id = create_run(client, config, tags, params)
             client.get_run(run_id)  # a store without it has no epochs either
             stored_epochs = epochs_stored(client, run_id)
         except Exception as error:  # of a network, a database or an artifact store, in their many kinds
@@ -165,10 +168,19 @@ class Tracker:
         values = {k: float(v) for k, v in metrics.items()}
         self.journal.append({"op": "metrics", "time": now_ms(), "step": step, "values": values}, sync=sync)
 
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
+    def log_tags(self, tags: Mapping[str, str], run_id: str | None = None) -> None:
+        """Set tags of the run, or of another, such as a trial of this study."""
         values = {k: shorten(scrub(str(v), self.uri), MAX_TAG_LENGTH) for k, v in tags.items()}
-        self.journal.append({"op": "tags", "tags": values})
+        self.journal.append({"op": "tags", "tags": values, "of": run_id or self.run_id})
+
+    def log_of(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """Write one set of metrics of another run."""
+        values = {k: float(v) for k, v in metrics.items()}
+        self.journal.append({"op": "metrics of", "of": run_id, "time": now_ms(), "step": step, "values": values})
+
+    def end_run(self, run_id: str, status: str) -> None:
+        """End another run, whose own driver has died."""
+        self.journal.append({"op": "status", "status": status, "time": now_ms(), "of": run_id})
 
     def log_file(self, path: str, content: bytes) -> None:
         """Store an artifact. The same path again replaces it; of several that wait only the latest is delivered."""
@@ -387,12 +399,14 @@ class Courier(threading.Thread):
             ]
             for i in range(0, len(metrics), MAX_METRICS):
                 self.deliver_metrics(entries[0], metrics[i : i + MAX_METRICS])
+        elif op["op"] == "metrics of":
+            client.log_batch(op["of"], metrics=[Metric(k, v, op["time"], op["step"]) for k, v in op["values"].items()])
         elif op["op"] == "open":
             client.update_run(self.run_id, status="RUNNING")
         elif op["op"] == "status":
-            client.set_terminated(self.run_id, op["status"], end_time=op["time"])
+            client.set_terminated(op.get("of", self.run_id), op["status"], end_time=op["time"])
         elif op["op"] == "tags":
-            client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in op["tags"].items()])
+            client.log_batch(op.get("of", self.run_id), tags=[RunTag(k, v) for k, v in op["tags"].items()])
         elif op["op"] == "file" and not self.journal.superseded(entries[0]):
             client.log_artifact(self.run_id, str(file), os.path.dirname(op["path"]) or None)
         elif op["op"] == "model":
@@ -492,6 +506,31 @@ def deliver_model(client: MlflowClient, run_id: str, folder: Path) -> None:
     card.save(str(folder / "MLmodel"))
     client.log_model_artifacts(logged.model_id, str(folder))
     client.finalize_logged_model(logged.model_id, "READY")
+
+
+def register_model(tracker: Tracker, name: str, tags: Mapping[str, str]) -> str:
+    """Make the model that a run has logged a version of a registered one, with the alias ``best``; returns its number.
+
+    A model that is a version already stays that one.
+
+    Raises:
+        MlflowException, UserError: MLflow did not take it, or does not have the model yet.
+    """
+    client = MlflowClient(tracker.uri, tracker.uri)
+    run = client.get_run(tracker.run_id)
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id='{tracker.run_id}'")
+    if not found:
+        raise UserError("MLflow does not have the model yet")
+    with suppress(MlflowException):  # it exists, or the next call tells
+        client.create_registered_model(name)
+    versions = client.search_model_versions(f"name='{name}' AND run_id='{tracker.run_id}'")
+    newest = max(versions, key=lambda version: int(version.version), default=None)
+    if newest is None or dict(newest.tags).get("trial") != tags.get("trial"):
+        model = found[0]
+        place = model.artifact_location  # models:/ID would be looked up in the process's own MLflow, which may be another
+        newest = client.create_model_version(name, place, tracker.run_id, tags=dict(tags), model_id=model.model_id)
+    client.set_registered_model_alias(name, "best", newest.version)
+    return str(newest.version)
 
 
 def sync(path: Path, echo: Callable[[str], None] = print, uri: str | None = None) -> int:
@@ -630,16 +669,32 @@ def epochs_stored(client: MlflowClient, run_id: str) -> int:
     return max((m.step for m in client.get_metric_history(run_id, EPOCH_KEY)), default=0)
 
 
-def create_run(client: MlflowClient, config: Config, tags: Mapping[str, str]) -> str:
-    """A new run with its recipe as params and as an artifact; returns its id."""
-    uri = tracking_uri(config)
+def create_run(
+    client: MlflowClient, config: Config, tags: Mapping[str, str], params: Mapping[str, Any] | None = None
+) -> str:
+    """A new run with its recipe as params and as an artifact; returns its id.
+
+    A trial's run that is there already, as its driver was killed before it could note the id, is taken again.
+    """
+    uri, experiment = tracking_uri(config), experiment_id(client, config)
     tags = {k: shorten(v, MAX_TAG_LENGTH) for k, v in tags.items()}
-    run_id = client.create_run(experiment_id(client, config), run_name=config.name, tags=tags).info.run_id
-    params = [Param(k, shorten(scrub(str(v), uri), MAX_PARAM_LENGTH)) for k, v in config.flat().items()]
-    for i in range(0, len(params), MAX_PARAMS):
-        client.log_batch(run_id, params=params[i : i + MAX_PARAMS])
+    run_id = find_trial_run(client, experiment, tags)
+    run_id = run_id or client.create_run(experiment, run_name=config.name, tags=tags).info.run_id
+    texts = {k: shorten(scrub(str(v), uri), MAX_PARAM_LENGTH) for k, v in (config.flat() | dict(params or {})).items()}
+    entries = [Param(k, text) for k, text in texts.items()]
+    for i in range(0, len(entries), MAX_PARAMS):
+        client.log_batch(run_id, params=entries[i : i + MAX_PARAMS])
     client.log_text(run_id, scrub(config.to_yaml(), uri), "config.yaml")
     return run_id
+
+
+def find_trial_run(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:
+    """The run of a study's trial, by the tags that name both; None if there is none, or they name none."""
+    if PARENT not in tags:
+        return None
+    wanted = f"tags.`{PARENT}` = '{tags[PARENT]}' AND tags.trial = '{tags['trial']}'"
+    found = client.search_runs([experiment], wanted, max_results=1)
+    return found[0].info.run_id if found else None
 
 
 def experiment_id(client: MlflowClient, config: Config) -> str:

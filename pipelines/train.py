@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,8 +80,26 @@ class RunResult:
     undelivered: int = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a study has to say to a run that is one of its trials.
+
+    Attributes:
+        tags, params: for the run's MLflow run, beside its own.
+        costs: metrics of the model's cost, which the workers need not measure then.
+        on_epoch: is told the metrics of each epoch that ends.
+        stop: once it is set, the run saves its state and raises ``StoppedError``.
+    """
+
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+    on_epoch: Callable[[Mapping[str, float]], None] = lambda metrics: None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
 class StoppedError(KeyboardInterrupt):
-    """A run that was asked to stop by a signal, and has saved its state."""
+    """A run that was asked to stop by a signal, or by its study, and has saved its state."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -92,7 +110,12 @@ class StoppedError(KeyboardInterrupt):
 
 
 def train(
-    config: Config, echo: Callable[[str], None] = print, *, profile: bool = False, allow_changes: bool = False
+    config: Config,
+    echo: Callable[[str], None] = print,
+    *,
+    profile: bool = False,
+    allow_changes: bool = False,
+    part: Part | None = None,
 ) -> RunResult:
     """Run to the end, from the start or from where a run of this name stopped.
 
@@ -101,13 +124,15 @@ def train(
         echo: takes lines of progress.
         profile: trace some steps, into the run's MLflow artifacts.
         allow_changes: go on with another recipe than the run was started with.
+        part: of a study.
 
     Raises:
         ManifestError: the data set's list is wrong.
         RunError: the run cannot start (the message says what to change), or has failed.
-        StoppedError: a signal (SIGINT or SIGTERM) asked it to stop; the same call goes on from there.
+        StoppedError: a signal (SIGINT or SIGTERM) or the study asked it to stop; the same call goes on from there.
         KeyboardInterrupt: a second signal; the same call goes on from the last checkpoint.
     """
+    part = part or Part()
     run = run_folder(config)
     train_set, val_set = read_splits(config)
     config = check_data(config, train_set, val_set)
@@ -120,9 +145,12 @@ def train(
     check_cpus(config)
     check_writable(run)
     run_id = record["mlflow_run_id"] if record else None
-    tracker = Tracker.open(config, source_tags() | {"run": run}, run_id, journal=journal_path(run), echo=echo)
+    tags = source_tags() | {"run": run} | part.tags
+    tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=part.params, echo=echo)
     status = "FAILED"
-    report = Report(tracker, echo)
+    report = Report(tracker, echo, part.on_epoch)
+    if part.costs and not whole:
+        tracker.log(part.costs, step=0)
     try:
         config = without_password(config)  # from here on it is written down
         if changes:
@@ -130,7 +158,7 @@ def train(
             tracker.log_file("config.yaml", config.to_yaml().encode())
         write_record(run, config, lists, tracker.run_id, None)
         job = {"config": config.model_dump(), "run": run, "weights": weights, "classes": train_set.classes}
-        fit(job | {"profile": profile}, train_set, val_set, config, report)
+        fit(job | {"profile": profile, "measure": not part.costs}, train_set, val_set, config, report, part.stop)
         metrics = report.history[-1]
         report.draw(train_set.classes)
         write_record(run, config, lists, tracker.run_id, metrics)
@@ -284,8 +312,15 @@ def check_cpus(config: Config) -> None:
         raise RunError(f"scaling.workers {scaling.workers} need a GPU each, and the cluster has {gpus:g}")
 
 
-def fit(job: dict[str, Any], train_set: Manifest, val_set: Manifest, config: Config, report: Report) -> None:
-    """Run the workers, and pass on what they tell, until they are done.
+def fit(
+    job: dict[str, Any],
+    train_set: Manifest,
+    val_set: Manifest,
+    config: Config,
+    report: Report,
+    stop: threading.Event,
+) -> None:
+    """Run the workers, and pass on what they tell, until they are done, or have saved when ``stop`` is set.
 
     Raises:
         RunError: the run has failed.
@@ -314,11 +349,13 @@ def fit(job: dict[str, Any], train_set: Manifest, val_set: Manifest, config: Con
     # In a thread: Ray Train would make Ctrl-C its own, and end without a checkpoint.
     fitting = threading.Thread(target=run_trainer, args=(trainer, failures), daemon=True)
     try:
-        with stop_on_signal(mailbox, report.echo) as caught:
+        with stop_on_signal(lambda: mailbox.stop.remote(), report.echo) as caught:
             fitting.start()
             while fitting.is_alive():
                 fitting.join(POLL_S)
                 report.take(mailbox)
+                if stop.is_set():
+                    mailbox.stop.remote()
             report.take(mailbox)  # what came just before the end
         reason = ray.get(mailbox.reason.remote())
         ray.kill(mailbox)
@@ -343,8 +380,8 @@ def run_trainer(trainer: TorchTrainer, failures: list[Exception]) -> None:
 
 
 @contextmanager
-def stop_on_signal(mailbox: ActorHandle, echo: Callable[[str], None]) -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM asks the workers to save and stop, a second one interrupts; yields what has come.
+def stop_on_signal(stop: Callable[[], object], echo: Callable[[str], None]) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM calls ``stop``, a second one interrupts; yields what has come.
 
     Only the main thread gets signals; elsewhere this does nothing.
     """
@@ -354,7 +391,7 @@ def stop_on_signal(mailbox: ActorHandle, echo: Callable[[str], None]) -> Iterato
         if caught:
             raise KeyboardInterrupt
         caught.append(signum)
-        mailbox.stop.remote()
+        stop()
         echo(f"{signal.Signals(signum).name}: saving and stopping; once more to leave at once")
 
     if threading.current_thread() is not threading.main_thread():
@@ -377,8 +414,8 @@ class Report:
         confusion: ``[classes, classes]``, of the last validation.
     """
 
-    def __init__(self, tracker: Tracker, echo: Callable[[str], None]):
-        self.tracker, self.echo = tracker, echo
+    def __init__(self, tracker: Tracker, echo: Callable[[str], None], on_epoch: Callable[[Mapping[str, float]], None]):
+        self.tracker, self.echo, self.on_epoch = tracker, echo, on_epoch
         self.history: list[dict[str, float]] = []
         self.bad: dict[str, BadVideo] = {}
         self.confusion: np.ndarray | None = None
@@ -397,6 +434,8 @@ class Report:
         elif kind == "metrics":
             for metrics in event["history"]:  # from the start, whenever workers start
                 epoch = int(metrics["epoch"])
+                if epoch > len(self.history):
+                    self.on_epoch(metrics)
                 self.history[epoch - 1 :] = [metrics]
                 if epoch > self.logged:
                     self.logged = epoch

@@ -49,7 +49,8 @@ def train_worker(job: dict[str, Any]) -> None:
 
     Args:
         job: ``config`` (a recipe as plain data), ``run`` (the run's folder), ``weights`` (a file to start from, or
-            None), ``train_rows`` and ``val_rows`` (references), ``classes``, ``mailbox``, ``profile``.
+            None), ``train_rows`` and ``val_rows`` (references), ``classes``, ``mailbox``, ``profile``, ``measure`` (whether
+            the model's cost is still to be measured).
     """
     try:
         Worker(job).work()
@@ -143,7 +144,7 @@ class Worker:
             self.progress = Progress(**about.progress)
         if self.rank:
             return
-        if not learner.step:
+        if not learner.step and self.job["measure"]:
             measured = cost(config.model.name, device=learner.device, **config.model.overrides())
             self.tell("cost", metrics=measured.metrics())
         self.tell("metrics", history=self.progress.history)

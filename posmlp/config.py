@@ -274,19 +274,28 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 def set_key(tree: dict[str, Any], override: str) -> None:
     """Apply one ``section.key=value`` to the tree, in place."""
     key, equals, text = override.partition("=")
-    *sections, last = key.strip().split(".")
-    if not equals or not all([*sections, last]):
+    if not equals or not all(key.strip().split(".")):
         raise RecipeError(f"override {override!r}: expected section.key=value, as in train.epochs=20")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+    set_value(tree, key.strip(), value)
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key`` of the tree, in place; sections that are missing are made.
+
+    Raises:
+        RecipeError: a section of the key is a value.
+    """
+    *sections, last = key.split(".")
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            raise RecipeError(f"override {override!r}: {section!r} is a value, not a section")
+            raise RecipeError(f"{key}: {section!r} is a value, not a section")
     tree[last] = value
 
 

@@ -265,20 +265,19 @@ def run_tune(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = tune(study, echo=lambda line: print(line, flush=True), resume=bool(args.resume))
     print(f"\n{front.describe(result.study.name, result.trials, result.study.against or 'gmacs')}")
+    seconds = time.perf_counter() - start
     print(
-        f"\n  time  {time.perf_counter() - start:.0f} s;  study  {result.study.folder} (MLflow {result.mlflow_run_id})"
+        f"\n  {seconds:.0f} s; {result.study.folder}; front.html, tables and recipes are in run {result.mlflow_run_id}"
     )
-    print(
-        f"  each trial's recipe, front.html and the tables are in the study's MLflow run;  {see(tracking_uri(study.recipe))}"
-    )
+    print(f"  {see(tracking_uri(study.recipe))}")
 
 
 def run_front(args: argparse.Namespace) -> None:
-    from pipelines.front import read_front, write_front
+    from pipelines.front import read_view, write_views
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
-    views = [read_front(name, uri) for name in args.studies]
-    print(write_front(views, args.against, args.out))
+    views = [read_view(name, uri) for name in args.studies]
+    print(write_views(views, args.against, args.out))
     print(f"\n{args.out} has front.html, front.png, trials.csv and the recipes of the fronts")
 
 

@@ -1,8 +1,8 @@
 """A study on disk: what it searches, and one record a trial, so that any process can go on with it.
 
 A study has a folder, ``train.storage/NAME``, on any storage. ``study.json`` holds its settings; each trial is a run as
-``posmlp train`` makes it, ``trial-000``, ``trial-001``, ..., whose folder also has ``trial.json``: the trial's member of
-the space and how it ended. Nothing else is needed to resume: the searcher is told anew what the records say.
+``posmlp train`` makes it, ``trial-000``, ``trial-001``, ..., whose folder also has ``trial.json``: the member of the
+space, and how it ended. Nothing else is needed to resume: the searcher is told anew what the records say.
 """
 
 from __future__ import annotations

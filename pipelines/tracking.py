@@ -527,7 +527,7 @@ def register_model(tracker: Tracker, name: str, tags: Mapping[str, str]) -> str:
     newest = max(versions, key=lambda version: int(version.version), default=None)
     if newest is None or dict(newest.tags).get("trial") != tags.get("trial"):
         model = found[0]
-        place = model.artifact_location  # models:/ID would be looked up in the process's own MLflow, which may be another
+        place = model.artifact_location  # models:/ID would be looked up in another MLflow, if the process has one
         newest = client.create_model_version(name, place, tracker.run_id, tags=dict(tags), model_id=model.model_id)
     client.set_registered_model_alias(name, "best", newest.version)
     return str(newest.version)

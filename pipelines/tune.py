@@ -63,7 +63,6 @@ from pipelines.train import (
 from pipelines.trial import TrialRun, latencies, on_worker
 from posmlp import storage
 from posmlp.config import Config
-from tune_spaces import Value
 
 DECODING = 1.0  # CPUs that trials leave to decoding, at least
 SPEAK_S = 30.0  # between two lines of progress
@@ -279,7 +278,8 @@ class Desk:
             self.again.pop(0)
         self.note(trial)
         self.started[trial.number] = time.monotonic()
-        self.echo(f"trial {trial.number}: {describe_member(trial.member)}" + f", seed {trial.seed}" * bool(trial.seed))
+        again = "" if trial.repeats is None else f" (trial {trial.repeats} with seed {trial.seed})"
+        self.echo(f"trial {trial.number}{again}: {front.describe_member(trial.member)}")
         return trial
 
     def job(self, trial: Trial) -> dict[str, Any]:
@@ -353,13 +353,12 @@ class Desk:
         """The study's pictures and tables as they are now, into MLflow."""
         self.drawn = time.monotonic()
         trials, against = self.in_order(), self.study.against or "gmacs"
-        for path, content in front.artifacts(self.study, trials, self.space.dimensions).items():
+        for path, content in front.artifacts({self.study.name: trials}, self.study.recipe, against).items():
             self.tracker.log_file(path, content)
         for number in {t.number for name in COSTS for t in front.front(trials, name)}:
             run = trial_folder(self.study, number)
             if (record := read_record(run)) is not None:
-                text = Config.model_validate(record["config"]).to_yaml()
-                text = front.recipe_of(text, self.study, number)
+                text = front.recipe_of(Config.model_validate(record["config"]), self.study, number)
                 self.tracker.log_file(f"recipes/trial-{number:03d}.yaml", text.encode())
         volumes = front.hypervolumes(trials, against)
         if volumes:
@@ -496,15 +495,6 @@ class Failures(ray.tune.Callback):
 
 
 # --- words -------------------------------------------------------------------------------------------------------
-
-
-def describe_member(member: Mapping[str, Value]) -> str:
-    """``block parallel,joint,joint,joint; width 1.5``: what belongs to stages together."""
-    groups: dict[str, list[str]] = {}
-    for name, value in member.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        groups.setdefault(name.rstrip("0123456789"), []).append(text)
-    return "; ".join(f"{name} {','.join(values)}" for name, values in groups.items())
 
 
 def describe_outcome(trial: Trial) -> str:

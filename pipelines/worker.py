@@ -49,8 +49,8 @@ def train_worker(job: dict[str, Any]) -> None:
 
     Args:
         job: ``config`` (a recipe as plain data), ``run`` (the run's folder), ``weights`` (a file to start from, or
-            None), ``train_rows`` and ``val_rows`` (references), ``classes``, ``mailbox``, ``profile``, ``measure`` (whether
-            the model's cost is still to be measured).
+            None), ``train_rows`` and ``val_rows`` (references), ``classes``, ``mailbox``, ``profile``, and ``measure``:
+            whether the model's cost is not known yet.
     """
     try:
         Worker(job).work()

@@ -258,22 +258,22 @@ def run_tune(args: argparse.Namespace) -> None:
             study = Study(name=name, recipe=recipe, **given)
         except ValidationError as error:
             raise StudyError(f"study {name}: {explain(error)}") from error
-    from pipelines import front
+    from pipelines import fronts
     from pipelines.tracking import tracking_uri
     from pipelines.tune import tune
 
     start = time.perf_counter()
     result = tune(study, echo=lambda line: print(line, flush=True), resume=bool(args.resume))
-    print(f"\n{front.describe(result.study.name, result.trials, result.study.against or 'gmacs')}")
+    print(f"\n{fronts.describe(result.study.name, result.trials, result.study.against or 'gmacs')}")
     seconds = time.perf_counter() - start
     print(
-        f"\n  {seconds:.0f} s; {result.study.folder}; front.html, tables and recipes are in run {result.mlflow_run_id}"
+        f"\n  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
     )
     print(f"  {see(tracking_uri(study.recipe))}")
 
 
 def run_front(args: argparse.Namespace) -> None:
-    from pipelines.front import read_view, write_views
+    from pipelines.fronts import read_view, write_views
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
     views = [read_view(name, uri) for name in args.studies]

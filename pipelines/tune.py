@@ -1,7 +1,7 @@
 """A study: many training runs, chosen by a searcher, scheduled by Ray Tune, laid out in MLflow as they end.
 
 The study's driver proposes members of the space (``pipelines.search``), keeps the study's records
-(``pipelines.study``) and draws its front (``pipelines.front``). Ray Tune starts a ``TrialRun`` for each
+(``pipelines.study``) and draws its front (``pipelines.fronts``). Ray Tune starts a ``TrialRun`` for each
 (``pipelines.trial``). Tune's own records are not used to go on: they are written now and then, and a trial that started
 since would be lost.
 """
@@ -26,7 +26,7 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from pipelines import front
+from pipelines import fronts
 from pipelines.runs import check_writable, read_record, run_folder
 from pipelines.search import check_grid, propose
 from pipelines.study import (
@@ -279,7 +279,7 @@ class Desk:
         self.note(trial)
         self.started[trial.number] = time.monotonic()
         again = "" if trial.repeats is None else f" (trial {trial.repeats} with seed {trial.seed})"
-        self.echo(f"trial {trial.number}{again}: {front.describe_member(trial.member)}")
+        self.echo(f"trial {trial.number}{again}: {fronts.describe_member(trial.member)}")
         return trial
 
     def job(self, trial: Trial) -> dict[str, Any]:
@@ -326,7 +326,7 @@ class Desk:
         """The front's trials with further seeds, those left out that are there already."""
         trials = self.in_order()
         costs = [self.study.against] if self.study.against else list(COSTS)
-        chosen = {trial.number: trial for name in costs for trial in front.front(trials, name)}
+        chosen = {trial.number: trial for name in costs for trial in fronts.front(trials, name)}
         done = {(trial.repeats, trial.seed) for trial in trials}
         number, wanted = max(self.trials) + 1, []
         for first in (chosen[n] for n in sorted(chosen)):
@@ -353,14 +353,14 @@ class Desk:
         """The study's pictures and tables as they are now, into MLflow."""
         self.drawn = time.monotonic()
         trials, against = self.in_order(), self.study.against or "gmacs"
-        for path, content in front.artifacts({self.study.name: trials}, self.study.recipe, against).items():
+        for path, content in fronts.artifacts({self.study.name: trials}, self.study.recipe, against).items():
             self.tracker.log_file(path, content)
-        for number in {t.number for name in COSTS for t in front.front(trials, name)}:
+        for number in {t.number for name in COSTS for t in fronts.front(trials, name)}:
             run = trial_folder(self.study, number)
             if (record := read_record(run)) is not None:
-                text = front.recipe_of(Config.model_validate(record["config"]), self.study, number)
+                text = fronts.recipe_of(Config.model_validate(record["config"]), self.study, number)
                 self.tracker.log_file(f"recipes/trial-{number:03d}.yaml", text.encode())
-        volumes = front.hypervolumes(trials, against)
+        volumes = fronts.hypervolumes(trials, against)
         if volumes:
             self.tracker.log({"study/hypervolume": volumes[-1], "study/finished": len(volumes)}, step=len(volumes))
         if winner := best(trials):

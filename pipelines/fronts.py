@@ -1,0 +1,341 @@
+"""The speed-accuracy front of a study: which trials no other beats in both, and what the search has learned.
+
+Everything here works on the trials alone, as the study's driver has them or as MLflow tells them (``read_view``).
+Only trials of the first seed that were trained to the end count for a front; repeats with other seeds say how sure
+their accuracies are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+from pipelines import front_figures
+from pipelines.study import COSTS, FAILED, FINISHED, OVER, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, full
+from pipelines.tracking import PARENT, prepare_mlflow, without_secrets
+from posmlp import create_model
+from posmlp.config import Config
+from posmlp.model.cost import count_macs, count_params
+from posmlp.model.variants import VARIANTS, model_variant
+from tune_spaces import Member, Value
+
+FEWEST = 4  # finished trials from which importance is told
+STUDY_ARTIFACT, RECIPE_ARTIFACT = "study.json", "config.yaml"
+SEARCHED = "search."  # before a dimension's name, among the params of a trial's MLflow run
+
+
+@dataclass(frozen=True)
+class View:
+    """A study as MLflow has it.
+
+    Attributes:
+        run_id: the study's run.
+        recipes: the full recipe of each trial of a front, by its number, as YAML that ``posmlp train`` takes.
+    """
+
+    study: Study
+    run_id: str
+    trials: list[Trial]
+    recipes: dict[int, str]
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def rated(trials: Sequence[Trial], against: str) -> list[Trial]:
+    """The trials that count for a front and have both a finite accuracy and a finite cost."""
+    names = (TOP1, COSTS[against])
+    return [t for t in full(trials) if all(math.isfinite(t.metrics.get(name, math.nan)) for name in names)]
+
+
+def front(trials: Sequence[Trial], against: str) -> list[Trial]:
+    """The trials that no other beats: none is as accurate and cheaper, or as cheap and more accurate.
+
+    Of several with the same accuracy and cost the first counts.
+
+    Returns:
+        them, the cheapest first.
+    """
+    chosen: list[Trial] = []
+    for trial in sorted(rated(trials, against), key=lambda t: (t.metrics[COSTS[against]], -t.metrics[TOP1], t.number)):
+        if not chosen or trial.metrics[TOP1] > chosen[-1].metrics[TOP1]:
+            chosen.append(trial)
+    return chosen
+
+
+def accuracy(trial: Trial, trials: Sequence[Trial]) -> tuple[float, float | None, int]:
+    """Mean, standard deviation (None of one) and number of the top-1 over the seeds that a member was trained with."""
+    values = [trial.metrics[TOP1]]
+    values += [t.metrics[TOP1] for t in trials if t.repeats == trial.number and t.state == FINISHED]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: float) -> float:
+    """The area of (accuracy, cost) that some point beats: accuracies from 0, costs up to the reference."""
+    area, height = 0.0, 0.0
+    for top1, cost in sorted(points, key=lambda point: point[1]):
+        if top1 > height and cost < reference:
+            area += (top1 - height) * (reference - cost)
+            height = top1
+    return area
+
+
+def hypervolumes(trials: Sequence[Trial], against: str) -> list[float]:
+    """The hypervolume after each finished trial, as a share of the largest cost's: 1 is perfect and free."""
+    points = [(trial.metrics[TOP1], trial.metrics[COSTS[against]]) for trial in rated(trials, against)]
+    reference = max((cost for _, cost in points), default=0.0)
+    return [hypervolume(points[:count], reference) / reference for count in range(1, len(points) + 1)]
+
+
+def importance(trials: Sequence[Trial], metric: str) -> dict[str, float]:
+    """Which share of a metric's variance each dimension explains (functional ANOVA), the largest first.
+
+    Empty while too few trials are finished, or where they do not differ.
+    """
+    counted = [trial for trial in full(trials) if math.isfinite(trial.metrics.get(metric, math.nan))]
+    if len(counted) < FEWEST or len({trial.metrics[metric] for trial in counted}) == 1:
+        return {}
+    distributions = {name: seen([trial.member[name] for trial in counted]) for name in counted[0].member}
+    varied = {name: d for name, d in distributions.items() if not d.single()}
+    if not varied:
+        return {}
+    known = optuna.create_study()
+    for trial in counted:
+        params = {name: trial.member[name] for name in varied}
+        value = trial.metrics[metric]
+        known.add_trial(optuna.trial.create_trial(params=params, distributions=varied, value=value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dict(get_param_importances(known, evaluator=FanovaImportanceEvaluator(seed=0)))
+
+
+def seen(values: Sequence[Value]) -> BaseDistribution:
+    """A dimension as its values show it: many numbers with a fraction are a range, all else is a choice."""
+    different = sorted(set(values), key=str)
+    if len(different) > 8 and all(isinstance(value, float) for value in different):
+        return FloatDistribution(min(map(float, different)), max(map(float, different)))
+    return CategoricalDistribution(different)
+
+
+def published(recipe: Config) -> dict[str, dict[str, float]]:
+    """The costs of the published variants (and ``tiny``) for a recipe's clips and classes, by name and metric."""
+    own = recipe.model.variant()
+    same = {"frames": own.frames, "image_size": own.image_size, "num_classes": own.num_classes}
+    costs = {}
+    for name in VARIANTS:
+        with torch.device("meta"):
+            params = count_params(create_model(name, **same))
+        macs = count_macs(model_variant(name, **same))
+        costs[name] = {COSTS["gmacs"]: macs / 1e9, COSTS["params"]: params / 1e6}
+    return costs
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Every trial as a row: how it ended, its member, its accuracy over the seeds, its costs, and its fronts."""
+    fronts = {name: {trial.number for trial in front(trials, name)} for name in COSTS}
+    table = []
+    for trial in trials:
+        row: dict[str, Any] = {"trial": trial.number, "state": trial.state, "reason": trial.reason, "seed": trial.seed}
+        row |= {"repeats": "" if trial.repeats is None else trial.repeats, **trial.member}
+        if TOP1 in trial.metrics:
+            mean, deviation, seeds = accuracy(trial, trials)
+            row |= {"top1": trial.metrics[TOP1], "top1_mean": mean, "top1_std": deviation, "seeds": seeds}
+        row |= {name: value for name, value in trial.metrics.items() if name.startswith("cost/")}
+        row |= {f"front_{name}": int(trial.number in numbers) for name, numbers in fronts.items()}
+        table.append(row)
+    return table
+
+
+def to_csv(table: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as CSV; a column for every key that any of them has."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue().encode()
+
+
+def describe(name: str, trials: Sequence[Trial], against: str) -> str:
+    """A study and its front as text."""
+    counts = [(state, sum(t.state == state for t in trials)) for state in (FINISHED, STOPPED, FAILED, OVER, RUNNING)]
+    volumes = hypervolumes(trials, against)
+    head = f"{name}: {', '.join(f'{count} {state}' for state, count in counts if count) or 'no trials'}"
+    if not volumes:
+        return head
+    lines = [f"{head}; hypervolume {volumes[-1]:.3f} (accuracy against {against})", ""]
+    lines.append(f"{'trial':>7}{'top-1':>8}{'over seeds':>18}{'ms':>9}{'GMACs':>10}{'M params':>10}  member")
+    for trial in front(trials, against):
+        mean, deviation, seeds = accuracy(trial, trials)
+        spread = "" if deviation is None else f"{mean:.1%} ± {100 * deviation:.1f} ({seeds})"
+        costs = [trial.metrics.get(COSTS[key], math.nan) for key in ("latency", "gmacs", "params")]
+        numbers = f"{costs[0]:>9.4g}{costs[1]:>10.4g}{costs[2]:>10.4g}"
+        lines.append(
+            f"{trial.number:>7}{trial.metrics[TOP1]:>8.1%}{spread:>18}{numbers}  {describe_member(trial.member)}"
+        )
+    return "\n".join(lines)
+
+
+def describe_member(member: Member) -> str:
+    """``block parallel,joint,joint,joint; width 1.5``: what belongs to stages stands together."""
+    groups: dict[str, list[str]] = {}
+    for name, value in member.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        groups.setdefault(name.rstrip("0123456789"), []).append(text)
+    return "; ".join(f"{name} {','.join(values)}" for name, values in groups.items())
+
+
+def recipe_of(config: Config, study: Study, number: int) -> str:
+    """The recipe of a trial's run as one of its own, as YAML that ``posmlp train`` takes."""
+    tree = config.model_dump(mode="json")
+    tree["name"] = f"{study.name}-trial-{number:03d}"
+    tree["train"]["storage"] = study.recipe.train.storage
+    tree["tracking"] = study.recipe.tracking.model_dump(mode="json")
+    return f"# Trial {number} of the study {study.name}.\n" + yaml.safe_dump(tree, sort_keys=False)
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------------
+
+
+def artifacts(studies: Mapping[str, Sequence[Trial]], base: Config, against: str) -> dict[str, bytes]:
+    """The pictures and tables of some studies, laid over each other, by file name."""
+    marks, blocks = published(base), base.model.blocks or "parallel"
+    layers = {name: [point(t, trials, blocks) for t in rated(trials, "gmacs")] for name, trials in studies.items()}
+    steps = {
+        name: {cost: [t.number for t in front(trials, cost)] for cost in COSTS} for name, trials in studies.items()
+    }
+    files = {
+        "front.html": front_figures.page(layers, steps, marks),
+        "front.png": front_figures.picture(layers, steps, marks),
+    }
+    for name, trials in studies.items():
+        prefix = f"{name}-" if len(studies) > 1 else ""
+        files[f"{prefix}trials.csv"] = to_csv(rows(trials))
+        shares = {"top-1": importance(trials, TOP1), against: importance(trials, COSTS[against])}
+        files[f"{prefix}progress.png"] = front_figures.progress(hypervolumes(trials, against), shares, against)
+    return files
+
+
+def point(trial: Trial, trials: Sequence[Trial], blocks: str | Sequence[str]) -> front_figures.Point:
+    """A trial as it is drawn."""
+    searched = tuple(str(v) for k, v in sorted(trial.member.items()) if k.startswith("block"))
+    mean, deviation, seeds = accuracy(trial, trials)
+    return front_figures.Point(
+        number=trial.number,
+        top1=trial.metrics[TOP1],
+        mean=mean,
+        deviation=deviation,
+        seeds=seeds,
+        costs={name: trial.metrics.get(metric, math.nan) for name, metric in COSTS.items()},
+        blocks=searched or ((blocks,) if isinstance(blocks, str) else tuple(blocks)),
+        label=describe_member(trial.member),
+    )
+
+
+def write_views(views: Sequence[View], against: str, out: Path) -> str:
+    """Draw the fronts of studies into a folder, with their tables and recipes; returns them as text."""
+    out.mkdir(parents=True, exist_ok=True)
+    studies = {view.study.name: view.trials for view in views}
+    for name, content in artifacts(studies, views[0].study.recipe, against).items():
+        (out / name).write_bytes(content)
+    for view in views:
+        folder = out / "recipes"
+        folder.mkdir(exist_ok=True)
+        for number, text in view.recipes.items():
+            (folder / f"{view.study.name}-trial-{number:03d}.yaml").write_text(text)
+    return "\n\n".join(describe(name, trials, against) for name, trials in studies.items())
+
+
+# --- from MLflow -------------------------------------------------------------------------------------------------
+
+
+def read_view(name: str, uri: str) -> View:
+    """A study from MLflow alone; of several with the name, the newest.
+
+    Raises:
+        StudyError: MLflow does not answer, or has no such study.
+    """
+    prepare_mlflow()
+    try:
+        client = MlflowClient(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        parents = [run for run in pages(client, experiments, "tags.study LIKE '%'") if "trial" not in run.data.tags]
+        found = [run for run in parents if run.data.tags["study"] == name]
+        if not found:
+            known = ", ".join(sorted({run.data.tags["study"] for run in parents})[:10]) or "none"
+            raise StudyError(f"MLflow at {without_secrets(uri)} has no study {name!r}; known: {known}")
+        parent = max(found, key=lambda run: run.info.start_time)
+        study = Study.model_validate_json(text_of(client, parent, STUDY_ARTIFACT))
+        place = [parent.info.experiment_id]
+        runs = pages(client, place, f"tags.`{PARENT}` = '{parent.info.run_id}' AND tags.study = '{name}'")
+        children = {int(run.data.tags["trial"]): run for run in runs}
+        trials = [trial_of(children[number]) for number in sorted(children)]
+        recipes = {}
+        for number in sorted({trial.number for cost in COSTS for trial in front(trials, cost)}):
+            text = text_of(client, children[number], RECIPE_ARTIFACT)
+            recipes[number] = recipe_of(Config.model_validate(yaml.safe_load(text)), study, number)
+    except StudyError:
+        raise
+    except Exception as error:  # of a network, a database or an artifact store, in their many kinds
+        raise StudyError(
+            f"study {name!r} cannot be read from MLflow at {without_secrets(uri)}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return View(study, parent.info.run_id, trials, recipes)
+
+
+def pages(client: MlflowClient, experiments: Sequence[str], wanted: str) -> Iterator[Run]:
+    """All runs that a search finds, however many."""
+    token = None
+    while True:
+        page = client.search_runs(list(experiments), wanted, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def text_of(client: MlflowClient, run: Run, path: str) -> str:
+    """A text artifact."""
+    return Path(client.download_artifacts(run.info.run_id, path)).read_text()
+
+
+def trial_of(run: Run) -> Trial:
+    """A trial as its MLflow run tells it."""
+    tags, params = run.data.tags, run.data.params
+    return Trial(
+        number=int(tags["trial"]),
+        member={k.removeprefix(SEARCHED): value_of(v) for k, v in params.items() if k.startswith(SEARCHED)},
+        seed=int(params.get("train.seed", 0)),
+        repeats=int(tags["trial.repeats"]) if "trial.repeats" in tags else None,
+        state=tags.get("trial.state", RUNNING),
+        reason=tags.get("trial.reason", ""),
+        metrics={k: v for k, v in run.data.metrics.items() if not k.startswith("system/")},
+        mlflow_run_id=run.info.run_id,
+    )
+
+
+def value_of(text: str) -> Value:
+    """A param as the number or word that it was."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

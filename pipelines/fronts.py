@@ -27,7 +27,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from pipelines import front_figures
 from pipelines.study import COSTS, FAILED, FINISHED, OVER, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, full
-from pipelines.tracking import PARENT, prepare_mlflow, without_secrets
+from pipelines.tracking import PARENT, prepare_mlflow, scrub, shorten, without_secrets
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.model.cost import count_macs, count_params
@@ -294,9 +294,8 @@ def read_view(name: str, uri: str) -> View:
     except StudyError:
         raise
     except Exception as error:  # of a network, a database or an artifact store, in their many kinds
-        raise StudyError(
-            f"study {name!r} cannot be read from MLflow at {without_secrets(uri)}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = scrub(shorten(" ".join(str(error).split()), 300), uri)
+        raise StudyError(f"study {name!r} cannot be read from MLflow at {without_secrets(uri)}: {reason}") from error
     return View(study, parent.info.run_id, trials, recipes)
 
 

@@ -1,0 +1,86 @@
+"""A study of short trials against as many separate ``posmlp train`` runs of the same recipes: wall-clock and its parts.
+
+    python benchmarks/search.py
+    python benchmarks/search.py --trials 8 train.epochs=2
+
+Both start from nothing, each with a clip cache and an MLflow store of its own; Ray is started and ended in the time.
+Training is the time of the epochs' steps, in which waiting for clips (decoding) is told apart; the rest is start-up,
+validation, checkpoints and the end. Of the study, trials run at a time, so its parts can add up to more than its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from pipelines.study import find_study, read_trials, space_of
+from posmlp.config import load_recipe
+from posmlp.video.motion import make_motion_set
+
+POSMLP = [sys.executable, "-m", "pipelines.cli"]
+
+
+def timed(command: list[str], folder: Path) -> float:
+    """Seconds of a command that starts a Ray of its own."""
+    env = os.environ | {"RAY_ADDRESS": "local"}
+    start = time.perf_counter()
+    with open(folder / "log.txt", "a") as log:
+        subprocess.run(command, check=True, env=env, stdout=log, stderr=log)
+    return time.perf_counter() - start
+
+
+def parts(folder: Path) -> tuple[float, float]:
+    """Seconds of all training epochs in a folder's MLflow store, and those of them that waited for clips."""
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    training = waiting = 0.0
+    for run in client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]):
+        if "perf/epoch_s" not in run.data.metrics:
+            continue  # the study's own run
+        histories = [client.get_metric_history(run.info.run_id, f"perf/{k}") for k in ("epoch_s", "data_wait_frac")]
+        for seconds, share in zip(*histories, strict=True):
+            training += seconds.value
+            waiting += seconds.value * share.value
+    return training, waiting
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe demo")
+    parser.add_argument("--trials", type=int, default=8)
+    args = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory() as work:
+        data, one, other = make_motion_set(Path(work, "motion")), Path(work, "study"), Path(work, "separate")
+        one.mkdir()
+        other.mkdir()
+
+        def settings(folder: Path) -> list[str]:
+            lists = [f"data.{split}.path={data}/{split}.csv" for split in ("train", "val")]
+            own = [f"train.storage={folder}", f"data.cache_dir={folder}/cache", "tracking.log_model=false"]
+            return ["train.epochs=2", *lists, *own, *args.overrides]
+
+        search = ["--space", "block_types", "--searcher", "random", "--name", "s", "--trials", str(args.trials)]
+        together = timed([*POSMLP, "tune", "demo", *search, *settings(one)], one)
+        study, _ = find_study(str(one / "s"))
+        apart = 0.0
+        for trial in read_trials(study.folder):
+            config = space_of(study).recipe(load_recipe("demo", settings(other)), trial.member)
+            recipe = other / f"{trial.number}.yaml"
+            recipe.write_text(config.to_yaml())
+            apart += timed([*POSMLP, "train", str(recipe), f"name=run-{trial.number}"], other)
+        print("| | wall-clock, s | training, s | of it waiting for clips, s | all else, s |\n|---|---|---|---|---|")
+        for name, seconds, folder in (("separate runs", apart, other), ("trials of a study", together, one)):
+            training, waiting = parts(folder)
+            rest = f"{seconds - training:.0f}" if name == "separate runs" else "at a time with training"
+            print(f"| {args.trials} {name} | {seconds:.0f} | {training:.0f} | {waiting:.0f} | {rest} |")
+        print(f"\nseparate / study: {apart / together:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A live MLflow server, and a headless browser that looks at it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# It asks nobody outside of this machine, and runs as root too.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+
+
+@contextmanager
+def mlflow_server(store, artifacts):
+    """An MLflow server over a SQLite file and a folder of artifacts; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", f"--port={port}", "--workers=1"]
+    command += [f"--backend-store-uri=sqlite:///{store}", f"--artifacts-destination={artifacts}"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run(["curl", "-sf", f"http://127.0.0.1:{port}/health"], capture_output=True).returncode:
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@contextmanager
+def open_browser():
+    """A page of a headless browser, wide enough for MLflow's tables. Skips the test where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1800, "height": 1000})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def keep(page, folder, name):
+    """A picture of the page, in ``POSMLP_SCREENSHOTS`` if that is set."""
+    page.screenshot(path=str(Path(os.environ.get("POSMLP_SCREENSHOTS", folder), f"{name}.png")))

@@ -112,7 +112,8 @@ def draw_points(axes: Axes, points: Sequence[Point], cost: str, edge: str) -> No
         axes.scatter(value, 100 * point.top1, s=95, color=edge, zorder=3, linewidths=0)
         for stage, kind in enumerate(point.blocks):
             sector = Path.wedge(90 - share * (stage + 1), 90 - share * stage)
-            axes.scatter(value, 100 * point.top1, s=75, marker=sector, color=COLOURS[kind], zorder=4, linewidths=0)
+            colour = COLOURS.get(kind, COLOURS["mixed"])
+            axes.scatter(value, 100 * point.top1, s=75, marker=sector, color=colour, zorder=4, linewidths=0)
 
 
 def page(layers: Layers, steps: Steps, marks: Marks) -> bytes:
@@ -127,10 +128,9 @@ def page(layers: Layers, steps: Steps, marks: Marks) -> bytes:
                 x=x, y=y, mode="lines", line=line, name=f"front of {name}", legendgroup=name, hoverinfo="skip",
                 showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
-            for kind in COLOURS:
+            for kind in dict.fromkeys(point.kind for point in points):
                 of_kind = [point for point in points if point.kind == kind]
-                if of_kind:
-                    add_kind(figure, of_kind, cost, name, place, column)
+                add_kind(figure, of_kind, cost, name, place, column)
         for variant, value in near(marks, cost, values):
             figure.add_vline(x=value, line={"dash": "dot", "color": "#999999"}, row=1, col=column)
             at = math.log10(value) if scale(values) == "log" else value  # annotations on log axes are given as powers
@@ -153,14 +153,19 @@ def add_kind(figure: go.Figure, points: Sequence[Point], cost: str, study: str, 
         + "".join(f"<br>{value:.4g} {AXES[name]}" for name, value in p.costs.items())
         for p in points
     ]
-    spread = [0.0 if p.deviation is None else 100 * p.deviation for p in points]
     kind = points[0].kind
+    repeated = [p for p in points if p.deviation is not None]
+    if repeated:
+        spread = {"type": "data", "array": [100 * (p.deviation or 0) for p in repeated], "thickness": 1}
+        figure.add_scatter(
+            x=[p.costs[cost] for p in repeated], y=[100 * p.mean for p in repeated], error_y=spread, mode="lines",
+            line={"width": 0, "color": "black"}, hoverinfo="skip", showlegend=False, row=1, col=column,
+        )  # fmt: skip
     figure.add_scatter(
         x=[p.costs[cost] for p in points],
         y=[100 * p.top1 for p in points],
-        error_y={"type": "data", "array": spread, "visible": any(spread), "thickness": 1},
         mode="markers",
-        marker={"color": COLOURS[kind], "size": 10, "symbol": SYMBOLS[place % 4]},
+        marker={"color": COLOURS.get(kind, COLOURS["mixed"]), "size": 10, "symbol": SYMBOLS[place % 4]},
         name=(f"mostly {kind}" if mixed(points) and kind != "mixed" else kind) + f", {study}" * (place > 0),
         legendgroup=f"{study} {kind}",
         showlegend=column == 1,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import statistics
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.importance import FanovaImportanceEvaluator
 
 from pipelines import front_figures
 from pipelines.study import COSTS, FAILED, FINISHED, OVER, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, full
@@ -33,6 +35,8 @@ from posmlp.config import Config
 from posmlp.model.cost import count_macs, count_params
 from posmlp.model.variants import VARIANTS, model_variant
 from tune_spaces import Member, Value
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 FEWEST = 4  # finished trials from which importance is told
 STUDY_ARTIFACT, RECIPE_ARTIFACT = "study.json", "config.yaml"
@@ -80,8 +84,8 @@ def front(trials: Sequence[Trial], against: str) -> list[Trial]:
 
 def accuracy(trial: Trial, trials: Sequence[Trial]) -> tuple[float, float | None, int]:
     """Mean, standard deviation (None of one) and number of the top-1 over the seeds that a member was trained with."""
-    values = [trial.metrics[TOP1]]
-    values += [t.metrics[TOP1] for t in trials if t.repeats == trial.number and t.state == FINISHED]
+    again = [t.metrics.get(TOP1, math.nan) for t in trials if t.repeats == trial.number and t.state == FINISHED]
+    values = [trial.metrics[TOP1], *filter(math.isfinite, again)]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
@@ -95,11 +99,20 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: float) -> floa
     return area
 
 
-def hypervolumes(trials: Sequence[Trial], against: str) -> list[float]:
-    """The hypervolume after each finished trial, as a share of the largest cost's: 1 is perfect and free."""
+def hypervolumes(trials: Sequence[Trial], against: str, reference: float | None = None) -> list[float]:
+    """The hypervolume after each finished trial, as a share of the reference cost: 1 is perfect and free.
+
+    Args:
+        reference: the largest cost, above 0; None: of these trials.
+    """
     points = [(trial.metrics[TOP1], trial.metrics[COSTS[against]]) for trial in rated(trials, against)]
-    reference = max((cost for _, cost in points), default=0.0)
+    reference = reference or dearest(trials, against)
     return [hypervolume(points[:count], reference) / reference for count in range(1, len(points) + 1)]
+
+
+def dearest(trials: Sequence[Trial], against: str) -> float:
+    """The largest cost of the trials that count; 1 if there is none."""
+    return max((trial.metrics[COSTS[against]] for trial in rated(trials, against)), default=0.0) or 1.0
 
 
 def importance(trials: Sequence[Trial], metric: str) -> dict[str, float]:
@@ -110,7 +123,8 @@ def importance(trials: Sequence[Trial], metric: str) -> dict[str, float]:
     counted = [trial for trial in full(trials) if math.isfinite(trial.metrics.get(metric, math.nan))]
     if len(counted) < FEWEST or len({trial.metrics[metric] for trial in counted}) == 1:
         return {}
-    distributions = {name: seen([trial.member[name] for trial in counted]) for name in counted[0].member}
+    names = [name for name in counted[0].member if all(name in trial.member for trial in counted)]
+    distributions = {name: seen([trial.member[name] for trial in counted]) for name in names}
     varied = {name: d for name, d in distributions.items() if not d.single()}
     if not varied:
         return {}
@@ -121,7 +135,9 @@ def importance(trials: Sequence[Trial], metric: str) -> dict[str, float]:
         known.add_trial(optuna.trial.create_trial(params=params, distributions=varied, value=value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dict(get_param_importances(known, evaluator=FanovaImportanceEvaluator(seed=0)))
+        # Not normalised: what the dimensions explain together, or what is noise, is no one's share.
+        shares = FanovaImportanceEvaluator(seed=0).evaluate(known)
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def seen(values: Sequence[Value]) -> BaseDistribution:
@@ -154,7 +170,8 @@ def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     table = []
     for trial in trials:
         row: dict[str, Any] = {"trial": trial.number, "state": trial.state, "reason": trial.reason, "seed": trial.seed}
-        row |= {"repeats": "" if trial.repeats is None else trial.repeats, **trial.member}
+        row["repeats"] = "" if trial.repeats is None else trial.repeats
+        row |= {f"{SEARCHED}{name}": value for name, value in trial.member.items()}
         if TOP1 in trial.metrics:
             mean, deviation, seeds = accuracy(trial, trials)
             row |= {"top1": trial.metrics[TOP1], "top1_mean": mean, "top1_std": deviation, "seeds": seeds}
@@ -173,10 +190,10 @@ def to_csv(table: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def describe(name: str, trials: Sequence[Trial], against: str) -> str:
-    """A study and its front as text."""
+def describe(name: str, trials: Sequence[Trial], against: str, reference: float | None = None) -> str:
+    """A study and its front as text; ``reference`` as for ``hypervolumes``."""
     counts = [(state, sum(t.state == state for t in trials)) for state in (FINISHED, STOPPED, FAILED, OVER, RUNNING)]
-    volumes = hypervolumes(trials, against)
+    volumes = hypervolumes(trials, against, reference)
     head = f"{name}: {', '.join(f'{count} {state}' for state, count in counts if count) or 'no trials'}"
     if not volumes:
         return head
@@ -235,7 +252,7 @@ def artifacts(studies: Mapping[str, Sequence[Trial]], base: Config, against: str
 
 def point(trial: Trial, trials: Sequence[Trial], blocks: str | Sequence[str]) -> front_figures.Point:
     """A trial as it is drawn."""
-    searched = tuple(str(v) for k, v in sorted(trial.member.items()) if k.startswith("block"))
+    searched = tuple(str(v) for k, v in sorted(trial.member.items()) if re.fullmatch(r"block\d*", k))
     mean, deviation, seeds = accuracy(trial, trials)
     return front_figures.Point(
         number=trial.number,
@@ -260,7 +277,8 @@ def write_views(views: Sequence[View], against: str, out: Path) -> str:
         folder.mkdir(exist_ok=True)
         for number, text in view.recipes.items():
             (folder / f"{view.study.name}-trial-{number:03d}.yaml").write_text(text)
-    return "\n\n".join(describe(name, trials, against) for name, trials in studies.items())
+    reference = max(dearest(trials, against) for trials in studies.values())  # so that hypervolumes can be compared
+    return "\n\n".join(describe(name, trials, against, reference) for name, trials in studies.items())
 
 
 # --- from MLflow -------------------------------------------------------------------------------------------------
@@ -273,10 +291,12 @@ def read_view(name: str, uri: str) -> View:
         StudyError: MLflow does not answer, or has no such study.
     """
     prepare_mlflow()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():  # it would be made
+        raise StudyError(f"no MLflow store {uri}; give the right one with --uri or MLFLOW_TRACKING_URI")
     try:
         client = MlflowClient(uri)
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        parents = [run for run in pages(client, experiments, "tags.study LIKE '%'") if "trial" not in run.data.tags]
+        experiments = [e.experiment_id for e in pages(lambda token: client.search_experiments(page_token=token))]
+        parents = [run for run in search(client, experiments, "tags.study LIKE '%'") if "trial" not in run.data.tags]
         found = [run for run in parents if run.data.tags["study"] == name]
         if not found:
             known = ", ".join(sorted({run.data.tags["study"] for run in parents})[:10]) or "none"
@@ -284,8 +304,8 @@ def read_view(name: str, uri: str) -> View:
         parent = max(found, key=lambda run: run.info.start_time)
         study = Study.model_validate_json(text_of(client, parent, STUDY_ARTIFACT))
         place = [parent.info.experiment_id]
-        runs = pages(client, place, f"tags.`{PARENT}` = '{parent.info.run_id}' AND tags.study = '{name}'")
-        children = {int(run.data.tags["trial"]): run for run in runs}
+        runs = search(client, place, f"tags.`{PARENT}` = '{parent.info.run_id}' AND tags.study = '{name}'")
+        children = {int(run.data.tags["trial"]): run for run in reversed(list(runs))}  # of doubles the newest counts
         trials = [trial_of(children[number]) for number in sorted(children)]
         recipes = {}
         for number in sorted({trial.number for cost in COSTS for trial in front(trials, cost)}):
@@ -299,11 +319,16 @@ def read_view(name: str, uri: str) -> View:
     return View(study, parent.info.run_id, trials, recipes)
 
 
-def pages(client: MlflowClient, experiments: Sequence[str], wanted: str) -> Iterator[Run]:
-    """All runs that a search finds, however many."""
+def search(client: MlflowClient, experiments: Sequence[str], wanted: str) -> Iterator[Run]:
+    """All runs that match, the newest first."""
+    return pages(lambda token: client.search_runs(list(experiments), wanted, max_results=1000, page_token=token))
+
+
+def pages(fetch: Callable[[str | None], Any]) -> Iterator[Any]:
+    """What MLflow gives a page at a time."""
     token = None
     while True:
-        page = client.search_runs(list(experiments), wanted, max_results=1000, page_token=token)
+        page = fetch(token)
         yield from page
         token = page.token
         if not token:
@@ -312,7 +337,8 @@ def pages(client: MlflowClient, experiments: Sequence[str], wanted: str) -> Iter
 
 def text_of(client: MlflowClient, run: Run, path: str) -> str:
     """A text artifact."""
-    return Path(client.download_artifacts(run.info.run_id, path)).read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run.info.run_id, path, folder)).read_text()
 
 
 def trial_of(run: Run) -> Trial:

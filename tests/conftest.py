@@ -32,6 +32,18 @@ def local_ray():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def done(local_ray, motion_set, tmp_path_factory):
+    """A finished study of three trials, its front repeated with a second seed; and the lines that it printed."""
+    from small_runs import study_for
+
+    from pipelines.tune import tune
+
+    study = study_for(tmp_path_factory.mktemp("study"), motion_set, "tracking.log_model=true", repeats=2)
+    lines = []
+    return tune(study, lines.append), lines
+
+
 @pytest.fixture(scope="module")
 def s3():
     """Host and port of a server with an empty bucket ``videos``, which the environment names."""

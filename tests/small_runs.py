@@ -12,6 +12,7 @@ import ray
 from mlflow import MlflowClient
 
 from pipelines import checkpoints
+from pipelines.study import Study
 from pipelines.tracking import tracking_uri
 from posmlp.config import load_recipe
 
@@ -30,6 +31,16 @@ def recipe_for(folder, motion_set, *overrides):
         "tracking.log_model=false",
     ]
     return load_recipe("demo", [*base, *overrides])
+
+
+QUICK = ["scaling.threads_per_worker=1", "scaling.cpus_per_worker=0.5", "train.checkpoint_every_steps=1"]
+
+
+def study_for(folder, motion_set, *overrides, **settings):
+    """A study of small runs."""
+    recipe = recipe_for(folder, motion_set, *QUICK, f"data.cache_dir={folder}/cache", *overrides)
+    settings = {"name": "look", "space": "block_types", "trials": 3, "searcher": "random"} | settings
+    return Study(recipe=recipe, **settings)
 
 
 def run_of(config):

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -59,6 +60,8 @@ def test_the_accuracy_of_a_member_is_over_its_seeds():
     assert (mean, seeds) == (pytest.approx(0.6), 2)
     assert deviation == pytest.approx(0.2 / math.sqrt(2))
     assert fronts.accuracy(trial(7, 0.5, 1.0), trials) == (0.5, None, 1)
+    strange = [*trials, trial(3, math.nan, 1.0, repeats=0), replace(trial(4, 0.5, 1.0, repeats=0), metrics={})]
+    assert fronts.accuracy(trials[0], strange) == (mean, deviation, seeds)
 
 
 def test_hypervolumes_never_shrink_and_end_with_the_whole():
@@ -81,6 +84,9 @@ def test_importance_is_of_the_dimension_that_matters():
         trials.append(trial(i, member["a"] / 8 + dice.gauss(0, 0.01), member["lr"], member=member))
     assert fronts.importance(trials, TOP1)["a"] > 0.8
     assert fronts.importance(trials, GMACS)["lr"] > 0.8
+    noise = [replace(t, metrics={TOP1: dice.random()}) for t in trials]
+    assert sum(fronts.importance(noise, TOP1).values()) < 0.8
+    assert set(fronts.importance([*trials, trial(60, 0.5, 1.0, member={"a": 1})], TOP1)) == {"a"}
     assert fronts.importance(trials[:3], TOP1) == {}
     assert fronts.importance([trial(i, 0.5, 1.0, member={"a": i}) for i in range(9)], TOP1) == {}
 
@@ -135,10 +141,10 @@ def test_the_table_has_every_trial(tmp_path):
     assert on_front == {t.number for t in fronts.front(trials, "gmacs")}
 
 
-def log_study(client, study, trials):
+def log_study(client, study, trials, artifacts):
     """What the study's driver and its trials write."""
     experiment = client.get_experiment_by_name("posmlp")
-    place = experiment.experiment_id if experiment else client.create_experiment("posmlp")
+    place = experiment.experiment_id if experiment else client.create_experiment("posmlp", artifacts)
     parent = client.create_run(place, run_name=study.name, tags={"study": study.name}).info.run_id
     client.log_text(parent, study.model_dump_json(), "study.json")
     for t in trials:
@@ -162,15 +168,16 @@ def log_study(client, study, trials):
 def test_a_study_is_read_from_mlflow_alone(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri)
-    client.create_experiment("another")
+    place = (tmp_path / "artifacts").as_uri()
+    client.create_experiment("another", place)
     recipe = load_recipe("demo", [f"train.storage={tmp_path}", "tracking.experiment=posmlp"])
     study = Study(name="look", recipe=recipe, space="speed_accuracy", against="gmacs", budget_gmacs=3)
     trials = many()[:3]
     trials += [replace(trial(3, 0.0, 1.0, state=FAILED), member=trials[0].member, reason="it exploded", metrics={})]
     trials += [replace(trial(4, 0.4, 1.0, state=RUNNING), member=trials[1].member)]
     trials += [replace(trial(5, 0.4, 1.0, repeats=1, seed=1), member=trials[1].member)]
-    log_study(client, study, trials[:2])  # an older one of the same name
-    newest = log_study(client, study, trials)
+    log_study(client, study, trials[:2], place)  # an older one of the same name
+    newest = log_study(client, study, trials, place)
     view = fronts.read_view("look", uri)
     assert (view.study, view.run_id) == (study, newest)
     assert [replace(t, mlflow_run_id=None) for t in view.trials] == trials
@@ -184,6 +191,9 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
         assert config.model == study.trial_recipe(space_of(study), trials[number].member, 0, 0).model
     with pytest.raises(StudyError, match=r"mlflow\.db has no study 'lok'; known: look"):
         fronts.read_view("lok", uri)
+    with pytest.raises(StudyError, match=r"no MLflow store sqlite:///nowhere\.db; give the right one"):
+        fronts.read_view("look", "sqlite:///nowhere.db")
+    assert not Path("nowhere.db").exists()
 
 
 def test_an_mlflow_that_is_away_is_told_in_a_line():

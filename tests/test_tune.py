@@ -12,7 +12,7 @@ import ray
 from mlflow import MlflowClient
 from ray.util import placement_group_table
 from ray.util.state import list_actors
-from small_runs import log_of, recipe_for
+from small_runs import QUICK, log_of, recipe_for, study_for
 
 from pipelines import checkpoints, fronts
 from pipelines.cli import main
@@ -26,7 +26,6 @@ from pipelines.study import (
     RUNNING,
     STOPPED,
     TOP1,
-    Study,
     StudyError,
     read_trials,
     space_of,
@@ -38,14 +37,6 @@ from posmlp.config import load_recipe
 from posmlp.errors import UserError
 
 pytestmark = pytest.mark.ray
-
-QUICK = ["scaling.threads_per_worker=1", "scaling.cpus_per_worker=0.5", "train.checkpoint_every_steps=1"]
-
-
-def study_for(folder, motion_set, *overrides, **settings):
-    recipe = recipe_for(folder, motion_set, *QUICK, f"data.cache_dir={folder}/cache", *overrides)
-    settings = {"name": "look", "space": "block_types", "trials": 3, "searcher": "random"} | settings
-    return Study(recipe=recipe, **settings)
 
 
 def mlflow_runs(study):
@@ -71,14 +62,6 @@ def wait_until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-
-
-@pytest.fixture(scope="module")
-def done(local_ray, motion_set, tmp_path_factory):
-    """A study of three trials, its front repeated with a second seed; and the lines that it printed."""
-    study = study_for(tmp_path_factory.mktemp("study"), motion_set, "tracking.log_model=true", repeats=2)
-    lines = []
-    return tune(study, lines.append), lines
 
 
 def test_a_study_trains_every_trial_and_notes_it(done):

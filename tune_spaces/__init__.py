@@ -1,4 +1,4 @@
-"""What to search: each module here is a space, found by its name. A space of one's own is one file more, here or anywhere.
+"""What to search: each module here is a space, found by its name. One of your own is one file more, here or anywhere.
 
 A module has one function, ``space(base)``: from a recipe to the dimensions that differ from trial to trial, and to what
 a choice of them means as recipe keys. ``tune_spaces/block_types.py`` is a short one to start from. What no model can be

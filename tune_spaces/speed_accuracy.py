@@ -1,4 +1,4 @@
-"""All of the architecture at once, from much cheaper to much dearer than the recipe's model: what to buy with a budget."""
+"""All of the architecture at once, from much cheaper to much dearer than the recipe's model."""
 
 from posmlp.config import Config
 from tune_spaces import Member, Space, block_types, depths, per_stage, stages_of, widths

@@ -91,11 +91,11 @@ def propose(study: Study, space: Space, trials: Sequence[Trial]) -> Trial | None
     return None
 
 
-def check_grid(study: Study, space: Space) -> None:
-    """Refuse a grid over a space that has ranges.
+def check_space(study: Study, space: Space, trials: Sequence[Trial]) -> None:
+    """Refuse a grid over a space that has ranges, and a space that is not that of the trials.
 
     Raises:
-        StudyError: it has.
+        StudyError: it is one of these.
     """
     ranges = [name for name, values in space.dimensions.items() if isinstance(values, Range)]
     if study.searcher == "grid" and ranges:
@@ -103,6 +103,20 @@ def check_grid(study: Study, space: Space) -> None:
             f"a grid needs values to choose from, and space {study.space} has ranges ({', '.join(ranges)}); "
             "take another searcher"
         )
+    for trial in trials:
+        known = trial.member.keys() == space.dimensions.keys()
+        if not known or not all(holds(space.dimensions[name], value) for name, value in trial.member.items()):
+            raise StudyError(
+                f"space {study.space} has changed since trial {trial.number} of {study.name}, which is "
+                f"{trial.member}; restore it, or start a new study"
+            )
+
+
+def holds(values: tuple[Value, ...] | Range, value: Value) -> bool:
+    """Whether a dimension has a value."""
+    if isinstance(values, Range):
+        return isinstance(value, int | float) and values.low <= value <= values.high
+    return value in values
 
 
 def choices(study: Study, space: Space, trials: Sequence[Trial], start: int) -> Iterator[Choice]:

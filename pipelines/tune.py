@@ -28,7 +28,7 @@ from ray.tune.search import Searcher
 
 from pipelines import fronts
 from pipelines.runs import check_writable, read_record, run_folder
-from pipelines.search import check_grid, propose
+from pipelines.search import check_space, propose
 from pipelines.study import (
     COSTS,
     FAILED,
@@ -101,9 +101,11 @@ def tune(study: Study, echo: Callable[[str], None] = print, *, resume: bool = Fa
         UserError: the recipe's data or storage is not as it should be.
         StoppedError: a signal (SIGINT or SIGTERM) asked it to stop; with ``resume`` it goes on.
     """
+    if study.space.endswith(".py"):
+        study = study.model_copy(update={"space": os.path.abspath(study.space)})
     space = space_of(study)
-    check_grid(study, space)
     found, trials = read_study(study.folder), read_trials(study.folder)
+    check_space(study, space, trials)
     if bool(found) != resume:
         raise StudyError(
             f"{study.folder} is a study already: go on with it, posmlp tune --resume {study.name}, or choose another "
@@ -174,12 +176,10 @@ def room(recipe: Config) -> int:
     if scaling.threads_per_worker and not scaling.use_gpu:
         counts.append(max(1, int(cpus / (scaling.workers * scaling.threads_per_worker))))
     if min(counts) < 1:
+        gpu = f" and {scaling.workers} GPUs" if scaling.use_gpu else ""
         raise StudyError(
-            f"a trial takes {takes:g} CPUs"
-            + (f" and {scaling.workers} GPUs" if scaling.use_gpu else "")
-            + ", decoding "
-            f"{DECODING:g} CPU, and the cluster has {cpus:g} CPUs and {gpus:g} GPUs; lower scaling.workers or "
-            "scaling.cpus_per_worker"
+            f"a trial takes {takes:g} CPUs{gpu}, decoding takes {DECODING:g} CPU, and the cluster has {cpus:g} CPUs "
+            f"and {gpus:g} GPUs; lower scaling.workers or scaling.cpus_per_worker"
         )
     return min(counts)
 
@@ -225,7 +225,7 @@ class Desk:
         self.echo(f"{text}; {self.concurrent} at a time; {study.folder}")
         if self.trials:
             counts = {state: sum(t.state == state for t in self.trials.values()) for state in (FINISHED, RUNNING)}
-            self.echo(f"going on: {counts[FINISHED]} trials are finished, {counts[RUNNING]} go on")
+            self.echo(f"going on; trials finished: {counts[FINISHED]}, to be continued: {counts[RUNNING]}")
         if not study.recipe.data.cache_dir:
             self.echo("every trial decodes its videos anew; with data.cache_dir=FOLDER each is decoded once for all")
 
@@ -289,7 +289,9 @@ class Desk:
         if trial.repeats is not None:
             tags["trial.repeats"] = str(trial.repeats)
         params = {f"search.{name}": value for name, value in trial.member.items()}
-        plain = config.model_dump(mode="json")
+        # The store comes with the environment, as Tune writes this down and its address may hold a password.
+        tracking = config.tracking.model_copy(update={"uri": None})
+        plain = config.model_copy(update={"tracking": tracking}).model_dump(mode="json")
         return {"config": plain, "tags": tags, "params": params, "budgets": self.study.budgets()}
 
     def progress(self, number: int, epoch: int, top1: float) -> None:
@@ -342,7 +344,12 @@ class Desk:
         if not trials:
             return
         recipes = [self.space.recipe(self.study.recipe, trial.member) for trial in trials]
-        measured = ray.get(on_worker(latencies, self.study.recipe).remote([r.model_dump(mode="json") for r in recipes]))
+        try:
+            plain = [recipe.model_dump(mode="json") for recipe in recipes]
+            measured = ray.get(on_worker(latencies, self.study.recipe).remote(plain))
+        except ray.exceptions.RayError as error:
+            self.echo(f"latencies are those from before training, as they could not be compared: {error}")
+            return
         for trial, latency in zip(trials, measured, strict=True):
             values = {COSTS["latency"]: latency}
             self.note(replace(trial, metrics=trial.metrics | values))
@@ -388,6 +395,7 @@ def run_tuner(desk: Desk, failures: list[BaseException]) -> None:
     scaling, epochs = desk.study.recipe.scaling, desk.study.recipe.train.epochs
     own = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's notes, which nothing reads
     env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    env["MLFLOW_TRACKING_URI"] = tracking_uri(desk.study.recipe)
     trainable = ray.tune.with_parameters(TrialRun, env=env)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # where its journal is; it takes no CPU to speak of
     counter = Counter(desk)

@@ -1,6 +1,8 @@
 """The cache of decoded videos: the same pixels, decoded once, and never half a file."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -136,6 +138,42 @@ def test_a_video_is_decoded_once(video, tmp_path, monkeypatch):
     monkeypatch.setattr(clip, "open_isolated", lambda *args, **options: pytest.fail("decoded again"))
     with open_frames(video, None, data, 30) as (_, read):
         np.testing.assert_array_equal(read(list(range(40))), first)
+
+
+TOGETHER = """
+import sys, time
+from posmlp.config import DataSection, SplitSection
+from posmlp.video import clip
+
+decode = clip.decode_into
+
+def slow(*args):
+    print("decoded", flush=True)
+    time.sleep(3)
+    return decode(*args)
+
+clip.decode_into = slow
+split = SplitSection(path="unused")
+print("ready", flush=True)
+sys.stdin.readline()
+with clip.open_frames(sys.argv[1], None, DataSection(train=split, val=split, cache_dir=sys.argv[2]), 30) as (video, _):
+    assert video.info.frames == 40
+"""
+
+
+def test_processes_that_want_the_same_video_decode_it_once(video, tmp_path):
+    command = [sys.executable, "-c", TOGETHER, video, str(tmp_path)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:  # both at once, and each is slow enough for the other to come meanwhile
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(said) == ["", "decoded\n"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"]
 
 
 def test_an_unusable_folder_crosses_the_child_as_it_is(video, tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import study as records
-from pipelines.search import choices, objectives, propose, size, static_costs
+from pipelines.search import check_space, choices, objectives, propose, size, static_costs
 from pipelines.study import COSTS, FAILED, FINISHED, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, over_budget
 from posmlp import create_model
 from posmlp.config import load_recipe
@@ -150,10 +150,17 @@ def test_settings_that_cannot_go_together_are_refused():
         study_of("tpe", "gmacs", asha=True)
     with pytest.raises(ValueError, match="nsga2 searches for a front"):
         study_of("nsga2")
-    from pipelines.search import check_grid
-
+    ranged = Space({"lr": Range(1e-4, 1e-2)}, lambda member: {})
     with pytest.raises(StudyError, match=r"has ranges \(lr\)"):
-        check_grid(study_of("grid"), Space({"lr": Range(1e-4, 1e-2)}, lambda member: {}))
+        check_space(study_of("grid"), ranged, [])
+
+
+@pytest.mark.parametrize("member", [{"lr": 1.0}, {"lr": 1e-3, "more": 1}, {}, {"lr": "x"}])
+def test_a_space_that_is_not_that_of_the_trials_is_refused(member):
+    space = Space({"lr": Range(1e-4, 1e-2)}, lambda member: {})
+    check_space(study_of("tpe"), space, [Trial(0, {"lr": 1e-3})])
+    with pytest.raises(StudyError, match=r"has changed since trial 3 of s, which is .*; restore it"):
+        check_space(study_of("tpe"), space, [Trial(3, member)])
 
 
 def test_the_record_of_a_study_is_read_back(tmp_path):

@@ -313,7 +313,7 @@ def test_a_killed_driver_is_resumed_without_doubles(local_ray, motion_set, tmp_p
     process.wait()
     assert [trial.state for trial in read_trials(study.folder)] == [FINISHED, RUNNING]
     assert start_tune(tmp_path, study, resume=True).wait(timeout=300) == 0, log_of(tmp_path)
-    assert "going on: 1 trials are finished, 1 go on" in log_of(tmp_path)
+    assert "going on; trials finished: 1, to be continued: 1" in log_of(tmp_path)
     assert (tmp_path / "look" / "trial-000" / "run.json").stat().st_mtime_ns == first
     check_whole(study, 3)
 

@@ -11,7 +11,7 @@ import torch
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
 from posmlp.errors import UserError
-from tune_spaces import Range, draw, list_spaces, load_space
+from tune_spaces import Range, Space, draw, list_spaces, load_space
 from tune_spaces.depths import counts
 
 MEMBERS = 100
@@ -44,8 +44,9 @@ def test_the_recipes_own_model_is_in_the_spaces_of_architectures(recipe):
     for stage in range(4):
         assert own.depths[stage] in dimensions["depths"][f"depth{stage + 1}"]
         assert own.blocks[stage] in dimensions["block_types"][f"block{stage + 1}"]
-        divide = {g for g in (1, 2, 4, 8, 16, 32) if own.dims[stage] % g == 0}
+        divide = {g for g in (1, 2, 4, 8, 16, 32, 64) if own.dims[stage] % g == 0}
         assert set(dimensions["group_counts"][f"groups{stage + 1}"]) == divide
+        assert own.groups[stage] in divide
     space = load_space("widths", load_recipe(recipe))
     assert space.recipe(load_recipe(recipe), {"width": 1.0}).model.variant().dims == own.dims
 
@@ -99,6 +100,14 @@ def test_a_space_of_ones_own_is_one_file(tmp_path):
     [
         ("1 / 0", "cannot be imported: ZeroDivisionError"),
         ("x = 1", "has no function space"),
+        ("raise SystemExit", "cannot be imported: SystemExit"),
+        ("def space(base): return base.nothing", r"space\(base\) failed: AttributeError"),
+        ("def space(): pass", r"space\(base\) failed: TypeError"),
+        (
+            "from tune_spaces import Space\ndef space(base): return Space({'a': [1]}, dict)",
+            r"dimension a: \[1\] must be",
+        ),
+        ("from tune_spaces import Space\ndef space(base): return Space({'a': ()}, dict)", r"dimension a: \(\) must be"),
         ("def space(base): return {}", "must return a tune_spaces.Space with at least one dimension"),
     ],
 )
@@ -106,6 +115,14 @@ def test_a_file_that_is_no_space_is_refused(tmp_path, text, message):
     (tmp_path / "own.py").write_text(text)
     with pytest.raises(UserError, match=message):
         load_space(str(tmp_path / "own.py"), load_recipe("demo"))
+
+
+def test_keys_that_fail_are_the_spaces_fault():
+    base = load_recipe("demo")
+    with pytest.raises(UserError, match=r"the space's keys\(\{'a': 1\}\) failed: KeyError: 'b'"):
+        Space({"a": (1, 2)}, lambda m: {"optim.lr": m["b"]}).recipe(base, {"a": 1})
+    with pytest.raises(RecipeError, match="optim.lrr: unknown key"):
+        Space({"a": (1, 2)}, lambda m: {"optim.lrr": m["a"]}).recipe(base, {"a": 1})
 
 
 def test_an_unknown_space_is_refused():

@@ -53,14 +53,25 @@ class Space:
     dimensions: dict[str, tuple[Value, ...] | Range]
     keys: Callable[[Member], dict[str, Any]]
 
+    def __post_init__(self) -> None:
+        for name, values in self.dimensions.items():
+            choice = isinstance(values, tuple) and values and all(isinstance(v, str | int | float) for v in values)
+            if not choice and not isinstance(values, Range):
+                raise UserError(f"dimension {name}: {values!r} must be a tuple of numbers or words, or a Range")
+
     def recipe(self, base: Config, member: Member) -> Config:
         """The recipe of a member: the base but for what the member says.
 
         Raises:
             RecipeError: it cannot be run; the message says why.
+            UserError: the space itself is wrong.
         """
         tree = base.model_dump(mode="json")
-        for key, value in self.keys(member).items():
+        try:
+            keys = self.keys(member)
+        except Exception as error:  # whatever the user's function raises is told in a line
+            raise UserError(f"the space's keys({dict(member)}) failed: {type(error).__name__}: {error}") from error
+        for key, value in keys.items():
             set_value(tree, key, value)
         try:
             return Config.model_validate(tree)
@@ -98,7 +109,12 @@ def load_space(name: str, base: Config) -> Space:
     module = import_space(name)
     if not hasattr(module, "space"):
         raise UserError(f"space {name}: {module.__file__} has no function space(base), see tune_spaces/block_types.py")
-    space = module.space(base)
+    try:
+        space = module.space(base)
+    except UserError as error:
+        raise UserError(f"space {name}: {error}") from error
+    except Exception as error:  # likewise
+        raise UserError(f"space {name}: space(base) failed: {type(error).__name__}: {error}") from error
     if not isinstance(space, Space) or not space.dimensions:
         raise UserError(f"space {name}: space(base) must return a tune_spaces.Space with at least one dimension")
     return space
@@ -118,7 +134,7 @@ def import_space(name: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever the user's file raises is told in a line
+        except (Exception, SystemExit) as error:  # likewise
             raise UserError(f"space {name} cannot be imported: {type(error).__name__}: {error}") from error
         return module
     if name not in list_spaces():

@@ -3,7 +3,7 @@
 from posmlp.config import Config
 from tune_spaces import Space, stages_of
 
-GROUPS = (1, 2, 4, 8, 16, 32)
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def space(base: Config) -> Space:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import uuid
 from collections.abc import Callable, Iterator
@@ -156,18 +157,48 @@ def open_frames(
     try:
         cached = CachedVideo(path)
     except OSError:  # not there yet, or cut short when the machine stopped
-        temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
-        try:
-            with open_isolated(uri, images, timeout_s=limit) as video:
-                video.run(store, short_side, temporary)
-            temporary.replace(path)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        finally:  # here, as the other process may have been killed
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        try:
-            cached = CachedVideo(path)
-        except OSError as error:
-            raise UserError(f"{path}: a decoded video that was just written cannot be read ({error})") from error
+        with alone(path):
+            try:
+                cached = CachedVideo(path)  # another has decoded it meanwhile
+            except OSError:
+                cached = decode_into(path, uri, images, short_side, limit)
     yield cached, cached.read
+
+
+def decode_into(path: Path, uri: str, images: int | None, short_side: int, limit: float) -> CachedVideo:
+    """Decode a whole video into its file of the cache, within ``limit`` seconds."""
+    temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
+    try:
+        with open_isolated(uri, images, timeout_s=limit) as video:
+            video.run(store, short_side, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:  # here, as the other process may have been killed
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    try:
+        return CachedVideo(path)
+    except OSError as error:
+        raise UserError(f"{path}: a decoded video that was just written cannot be read ({error})") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """All of this machine's processes that want this file of the cache made wait for each other.
+
+    The kernel frees the lock of a process that dies. Where a file system has no locks, nobody waits.
+    """
+    lock = path.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # those that wait have it open, and find the file made
+            lock.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,9 +55,9 @@ class Point:
 
     @property
     def kind(self) -> str:
-        """The block type of most stages, or ``mixed``."""
-        kind = max(self.blocks, key=self.blocks.count)
-        return kind if 2 * self.blocks.count(kind) > len(self.blocks) else "mixed"
+        """The block type of more stages than any other, or ``mixed``."""
+        (kind, most), *others = Counter(self.blocks).most_common()
+        return kind if all(count < most for _, count in others) else "mixed"
 
 
 Layers = Mapping[str, Sequence[Point]]  # by study
@@ -131,14 +132,15 @@ def page(layers: Layers, steps: Steps, marks: Marks) -> bytes:
             for kind in dict.fromkeys(point.kind for point in points):
                 of_kind = [point for point in points if point.kind == kind]
                 add_kind(figure, of_kind, cost, name, place, column)
+        number = "" if column == 1 else str(column)
         for variant, value in near(marks, cost, values):
             figure.add_vline(x=value, line={"dash": "dot", "color": "#999999"}, row=1, col=column)
             at = math.log10(value) if scale(values) == "log" else value  # annotations on log axes are given as powers
             figure.add_annotation(
-                x=at, y=1.0, yref="paper", text=variant, showarrow=False, yanchor="bottom", row=1, col=column,
-                font={"color": "#777777", "size": 11},
+                x=at, y=1, xref=f"x{number}", yref=f"y{number} domain", text=variant, showarrow=False,
+                yanchor="bottom", font={"color": "#777777", "size": 11},
             )  # fmt: skip
-        figure.update_xaxes(title=unit, type=scale(values), row=1, col=column)
+        figure.update_xaxes(title=unit, type=scale(values), tickvals=ticks(values), row=1, col=column)
     figure.update_yaxes(title="validation top-1, %", row=1, col=1)
     figure.update_layout(title=title(layers), template="plotly_white", height=560, hovermode="closest")
     html: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
@@ -221,6 +223,14 @@ def costs_of(layers: Layers, cost: str) -> list[float]:
 def scale(values: Sequence[float]) -> str:
     """The kind of axis for some costs."""
     return "log" if values and min(values) > 0 and max(values) > LOG_FROM * min(values) else "linear"
+
+
+def ticks(values: Sequence[float]) -> list[float] | None:
+    """Round numbers on a logarithmic axis; None: as the axis likes."""
+    if scale(values) != "log":
+        return None
+    powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
+    return [step * 10.0**power for power in powers for step in (1, 2, 5)]
 
 
 def near(marks: Marks, cost: str, values: Sequence[float]) -> list[tuple[str, float]]:

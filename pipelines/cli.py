@@ -262,6 +262,7 @@ def run_tune(args: argparse.Namespace) -> None:
     from pipelines.tracking import tracking_uri
     from pipelines.tune import tune
 
+    args.again = f"posmlp tune --resume {study.folder} goes on"
     start = time.perf_counter()
     result = tune(study, echo=lambda line: print(line, flush=True), resume=bool(args.resume))
     print(f"\n{fronts.describe(result.study.name, result.trials, result.study.against or 'gmacs')}")

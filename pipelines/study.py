@@ -109,6 +109,7 @@ class Trial:
         state: ``running``, ``finished``, ``stopped early``, ``failed`` or ``over budget``.
         reason: why it failed, or was not trained.
         metrics: of its last epoch, and its costs.
+        timed: its latency was measured beside those of the others.
     """
 
     number: int
@@ -121,6 +122,7 @@ class Trial:
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     mlflow_run_id: str | None = None
+    timed: bool = False
 
 
 def find_study(text: str) -> tuple[Study, str]:

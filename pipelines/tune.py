@@ -230,18 +230,18 @@ class Desk:
             self.echo("every trial decodes its videos anew; with data.cache_dir=FOLDER each is decoded once for all")
 
     def run(self) -> None:
-        """The search, then the front's repeats, and last the latencies side by side.
+        """The search, then the latencies side by side, and last the repeats of the front that this gives.
 
         Raises:
             StudyError: Tune has failed.
             StoppedError: the user wanted to stop.
         """
         self.fit()
+        self.compare_latencies()
         if self.study.repeats > 1:
             self.repeating = self.repeats()
             self.again += self.repeating
             self.fit()
-        self.compare_latencies()
         self.draw()
         self.register()
 
@@ -281,6 +281,11 @@ class Desk:
         again = "" if trial.repeats is None else f" (trial {trial.repeats} with seed {trial.seed})"
         self.echo(f"trial {trial.number}{again}: {fronts.describe_member(trial.member)}")
         return trial
+
+    def may_need_more(self) -> bool:
+        """Whether ``next`` may hand out something once a trial has ended."""
+        running = any(trial.state == RUNNING for trial in self.trials.values())
+        return running and self.study.budget_ms is not None and not self.stopping.is_set()
 
     def job(self, trial: Trial) -> dict[str, Any]:
         """What a ``TrialRun`` needs, as plain data."""
@@ -341,7 +346,7 @@ class Desk:
     def compare_latencies(self) -> None:
         """Measure the fully trained trials' models again, in turns in one process: trials beside each other disturb."""
         trials = full(self.trials.values())
-        if not trials:
+        if all(trial.timed for trial in trials):
             return
         recipes = [self.space.recipe(self.study.recipe, trial.member) for trial in trials]
         try:
@@ -352,7 +357,7 @@ class Desk:
             return
         for trial, latency in zip(trials, measured, strict=True):
             values = {COSTS["latency"]: latency}
-            self.note(replace(trial, metrics=trial.metrics | values))
+            self.note(replace(trial, metrics=trial.metrics | values, timed=True))
             if trial.mlflow_run_id:
                 self.tracker.log_of(trial.mlflow_run_id, values, step=self.study.recipe.train.epochs)
 
@@ -460,8 +465,8 @@ class Counter(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         trial = self.desk.next()
-        if trial is None:
-            return Searcher.FINISHED
+        if trial is None:  # for good, unless one that runs may turn out to be over the budget
+            return None if self.desk.may_need_more() else Searcher.FINISHED
         self.numbers[trial_id] = trial.number
         return {"job": json.dumps(self.desk.job(trial))}
 

@@ -1,4 +1,5 @@
-# make demo: install and train the demo. make test: install what tests need and run them all. make lint: ruff and mypy.
+# make demo: install and train the demo. make test: install what tests need and run them all,
+# those on Ray one after the other. make lint: ruff and mypy.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,7 +9,8 @@ demo: .venv/installed
 	$(BIN)/posmlp demo
 
 test: .venv/installed-test
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not ray" -n logical --maxprocesses 8
+	$(BIN)/pytest -q -m ray
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -39,7 +39,9 @@ def done(local_ray, motion_set, tmp_path_factory):
 
     from pipelines.tune import tune
 
-    study = study_for(tmp_path_factory.mktemp("study"), motion_set, "tracking.log_model=true", repeats=2)
+    study = study_for(
+        tmp_path_factory.mktemp("study"), motion_set, "tracking.log_model=true", against="gmacs", repeats=2
+    )
     lines = []
     return tune(study, lines.append), lines
 

@@ -87,9 +87,7 @@ def test_a_study_trains_every_trial_and_notes_it(done):
 def test_the_front_is_repeated_with_another_seed(done):
     result, _ = done
     again = [trial for trial in result.trials if trial.repeats is not None]
-    chosen = {trial.number for cost in COSTS for trial in fronts.front(result.trials[:3], cost)}
-    assert {trial.repeats for trial in again} >= {t.number for t in fronts.front(result.trials, "gmacs")}
-    assert {trial.repeats for trial in again} <= {0, 1, 2} and chosen
+    assert [trial.repeats for trial in again] == sorted(t.number for t in fronts.front(result.trials, "gmacs"))
     for trial in again:
         assert trial.seed == 1
         assert trial.member == result.trials[trial.repeats].member
@@ -305,7 +303,7 @@ def check_whole(study, count):
 
 def test_a_killed_driver_is_resumed_without_doubles(local_ray, motion_set, tmp_path):
     """In mid-epoch of the second trial: the first is kept, the second goes on from its checkpoint."""
-    study = study_for(tmp_path, motion_set, "train.epochs=4", concurrent=1)
+    study = study_for(tmp_path, motion_set, "train.epochs=3", concurrent=1, trials=2)
     process = start_tune(tmp_path, study)
     wait_for_trial(tmp_path, study, process, 1, step=5)
     first = (tmp_path / "look" / "trial-000" / "run.json").stat().st_mtime_ns
@@ -315,7 +313,7 @@ def test_a_killed_driver_is_resumed_without_doubles(local_ray, motion_set, tmp_p
     assert start_tune(tmp_path, study, resume=True).wait(timeout=300) == 0, log_of(tmp_path)
     assert "going on; trials finished: 1, to be continued: 1" in log_of(tmp_path)
     assert (tmp_path / "look" / "trial-000" / "run.json").stat().st_mtime_ns == first
-    check_whole(study, 3)
+    check_whole(study, 2)
 
 
 def test_killed_processes_of_trials_are_replaced(local_ray, motion_set, tmp_path):
@@ -333,7 +331,7 @@ def test_killed_processes_of_trials_are_replaced(local_ray, motion_set, tmp_path
 
 
 def test_ctrl_c_leaves_a_study_that_resumes(local_ray, motion_set, tmp_path):
-    study = study_for(tmp_path, motion_set, "train.epochs=4", concurrent=2, trials=2)
+    study = study_for(tmp_path, motion_set, "train.epochs=3", concurrent=2, trials=2)
     process = start_tune(tmp_path, study)
     wait_for_trial(tmp_path, study, process, 0, step=2)
     process.send_signal(signal.SIGINT)

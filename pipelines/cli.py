@@ -105,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=run_checkpoints)
 
     sync = verbs.add_parser("sync", help="deliver to MLflow what runs could not while it was away")
-    sync.add_argument("run_folders", nargs="+", metavar="RUN", help="a run's folder, or its name below runs/")
+    sync.add_argument(
+        "run_folders", nargs="+", metavar="RUN", help="the folder of a run or a study, or its name in runs/"
+    )
     sync.set_defaults(run=run_sync, again="the same command delivers the rest")
 
     data = verbs.add_parser("data", help="make, check, pack and look at data sets")
@@ -334,12 +336,20 @@ def run_checkpoints(args: argparse.Namespace) -> int:
 def run_sync(args: argparse.Namespace) -> int:
     """Exit code 1 if something is still to be delivered."""
     from pipelines.runs import find_run
+    from pipelines.study import StudyError, find_study, read_trials, trial_folder
     from pipelines.tracking import sync
     from pipelines.train import journal_path
 
     left = 0
-    for run in map(find_run, args.run_folders):
-        left += sync(journal_path(run).parent, echo=lambda line: print(line, flush=True))
+    for name in args.run_folders:
+        try:
+            study, _ = find_study(name)
+            trials = [trial_folder(study, trial.number) for trial in read_trials(study.folder)]
+            journals = [path for run in (study.folder, *trials) if (path := journal_path(run)).exists()]
+        except StudyError:  # a run, then
+            journals = [journal_path(find_run(name))]
+        for journal in journals:
+            left += sync(journal.parent, echo=lambda line: print(line, flush=True))
     return int(left > 0)
 
 

@@ -39,10 +39,8 @@ def done(local_ray, motion_set, tmp_path_factory):
 
     from pipelines.tune import tune
 
-    study = study_for(
-        tmp_path_factory.mktemp("study"), motion_set, "tracking.log_model=true", against="gmacs", repeats=2
-    )
-    lines = []
+    folder, lines = tmp_path_factory.mktemp("study"), []
+    study = study_for(folder, motion_set, "tracking.log_model=true", against="gmacs", repeats=2)
     return tune(study, lines.append), lines
 
 

@@ -167,6 +167,12 @@ def test_a_finished_study_is_not_repeated(done, capsys):
     assert [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]] == before
 
 
+def test_what_a_study_and_its_trials_could_not_deliver_is_synced_with_one_call(done, capsys):
+    result, _ = done
+    assert main(["sync", result.study.folder]) == 0
+    assert capsys.readouterr().out.count(" delivered to MLflow run ") == 1 + len(result.trials)
+
+
 def test_a_study_leaves_nothing_behind(done):
     actors, groups = alive()
     assert (actors, groups) == ([], [])

@@ -614,6 +614,7 @@ def prepare_mlflow() -> None:
     for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool", "torch._export"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what fails is told in one line
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it prints passwords, too
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name, value in HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
 

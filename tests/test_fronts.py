@@ -17,6 +17,7 @@ from PIL import Image
 from pipelines import fronts
 from pipelines.study import COSTS, FAILED, FINISHED, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, space_of
 from pipelines.tracking import PARENT
+from pipelines.tune import best
 from posmlp import create_model
 from posmlp.config import load_recipe
 
@@ -201,3 +202,12 @@ def test_an_mlflow_that_is_away_is_told_in_a_line():
         fronts.read_view("look", "http://someone:secret@127.0.0.1:9")
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_the_best_is_by_the_mean_of_those_with_several_seeds():
+    lucky, sound, alone = trial(0, 0.9, 1.0), trial(1, 0.8, 2.0), trial(2, 0.95, 3.0)
+    again = [trial(3, 0.1, 1.0, repeats=0), trial(4, 0.8, 2.0, repeats=1)]
+    assert best([lucky, sound, alone]) is alone
+    assert best([lucky, sound, alone, *again]) is sound
+    assert best([trial(0, 0.5, 2.0), trial(1, 0.5, 1.0)]).number == 1
+    assert best([trial(0, 0.5, 2.0, state=FAILED)]) is None

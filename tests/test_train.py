@@ -170,7 +170,7 @@ def test_both_lists_are_told_at_once(local_ray, motion_set, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["scaling.workers=4"], r"4 workers x 1 CPUs leave 0 of 4 CPUs for decoding"),
+        (["scaling.workers=4", "scaling.cpus_per_worker=1"], r"4 workers x 1 CPUs leave 0 of 4 CPUs for decoding"),
         (["scaling.use_gpu=true"], "the cluster has 0"),
         (["train.global_batch=40"], "global_batch 40 is more than the 32 training clips"),
         (["model.num_classes=3"], "num_classes 3 is less than the data set's 8"),

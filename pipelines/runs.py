@@ -30,13 +30,7 @@ def read_record(run: str) -> dict[str, Any] | None:
     Raises:
         UserError: it cannot be read.
     """
-    uri = storage.join(run, RUN_FILE)
-    try:
-        return dict(json.loads(storage.read_bytes(uri)))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{uri} cannot be read: {error}") from error
+    return read_json(storage.join(run, RUN_FILE))
 
 
 def write_record(
@@ -49,9 +43,31 @@ def write_record(
     """
     record = {"config": config.model_dump(mode="json"), "lists": lists, "mlflow_run_id": mlflow_run_id}
     record["metrics"] = metrics
-    uri = storage.join(run, RUN_FILE)
+    write_json(storage.join(run, RUN_FILE), record)
+
+
+def read_json(uri: str) -> dict[str, Any] | None:
+    """A note; None if there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        storage.write_bytes(uri, json.dumps(record, indent=1).encode())
+        return dict(json.loads(storage.read_bytes(uri)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{uri} cannot be read: {error}") from error
+
+
+def write_json(uri: str, tree: dict[str, Any]) -> None:
+    """Write a note; atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        storage.write_bytes(uri, json.dumps(tree, indent=1).encode())
     except OSError as error:
         raise UserError(f"{uri} cannot be written, see train.storage: {error}") from error
 

@@ -7,13 +7,13 @@ space, and how it ended. Nothing else is needed to resume: the searcher is told 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipelines.runs import read_json, write_json
 from posmlp import storage
 from posmlp.config import Config, Positive, Section, describe
 from posmlp.errors import UserError
@@ -143,7 +143,7 @@ def write_study(study: Study, mlflow_run_id: str) -> None:
     Raises:
         UserError: they cannot be written.
     """
-    write(storage.join(study.folder, STUDY_FILE), study.model_dump(mode="json") | {"mlflow_run_id": mlflow_run_id})
+    write_json(storage.join(study.folder, STUDY_FILE), study.model_dump(mode="json") | {"mlflow_run_id": mlflow_run_id})
 
 
 def read_study(folder: str) -> tuple[Study, str] | None:
@@ -153,7 +153,7 @@ def read_study(folder: str) -> tuple[Study, str] | None:
         UserError: they cannot be read.
     """
     uri = storage.join(folder, STUDY_FILE)
-    tree = read(uri)
+    tree = read_json(uri)
     if tree is None:
         return None
     try:
@@ -169,7 +169,7 @@ def write_trial(study: Study, trial: Trial) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    write(storage.join(trial_folder(study, trial.number), TRIAL_FILE), asdict(trial))
+    write_json(storage.join(trial_folder(study, trial.number), TRIAL_FILE), asdict(trial))
 
 
 def read_trials(folder: str) -> list[Trial]:
@@ -180,7 +180,7 @@ def read_trials(folder: str) -> list[Trial]:
     """
     trials = []
     for uri in storage.folders(folder):
-        if uri.rpartition("/")[2].startswith("trial-") and (tree := read(storage.join(uri, TRIAL_FILE))):
+        if uri.rpartition("/")[2].startswith("trial-") and (tree := read_json(storage.join(uri, TRIAL_FILE))):
             trials.append(Trial(**tree))
     return sorted(trials, key=lambda trial: trial.number)
 
@@ -215,19 +215,3 @@ def over_budget(budgets: Mapping[str, float], costs: Mapping[str, float]) -> str
 def space_of(study: Study) -> Space:
     """The space that a study searches."""
     return load_space(study.space, study.recipe)
-
-
-def write(uri: str, tree: dict[str, Any]) -> None:
-    try:
-        storage.write_bytes(uri, json.dumps(tree, indent=1).encode())
-    except OSError as error:
-        raise StudyError(f"{uri} cannot be written, see train.storage: {error}") from error
-
-
-def read(uri: str) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(storage.read_bytes(uri)))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{uri} cannot be read: {error}") from error

@@ -78,6 +78,20 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--budget-params", type=above_zero, metavar="X", help="the most millions of parameters")
     tune.set_defaults(run=run_tune, again="posmlp tune --resume STUDY goes on")
 
+    supernet = verbs.add_parser(
+        "supernet", help="train a whole space at once, with shared weights, and rank its members"
+    )
+    supernet.add_argument("recipe", help="a YAML file, or the name of one in posmlp/recipes")
+    supernet.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the training, for example train.epochs=100"
+    )
+    supernet.add_argument("--space", required=True, help="same_width, or another whose members differ in no more")
+    supernet.add_argument("--name", help="of the run; RECIPE-SPACE-supernet if not given")
+    supernet.add_argument("--members", type=positive, default=100, help="to score: all, or so many (%(default)s)")
+    supernet.add_argument("--seed", type=not_negative, default=0, help="of that choice (%(default)s)")
+    supernet.add_argument("--study", help="compare with the trials of a study, given by its folder or name below runs/")
+    supernet.set_defaults(run=run_supernet, again=AGAIN)
+
     front = verbs.add_parser("front", help="the speed-accuracy front of studies, from MLflow alone")
     front.add_argument("studies", nargs="+", metavar="STUDY", help="names of studies, to be laid over each other")
     front.add_argument("--against", choices=("latency", "gmacs", "params"), default="gmacs", help="(%(default)s)")
@@ -273,6 +287,21 @@ def run_tune(args: argparse.Namespace) -> None:
         f"\n  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
     )
     print(f"  {see(tracking_uri(study.recipe))}")
+
+
+def run_supernet(args: argparse.Namespace) -> None:
+    from pipelines import fronts
+    from pipelines.supernet import supernet
+    from pipelines.tracking import tracking_uri
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    options = {"name": args.name, "count": args.members, "seed": args.seed, "study": args.study}
+    found = supernet(recipe, args.space, **options, echo=lambda line: print(line, flush=True))
+    print(f"\n{fronts.describe(Path(found.run).name, found.members, 'gmacs')}")
+    if found.agreement:
+        print(f"\n{found.agreement}")
+    print(f"\n  {found.run}/members has front.html, members.csv and the front's recipes; so has MLflow")
+    print(f"  {see(tracking_uri(recipe))}")
 
 
 def run_front(args: argparse.Namespace) -> None:

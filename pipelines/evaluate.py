@@ -273,30 +273,53 @@ def score_split(
     Raises:
         UserError: too many videos are bad (said as soon as that is certain), or the workers fail.
     """
-    places = {sample: i for i, sample in enumerate(manifest.rows["sample_id"].to_pylist())}
-    shape = (len(places), views_of(config, False), config.model.variant().num_classes)
-    scores = Scores(np.zeros(shape, np.float32), np.zeros(len(places), bool))
-    progress: Progress | None = None
-    for block in scored_blocks(manifest, config, weights):
-        progress = progress or Progress(
-            len(places), "scored", echo
-        )  # now: what starts the workers is no part of a rate
-        for text in block["fatal"][block["fatal"] != ""]:
-            raise UserError(str(text))
-        for i, sample in enumerate(block["sample_id"]):
-            if block["reason"][i]:
-                scores.bad.append(BadVideo(*(str(block[k][i]) for k in ("sample_id", "uri", "reason"))))
-            else:
-                scores.views[places[sample]], scores.scored[places[sample]] = block["scores"][i], True
-        check_bad(scores.bad, len(places), config.data.max_bad_fraction)
-        progress.add(len(block["sample_id"]))
-    if not scores.scored.any():
-        raise UserError(f"no video could be decoded; the first one, {scores.bad[0].uri}: {scores.bad[0].reason}")
-    scores.bad.sort(key=lambda video: places[video.sample_id])
+    shape = (len(manifest.rows), views_of(config, False), config.model.variant().num_classes)
+    scores = Scores(np.zeros(shape, np.float32), np.zeros(len(manifest.rows), bool))
+    for places, block in good_scores(manifest, config, weights, scores.bad, echo):
+        scores.views[places], scores.scored[places] = block, True
     return scores
 
 
-def scored_blocks(manifest: Manifest, config: Config, weights: Mapping[str, Tensor]) -> Iterator[dict[str, np.ndarray]]:
+def good_scores(
+    manifest: Manifest,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    bad: list[BadVideo],
+    echo: Callable[[str], None],
+    scorer: type[Scorer] | None = None,
+    *args: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What a scorer makes of a split's videos, with their places in the manifest, a block at a time in any order.
+
+    Args:
+        bad: gets the videos that could not be decoded, in the manifest's order when all is done.
+        scorer, args: the actor, ``Scorer`` if None, and what it takes beside the recipe.
+
+    Raises:
+        UserError: too many videos are bad (said as soon as that is certain), or the workers fail.
+    """
+    known = {sample: i for i, sample in enumerate(manifest.rows["sample_id"].to_pylist())}
+    progress: Progress | None = None
+    for block in scored_blocks(manifest, config, weights, scorer or Scorer, *args):
+        # A progress from now: what starts the workers is no part of a rate.
+        progress = progress or Progress(len(known), "scored", echo)
+        for text in block["fatal"][block["fatal"] != ""]:
+            raise UserError(str(text))
+        good = block["reason"] == ""
+        for i in np.flatnonzero(~good):
+            bad.append(BadVideo(*(str(block[k][i]) for k in ("sample_id", "uri", "reason"))))
+        check_bad(bad, len(known), config.data.max_bad_fraction)
+        if good.any():
+            yield np.array([known[sample] for sample in block["sample_id"][good]]), block["scores"]
+        progress.add(len(good))
+    bad.sort(key=lambda video: known[video.sample_id])
+    if len(bad) == len(known):
+        raise UserError(f"no video could be decoded; the first one, {bad[0].uri}: {bad[0].reason}")
+
+
+def scored_blocks(
+    manifest: Manifest, config: Config, weights: Mapping[str, Tensor], scorer: type[Scorer], *args: Any
+) -> Iterator[dict[str, np.ndarray]]:
     """Every row of a manifest in some block, as the columns of ``Scorer``, in the order in which they are done.
 
     Raises:
@@ -308,8 +331,8 @@ def scored_blocks(manifest: Manifest, config: Config, weights: Mapping[str, Tens
     decoder = ray.remote(decode).options(max_retries=scaling.max_failures)
     options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu)}
     options |= {"max_restarts": scaling.max_failures, "max_task_retries": scaling.max_failures}
-    actor = ray.remote(Scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
-    scorers = [actor.remote(recipe) for _ in range(scaling.workers)]
+    actor = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
+    scorers = [actor.remote(recipe, *args) for _ in range(scaling.workers)]
     decoding: list[ray.ObjectRef] = []
     scoring: dict[ray.ObjectRef, int] = {}
     left, room = next(parts, None), blocks_in_flight(config)
@@ -383,19 +406,21 @@ class Scorer:
             weights: one reference to the weights; in a list, else Ray would fetch them for each block.
 
         Returns:
-            The rows' ``sample_id``, ``uri``, ``reason``, ``fatal``, and ``scores``: float32 ``[rows, views, classes]``,
-            zeros for a bad video.
+            The rows' ``sample_id``, ``uri``, ``reason``, ``fatal``, and ``scores``: those of the good rows, in order.
         """
         self.model = self.model or self.load(ray.get(weights[0]))
         good = np.flatnonzero(columns["reason"] == "")
         clips, size = columns["clip"], scored_together(self.config)  # [rows, V, T, H, W, 3]
-        scores = np.zeros((*clips.shape[:2], self.config.model.variant().num_classes), np.float32)
+        scores = []
         for first in range(0, len(good), size):
-            part = good[first : first + size]
-            pixels = torch.from_numpy(clips[part]).flatten(0, 1).to(self.device)
-            views = score_views(self.model, pixels, self.config)
-            scores[part] = views.cpu().numpy()
-        return {key: columns[key] for key in ("sample_id", "uri", "reason", "fatal")} | {"scores": scores}
+            pixels = torch.from_numpy(clips[good[first : first + size]]).flatten(0, 1).to(self.device)
+            scores.append(self.score_clips(self.model, pixels).cpu().numpy())
+        found = np.concatenate(scores) if scores else np.empty(0)
+        return {key: columns[key] for key in ("sample_id", "uri", "reason", "fatal")} | {"scores": found}
+
+    def score_clips(self, model: nn.Module, clips: Tensor) -> Tensor:
+        """float32 ``[videos, views, classes]`` of uint8 ``[videos * views, T, H, W, 3]``."""
+        return score_views(model, clips, self.config)
 
 
 def check_bad(bad: Sequence[BadVideo], videos: int, limit: float) -> None:

@@ -237,3 +237,14 @@ def near(marks: Marks, cost: str, values: Sequence[float]) -> list[tuple[str, fl
     """The variants whose cost is not far from what was trained."""
     known = [(name, costs[METRICS[cost]]) for name, costs in marks.items() if METRICS[cost] in costs]
     return [(name, v) for name, v in known if values and min(values) / NEAR <= v <= max(values) * NEAR]
+
+
+def agreement(inherited: Sequence[float], alone: Sequence[float]) -> bytes:
+    """The accuracy of a supernet's members with inherited weights against that trained alone, as PNG."""
+    figure = Figure(figsize=(5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter([100 * value for value in inherited], [100 * value for value in alone], color=COLOURS["parallel"])
+    axes.set_xlabel("validation top-1 with inherited weights, %")
+    axes.set_ylabel("trained alone, %")
+    axes.grid(alpha=0.25)
+    return png(figure)

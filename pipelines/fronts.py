@@ -31,15 +31,16 @@ from pipelines import front_figures
 from pipelines.study import COSTS, FAILED, FINISHED, OVER, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, full
 from pipelines.tracking import PARENT, prepare_mlflow, scrub, shorten, without_secrets
 from posmlp import create_model
-from posmlp.config import Config
+from posmlp.config import Config, ModelSection
 from posmlp.model.cost import count_macs, count_params
-from posmlp.model.variants import VARIANTS, model_variant
+from posmlp.model.variants import VARIANTS
 from tune_spaces import Member, Value
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 FEWEST = 4  # finished trials from which importance is told
 STUDY_ARTIFACT, RECIPE_ARTIFACT = "study.json", "config.yaml"
+PUBLISHED = "published.latency_ms/"  # before a variant's name, among the metrics of the study's MLflow run
 SEARCHED = "search."  # before a dimension's name, among the params of a trial's MLflow run
 
 
@@ -50,12 +51,14 @@ class View:
     Attributes:
         run_id: the study's run.
         recipes: the full recipe of each trial of a front, by its number, as YAML that ``posmlp train`` takes.
+        published: milliseconds of published variants, by name, where they were measured.
     """
 
     study: Study
     run_id: str
     trials: list[Trial]
     recipes: dict[int, str]
+    published: dict[str, float]
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
@@ -148,17 +151,34 @@ def seen(values: Sequence[Value]) -> BaseDistribution:
     return CategoricalDistribution(different)
 
 
-def published(recipe: Config) -> dict[str, dict[str, float]]:
-    """The costs of the published variants (and ``tiny``) for a recipe's clips and classes, by name and metric."""
-    own = recipe.model.variant()
-    same = {"frames": own.frames, "image_size": own.image_size, "num_classes": own.num_classes}
+def published(recipe: Config, latencies: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The costs of the published variants (and ``tiny``) for a recipe's clips and classes, by name and metric.
+
+    Args:
+        latencies: milliseconds, by name, of those that were measured.
+    """
     costs = {}
     for name in VARIANTS:
+        same = published_recipe(recipe, name).model
         with torch.device("meta"):
-            params = count_params(create_model(name, **same))
-        macs = count_macs(model_variant(name, **same))
-        costs[name] = {COSTS["gmacs"]: macs / 1e9, COSTS["params"]: params / 1e6}
+            params = count_params(create_model(name, **same.overrides()))
+        costs[name] = {COSTS["gmacs"]: count_macs(same.variant()) / 1e9, COSTS["params"]: params / 1e6}
+        if name in latencies:
+            costs[name][COSTS["latency"]] = latencies[name]
     return costs
+
+
+def published_recipe(recipe: Config, name: str) -> Config:
+    """A recipe with a published variant as its model, for the same clips and classes."""
+    own = recipe.model.variant()
+    model = ModelSection(name=name, frames=own.frames, image_size=own.image_size, num_classes=own.num_classes)
+    return recipe.model_copy(update={"model": model})
+
+
+def near_variants(trials: Sequence[Trial], recipe: Config) -> list[str]:
+    """The published variants that a front of GMACs marks: those not far from what was trained."""
+    values = [trial.metrics[COSTS["gmacs"]] for trial in rated(trials, "gmacs")]
+    return [name for name, _ in front_figures.near(published(recipe, {}), "gmacs", values)]
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -231,9 +251,15 @@ def recipe_of(config: Config, study: Study, number: int) -> str:
 # --- artifacts ---------------------------------------------------------------------------------------------------
 
 
-def artifacts(studies: Mapping[str, Sequence[Trial]], base: Config, against: str) -> dict[str, bytes]:
-    """The pictures and tables of some studies, laid over each other, by file name."""
-    marks, blocks = published(base), base.model.blocks or "parallel"
+def artifacts(
+    studies: Mapping[str, Sequence[Trial]], base: Config, against: str, latencies: Mapping[str, float] | None = None
+) -> dict[str, bytes]:
+    """The pictures and tables of some studies, laid over each other, by file name.
+
+    Args:
+        latencies: as for ``published``.
+    """
+    marks, blocks = published(base, latencies or {}), base.model.blocks or "parallel"
     layers = {name: [point(t, trials, blocks) for t in rated(trials, "gmacs")] for name, trials in studies.items()}
     steps = {
         name: {cost: [t.number for t in front(trials, cost)] for cost in COSTS} for name, trials in studies.items()
@@ -270,7 +296,8 @@ def write_views(views: Sequence[View], against: str, out: Path) -> str:
     """Draw the fronts of studies into a folder, with their tables and recipes; returns them as text."""
     out.mkdir(parents=True, exist_ok=True)
     studies = {view.study.name: view.trials for view in views}
-    for name, content in artifacts(studies, views[0].study.recipe, against).items():
+    first = views[0]
+    for name, content in artifacts(studies, first.study.recipe, against, first.published).items():
         (out / name).write_bytes(content)
     for view in views:
         folder = out / "recipes"
@@ -316,7 +343,9 @@ def read_view(name: str, uri: str) -> View:
     except Exception as error:  # of a network, a database or an artifact store, in their many kinds
         reason = scrub(shorten(" ".join(str(error).split()), 300), uri)
         raise StudyError(f"study {name!r} cannot be read from MLflow at {without_secrets(uri)}: {reason}") from error
-    return View(study, parent.info.run_id, trials, recipes)
+    metrics = parent.data.metrics
+    measured = {key.removeprefix(PUBLISHED): ms for key, ms in metrics.items() if key.startswith(PUBLISHED)}
+    return View(study, parent.info.run_id, trials, recipes, measured)
 
 
 def search(client: MlflowClient, experiments: Sequence[str], wanted: str) -> Iterator[Run]:

@@ -56,7 +56,15 @@ FREE += ("data.cache_dir", "data.rows_per_block", "data.decoder", "data.train.ro
 FREE += ("train.checkpoint_every_steps", "train.keep_last", "train.keep_best", "train.storage")
 # And keys that it can never change: with another model or other batches there is nothing to go on with.
 FIXED = ("model.name", "model.num_classes", "model.frames", "model.image_size", "model.dims", "model.depths")
-FIXED += ("model.groups", "model.windows", "model.blocks", "train.global_batch", "train.seed", "data.repeats")
+FIXED += (
+    "model.groups",
+    "model.windows",
+    "model.blocks",
+    "model.choices",
+    "train.global_batch",
+    "train.seed",
+    "data.repeats",
+)
 FIXED += ("data.train.", "data.format", "list.train")
 POLL_S = 0.2
 
@@ -139,7 +147,7 @@ def train(
     record, lists = read_record(run), {"train": fingerprint(train_set), "val": fingerprint(val_set)}
     whole = [found.about for found in checkpoints.find(run) if found.about]
     done = max((about.epoch for about in whole), default=0)
-    changes = check_record(run, record, config, lists, done, allow_changes) if record else {}
+    changed = check_record(run, record, config, lists, done, allow_changes) if record else {}
     weights = None if whole else find_weights(config)
     start_ray()
     check_cpus(config)
@@ -153,8 +161,8 @@ def train(
         tracker.log(part.costs, step=0)
     try:
         config = without_password(config)  # from here on it is written down
-        if changes:
-            tracker.log_tags({f"changed.{key}": change for key, change in changes.items()})
+        if changed:
+            tracker.log_tags({f"changed.{key}": change for key, change in changed.items()})
             tracker.log_file("config.yaml", config.to_yaml().encode())
         write_record(run, config, lists, tracker.run_id, None)
         job = {"config": config.model_dump(), "run": run, "weights": weights, "classes": train_set.classes}
@@ -197,10 +205,7 @@ def check_record(
             f"run {config.name!r} is finished (val/top1 {record['metrics'].get('val/top1', float('nan')):.1%}, "
             f"{run}). Choose another name (name=...), or delete that folder to train it again."
         )
-    before = flatten(record["config"]) | {f"list.{split}": text for split, text in record["lists"].items()}
-    now = config.flat() | {f"list.{split}": text for split, text in lists.items()}
-    changed = {k: f"was {before.get(k)!r}, is {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)}
-    changed = {k: change for k, change in changed.items() if not k.startswith(FREE)}
+    changed = changes(record, config, lists)
     fixed = [k for k in changed if k.startswith(FIXED)]
     if changed and (fixed or not allow_changes):
         way = "choose another name, delete that folder, "
@@ -212,6 +217,14 @@ def check_record(
     if "train.epochs" in changed and config.train.epochs <= done:
         raise RunError(f"train.epochs {config.train.epochs}: run {config.name!r} has done {done} epochs already")
     return changed
+
+
+def changes(record: dict[str, Any], config: Config, lists: dict[str, str]) -> dict[str, str]:
+    """What differs, by key, between a recipe and that of a run, of what matters to what is learned."""
+    before = flatten(record["config"]) | {f"list.{split}": text for split, text in record["lists"].items()}
+    now = config.flat() | {f"list.{split}": text for split, text in lists.items()}
+    changed = {k: f"was {before.get(k)!r}, is {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)}
+    return {k: change for k, change in changed.items() if not k.startswith(FREE)}
 
 
 def fingerprint(manifest: Manifest) -> str:

@@ -27,7 +27,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from pipelines import fronts
-from pipelines.runs import check_writable, read_record, run_folder
+from pipelines.runs import check_writable, read_json, read_record, run_folder, write_json
 from pipelines.search import check_space, propose
 from pipelines.study import (
     COSTS,
@@ -65,6 +65,7 @@ from posmlp import storage
 from posmlp.config import Config
 
 RULE = "highest val/top1 of fully trained trials, of those with several seeds the mean; of equals the fewest GMACs"
+PUBLISHED_FILE = "published.json"  # in a study's folder: milliseconds of published variants, by name
 DECODING = 1.0  # CPUs that trials leave to decoding, at least
 SPEAK_S = 30.0  # between two lines of progress
 DRAW_S = 30.0  # between two sets of pictures
@@ -205,6 +206,7 @@ class Desk:
 
     Attributes:
         trials: by number.
+        published: milliseconds of the published variants that the front marks, once they are measured.
         stopping: set when the user wants to stop.
     """
 
@@ -214,6 +216,7 @@ class Desk:
         self.study, self.tracker, self.concurrent, self.echo = study, tracker, concurrent, echo
         self.space = space_of(study)
         self.trials = {trial.number: trial for trial in trials}
+        self.published = read_json(storage.join(study.folder, PUBLISHED_FILE)) or {}
         self.again = [trial for trial in trials if trial.state == RUNNING]  # to go on with
         self.repeating: list[Trial] | None = None  # once the search is over: what is still to be repeated
         self.stopping = threading.Event()
@@ -356,13 +359,18 @@ class Desk:
         if all(trial.timed for trial in trials):
             return
         recipes = [self.space.recipe(self.study.recipe, trial.member) for trial in trials]
+        variants = fronts.near_variants(trials, self.study.recipe)
+        recipes += [fronts.published_recipe(self.study.recipe, name) for name in variants]
         try:
             plain = [recipe.model_dump(mode="json") for recipe in recipes]
             measured = ray.get(on_worker(latencies, self.study.recipe).remote(plain))
         except ray.exceptions.RayError as error:
             self.echo(f"latencies are those from before training, as they could not be compared: {error}")
             return
-        for trial, latency in zip(trials, measured, strict=True):
+        self.published = dict(zip(variants, measured[len(trials) :], strict=True))
+        write_json(storage.join(self.study.folder, PUBLISHED_FILE), self.published)
+        self.tracker.log({f"{fronts.PUBLISHED}{name}": ms for name, ms in self.published.items()}, step=len(trials))
+        for trial, latency in zip(trials, measured, strict=False):
             values = {COSTS["latency"]: latency}
             self.note(replace(trial, metrics=trial.metrics | values, timed=True))
             if trial.mlflow_run_id:
@@ -372,7 +380,8 @@ class Desk:
         """The study's pictures and tables as they are now, into MLflow."""
         self.drawn = time.monotonic()
         trials, against = self.in_order(), self.study.against or "gmacs"
-        for path, content in fronts.artifacts({self.study.name: trials}, self.study.recipe, against).items():
+        studies = {self.study.name: trials}
+        for path, content in fronts.artifacts(studies, self.study.recipe, against, self.published).items():
             self.tracker.log_file(path, content)
         for number in {t.number for name in COSTS for t in fronts.front(trials, name)}:
             run = trial_folder(self.study, number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,6 +34,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ChoicesSection(Section):
+    """What each stage can have, for a model that holds many (``posmlp.model.supernet``); none: what the model has."""
+
+    blocks: tuple[tuple[str, ...], ...] = ((),) * 4
+    groups: tuple[tuple[Positive, ...], ...] = ((),) * 4
+    depths: tuple[tuple[Positive, ...], ...] = ((),) * 4
+
+
 class ModelSection(Section):
     """Which backbone to build: a variant's name and what differs from it (see ``posmlp.create_model``)."""
 
@@ -48,6 +56,7 @@ class ModelSection(Section):
     blocks: str | tuple[str, ...] | None = None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the classifier
+    choices: ChoicesSection | None = None  # train all of these at once, with shared weights (`posmlp supernet`)
     weights: str | None = None  # where to start from: a run's folder, a checkpoint, or a file of weights
 
     def overrides(self) -> dict[str, Any]:
@@ -216,6 +225,10 @@ class Config(Section):
             )
         if self.train.precision == "fp16" and self.scaling.parallel == "fsdp":
             problems.append("train.precision fp16 does not go with scaling.parallel fsdp; choose bf16 or ddp")
+        if self.model.choices and (self.train.compile or self.scaling.parallel == "fsdp"):
+            problems.append(
+                "model.choices goes neither with train.compile nor with scaling.parallel fsdp; leave them out"
+            )
         if self.optim.min_lr > self.optim.lr:
             problems.append(f"optim.min_lr {self.optim.min_lr:g} is more than optim.lr {self.optim.lr:g}, the peak")
         if self.optim.warmup_epochs > self.train.epochs:
@@ -305,7 +318,8 @@ def describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = Config
         for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            kind = section.model_fields[part].annotation  # a section, or a section or None
+            section = next(c for c in (kind, *get_args(kind)) if isinstance(c, type) and issubclass(c, Section))
         return f"{key}: unknown key{suggest(str(problem['loc'][-1]), list(section.model_fields))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":

@@ -93,11 +93,12 @@ def test_importance_is_of_the_dimension_that_matters():
 
 
 def test_published_variants_cost_what_their_models_cost():
-    costs = fronts.published(load_recipe("ssv1_s16"))
+    costs = fronts.published(load_recipe("ssv1_s16"), {"s": 700.0})
+    assert costs["s"][COSTS["latency"]] == 700 and COSTS["latency"] not in costs["b"]
     assert costs["s"][COSTS["params"]] == pytest.approx(13.509537)
     assert costs["s"][GMACS] == pytest.approx(40.17, abs=0.01)
     tiny = create_model("tiny", frames=8, num_classes=8)
-    assert fronts.published(load_recipe("demo", ["model.num_classes=8"]))["tiny"][COSTS["params"]] == pytest.approx(
+    assert fronts.published(load_recipe("demo", ["model.num_classes=8"]), {})["tiny"][COSTS["params"]] == pytest.approx(
         sum(p.numel() for p in tiny.parameters()) / 1e6
     )
 
@@ -121,6 +122,15 @@ def test_pictures_and_tables_of_any_number_of_trials(count, recwarn):
     page = files["front.html"].decode()
     assert f"look: {count} trials" in page
     assert not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)  # it works without a network
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
+
+
+def test_trials_whose_latency_is_not_known_are_drawn_by_their_other_costs(recwarn):
+    trials = [replace(t, metrics={k: v for k, v in t.metrics.items() if k != COSTS["latency"]}) for t in many()]
+    files = fronts.artifacts({"look": trials}, BASE, "gmacs")
+    assert "look: 12 trials" in files["front.html"].decode()
+    assert Image.open(io.BytesIO(files["front.png"])).width > 1000
+    assert fronts.front(trials, "latency") == []
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
 

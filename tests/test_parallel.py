@@ -59,10 +59,10 @@ def on_two(folder, *overrides, state=None):
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-def distance(one, other):
+def distance(one, other, overrides=()):
     """How far two sets of weights are apart, as a share of how far training has moved them."""
     assert one.keys() == other.keys()
-    start = create_weights()
+    start = create_weights(overrides)
     return norm_of(one, other) / norm_of(one, start)
 
 
@@ -70,8 +70,8 @@ def norm_of(one, other):
     return math.sqrt(sum(float((one[k].double() - other[k].double()).square().sum()) for k in one))
 
 
-def create_weights():
-    config = load_recipe("demo", SMALL)
+def create_weights(overrides):
+    config = load_recipe("demo", [*SMALL, *overrides])
     torch.manual_seed(0)
     return create_model(config.model.name, **config.model.overrides()).state_dict()
 
@@ -82,15 +82,20 @@ def create_weights():
         (),
         ("scaling.parallel=fsdp", "optim.ema=0.9"),
         ("optim.ema=0.9", "augment.mixup=0.8", "augment.cutmix=1", "optim.clip_grad=0.1", "train.recompute=true"),
+        (
+            "model.choices={depths: [[1, 2], [1, 2], [1], [1, 3]], blocks: [[parallel, joint], [], [], []]}",
+            "optim.ema=0.9",
+            "train.recompute=true",
+        ),
     ],
-    ids=["ddp", "fsdp", "everything"],
+    ids=["ddp", "fsdp", "everything", "supernet"],
 )
 def test_two_workers_train_as_one(tmp_path, overrides):
     one = train(0, 1, overrides)
     two = on_two(tmp_path / "two", *overrides)
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     # where a gradient is close to 0, rounding alone decides on AdamW's first steps
-    assert distance(two[1], one[1]) < 1e-3
+    assert distance(two[1], one[1], overrides) < 1e-3
     # each goes on from the other's state; from then on rounding grows with every step
     ahead = on_two(tmp_path / "more", *overrides, state=one[1:])[0], train(0, 1, overrides, state=two[1:])[0]
     assert ahead[0][0] == pytest.approx(ahead[1][0], rel=1e-4)

@@ -16,7 +16,7 @@ from small_runs import QUICK, log_of, recipe_for, study_for
 
 from pipelines import checkpoints, fronts
 from pipelines.cli import main
-from pipelines.runs import read_record
+from pipelines.runs import read_json, read_record
 from pipelines.search import propose, static_costs
 from pipelines.study import (
     COSTS,
@@ -119,6 +119,8 @@ def test_the_front_is_read_from_mlflow_alone(done, tmp_path, capsys):
     uri = tracking_uri(result.study.recipe)
     view = fronts.read_view("look", uri)
     assert view.study == result.study
+    assert view.published == read_json(f"{result.study.folder}/published.json")
+    assert view.published["tiny"] > 0
     for trial, seen in zip(result.trials, view.trials, strict=True):
         assert (seen.member, seen.state, seen.repeats, seen.seed) == (
             trial.member,

@@ -24,6 +24,7 @@ from posmlp.errors import UserError
 from posmlp.learn.average import WeightAverage
 from posmlp.learn.optim import build_optimizer, learning_rate
 from posmlp.learn.parallel import average, gradients_summed, rank, total_norm
+from posmlp.model.supernet import Supernet
 from posmlp.video.augment import flip_labels, to_input, to_train_input
 
 EXPLODED = 10  # times the loss of a guess: no training comes back from there
@@ -112,7 +113,8 @@ class Learner:
     def train_step(self, batch: Batch) -> Step:
         """One optimizer step on this worker's share of a global batch, in parts of ``scaling.device_batch`` clips.
 
-        Dropout and drop path draw from (``train.seed``, step, worker) alone.
+        Dropout and drop path draw from (``train.seed``, step, worker) alone, the architecture of a supernet's step from
+        the first two.
 
         Raises:
             ExplodedError: on all workers, and before the weights change.
@@ -122,6 +124,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step / self.steps_per_epoch, self.config.train, optim)
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.step) * 1_009 + rank())
+        if isinstance(self.raw, Supernet):
+            self.raw.draw(self.config.train.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss, norm = self.backward(batch)
         step = Step(*average([loss, norm]))
@@ -186,11 +190,17 @@ class Learner:
         first one's counts."""
         return {
             "model": get_model_state_dict(self.raw, options=WHOLE) if self.ema else None,
-            "optimizer": get_optimizer_state_dict(self.raw, self.optimizer, options=WHOLE),
+            "optimizer": self.optimizer_state(),
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema else 0,
             "step": self.step,
         }
+
+    def optimizer_state(self) -> dict[str, Any] | None:
+        """None before the first step that counts: PyTorch would make one up, with a step more than was made."""
+        if not self.optimizer.state:
+            return None
+        return cast(dict[str, Any], get_optimizer_state_dict(self.raw, self.optimizer, options=WHOLE))
 
     def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from ``weights()`` and ``state_dict()``, of any number of workers.
@@ -207,8 +217,12 @@ class Learner:
                 with self.ema.in_place():
                     set_model_state_dict(self.raw, dict[str, Any](weights), options=whole)
                 self.ema.updates = state["ema_updates"]
-        if state["optimizer"]["state"]:  # none before the first step that counted
-            set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=whole)
+        if state["optimizer"]:
+            some = StateDictOptions(full_state_dict=True, strict=False)  # what no step has used has none
+            set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=some)
+            for name, parameter in self.raw.named_parameters():
+                if name not in state["optimizer"]["state"]:
+                    self.optimizer.state.pop(parameter, None)
             for group, values in zip(self.optimizer.param_groups, own, strict=True):
                 group.update(values)
         if state["scaler"]:

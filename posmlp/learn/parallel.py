@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from posmlp.config import Config
 from posmlp.model.backbone import PosMLPVideo, Stage
+from posmlp.model.supernet import Supernet
 
 
 def workers() -> int:
@@ -66,7 +67,9 @@ def parallelise(model: PosMLPVideo, config: Config, device: torch.device) -> nn.
             fully_shard(stage, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # A supernet's step leaves out what is not on its path.
+    unused = isinstance(model, Supernet)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
 def gradients_summed(model: nn.Module, now: bool) -> AbstractContextManager[None]:

@@ -195,6 +195,13 @@ def padding_mask(size: Sequence[int], extent: Window, device: torch.device) -> T
     return to_windows(torch.ones(1, 1, *size, device=device), extent)[0, 0]
 
 
+def init_linear(module: nn.Module) -> None:
+    """Fresh weights of a linear layer; other modules stay as they are."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
 class PosMLPVideo(nn.Module):
     """The backbone and its classifier. Build one with ``posmlp.create_model``, which checks the arguments.
 
@@ -233,10 +240,7 @@ class PosMLPVideo(nn.Module):
         self.norm = nn.LayerNorm(dims[-1])
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(dims[-1], num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
+        self.apply(init_linear)
 
     def features(self, clip: Tensor) -> list[Tensor]:
         """Feature maps of the four stages, ``[B, C_i, T, H_i, W_i]`` with strides 4, 8, 16, 32 in space, 1 in time.

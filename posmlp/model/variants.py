@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from posmlp.errors import UserError
 from posmlp.model.backbone import BLOCKS, PosMLPVideo
 from posmlp.model.gates import Window
+from posmlp.model.supernet import Architecture, Choices, Supernet
 
 STAGES = 4
 
@@ -23,6 +24,8 @@ class Variant:
         windows: an int or a pair (h, w) is a window over all frames of the clip, a triple (t, h, w) is explicit.
         blocks: block types (``posmlp.model.backbone.BLOCKS``); a single one serves all stages.
         frames, image_size: the clip that the windows and the cost are meant for; others work too.
+        choices: not one model but all of these, with shared weights (``posmlp.model.supernet``); the variant's own
+            blocks, groups and depths are what it runs as when it does not train.
     """
 
     dims: tuple[int, ...]
@@ -35,6 +38,11 @@ class Variant:
     num_classes: int = 400
     drop_path: float = 0.0
     dropout: float = 0.0
+    choices: Choices | None = None
+
+    def architecture(self) -> Architecture:
+        """Blocks, groups and depths; of a checked variant."""
+        return Architecture(cast(tuple[str, ...], self.blocks), self.groups, self.depths)
 
     def full_windows(self) -> list[Window]:
         """The window (t, h, w) of each stage."""
@@ -85,6 +93,8 @@ def model_variant(name: str, **overrides: Any) -> Variant:
     variant = replace(variant, **plain)
     if isinstance(variant.blocks, str):
         variant = replace(variant, blocks=(variant.blocks,) * STAGES)
+    if isinstance(variant.choices, Mapping):
+        variant = replace(variant, choices=choices_of(name, variant.choices))
     if problems := find_problems(variant):
         raise UserError(f"model {name!r} cannot be built: " + "; ".join(problems))
     return variant
@@ -104,9 +114,27 @@ def create_model(name: str, **overrides: Any) -> PosMLPVideo:
         UserError: a ValueError; the name or an override is unknown, or the combination cannot be built.
     """
     variant = model_variant(name, **overrides)
-    data = asdict(variant) | {"windows": variant.full_windows()}
-    del data["frames"], data["image_size"]
-    return PosMLPVideo(**data)
+    keys = ("dims", "num_classes", "drop_path", "dropout")
+    same = {key: getattr(variant, key) for key in keys} | {"windows": variant.full_windows()}
+    own = variant.architecture()
+    if variant.choices:
+        return Supernet(variant.choices.around(own), own, **same)
+    return PosMLPVideo(**same, **asdict(own))
+
+
+def choices_of(name: str, plain: Mapping[str, Any]) -> Choices:
+    """Choices from plain data.
+
+    Raises:
+        UserError: they have another form.
+    """
+    known = [f.name for f in fields(Choices)]
+    if unknown := [key for key in plain if key not in known]:
+        raise UserError(f"model {name!r} cannot be built: choices of {unknown} are not known; known: {known}")
+    for key, stages in plain.items():
+        if not isinstance(stages, list | tuple) or not all(isinstance(values, list | tuple) for values in stages):
+            raise UserError(f"model {name!r} cannot be built: choices of {key} {stages!r} must be a list a stage")
+    return Choices(**{key: tuple(tuple(values) for values in stages) for key, stages in plain.items()})
 
 
 def find_problems(variant: Variant) -> list[str]:
@@ -140,7 +168,30 @@ def find_problems(variant: Variant) -> list[str]:
                 problems.append(f"stage {i}: {dim} channels do not divide by {groups} groups")
         if variant.dims[0] % 2:
             problems.append(f"stage 1: {variant.dims[0]} channels must be even, as the stem starts with half of them")
+        if variant.choices:
+            problems += choice_problems(variant, variant.choices)
     return problems
+
+
+def choice_problems(variant: Variant, choices: Choices) -> list[str]:
+    """What makes choices around an otherwise right variant impossible, one sentence each."""
+    named = {"blocks": choices.blocks, "groups": choices.groups, "depths": choices.depths}
+    problems = [
+        f"choices of {key} have {len(stages)} entries, expected one for each of {STAGES} stages"
+        for key, stages in named.items()
+        if len(stages) != STAGES
+    ]
+    if problems:
+        return problems
+    for stage in range(STAGES):
+        for key, stages in named.items():
+            own: tuple[Any, ...] = getattr(variant, key)
+            for value in stages[stage]:
+                chosen: Any = {key: (*own[:stage], value, *own[stage + 1 :])}
+                problems += find_problems(replace(variant, choices=None, **chosen))
+            if stages[stage] and own[stage] not in stages[stage]:
+                problems.append(f"stage {stage + 1}: the model's own {key} {own[stage]!r} is not in {stages[stage]}")
+    return list(dict.fromkeys(problems))
 
 
 def suggest(word: str, known: Sequence[str] | dict[str, Any]) -> str:

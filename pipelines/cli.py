@@ -124,6 +124,12 @@ def parser() -> argparse.ArgumentParser:
     )
     sync.set_defaults(run=run_sync, again="the same command delivers the rest")
 
+    doctor = verbs.add_parser("doctor", help="what would stop or slow a run on this cluster, found before it starts")
+    doctor.add_argument("recipe", nargs="?", help="a YAML file, or the name of one in posmlp/recipes; none: Ray alone")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="for example scaling.workers=8")
+    doctor.add_argument("--address", help="of the cluster; as for posmlp train if not given")
+    doctor.set_defaults(run=run_doctor)
+
     data = verbs.add_parser("data", help="make, check, pack and look at data sets")
     data = data.add_subparsers(required=True, metavar="WHAT")
     motion = data.add_parser("motion", help="the embedded data set: 8 classes that only motion separates")
@@ -418,6 +424,16 @@ def see(uri: str) -> str:
     if uri.startswith("sqlite:"):
         uri = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
     return f"see it in MLflow:  {uri}"
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Exit code 1 if something would end a run."""
+    if args.recipe and "=" in args.recipe:
+        raise UserError(f"override {args.recipe!r} without a recipe; name one before it")
+    config = load_recipe(args.recipe, args.overrides) if args.recipe else None
+    from pipelines.doctor import doctor, report
+
+    return int(not report(doctor(config, args.address)))
 
 
 def run_motion(args: argparse.Namespace) -> None:

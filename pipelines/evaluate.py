@@ -32,7 +32,7 @@ from ray.exceptions import RayError
 from torch import Tensor, nn
 
 from pipelines import checkpoints, figures
-from pipelines.ingest import QUEUED, STORE_SHARE, BadVideo, decode_rows, rows_per_block
+from pipelines.ingest import QUEUED, STORE_SHARE, BadVideo, decode_rows, decoding_options, rows_per_block
 from pipelines.predict import class_names, find_checkpoint, scored_together, with_views
 from pipelines.runs import read_record
 from pipelines.scan import Progress, parquet
@@ -328,8 +328,9 @@ def scored_blocks(
     scaling, size = config.scaling, rows_per_block(config, False)
     parts = (manifest.rows.slice(first, size) for first in range(0, len(manifest.rows), size))
     recipe, shared = config.model_dump(), ray.put(dict(weights))
-    decoder = ray.remote(decode).options(max_retries=scaling.max_failures)
+    decoder = ray.remote(decode).options(max_retries=scaling.max_failures, **decoding_options(scaling))
     options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu)}
+    options |= {"label_selector": scaling.train_on} if scaling.train_on else {}
     options |= {"max_restarts": scaling.max_failures, "max_task_retries": scaling.max_failures}
     actor = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
     scorers = [actor.remote(recipe, *args) for _ in range(scaling.workers)]

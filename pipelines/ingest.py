@@ -24,7 +24,7 @@ import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
-from posmlp.config import Config
+from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
 from posmlp.learn.learner import Batch
 from posmlp.video.clip import load_clips, views_of
@@ -150,6 +150,7 @@ class Split:
                 "epoch": epoch,
                 "train": self.train,
             },
+            **decoding_options(self.config.scaling),
         )
         return iter(dataset.iter_batches(batch_size=self.size // self.world, batch_format="numpy", prefetch_batches=2))
 
@@ -223,6 +224,13 @@ def configure_ray_data(config: Config, train: bool) -> None:
             object_store_memory=cluster.get("object_store_memory", 2**30) * STORE_SHARE / scaling.workers,
         ),
     )
+
+
+def decoding_options(scaling: ScalingSection) -> dict[str, Any]:
+    """Ray's options for tasks that decode: on nodes with the labels ``scaling.decode_on``, else on any."""
+    if not scaling.decode_on:
+        return {}
+    return {"label_selector": scaling.decode_on, "fallback_strategy": [{"label_selector": {}}]}
 
 
 def decode_block(

@@ -351,6 +351,7 @@ def fit(
             num_workers=scaling.workers,
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
+            label_selector=scaling.train_on or None,
         ),
         run_config=RunConfig(
             name=f"{config.name}-{uuid.uuid4().hex[:8]}",

@@ -91,7 +91,9 @@ class TrialRun(ray.tune.Trainable):
 def on_worker(function: Callable[..., Any], recipe: Config) -> Any:
     """A Ray task with the resources of a training worker, outside of the trial's own placement group."""
     scaling = recipe.scaling
+    labels = {"label_selector": scaling.train_on} if scaling.train_on else {}
     return ray.remote(function).options(
+        **labels,
         num_cpus=scaling.cpus_per_worker,
         num_gpus=int(scaling.use_gpu),
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),

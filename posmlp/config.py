@@ -21,6 +21,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Label = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]  # of a Ray node
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51"]
 
 
@@ -169,6 +171,8 @@ class ScalingSection(Section):
     max_failures: Annotated[int, Field(ge=0)] = 3  # times that dead workers are replaced
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     threads_per_worker: Positive | None = None  # PyTorch threads; None: the node's cores shared by its workers
+    train_on: dict[Label, LabelValue] = {}  # labels of the nodes that workers need, as in {ray.io/node-group: gpu}
+    decode_on: dict[Label, LabelValue] = {}  # labels of the nodes that decode first; others help where these are busy
 
 
 class TrackingSection(Section):

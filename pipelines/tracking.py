@@ -707,7 +707,13 @@ def experiment_id(client: MlflowClient, config: Config) -> str:
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
     kind = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's pages first show what agents need
-    return client.create_experiment(name, artifact_location=location, tags=kind)
+    try:
+        return client.create_experiment(name, artifact_location=location, tags=kind)
+    except MlflowException as error:
+        found = client.get_experiment_by_name(name)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            raise
+        return found.experiment_id  # another driver was faster
 
 
 def source_tags() -> dict[str, str]:

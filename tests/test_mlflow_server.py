@@ -37,30 +37,31 @@ def database(tmp_path_factory):
     if found is None:
         pytest.skip("no PostgreSQL: there is no initdb")
     binaries, folder, port = Path(found).resolve().parent, tmp_path_factory.mktemp("postgres"), free_port()
-    own = []
+    user = None
     if os.geteuid() == 0:  # which PostgreSQL refuses
         try:
             pwd.getpwnam("postgres")
         except KeyError:
             pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-        own = ["runuser", "-u", "postgres", "--"]
+        user = "postgres"
         for place in (folder, *folder.parents):
             if place.owner() == "root" and place != Path("/tmp") and str(place).startswith("/tmp/"):
                 place.chmod(0o755)
         shutil.chown(folder, "postgres")
     data = folder / "data"
-    make = [*own, str(binaries / "initdb"), "-D", str(data), "-U", "mlflow", "--auth=trust", "-E", "UTF8"]
-    subprocess.run(make, check=True, capture_output=True)
+    make = [str(binaries / "initdb"), "-D", str(data), "-U", "mlflow", "--auth=trust", "-E", "UTF8"]
+    subprocess.run(make, check=True, capture_output=True, user=user, cwd="/")
     with open(folder / "log.txt", "w") as log:
         options = ["-D", str(data), "-p", str(port), "-h", "127.0.0.1", "-k", str(folder), "-c", "max_connections=200"]
-        server = subprocess.Popen([*own, str(binaries / "postgres"), *options], stdout=log, stderr=log)
-    psycopg2 = pytest.importorskip("psycopg2")
+        command = [str(binaries / "postgres"), *options]
+        server = subprocess.Popen(command, stdout=log, stderr=log, user=user, cwd="/")
+    psycopg = pytest.importorskip("psycopg")
     uri = f"postgresql://mlflow:{SECRET}@127.0.0.1:{port}"
 
     def connect():
         try:
-            return psycopg2.connect(f"{uri}/postgres")
-        except psycopg2.OperationalError:
+            return psycopg.connect(f"{uri}/postgres")
+        except psycopg.OperationalError:
             assert server.poll() is None, (folder / "log.txt").read_text()
             return None
 
@@ -116,13 +117,13 @@ def drive(number, uri, folder):
 @pytest.mark.ray  # not on Ray, but it takes every core
 def test_sixteen_drivers_at_a_time_lose_nothing(server, database, tmp_path):
     """Counted in the database itself."""
-    import psycopg2
+    import psycopg
 
     uri, log = server
     with multiprocessing.get_context("spawn").Pool(DRIVERS) as pool:
         left = pool.starmap(drive, [(number, uri, str(tmp_path)) for number in range(DRIVERS)])
     assert left == [0] * DRIVERS
-    with psycopg2.connect(database) as link, link.cursor() as cursor:
+    with psycopg.connect(database) as link, link.cursor() as cursor:
         cursor.execute("SELECT status, count(*) FROM runs GROUP BY status")
         assert cursor.fetchall() == [("FINISHED", DRIVERS)]
         cursor.execute("SELECT key, count(*), count(DISTINCT (run_uuid, step)) FROM metrics GROUP BY key")

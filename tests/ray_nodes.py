@@ -1,0 +1,75 @@
+"""A cluster as users start one: ``ray start`` for a head and further nodes, here all on this machine."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class RayNodes:
+    """A head without CPUs, and nodes that are added and killed. Each has a temporary folder of its own, and all ask for
+    a token.
+
+    Attributes:
+        address: of the cluster, for ``RAY_ADDRESS``.
+        jobs: of the job server, for ``ray job submit --address``.
+        env: what a process needs to talk to it.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.nodes = Path(folder), {}
+        port, dashboard = free_port(), free_port()
+        self.address, self.jobs = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.env = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.env |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "RAY_DISABLE_IMPORT_WARNING": "1"}
+        self.add("head", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0")
+        deadline = time.monotonic() + 120
+        while not self.answers():
+            assert self.nodes["head"].poll() is None and time.monotonic() < deadline, self.log("head")
+            time.sleep(0.3)
+
+    def add(self, name, *options):
+        """Start a node; ``name`` is its label ``group``."""
+        place = self.folder / name
+        place.mkdir(parents=True)
+        where = options if "--head" in options else (f"--address={self.address}", *options)
+        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--labels=group={name}", *where]
+        command += ["--object-store-memory=268435456", "--disable-usage-stats", f"--temp-dir={place}"]
+        with open(place / "log.txt", "w") as log:
+            self.nodes[name] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+
+    def answers(self):
+        request = urllib.request.Request(f"{self.jobs}/api/version")
+        request.add_header("Authorization", f"Bearer {self.env['RAY_AUTH_TOKEN']}")
+        with suppress(OSError):
+            return urllib.request.urlopen(request, timeout=5).status == 200
+        return False
+
+    def log(self, name):
+        return (self.folder / name / "log.txt").read_text()
+
+    def kill(self, name):
+        """As when a machine is lost."""
+        node = self.nodes.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+    def stop(self):
+        for name in [*self.nodes]:
+            self.kill(name)

@@ -1,0 +1,105 @@
+"""Jobs as users submit them, to a cluster that ``ray start`` has made: their logs, exit codes and ends."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ray_nodes import RAY, RayNodes
+from small_runs import QUICK, recipe_for
+
+from pipelines import checkpoints
+from pipelines.runs import read_record
+
+pytestmark = pytest.mark.ray
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    nodes = RayNodes(tmp_path_factory.mktemp("n"))
+    for name in ("one", "two"):
+        nodes.add(name, "--num-cpus=2")
+    yield nodes
+    nodes.stop()
+
+
+def job(cluster, *command, options=()):
+    """A submitted job, as a process that follows its log."""
+    submit = [RAY, "job", "submit", "--address", cluster.jobs, "--working-dir", str(HERE), *options, "--", *command]
+    return subprocess.Popen(
+        submit, env=cluster.env, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run_job(cluster, *command):
+    """Its exit code and output."""
+    process = job(cluster, *command)
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+POSMLP = (sys.executable, "-m", "pipelines.cli")
+
+
+def recipe_file(folder, motion_set, *overrides):
+    recipe = recipe_for(folder, motion_set, *QUICK, *overrides)
+    path = folder / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    return recipe, str(path)
+
+
+def test_a_run_is_trained_and_tested_by_jobs(cluster, motion_set, tmp_path):
+    recipe, path = recipe_file(tmp_path, motion_set)
+    code, out = run_job(cluster, *POSMLP, "train", path)
+    assert code == 0, out
+    assert "epoch 2/2" in out and "validation top-1" in out
+    assert read_record(f"{tmp_path}/{recipe.name}")["metrics"]
+    code, out = run_job(cluster, *POSMLP, "evaluate", f"{tmp_path}/{recipe.name}")
+    assert code == 0 and "top-1" in out, out
+
+
+def test_a_job_that_fails_says_why_in_its_last_lines(cluster, motion_set, tmp_path):
+    _, path = recipe_file(tmp_path, motion_set, "data.train.path=/nowhere/train.csv")
+    code, out = run_job(cluster, *POSMLP, "train", path)
+    assert code == 1
+    last = [line for line in out.splitlines() if line.strip()][-8:]
+    assert any("/nowhere/train.csv" in line for line in last), out
+
+
+def test_a_stopped_job_goes_on_with_the_next(cluster, motion_set, tmp_path):
+    recipe, path = recipe_file(tmp_path, motion_set, "train.epochs=30")
+    process = job(cluster, *POSMLP, "train", path, options=("--submission-id", "stop-me"))
+    deadline = time.monotonic() + 120
+    while not any(f.about and f.about.step >= 8 for f in checkpoints.find(f"{tmp_path}/{recipe.name}")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    stop = subprocess.run([RAY, "job", "stop", "--address", cluster.jobs, "stop-me"], env=cluster.env, timeout=120)
+    assert stop.returncode == 0
+    out, _ = process.communicate(timeout=120)
+    assert "STOPPED" in out or "stopped" in out, out
+    done = [f.about.epoch for f in checkpoints.find(f"{tmp_path}/{recipe.name}") if f.about][-1]
+    code, out = run_job(cluster, *POSMLP, "train", path, "train.epochs=30")
+    assert code == 0, out
+    assert re.search(r"going on after epoch \d+", out) and 1 <= done < 30
+
+
+def test_a_job_without_the_token_is_refused(cluster):
+    env = {k: v for k, v in cluster.env.items() if k != "RAY_AUTH_TOKEN"} | {"HOME": "/nonexistent"}
+    command = [RAY, "job", "list", "--address", cluster.jobs]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0 and "oken" in ended.stderr + ended.stdout
+
+
+def test_the_upload_is_small(cluster):
+    """What a job's working directory is packed to: the source, without data, runs and environments."""
+    process = job(cluster, sys.executable, "-c", "import os; print(sorted(os.listdir()))")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    (size,) = re.findall(r"Pushing file package '.*' \((.*?)B\)", out) or [None]
+    assert size is None or float(size.rstrip("KMi")) * (1024 if "M" in size else 1) < 4096, out
+    assert "'.venv'" not in out and "'.git'" not in out and "'runs'" not in out and "'cluster.yaml'" in out
+    assert os.path.exists(HERE / "cluster.yaml")

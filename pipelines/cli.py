@@ -173,6 +173,29 @@ def parser() -> argparse.ArgumentParser:
     cost.add_argument("--batch", type=int, default=4, help="batch of the throughput measurement (%(default)s)")
     cost.add_argument("--json", action="store_true", help="print JSON instead of a table")
     cost.set_defaults(run=run_cost)
+
+    plan = verbs.add_parser("plan", help="what a recipe would take on a cluster: rates, cores, bytes, the bottleneck")
+    plan.add_argument("recipe", help="a YAML file, or the name of one in posmlp/recipes")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.global_batch=1024")
+    plan.add_argument("--gpus", type=positive, required=True, help="one training worker each")
+    nodes = plan.add_mutually_exclusive_group()
+    nodes.add_argument("--gpus-per-node", type=positive, help="8, or all if there are fewer, if not given")
+    nodes.add_argument("--nodes", type=positive, help="with GPUs")
+    plan.add_argument("--gpu", default="H100", help="a name in posmlp.model.cost.PEAKS (%(default)s)")
+    plan.add_argument("--tflops", type=above_zero, help="peak of a GPU, in place of --gpu's data sheet")
+    plan.add_argument("--mfu", type=above_zero, help="share of the peak that training reaches; a guess if not given")
+    plan.add_argument("--cores", type=positive, default=96, help="of a GPU node (%(default)s)")
+    plan.add_argument("--decode-nodes", type=not_negative, default=0, help="without GPUs (%(default)s)")
+    plan.add_argument("--decode-cores", type=positive, default=64, help="of a decode node (%(default)s)")
+    plan.add_argument("--gbit", type=above_zero, default=100.0, help="network of a node, Gbit/s (%(default)g)")
+    plan.add_argument("--memory-gb", type=above_zero, default=256.0, help="of a node (%(default)g)")
+    plan.add_argument("--store-share", type=above_zero, default=0.3, help="of it, the object store (%(default)g)")
+    plan.add_argument("--videos", type=positive, help="for training; as many as the recipe's list has if not given")
+    plan.add_argument("--val-videos", type=positive, help="likewise, for validation")
+    plan.add_argument("--source", default="as-is", help="how videos are stored, see docs/scale.md (%(default)s)")
+    plan.add_argument("--decode-ms", type=above_zero, help="of a core for a clip, in place of --source's")
+    plan.add_argument("--video-kb", type=above_zero, help="of a video, in place of --source's")
+    plan.set_defaults(run=run_plan)
     return top
 
 
@@ -487,6 +510,17 @@ def run_cost(args: argparse.Namespace) -> None:
     overrides = {k: v for k, v in sizes.items() if v is not None}
     measured = cost(args.model, batch=args.batch, num_classes=args.num_classes, **overrides)
     print(json.dumps(asdict(measured), indent=1) if args.json else format_cost(measured))
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    from pipelines.plan import MFU, make_cluster, make_plan, table
+
+    machines = {"nodes": args.nodes, "gpus_per_node": args.gpus_per_node, "gpu": args.gpu, "tflops": args.tflops}
+    more = ("decode_nodes", "gbit", "memory_gb", "store_share")
+    machines |= {"gpu_node_cores": args.cores, "decode_node_cores": args.decode_cores, "mfu": args.mfu or MFU}
+    cluster = make_cluster(args.gpus, **machines, **{key: getattr(args, key) for key in more})
+    keys = ("videos", "val_videos", "source", "decode_ms", "video_kb")
+    print(table(make_plan(args.recipe, args.overrides, cluster, **{key: getattr(args, key) for key in keys})))
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ METRICS = {"gmacs": "cost/gmacs", "params": "cost/params_m", "latency": "cost/la
 def picture(layers: Layers, steps: Steps, marks: Marks) -> bytes:
     """Accuracy against each cost, a panel a cost, as PNG."""
     figure = Figure(figsize=(13, 4.8), layout="constrained")
-    panels = figure.subplots(1, len(AXES), sharey=True)
-    for axes, (cost, unit) in zip(panels, AXES.items(), strict=True):
+    costs = known_costs(layers)
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, cost in zip(panels, costs, strict=True):
         for place, (name, points) in enumerate(layers.items()):
             draw_points(axes, points, cost, "white" if len(layers) == 1 else LINES[place % 4])
             line = stairs(points, steps[name][cost], cost)
@@ -87,7 +88,7 @@ def picture(layers: Layers, steps: Steps, marks: Marks) -> bytes:
             axes.annotate(
                 f" {variant}", place_at, xycoords=("data", "axes fraction"), color="#777777", rotation=90, fontsize=8
             )
-        axes.set_xlabel(unit)
+        axes.set_xlabel(AXES[cost])
         axes.grid(alpha=0.25, which="both")
     panels[0].set_ylabel("validation top-1, %")
     sectors = "; sectors: the stages' blocks, clockwise from the top" if any(map(mixed, layers.values())) else ""
@@ -119,8 +120,9 @@ def draw_points(axes: Axes, points: Sequence[Point], cost: str, edge: str) -> No
 
 def page(layers: Layers, steps: Steps, marks: Marks) -> bytes:
     """The same as one HTML page, which tells of each point when it is pointed at. It needs no network."""
-    figure = make_subplots(1, len(AXES), shared_yaxes=True, horizontal_spacing=0.03)
-    for column, (cost, unit) in enumerate(AXES.items(), start=1):
+    costs = known_costs(layers)
+    figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
+    for column, cost in enumerate(costs, start=1):
         values = costs_of(layers, cost)
         for place, (name, points) in enumerate(layers.items()):
             x, y = stairs(points, steps[name][cost], cost)
@@ -140,7 +142,7 @@ def page(layers: Layers, steps: Steps, marks: Marks) -> bytes:
                 x=at, y=1, xref=f"x{number}", yref=f"y{number} domain", text=variant, showarrow=False,
                 yanchor="bottom", font={"color": "#777777", "size": 11},
             )  # fmt: skip
-        figure.update_xaxes(title=unit, type=scale(values), tickvals=ticks(values), row=1, col=column)
+        figure.update_xaxes(title=AXES[cost], type=scale(values), tickvals=ticks(values), row=1, col=column)
     figure.update_yaxes(title="validation top-1, %", row=1, col=1)
     figure.update_layout(title=title(layers), template="plotly_white", height=560, hovermode="closest")
     html: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
@@ -152,7 +154,7 @@ def add_kind(figure: go.Figure, points: Sequence[Point], cost: str, study: str, 
     texts = [
         f"<b>{study}, trial {p.number}</b><br>{p.label.replace('; ', '<br>')}<br>top-1 {p.top1:.1%}"
         + ("" if p.deviation is None else f"<br>over {p.seeds} seeds {p.mean:.1%} ± {100 * p.deviation:.1f}")
-        + "".join(f"<br>{value:.4g} {AXES[name]}" for name, value in p.costs.items())
+        + "".join(f"<br>{value:.4g} {AXES[name]}" for name, value in p.costs.items() if math.isfinite(value))
         for p in points
     ]
     kind = points[0].kind
@@ -213,6 +215,11 @@ def stairs(points: Sequence[Point], numbers: Sequence[int], cost: str) -> tuple[
     places = {point.number: point for point in points}
     chosen = [places[number] for number in numbers if number in places]
     return [point.costs[cost] for point in chosen], [100 * point.top1 for point in chosen]
+
+
+def known_costs(layers: Layers) -> list[str]:
+    """The costs that any trial has; all while there is none."""
+    return [cost for cost in AXES if costs_of(layers, cost)] or list(AXES)
 
 
 def costs_of(layers: Layers, cost: str) -> list[float]:

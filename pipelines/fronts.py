@@ -222,8 +222,9 @@ def describe(name: str, trials: Sequence[Trial], against: str, reference: float 
     for trial in front(trials, against):
         mean, deviation, seeds = accuracy(trial, trials)
         spread = "" if deviation is None else f"{mean:.1%} ± {100 * deviation:.1f} ({seeds})"
-        costs = [trial.metrics.get(COSTS[key], math.nan) for key in ("latency", "gmacs", "params")]
-        numbers = f"{costs[0]:>9.4g}{costs[1]:>10.4g}{costs[2]:>10.4g}"
+        costs = [trial.metrics.get(COSTS[key]) for key in ("latency", "gmacs", "params")]
+        shown = ["" if cost is None else f"{cost:.4g}" for cost in costs]
+        numbers = f"{shown[0]:>9}{shown[1]:>10}{shown[2]:>10}"
         lines.append(
             f"{trial.number:>7}{trial.metrics[TOP1]:>8.1%}{spread:>18}{numbers}  {describe_member(trial.member)}"
         )

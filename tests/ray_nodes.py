@@ -1,5 +1,6 @@
 """A cluster as users start one: ``ray start`` for a head and further nodes, here all on this machine."""
 
+import json
 import os
 import secrets
 import signal
@@ -59,6 +60,22 @@ class RayNodes:
         with suppress(OSError):
             return urllib.request.urlopen(request, timeout=5).status == 200
         return False
+
+    def wait(self):
+        """Until all nodes have joined."""
+        deadline = time.monotonic() + 120
+        while {*self.names().values()} != {*self.nodes}:
+            assert time.monotonic() < deadline, "\n".join(map(self.log, self.nodes))
+
+    def listing(self, kind):
+        """What ``ray list`` tells of ``nodes``, ``actors`` or ``tasks``."""
+        command = [RAY, "list", kind, "--address", self.jobs, "--format=json", "--detail", "--limit=10000"]
+        told = subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout
+        return json.loads(told) if told.startswith("[") else []  # words where there is nothing
+
+    def names(self):
+        """Of the live nodes, by their ids."""
+        return {row["node_id"]: row["labels"].get("group") for row in self.listing("nodes") if row["state"] == "ALIVE"}
 
     def log(self, name):
         return (self.folder / name / "log.txt").read_text()

@@ -1,10 +1,6 @@
-"""What stands in the way of a run is found before it; and tasks and workers go to the nodes that the recipe names."""
+"""What stands in the way of a run is found before it."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 from small_runs import QUICK, recipe_for
@@ -123,60 +119,10 @@ def test_the_doctor_tries_what_a_run_will_do(local_ray, motion_set, tmp_path, ca
 
     (tmp_path / "file").write_text("")
     wrong = [f"train.storage={tmp_path}/file/runs", f"data.val.path={tmp_path}/none.csv", "scaling.workers=16"]
+    wrong += ["train.global_batch=16"]
     assert main(["doctor", str(tmp_path / "recipe.yaml"), *wrong]) == 1
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
     assert [any(part in line for line in told) for part in ("train.storage", "none.csv", "room for")] == [True] * 3
-
-
-PLACEMENT = """
-import json, sys
-import ray
-from ray.cluster_utils import Cluster
-from ray.util.state import list_actors, list_tasks
-
-from pipelines.doctor import doctor, report
-from pipelines.evaluate import evaluate
-from pipelines.train import train
-from posmlp.config import Config, load_recipe
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**28})
-for group in ("decode", "gpu"):
-    cluster.add_node(num_cpus=2, object_store_memory=2**28, labels={"ray.io/node-group": group})
-ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
-groups = {node["NodeID"]: node["Labels"].get("ray.io/node-group", "head") for node in ray.nodes()}
-config = load_recipe(sys.argv[1])
-
-
-def places(listing, name):
-    rows = listing(address=cluster.address, limit=10000, detail=True)
-    named = [row for row in rows if name in (getattr(row, "name", "") or "") + (getattr(row, "class_name", "") or "")]
-    return sorted({groups[row.node_id] for row in named if row.node_id})
-
-
-try:
-    found = {"doctor": report(doctor(config))}
-    train(config, lambda line: print(line, flush=True))
-    evaluate(f"{config.train.storage}/{config.name}", echo=lambda line: print(line, flush=True))
-    found |= {"decode": places(list_tasks, "decode"), "train": places(list_actors, "RayTrainWorker")}
-    found["score"] = places(list_actors, "Scorer")
-    print("FOUND", json.dumps(found))
-finally:
-    ray.shutdown()
-    cluster.shutdown()
-"""
-
-
-@pytest.mark.ray
-def test_work_goes_to_the_nodes_that_the_recipe_names(motion_set, tmp_path):
-    """One block at a time, so that decoding always has room where it is wanted."""
-    recipe = recipe_for(tmp_path, motion_set, *PLACED, "scaling.cpus_per_worker=1", "data.rows_per_block=16")
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", PLACEMENT, str(tmp_path / "recipe.yaml")]
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    (found,) = [json.loads(line[6:]) for line in ended.stdout.splitlines() if line.startswith("FOUND ")]
-    assert found == {"doctor": True, "decode": ["decode"], "train": ["gpu"], "score": ["gpu"]}
 
 
 def test_what_a_probe_cannot_do_is_its_report(tmp_path, monkeypatch):

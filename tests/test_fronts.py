@@ -128,8 +128,10 @@ def test_pictures_and_tables_of_any_number_of_trials(count, recwarn):
 def test_trials_whose_latency_is_not_known_are_drawn_by_their_other_costs(recwarn):
     trials = [replace(t, metrics={k: v for k, v in t.metrics.items() if k != COSTS["latency"]}) for t in many()]
     files = fronts.artifacts({"look": trials}, BASE, "gmacs")
-    assert "look: 12 trials" in files["front.html"].decode()
+    page = files["front.html"].decode()
+    assert "look: 12 trials" in page and "GMACs" in page and "ms a clip" not in page
     assert Image.open(io.BytesIO(files["front.png"])).width > 1000
+    assert "nan" not in fronts.describe("look", trials, "gmacs")
     assert fronts.front(trials, "latency") == []
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 

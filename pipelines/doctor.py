@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
 import statistics
 import time
 import uuid
@@ -35,6 +36,7 @@ from posmlp.video.clip import views_of
 from posmlp.video.manifest import read_split
 
 PACKAGES = ("ray", "torch", "mlflow", "av", "decord2", "numpy", "pyarrow")
+CONNECT_S = 10.0  # for the head to accept a connection
 ANSWER_S = 120.0  # for a node to start a process and answer
 SKEW_S = 2.0  # between clocks, from which times of different nodes cannot be compared
 BLOCKS = 4  # decoded ahead at least, for decoding and training to overlap
@@ -84,6 +86,10 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         config: the recipe of the run to come.
         address: of the cluster; None: as for ``posmlp train``.
     """
+    place = address or os.environ.get("RAY_ADDRESS", "")
+    if not listens(place):  # Ray would try for many minutes
+        yield Finding("fail", f"Ray: nothing answers at {place}", "see RAY_ADDRESS, and `ray status` on the head")
+        return
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -107,6 +113,18 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         yield from check_room(nodes, config)
     yield from check_stores(nodes, config)
     yield from check_mlflow(config)
+
+
+def listens(address: str) -> bool:
+    """Whether something accepts connections at ``HOST:PORT``; of an address of another form Ray knows."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 # --- on every node -----------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class RayNodes:
         place.mkdir(parents=True)
         where = options if "--head" in options else (f"--address={self.address}", *options)
         command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--labels=group={name}", *where]
+        command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default may be another Ray's
         command += ["--object-store-memory=268435456", "--disable-usage-stats", f"--temp-dir={place}"]
         with open(place / "log.txt", "w") as log:
             self.nodes[name] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)

@@ -129,4 +129,7 @@ def test_what_a_probe_cannot_do_is_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PACKAGES", ("numpy", "no-such-package"))
     assert module.probe(None, None, None)["versions"]["no-such-package"] == "none"
     assert "nowhere" in module.probe(str(tmp_path / "nowhere"), None, None)["storage"]
-    assert not lines(doctor(None, "127.0.0.1:1"))[1:]
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once():
+    assert lines(doctor(None, "127.0.0.1:1")) == [("fail", "Ray: nothing answers at 127.0.0.1:1")]

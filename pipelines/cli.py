@@ -329,6 +329,8 @@ def run_supernet(args: argparse.Namespace) -> None:
     print(f"\n{fronts.describe(Path(found.run).name, found.members, 'gmacs')}")
     if found.agreement:
         print(f"\n{found.agreement}")
+    for video in found.bad:
+        print(f"  not scored: {video.uri}: {video.reason}")
     print(f"\n  {found.run}/members has front.html, members.csv and the front's recipes; so has MLflow")
     print(f"  {see(tracking_uri(recipe))}")
 

@@ -9,7 +9,7 @@ study has trained some of them alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -326,14 +326,11 @@ def keep(found: Members, config: Config, chosen: Sequence[tuple[Member, Config]]
         tree = chosen[number][1].model_dump(mode="json") | {"name": name}
         head = f"# Member {number} of {config.name}: {found.members[number].metrics[TOP1]:.1%} with its weights.\n"
         files[f"recipes/{number:03d}.yaml"] = (head + yaml.safe_dump(tree, sort_keys=False)).encode()
-    metrics: Mapping[str, float] = {"supernet/best_top1": max(trial.metrics[TOP1] for trial in found.members)}
+    metrics = {"supernet/best_top1": max(trial.metrics[TOP1] for trial in found.members)}
     if found.agreement:
         files["agreement.png"] = front_figures.agreement(found.agreement.inherited, found.agreement.alone)
-        metrics = {
-            **metrics,
-            "supernet/spearman": found.agreement.spearman,
-            "supernet/kendall": found.agreement.kendall,
-        }
+        metrics["supernet/spearman"] = found.agreement.spearman
+        metrics["supernet/kendall"] = found.agreement.kendall
     tracker = Tracker.open(config, {}, found.mlflow_run_id, journal=journal_path(found.run), echo=echo)
     try:
         for path, content in files.items():

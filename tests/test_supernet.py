@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from test_learn import make_batch
 
 from pipelines.cli import main
 from pipelines.study import FINISHED, TOP1, StudyError, Trial
@@ -16,7 +17,7 @@ from pipelines.supernet import agree, draw_members, score_members, supernet, sup
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
 from posmlp.errors import UserError
-from posmlp.learn.learner import Batch, Learner
+from posmlp.learn.learner import Learner
 from posmlp.model.supernet import Architecture, Choices
 from tune_spaces import load_space
 
@@ -166,26 +167,16 @@ def learner():
     return Learner(create_model(config.model.name, **config.model.overrides()), config, 5)
 
 
-def batch(step):
-    g = torch.Generator().manual_seed(step)
-    return Batch(
-        clips=torch.randint(0, 256, (8, 4, 32, 32, 3), dtype=torch.uint8, generator=g),
-        labels=torch.arange(8),
-        weights=torch.ones(8),
-        seeds=torch.randint(0, 2**63 - 1, (8,), generator=g),
-    )
-
-
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_training_goes_on_as_if_it_had_not_stopped(stop):
     """Also while some units have not been on a path, so that the optimizer knows nothing of them yet."""
     one = learner()
-    losses = [one.train_step(batch(step)).loss for step in range(6)]
+    losses = [one.train_step(make_batch(seed=step)).loss for step in range(6)]
     first = learner()
-    again = [first.train_step(batch(step)).loss for step in range(stop)]
+    again = [first.train_step(make_batch(seed=step)).loss for step in range(stop)]
     second = learner()
     second.load_state_dict(first.weights(), first.state_dict())
-    again += [second.train_step(batch(step)).loss for step in range(stop, 6)]
+    again += [second.train_step(make_batch(seed=step)).loss for step in range(stop, 6)]
     assert again == losses
     for name, tensor in one.weights().items():
         assert torch.equal(tensor, second.weights()[name])

@@ -200,12 +200,13 @@ def test_a_large_manifest_costs_little_memory(local_ray, motion_set):
     assert ingest.object_store()[0] < 600
 
 
-def test_spilling_is_seen(tmp_path):
+@pytest.mark.ray
+def test_spilling_is_seen():
     """In a small store of its own: five arrays of 30 MB do not fit into 80."""
     code = """if True:
         import numpy as np, ray
         from pipelines.ingest import object_store
-        ray.init(num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False)
+        ray.init("local", num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False)
         assert object_store() == (0, 0), object_store()
         held = [ray.put(np.zeros(30 * 2**20, np.uint8)) for _ in range(5)]
         used, spilled = object_store()

@@ -45,13 +45,13 @@ class BadVideo:
     reason: str
 
 
-def global_order(rows: int, config: Config, epoch: int, *, train: bool) -> np.ndarray:
+def global_order(rows: int, config: Config, epoch: int, *, train: bool, world: int = 1) -> np.ndarray:
     """Row indices of one epoch in the order of the global batches, int64; -1 fills a place that counts for nothing.
 
     Training: a new permutation each epoch; the rows left after the last full global batch wait for another epoch.
-    Validation: every row once, in order, filled up so that all workers take the same number of batches.
+    Validation: every row once, in order, filled up to whole batches of ``world`` workers.
     """
-    size = rows_per_step(config, train=train)
+    size = rows_per_step(config, train=train, world=world)
     if train:
         order = np.random.default_rng([config.train.seed, epoch]).permutation(rows)
         return order[: rows // size * size]
@@ -60,16 +60,14 @@ def global_order(rows: int, config: Config, epoch: int, *, train: bool) -> np.nd
     return filled
 
 
-def rows_per_step(config: Config, *, train: bool) -> int:
+def rows_per_step(config: Config, *, train: bool, world: int = 1) -> int:
     """Videos in a global batch: each gives ``data.repeats`` clips to a training batch, and counts once in validation.
 
     A validation batch has all views of its videos; there are fewer videos in it then, as nothing depends on them.
     """
     if train:
         return config.train.global_batch // config.data.repeats
-    return (
-        max(1, config.train.global_batch // config.scaling.workers // views_of(config, False)) * config.scaling.workers
-    )
+    return max(1, config.train.global_batch // world // views_of(config, False)) * world
 
 
 def rows_per_block(config: Config, train: bool) -> int:
@@ -77,9 +75,18 @@ def rows_per_block(config: Config, train: bool) -> int:
     return max(1, config.data.rows_per_block // views_of(config, train))
 
 
-def local_order(order: np.ndarray, size: int, rank: int, world: int) -> np.ndarray:
-    """A worker's part of ``global_order``: its contiguous share of every global batch of ``size`` rows."""
-    return order.reshape(-1, world, size // world)[:, rank].reshape(-1)
+def local_order(order: np.ndarray, size: int, rank: int, world: int, together: int = 1) -> np.ndarray:
+    """A worker's part of ``global_order``, ``[batches, share]``: its contiguous share of every global batch.
+
+    Args:
+        size: rows in a global batch.
+        together: so many rows that follow each other stay together, as the pairs that are mixed do. Where they do not
+            divide by the workers the shares of some are filled with -1: all workers' batches have the same size.
+    """
+    units = order.reshape(-1, size // together, together)
+    mine = np.array_split(units, world, axis=1)[rank].reshape(len(units), -1)
+    share = math.ceil(size / together / world) * together
+    return np.pad(mine, ((0, 0), (0, share - mine.shape[1])), constant_values=-1)
 
 
 @dataclass
@@ -103,7 +110,7 @@ class Split:
     def __post_init__(self) -> None:
         self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
         self.count = len(ray.get(self.reference))
-        self.size = rows_per_step(self.config, train=self.train)
+        self.size = rows_per_step(self.config, train=self.train, world=self.world)
 
     @property
     def steps(self) -> int:
@@ -119,7 +126,7 @@ class Split:
             until: the epoch to stop before; None is the next. The seams between epochs cost no wait.
         """
         plans = (
-            (self.plan(order, now), len(order) // (self.size // self.world))
+            (self.plan(order.reshape(-1), now, order.shape[1]), len(order))
             for now in range(epoch, epoch + 1 if until is None else until)
             for order in self.segments(now, step if now == epoch else 0)
         )
@@ -128,17 +135,17 @@ class Split:
             yield collate(columns)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
-        """The row indices of this worker's batches from ``step`` on, in parts for one plan each."""
-        order = global_order(self.count, self.config, epoch, train=self.train)
-        mine = local_order(order, self.size, self.rank, self.world)
-        local = self.size // self.world
-        length = max(1, SEGMENT_BLOCKS * rows_per_block(self.config, self.train) // local) * local
-        for start in range(step * local, len(mine), length):
+        """The row indices of this worker's batches from ``step`` on, ``[batches, rows]``, in parts for one plan each."""
+        order = global_order(self.count, self.config, epoch, train=self.train, world=self.world)
+        together = self.config.clips_together // self.config.data.repeats if self.train else 1
+        mine = local_order(order, self.size, self.rank, self.world, together)
+        length = max(1, SEGMENT_BLOCKS * rows_per_block(self.config, self.train) // mine.shape[1])
+        for start in range(step, len(mine), length):
             yield mine[start : start + length]
 
-    def plan(self, order: np.ndarray, epoch: int) -> Iterator[dict[str, np.ndarray]]:
-        """Ray Data's plan for some rows: batches as columns, decoded once the first is asked for."""
-        configure_ray_data(self.config, self.train)
+    def plan(self, order: np.ndarray, epoch: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
+        """Ray Data's plan for some rows: batches of so many rows as columns, decoded once the first is asked for."""
+        configure_ray_data(self.config, self.train, self.world)
         blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
         dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
             decode_block,
@@ -152,7 +159,7 @@ class Split:
             },
             **decoding_options(self.config.scaling),
         )
-        return iter(dataset.iter_batches(batch_size=self.size // self.world, batch_format="numpy", prefetch_batches=2))
+        return iter(dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=2))
 
     def note(self, columns: dict[str, np.ndarray]) -> None:
         """Record the bad videos of a batch.
@@ -206,12 +213,12 @@ def chained(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
                 yield result
 
 
-def configure_ray_data(config: Config, train: bool) -> None:
+def configure_ray_data(config: Config, train: bool, world: int) -> None:
     """Ray Data's settings in this process: rows in order, a fair part of the CPUs that training leaves, and no more
     decoded ahead than a part of the object store: a slow device must not make it spill."""
     scaling, variant = config.scaling, config.model.variant()
     cluster = ray.cluster_resources()
-    free = cluster.get("CPU", 1) - scaling.workers * scaling.cpus_per_worker
+    free = cluster.get("CPU", 1) - world * scaling.cpus_per_worker
     clip = variant.frames * variant.image_size**2 * 3
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -220,8 +227,8 @@ def configure_ray_data(config: Config, train: bool) -> None:
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(
-            cpu=QUEUED * max(1.0, free // scaling.workers),
-            object_store_memory=cluster.get("object_store_memory", 2**30) * STORE_SHARE / scaling.workers,
+            cpu=QUEUED * max(1.0, free // world),
+            object_store_memory=cluster.get("object_store_memory", 2**30) * STORE_SHARE / world,
         ),
     )
 

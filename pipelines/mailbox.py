@@ -16,12 +16,18 @@ class Mailbox:
         self.events: list[dict[str, Any]] = []
         self.stopping = False
         self.failure = ""
-        self.starts = 0
+        self.losses = 0
+        self.world = 0
 
-    def begin(self) -> tuple[int, bool]:
-        """A set of workers has started; returns how many have before it, and whether there is nothing left to do."""
-        self.starts += 1
-        return self.starts - 1, bool(self.failure)
+    def begin(self, world: int) -> tuple[int, int, bool]:
+        """A set of so many workers has started; returns how many there were before it, how often workers were lost, and
+        whether there is nothing left to do.
+
+        Ray does not tell why it starts anew: more workers than before mean that the cluster has grown.
+        """
+        before, self.world = self.world, world
+        self.losses += 0 < world <= before
+        return before, self.losses, bool(self.failure)
 
     def tell(self, event: dict[str, Any]) -> None:
         """Something for the driver: its ``kind`` and what belongs to it."""

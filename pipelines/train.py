@@ -348,7 +348,7 @@ def fit(
         train_loop_config=job | rows | {"mailbox": mailbox},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=scaling.workers,
+            num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
             label_selector=scaling.train_on or None,

@@ -96,14 +96,14 @@ class Worker:
 
     def work(self) -> None:
         """From the last checkpoint to the end of the run, or until it is asked to stop."""
-        starts, ended = from_first(lambda: ray.get(self.mailbox.begin.remote()))
+        before, losses, ended = from_first(lambda: ray.get(self.mailbox.begin.remote(self.world)))
         if ended:  # for a reason that another try would meet again
             return
         config = self.config
         self.train_split, self.val_split = (
             Split(self.job[f"{name}_rows"], config, name == "train", self.rank, self.world) for name in ("train", "val")
         )
-        self.start(starts)
+        self.start(before, losses)
         self.saved = self.learner.step
         self.first = len(self.progress.history)
         told: set[str] = set()
@@ -124,7 +124,7 @@ class Worker:
 
     # --- start ---------------------------------------------------------------------------------------------------
 
-    def start(self, starts: int) -> None:
+    def start(self, before: int, losses: int) -> None:
         """The learner and the progress, new or from the run's last whole checkpoint."""
         config = self.config
         torch.manual_seed(config.train.seed)
@@ -150,7 +150,7 @@ class Worker:
         self.tell("metrics", history=self.progress.history)
         params = sum(p.numel() for p in model.parameters())
         what = f"{config.model.name}, {params / 1e6:.2f} M parameters, {self.macs / 1e9:.2f} GMACs"
-        self.say(f"{config.name}: {what}; {self.describe_place()}; {self.describe_start(starts)}")
+        self.say(f"{config.name}: {what}; {self.describe_place()}; {self.describe_start(before, losses)}")
         for note in notes:
             self.say(f"  {note}")
 
@@ -167,19 +167,26 @@ class Worker:
         learner, threads = self.learner, torch.get_num_threads()
         device = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else "CPU"
         text = f"{self.world} worker{'s' * (self.world > 1)} on {device}, {threads} thread{'s' * (threads > 1)} each"
-        local = self.config.train.global_batch // self.world
+        local = math.ceil(self.config.train.global_batch / self.world)
         if (limit := self.config.scaling.device_batch) and limit < local:
             text += f", {local} clips in {math.ceil(local / limit)} parts"
         return text
 
-    def describe_start(self, starts: int) -> str:
-        """Where it starts, for the first line."""
+    def describe_start(self, before: int, losses: int) -> str:
+        """Where it starts, for the first line.
+
+        Args:
+            before: workers that there were; 0 for none yet.
+            losses: times that workers were lost.
+        """
         text = "starting"
         if self.learner.step:
             epoch, step = len(self.progress.history), self.progress.steps
             text = f"going on after epoch {epoch}" + (f", step {step}" if step else "")
-        if starts:
-            text = f"workers were lost ({starts} of {self.config.scaling.max_failures} times); {text}"
+        if self.world > before > 0:
+            text = f"the cluster has room for {self.world} workers in place of {before}; {text}"
+        elif before:
+            text = f"workers were lost ({losses} of {self.config.scaling.max_failures} times); {text}"
         return text
 
     # --- an epoch ------------------------------------------------------------------------------------------------
@@ -260,6 +267,7 @@ class Worker:
         metrics = {
             "train/loss": progress.loss / steps,
             "train/grad_norm": progress.grad_norm / max(1, progress.norms),
+            "train/workers": float(self.world),
             "train/lr": learner.optimizer.param_groups[0]["lr"],
             "perf/data_wait_frac": waited_share,
             "perf/first_batch_s": first,

@@ -165,6 +165,7 @@ class ScalingSection(Section):
     """How many training workers, and what each takes of the cluster."""
 
     workers: Positive = 1
+    min_workers: Positive | None = None  # fewest to go on with while nodes come and go; None: all
     use_gpu: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: each worker holds a part of the weights and optimizer state
     device_batch: Positive | None = None  # most clips on a device at once; a larger share is accumulated
@@ -221,6 +222,10 @@ class Config(Section):
             problems.append(
                 f"augment.mixup and augment.cutmix blend pairs: train.global_batch {self.train.global_batch} must "
                 f"divide by 2 x scaling.workers x data.repeats = {2 * clips_per_step}"
+            )
+        if (self.scaling.min_workers or 1) > self.scaling.workers:
+            problems.append(
+                f"scaling.min_workers {self.scaling.min_workers} is more than scaling.workers {self.scaling.workers}"
             )
         if self.scaling.device_batch and self.scaling.device_batch % self.clips_together:
             problems.append(

@@ -102,10 +102,32 @@ def test_two_workers_train_as_one(tmp_path, overrides):
     assert ahead[0] == pytest.approx(ahead[1], rel=1e-2)
 
 
+def test_what_fills_a_share_counts_for_nothing():
+    """Where the global batch does not divide by the workers; in eval mode of the batch norms, which see all clips."""
+    gradients = []
+    for clips in (6, 8):
+        config = load_recipe("demo", [*SMALL, "train.global_batch=6"])
+        torch.manual_seed(0)
+        learner = Learner(create_model(config.model.name, **config.model.overrides()), config, STEPS)
+        freeze_statistics(learner.model)
+        (batch, *_) = global_batch(0).parts(clips)
+        batch.weights[6:] = 0
+        loss, norm = learner.backward(batch)
+        gradients.append((loss, norm, [p.grad for p in learner.model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_without_synchronised_statistics_they_do_not(tmp_path):
     """The test above can fail."""
     losses = on_two(tmp_path / "two", "train.sync_batch_norm=false")[0]
     assert losses != pytest.approx(train(0, 1, ())[0], rel=1e-5)
+
+
+def freeze_statistics(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.train = lambda mode=True, module=module: module
+            module.training = False
 
 
 @pytest.mark.parametrize("device_batch", [2, 3, 8])
@@ -116,10 +138,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(device_batch):
         config = load_recipe("demo", [*SMALL, f"scaling.device_batch={size or 'null'}"])
         torch.manual_seed(0)
         model = create_model(config.model.name, **config.model.overrides())
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                module.train = lambda mode=True, module=module: module
-                module.training = False
+        freeze_statistics(model)
         learner = Learner(model, config, STEPS)
         loss, norm = learner.backward(global_batch(0))
         gradients.append((loss, norm, [p.grad for p in model.parameters()]))

@@ -23,7 +23,7 @@ from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.average import WeightAverage
 from posmlp.learn.optim import build_optimizer, learning_rate
-from posmlp.learn.parallel import average, gradients_summed, rank, total_norm
+from posmlp.learn.parallel import average, gradients_summed, rank, total_norm, workers
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import flip_labels, to_input, to_train_input
 
@@ -140,7 +140,11 @@ class Learner:
         return step
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss; returns that loss on this worker and the gradients' 2-norm, scalars."""
+        """Gradients of the mean loss; returns that loss on this worker and the gradients' 2-norm, scalars.
+
+        The mean is over the recipe's global batch, whatever fills this worker's share of it.
+        """
+        share = self.config.train.global_batch / workers()
         count, loss = len(batch.labels), torch.zeros((), device=self.device)
         size = part_size(count, self.config)
         done = 0
@@ -152,7 +156,7 @@ class Learner:
                     logits = self.model(clips).float()
                 smoothing = self.config.optim.label_smoothing
                 losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-                part_loss = (losses * part.weights.to(self.device, non_blocking=True)).sum() / count
+                part_loss = (losses * part.weights.to(self.device, non_blocking=True)).sum() / share
                 self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         self.scaler.unscale_(self.optimizer)

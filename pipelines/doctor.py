@@ -26,6 +26,7 @@ import ray
 from mlflow import MlflowClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.cluster import bundle, has_labels, places
 from pipelines.ingest import STORE_SHARE, decode_rows, rows_per_block
 from pipelines.tracking import prepare_mlflow, scrub, shorten, tracking_uri, without_secrets
 from pipelines.train import start_ray
@@ -281,20 +282,19 @@ def first_video(config: Config) -> Iterator[Finding]:
 def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
     """Whether the workers fit, and what they leave for decoding."""
     scaling = config.scaling
-    chosen = [node for node in nodes if has(node, scaling.train_on)]
+    chosen = [node for node in nodes if has_labels(node.labels, scaling.train_on)]
     if scaling.train_on and not chosen:
         yield Finding(
             "warn",
             f"no node has the labels {dict(scaling.train_on)} of scaling.train_on now",
-            "training waits until the autoscaler brings one; without an autoscaler, for ever",
+            "where an autoscaler brings one, scaling.wait_s=900 waits for it",
         )
-    need = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    places = sum(int(min(node.resources.get(kind, 0) / amount for kind, amount in need.items())) for node in chosen)
-    what = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
-    if places < scaling.workers:
+    there = places([(node.resources, node.labels) for node in nodes], scaling)
+    what = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle(scaling).items())
+    if there < scaling.workers:
         yield Finding(
             "fail" if chosen else "warn",
-            f"room for {places} of {scaling.workers} training workers of {what}",
+            f"room for {there} of {scaling.workers} training workers of {what}",
             "lower scaling.workers or scaling.cpus_per_worker, or add nodes (an autoscaler may bring them)",
         )
     else:
@@ -307,9 +307,9 @@ def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
         "" if enough else "lower scaling.cpus_per_worker, or add CPU nodes; `posmlp plan` says how many",
     )
     if scaling.decode_on:
-        there = sum(has(node, scaling.decode_on) for node in nodes)
-        advice = "" if there else "decoding goes to any node then; label nodes with `ray start --labels`"
-        yield Finding("ok" if there else "warn", f"{there} nodes have the labels of scaling.decode_on", advice)
+        named = sum(has_labels(node.labels, scaling.decode_on) for node in nodes)
+        advice = "" if named else "decoding goes to any node then; label nodes with `ray start --labels`"
+        yield Finding("ok" if named else "warn", f"{named} nodes have the labels of scaling.decode_on", advice)
 
 
 def check_stores(nodes: Sequence[Node], config: Config | None) -> Iterator[Finding]:
@@ -361,11 +361,6 @@ def check_mlflow(config: Config | None) -> Iterator[Finding]:
 
 
 # --- small things ------------------------------------------------------------------------------------------------
-
-
-def has(node: Node, labels: Mapping[str, str]) -> bool:
-    """Whether a node has all of some labels."""
-    return all(node.labels.get(key) == value for key, value in labels.items())
 
 
 def total(nodes: Sequence[Node], kind: str) -> float:

@@ -32,12 +32,13 @@ from ray.exceptions import RayError
 from torch import Tensor, nn
 
 from pipelines import checkpoints, figures
+from pipelines.cluster import wait_for_room
 from pipelines.ingest import QUEUED, STORE_SHARE, BadVideo, decode_rows, decoding_options, rows_per_block
 from pipelines.predict import class_names, find_checkpoint, scored_together, with_views
 from pipelines.runs import read_record
 from pipelines.scan import Progress, parquet
 from pipelines.tracking import create_run, now_ms, prepare_mlflow, scrub, tracking_uri, without_secrets
-from pipelines.train import WORKER_ENV, check_cpus, start_ray
+from pipelines.train import WORKER_ENV, start_ray
 from posmlp import create_model, storage
 from posmlp.config import Config, RecipeError, describe, set_key
 from posmlp.errors import UserError
@@ -180,7 +181,7 @@ def evaluate(
     name = name_of(split, config, about, overrides)
     place = storage.join(".", out) if out else storage.join(run if record else checkpoint, f"{FOLDER}/{name}")
     start_ray()
-    check_cpus(config)
+    wait_for_room(config.scaling, echo)
     clips, crops = config.eval.clips, config.eval.crops
     what = f"{split}, {len(manifest.rows)} videos x {clips}x{crops} views, workers: {config.scaling.workers}"
     echo(f"{checkpoint} (step {about.step}, epoch {about.epoch}): {what}")

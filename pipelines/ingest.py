@@ -135,7 +135,7 @@ class Split:
             yield collate(columns)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
-        """The row indices of this worker's batches from ``step`` on, ``[batches, rows]``, in parts for one plan each."""
+        """The row indices of this worker's batches from ``step`` on, ``[batches, rows]``, each part for one plan."""
         order = global_order(self.count, self.config, epoch, train=self.train, world=self.world)
         together = self.config.clips_together // self.config.data.repeats if self.train else 1
         mine = local_order(order, self.size, self.rank, self.world, together)

@@ -21,13 +21,14 @@ from scipy import stats
 from torch import Tensor, nn
 
 from pipelines import checkpoints, front_figures, fronts
+from pipelines.cluster import wait_for_room
 from pipelines.evaluate import Scorer, good_scores
 from pipelines.ingest import BadVideo
 from pipelines.runs import read_record, run_folder
 from pipelines.search import identity, size, static_costs
 from pipelines.study import FINISHED, TOP1, StudyError, Trial, find_study, full, read_trials, space_of
 from pipelines.tracking import Tracker
-from pipelines.train import changes, check_cpus, check_data, fingerprint, journal_path, read_splits, start_ray, train
+from pipelines.train import changes, check_data, fingerprint, journal_path, read_splits, start_ray, train
 from posmlp import storage
 from posmlp.config import Config, RecipeError, set_value
 from posmlp.learn.evaluation import video_scores
@@ -116,7 +117,7 @@ def supernet(
     trained = trained_alone(study, config) if study else []
     train_once(config, echo)
     start_ray()
-    check_cpus(config)
+    wait_for_room(config.scaling, echo)
     run = run_folder(config)
     everyone = [of for _, of in chosen] + [of for _, _, of in trained]
     top1, bad = score_members(run, [of.model.variant().architecture() for of in everyone], echo)

@@ -31,6 +31,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines import checkpoints, figures
+from pipelines.cluster import bundle, wait_for_room
 from pipelines.ingest import BadVideo
 from pipelines.mailbox import open_mailbox
 from pipelines.runs import check_writable, read_record, run_folder, trained_model, write_record
@@ -67,6 +68,7 @@ FIXED += (
 )
 FIXED += ("data.train.", "data.format", "list.train")
 POLL_S = 0.2
+GROW_S = 60.0  # between two looks whether an elastic run has room to grow: it restarts, and nodes come one by one
 
 
 @dataclass
@@ -150,7 +152,7 @@ def train(
     changed = check_record(run, record, config, lists, done, allow_changes) if record else {}
     weights = None if whole else find_weights(config)
     start_ray()
-    check_cpus(config)
+    wait_for_room(config.scaling, echo)
     check_writable(run)
     run_id = record["mlflow_run_id"] if record else None
     tags = source_tags() | {"run": run} | part.tags
@@ -311,21 +313,6 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     return config.model_copy(update={"model": model, "data": data})
 
 
-def check_cpus(config: Config) -> None:
-    """Refuse workers that leave no CPU for decoding: Ray Data would wait for ever without a word."""
-    cpus, scaling = ray.cluster_resources().get("CPU", 0), config.scaling
-    left = cpus - scaling.workers * scaling.cpus_per_worker
-    if left < 1:
-        raise RunError(
-            f"{scaling.workers} workers x {scaling.cpus_per_worker:g} CPUs leave {left:g} of {cpus:g} CPUs for "
-            "decoding, which needs at least 1. Lower scaling.workers, or scaling.cpus_per_worker to at most "
-            f"{max(0, cpus - 1) / scaling.workers:g} (it reserves CPUs; threads are scaling.threads_per_worker)"
-        )
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if scaling.use_gpu and gpus < scaling.workers:
-        raise RunError(f"scaling.workers {scaling.workers} need a GPU each, and the cluster has {gpus:g}")
-
-
 def fit(
     job: dict[str, Any],
     train_set: Manifest,
@@ -350,8 +337,9 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
             use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
+            resources_per_worker=bundle(scaling),
             label_selector=scaling.train_on or None,
+            elastic_resize_monitor_interval_s=GROW_S,
         ),
         run_config=RunConfig(
             name=f"{config.name}-{uuid.uuid4().hex[:8]}",

@@ -27,6 +27,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from pipelines import fronts
+from pipelines.cluster import DECODING, wait_for_room
 from pipelines.runs import check_writable, read_json, read_record, run_folder, write_json
 from pipelines.search import check_space, propose
 from pipelines.study import (
@@ -66,7 +67,6 @@ from posmlp.config import Config
 
 RULE = "highest val/top1 of fully trained trials, of those with several seeds the mean; of equals the fewest GMACs"
 PUBLISHED_FILE = "published.json"  # in a study's folder: milliseconds of published variants, by name
-DECODING = 1.0  # CPUs that trials leave to decoding, at least
 SPEAK_S = 30.0  # between two lines of progress
 DRAW_S = 30.0  # between two sets of pictures
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_WARN_THRESHOLD_S": "60"}
@@ -121,6 +121,7 @@ def tune(study: Study, echo: Callable[[str], None] = print, *, resume: bool = Fa
         raise StudyError(f"space {study.space} has no member within the budgets that can be built; raise a budget")
     check_writable(study.folder)
     start_ray()
+    wait_for_room(study.recipe.scaling, echo)
     concurrent = study.concurrent or room(study.recipe)
     tags = source_tags() | {"study": study.name, "space": study.space}
     named = study.recipe.model_copy(update={"name": study.name})
@@ -165,11 +166,7 @@ def settled(recipe: Config) -> Config:
 
 
 def room(recipe: Config) -> int:
-    """Trials that the cluster can train at a time and still decode for.
-
-    Raises:
-        StudyError: not even one.
-    """
+    """Trials that the cluster can train at a time and still decode for; there is room for one."""
     have, scaling = ray.cluster_resources(), recipe.scaling
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     takes = scaling.workers * scaling.cpus_per_worker
@@ -177,13 +174,7 @@ def room(recipe: Config) -> int:
     counts += [int(gpus / scaling.workers)] if scaling.use_gpu else []
     if scaling.threads_per_worker and not scaling.use_gpu:
         counts.append(max(1, int(cpus / (scaling.workers * scaling.threads_per_worker))))
-    if min(counts) < 1:
-        gpu = f" and {scaling.workers} GPUs" if scaling.use_gpu else ""
-        raise StudyError(
-            f"a trial takes {takes:g} CPUs{gpu}, decoding takes {DECODING:g} CPU, and the cluster has {cpus:g} CPUs "
-            f"and {gpus:g} GPUs; lower scaling.workers or scaling.cpus_per_worker"
-        )
-    return min(counts)
+    return max(1, min(counts))
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:

@@ -173,6 +173,7 @@ class ScalingSection(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     threads_per_worker: Positive | None = None  # PyTorch threads; None: the node's cores shared by its workers
     train_on: dict[Label, LabelValue] = {}  # labels of the nodes that workers need, as in {ray.io/node-group: gpu}
+    wait_s: Annotated[float, Field(ge=0)] = 0.0  # most seconds to wait at the start for nodes that are still to come
     decode_on: dict[Label, LabelValue] = {}  # labels of the nodes that decode first; others help where these are busy
 
 

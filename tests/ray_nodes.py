@@ -12,6 +12,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+HEAD_ID = "f" * 51 + "00000"  # what Ray's provider for tests calls the head
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -22,8 +24,8 @@ def free_port():
 
 
 class RayNodes:
-    """A head without CPUs, and nodes that are added and killed. Each has a temporary folder of its own, and all ask for
-    a token.
+    """A head, and nodes that are added and killed, or that an autoscaler brings. Each that is added has a temporary
+    folder of its own, and all ask for a token.
 
     Attributes:
         address: of the cluster, for ``RAY_ADDRESS``.
@@ -31,25 +33,67 @@ class RayNodes:
         env: what a process needs to talk to it.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, cpus=0, node_types=None):
+        """
+        Args:
+            cpus: of the head.
+            node_types: what the autoscaler may start, as in the ``available_node_types`` of ``cluster.yaml``; the nodes
+                are processes here, by Ray's provider for tests.
+        """
         self.folder, self.nodes = Path(folder), {}
         port, dashboard = free_port(), free_port()
         self.address, self.jobs = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.env = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.env |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "RAY_DISABLE_IMPORT_WARNING": "1"}
-        self.add("head", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0")
+        options = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]
+        if node_types:
+            options.append(f"--autoscaling-config={self.write_config(node_types)}")
+            self.env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+            self.env |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID}
+            self.env["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = HEAD_ID
+        self.add("head", *options)
+        for key in ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"):
+            self.env.pop(key, None)
         deadline = time.monotonic() + 120
         while not self.answers():
             assert self.nodes["head"].poll() is None and time.monotonic() < deadline, self.log("head")
             time.sleep(0.3)
 
-    def add(self, name, *options):
-        """Start a node; ``name`` is its label ``group``."""
+    def write_config(self, node_types):
+        provider = {"type": "external", "module": PROVIDER, "launch_multiple": True, "head_node_id": HEAD_ID}
+        head = {"resources": {}, "node_config": {}, "max_workers": 0}
+        config = {
+            "cluster_name": "test",
+            "max_workers": 8,
+            "idle_timeout_minutes": 0.1,
+            "provider": provider | {"gcs_address": self.address},
+            "head_node_type": "ray.head.default",
+            "available_node_types": {"ray.head.default": head, **node_types},
+            "upscaling_speed": 10.0,
+            "auth": {},
+            "file_mounts": {},
+        }
+        config |= {f"{kind}setup_commands": [] for kind in ("", "head_", "worker_")}
+        config |= {f"{kind}_start_ray_commands": [] for kind in ("head", "worker")}
+        config |= {"initialization_commands": [], "cluster_synced_files": [], "file_mounts_sync_continuously": False}
+        path = self.folder / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    def add(self, name, *options, group=None):
+        """Start a node; its labels are its ``name``, and its ``group`` (the same if not given)."""
         place = self.folder / name
         place.mkdir(parents=True)
         where = options if "--head" in options else (f"--address={self.address}", *options)
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--labels=group={name}", *where]
+        command = [
+            RAY,
+            "start",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            f"--labels=group={group or name},name={name}",
+            *where,
+        ]
         command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default may be another Ray's
         command += ["--object-store-memory=268435456", "--disable-usage-stats", f"--temp-dir={place}"]
         with open(place / "log.txt", "w") as log:
@@ -76,7 +120,7 @@ class RayNodes:
 
     def names(self):
         """Of the live nodes, by their ids."""
-        return {row["node_id"]: row["labels"].get("group") for row in self.listing("nodes") if row["state"] == "ALIVE"}
+        return {row["node_id"]: row["labels"].get("name") for row in self.listing("nodes") if row["state"] == "ALIVE"}
 
     def log(self, name):
         return (self.folder / name / "log.txt").read_text()

@@ -432,5 +432,5 @@ def test_what_cannot_start_is_told_in_a_line(motion_set, tmp_path, capsys, argum
 def test_a_cluster_without_room_for_decoding_is_refused(local_ray, motion_set, tmp_path):
     recipe = recipe_for(tmp_path, motion_set, "scaling.cpus_per_worker=1")
     assert room(recipe) == 3  # of four CPUs, one decodes
-    with pytest.raises(UserError, match="a trial takes 4 CPUs, decoding takes 1 CPU, and the cluster has 4 CPUs"):
-        room(recipe_for(tmp_path, motion_set, "scaling.cpus_per_worker=4"))
+    with pytest.raises(UserError, match="1 workers x 4 CPUs leave 0 of 4 CPUs for decoding"):
+        tune(study_for(tmp_path, motion_set, "scaling.cpus_per_worker=4"))

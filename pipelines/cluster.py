@@ -59,6 +59,12 @@ def shortage(scaling: ScalingSection) -> str:
         )
     if scaling.use_gpu and gpus < fewest:
         return f"scaling.workers {fewest} need a GPU each, and the cluster has {gpus:g}"
+    if scaling.min_workers and (everywhere := places(nodes, scaling, {})) > there:
+        return (
+            f"{everywhere - there} workers would fit on nodes without the labels {dict(scaling.train_on)} "
+            "(scaling.train_on), and Ray counts them as room for a run with scaling.min_workers. Raise "
+            "scaling.cpus_per_worker above the CPUs of these nodes, or leave scaling.min_workers out"
+        )
     if there < fewest:
         what = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle(scaling).items())
         where = f" with the labels {dict(scaling.train_on)} (scaling.train_on)" if scaling.train_on else ""
@@ -66,13 +72,21 @@ def shortage(scaling: ScalingSection) -> str:
     return ""
 
 
-def places(nodes: Iterable[tuple[Mapping[str, float], Mapping[str, str]]], scaling: ScalingSection) -> int:
-    """Training workers that fit into nodes, each given by its resources and its labels."""
-    need = bundle(scaling)
+def places(
+    nodes: Iterable[tuple[Mapping[str, float], Mapping[str, str]]],
+    scaling: ScalingSection,
+    labels: Mapping[str, str] | None = None,
+) -> int:
+    """Training workers that fit into nodes, each given by its resources and its labels.
+
+    Args:
+        labels: that a node needs; None: ``scaling.train_on``.
+    """
+    need, wanted = bundle(scaling), scaling.train_on if labels is None else labels
     return sum(
         int(min(resources.get(kind, 0) / amount for kind, amount in need.items()) + 1e-6)
-        for resources, labels in nodes
-        if has_labels(labels, scaling.train_on)
+        for resources, present in nodes
+        if has_labels(present, wanted)
     )
 
 

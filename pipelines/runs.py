@@ -13,6 +13,7 @@ from posmlp.config import Config
 from posmlp.errors import UserError
 
 RUN_FILE = "run.json"
+JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
 
 
 def run_folder(config: Config) -> str:
@@ -76,8 +77,13 @@ def check_writable(run: str) -> None:
     """Try to write into a run's folder.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or would not last.
     """
+    if JOB_FOLDER in run:
+        raise UserError(
+            f"{run} lies in the folder of a Ray job, which Ray deletes after the job; give train.storage as an "
+            "absolute path, or as a URI, that all nodes share"
+        )
     probe = storage.join(run, ".probe")
     try:
         storage.write_bytes(probe, b"")

@@ -23,7 +23,7 @@ def running(nodes, folder, motion_set, *overrides):
     recipe = recipe_for(folder, motion_set, *QUICK, *overrides)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     log = folder / "log.txt"
-    env = nodes.env | {"RAY_ADDRESS": nodes.address}
+    env = nodes.env | {"RAY_ADDRESS": nodes.address, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", SOON, "train", str(folder / "recipe.yaml")]
     with open(log, "w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
@@ -50,11 +50,11 @@ def history(run):
 
 
 @pytest.fixture
-def nodes(tmp_path):
+def nodes(tmp_path_factory):
     started = []
 
     def start(**options):
-        started.append(RayNodes(tmp_path / "nodes", **options))
+        started.append(RayNodes(tmp_path_factory.mktemp("n"), **options))  # short: sockets lie in it
         return started[0]
 
     yield start
@@ -67,9 +67,9 @@ def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, mot
     cluster = nodes()
     cluster.add("decode", "--num-cpus=1")
     for name in ("a", "b"):
-        cluster.add(name, "--num-cpus=1", group="train")
+        cluster.add(name, "--num-cpus=2", group="train")
     cluster.wait()
-    overrides = ["scaling.workers=4", "scaling.min_workers=1", "scaling.cpus_per_worker=1", "augment.mixup=0.2"]
+    overrides = ["scaling.workers=4", "scaling.min_workers=1", "scaling.cpus_per_worker=2", "augment.mixup=0.2"]
     overrides += ["scaling.train_on={group: train}", "train.epochs=500", "scaling.decode_on={group: decode}"]
     with running(cluster, tmp_path, motion_set, *overrides) as (process, log, run):
 
@@ -77,7 +77,7 @@ def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, mot
             return sum(metrics["train/workers"] == workers for metrics in history(run)) >= epochs
 
         wait_for(lambda: trained_by(2), process, log)
-        cluster.add("c", "--num-cpus=1", group="train")
+        cluster.add("c", "--num-cpus=2", group="train")
         wait_for(lambda: trained_by(3), process, log)
         cluster.kill("a")
         before = len(history(run))

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from ray_nodes import RAY, RayNodes
 from small_runs import QUICK, recipe_for
 
@@ -80,6 +81,24 @@ def test_a_run_is_trained_and_tested_by_jobs(cluster, motion_set, tmp_path):
     assert code == 0 and "top-1" in out, out
 
 
+def test_a_study_is_a_job(cluster, motion_set, tmp_path):
+    """Two trials, trained on the node that the recipe names."""
+    _, path = recipe_file(tmp_path, motion_set, *PLACED, "name=look", f"data.cache_dir={tmp_path}/cache")
+    code, out = run_job(cluster, *POSMLP, "tune", path, "--space", "block_types", "--trials", "2")
+    assert code == 0, out
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == 2
+    assert places(cluster, "actors", "RayTrainWorker") == {"two"}
+
+
+def test_what_would_be_lost_with_the_job_is_refused(cluster, motion_set, tmp_path):
+    _, path = recipe_file(tmp_path, motion_set)
+    code, out = run_job(cluster, *POSMLP, "train", path, "train.storage=runs")
+    assert code == 1 and "which Ray deletes after the job; give train.storage as an absolute path" in out, out
+
+
 def test_a_job_that_fails_says_why_in_its_last_lines(cluster, motion_set, tmp_path):
     _, path = recipe_file(tmp_path, motion_set, "data.train.path=/nowhere/train.csv")
     code, out = run_job(cluster, *POSMLP, "train", path)
@@ -120,5 +139,6 @@ def test_the_upload_is_small(cluster):
     assert code == 0, out
     told = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("THERE", "BYTES"))}
     assert int(told["BYTES"][0]) < 8e6, told
+    assert float(re.search(r"Pushing file package .* \(([\d.]+)MiB\)", out)[1]) < 8, out
     assert {"posmlp", "pipelines", "tune_spaces", "cluster.yaml"} <= {*told["THERE"]}
     assert not {".venv", ".git", "runs", "data", "mlruns"} & {*told["THERE"]}

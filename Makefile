@@ -1,16 +1,19 @@
-# make demo: install and train the demo. make test: install what tests need and run them all,
-# those on Ray one after the other. make lint: ruff and mypy.
+# make demo: install and train the demo. make test: install what tests need and run them, those on Ray one after the
+# other; make test-all: those too that kill and repeat what others have killed. make lint: ruff and mypy.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/installed
 	$(BIN)/posmlp demo
 
 test: .venv/installed-test
 	$(BIN)/pytest -q -m "not ray" -n logical --maxprocesses 8
-	$(BIN)/pytest -q -m ray
+	$(BIN)/pytest -q -m "ray and not slow"
+
+test-all: test
+	$(BIN)/pytest -q -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

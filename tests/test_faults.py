@@ -93,6 +93,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(straight, motion_set, t
     assert same(final_weights(tmp_path / "small"), straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victims", [1, 2], ids=["one", "all"])
 def test_of_two_workers_killed_none_is_missed(straight, motion_set, tmp_path, victims):
     config, process = start_cli(tmp_path, motion_set, *EXACT, "scaling.workers=2", "model.drop_path=0")
@@ -108,6 +109,7 @@ def test_of_two_workers_killed_none_is_missed(straight, motion_set, tmp_path, vi
     assert same(final_weights(tmp_path / "small"), final_weights(uninterrupted.path))
 
 
+@pytest.mark.slow
 def test_workers_that_die_again_and_again_end_the_run(local_ray, motion_set, tmp_path):
     _, process = start_cli(tmp_path, motion_set, *EXACT, "scaling.max_failures=0")
     wait_for_step(tmp_path, process, 2)
@@ -118,6 +120,7 @@ def test_workers_that_die_again_and_again_end_the_run(local_ray, motion_set, tmp
     assert "Traceback" not in log_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stops_with_its_exit_code(straight, motion_set, tmp_path):
     overrides = [*EXACT[:-1], "train.checkpoint_every_steps=1000"]
     config, process = start_cli(tmp_path, motion_set, *overrides, "train.epochs=10")
@@ -178,7 +181,7 @@ def on_disk(tmp_path, small_disk):
     return [*EXACT, f"train.storage={small_disk}", f"tracking.uri=sqlite:///{tmp_path}/mlflow/mlflow.db"]
 
 
-@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.parametrize("fault", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
 def test_a_disk_that_takes_no_more_ends_the_run_clearly(straight, motion_set, tmp_path, small_disk, fault):
     """The last checkpoint is intact, and the run goes on from it when there is room."""
     overrides = on_disk(tmp_path, small_disk)
@@ -229,6 +232,7 @@ def test_a_step_that_explodes_ends_the_run_and_is_kept(local_ray, motion_set, tm
         assert load_file(step / f"batch-{rank}.safetensors")["clips"].shape == (4, 4, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_refused_on_resume_unless_it_is_wanted(local_ray, motion_set, tmp_path, capsys):
     _, process = start_cli(tmp_path, motion_set, *EXACT)
     wait_for_step(tmp_path, process, 2)
@@ -243,6 +247,7 @@ def test_a_changed_recipe_is_refused_on_resume_unless_it_is_wanted(local_ray, mo
     assert run.data.tags["changed.optim.lr"] == "was 0.003, is 0.0001"
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on_with_the_same_batches(straight, motion_set, tmp_path):
     """Within rounding, which ten epochs of AdamW let grow; drop path draws by worker, so it is off."""
     overrides = [*EXACT, "model.drop_path=0"]
@@ -309,6 +314,7 @@ def test_a_killed_node_is_survived(straight, motion_set, tmp_path):
     assert same(final_weights(tmp_path / "small"), straight)
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_is_resumed_too(straight, s3, motion_set, tmp_path):
     """With a Ray of its own, whose workers know the store from their environment."""
     storage, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
@@ -338,6 +344,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_an_mlflow_server_gone_for_good_is_survived(straight, motion_set, tmp_path, capsys):
     port = free_port()
     store = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/artifacts"]

@@ -323,6 +323,7 @@ def test_a_killed_driver_is_resumed_without_doubles(local_ray, motion_set, tmp_p
     check_whole(study, 2)
 
 
+@pytest.mark.slow
 def test_killed_processes_of_trials_are_replaced(local_ray, motion_set, tmp_path):
     """A training worker of the first trial, then the process that drives the second."""
     study = study_for(tmp_path, motion_set, "train.epochs=4", concurrent=1, trials=2)
@@ -337,6 +338,7 @@ def test_killed_processes_of_trials_are_replaced(local_ray, motion_set, tmp_path
     check_whole(study, 2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_study_that_resumes(local_ray, motion_set, tmp_path):
     study = study_for(tmp_path, motion_set, "train.epochs=3", concurrent=2, trials=2)
     process = start_tune(tmp_path, study)
@@ -388,6 +390,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_node_is_survived(motion_set, tmp_path):
     study = study_for(tmp_path, motion_set, "train.epochs=4", concurrent=1, trials=2)
     (tmp_path / "study.json").write_text(study.model_dump_json())

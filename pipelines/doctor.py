@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.cluster import bundle, has_labels, places
 from pipelines.ingest import STORE_SHARE, decode_rows, rows_per_block
+from pipelines.runs import JOB_FOLDER
 from pipelines.tracking import prepare_mlflow, scrub, shorten, tracking_uri, without_secrets
 from pipelines.train import start_ray
 from posmlp import storage
@@ -42,6 +44,7 @@ ANSWER_S = 120.0  # for a node to start a process and answer
 SKEW_S = 2.0  # between clocks, from which times of different nodes cannot be compared
 BLOCKS = 4  # decoded ahead at least, for decoding and training to overlap
 MIB = 2**20
+UPLOAD_MIB = 50  # of source; more is data that went along by mistake
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         advice = "see RAY_ADDRESS and RAY_AUTH_MODE, and `ray status` on the head"
         yield Finding("fail", f"Ray: {one_line(error)}", advice)
         return
+    yield from check_upload(Path.cwd())
     marker = storage.join(config.train.storage, f".doctor-{uuid.uuid4().hex}") if config else None
     if marker:
         yield from check_storage(marker)
@@ -114,6 +118,18 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         yield from check_room(nodes, config)
     yield from check_stores(nodes, config)
     yield from check_mlflow(config)
+
+
+def check_upload(folder: Path) -> Iterator[Finding]:
+    """How much of a job's working directory went to the cluster; nothing where this is no job."""
+    if JOB_FOLDER not in f"{folder}/":
+        return
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    small = sum(sizes.values()) < UPLOAD_MIB * MIB
+    largest = max(sizes, key=sizes.__getitem__).relative_to(folder)
+    what = f"the job's working directory: {len(sizes)} files, {sum(sizes.values()) / MIB:.1f} MiB"
+    advice = f"every change of it is uploaded anew; name what is not source in .rayignore (the largest is {largest})"
+    yield Finding("ok" if small else "warn", what, "" if small else advice)
 
 
 def listens(address: str) -> bool:
@@ -251,6 +267,10 @@ def check_clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
 def check_storage(marker: str) -> Iterator[Finding]:
     """The driver writes what the nodes are to find."""
     place = storage.parent(marker)
+    if JOB_FOLDER in marker:
+        advice = "give an absolute path or a URI"
+        yield Finding("fail", f"train.storage {place} is the job's own folder, which Ray deletes after the job", advice)
+        return
     try:
         storage.write_bytes(marker, b"")
         yield Finding("ok", f"train.storage {place} can be written from here")

@@ -7,7 +7,7 @@ from small_runs import QUICK, recipe_for
 
 from pipelines import doctor as module
 from pipelines.cli import main
-from pipelines.doctor import Node, check_mlflow, check_nodes, check_room, check_stores, doctor, versions
+from pipelines.doctor import Node, check_mlflow, check_nodes, check_room, check_stores, check_upload, doctor, versions
 from posmlp.config import RecipeError, load_recipe
 
 GIB = 2**30
@@ -71,6 +71,18 @@ def test_a_node_that_differs_is_named(nodes, level, what):
 def test_what_does_not_fit_is_told(overrides, level, what):
     found = check_room(NODES, load_recipe("demo", overrides))
     assert any(line[0] == level and what in line[1] for line in lines(found))
+
+
+def test_what_a_job_has_uploaded_is_counted(tmp_path):
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_12"
+    (folder / "data").mkdir(parents=True)
+    (folder / "run.py").write_bytes(bytes(2**20))
+    assert list(check_upload(tmp_path)) == []
+    assert lines(check_upload(folder)) == [("ok", "the job's working directory: 1 files, 1.0 MiB")]
+    with open(folder / "data" / "big.mp4", "wb") as big:
+        big.truncate(60 * 2**20)
+    (found,) = check_upload(folder)
+    assert found.level == "warn" and "2 files, 61.0 MiB" in found.what and "data/big.mp4" in found.advice
 
 
 def test_a_store_on_disk_and_one_that_is_too_small_are_told():

@@ -34,13 +34,9 @@ from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_NODE_ID, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
 from pipelines.journal import Entry, Journal, Op, move_away, read
+from pipelines.machines import Machine, Nodes
 from posmlp.config import Config
 from posmlp.errors import UserError
 
@@ -103,11 +99,15 @@ def scrub(text: str, uri: str) -> str:
 class Tracker:
     """One MLflow run. Nothing here waits for MLflow, except :meth:`open`, :meth:`log_model` and :meth:`close`."""
 
-    def __init__(self, journal: Journal, courier: Courier, epochs: int, system_step: int):
+    def __init__(self, journal: Journal, courier: Courier, epochs: int, system_step: int, nodes: bool = True):
+        """
+        Args:
+            nodes: sample the cluster's other nodes too.
+        """
         self.journal, self.courier = journal, courier
         self.run_id, self.uri = courier.run_id, courier.uri
         self.epochs = epochs
-        self.machine = MachineMetrics(self, system_step)
+        self.machine = MachineMetrics(self, system_step, Nodes() if nodes else None)
         courier.start()
         self.machine.start()
 
@@ -161,7 +161,8 @@ class Tracker:
         book = Journal(journal, echo)
         book.append({"op": "open", "uri": without_secrets(uri), "run_id": run_id, "blind": blind})
         courier = Courier(book, uri, run_id, past.blind or blind, echo)
-        return cls(book, courier, max(past.epochs, stored_epochs or 0), past.system_step)
+        # A trial leaves the cluster's nodes to its study's own run: else each node would be sampled for each of them.
+        return cls(book, courier, max(past.epochs, stored_epochs or 0), past.system_step, PARENT not in tags)
 
     def log(self, metrics: Mapping[str, float], step: int, *, sync: bool = True) -> None:
         """Write one set of metrics; without ``sync`` a power cut of the next seconds may take it."""
@@ -569,22 +570,20 @@ def sync(path: Path, echo: Callable[[str], None] = print, uri: str | None = None
 
 
 class MachineMetrics(threading.Thread):
-    """CPU, memory, disk, network and GPU of the driver's machine, as MLflow's system metrics.
+    """CPU, memory, disk, network and GPU of the driver's machine, as MLflow's system metrics; on a cluster of several
+    nodes, those of each node beside them.
 
     MLflow's own monitor ends for good with the first call that MLflow does not answer; this one writes to the journal.
     """
 
-    def __init__(self, tracker: Tracker, step: int):
+    def __init__(self, tracker: Tracker, step: int, nodes: Nodes | None):
         super().__init__(daemon=True, name="machine-metrics")
         self.tracker, self.step = tracker, step
         self.interval = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10.0
         node = MLFLOW_SYSTEM_METRICS_NODE_ID.get()
         self.prefix = f"{SYSTEM}{node}/" if node else SYSTEM
-        self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        for gpu in (GPUMonitor, ROCMMonitor):
-            with suppress(Exception):  # raises what it likes where there is no such GPU
-                self.monitors.append(gpu())
-                break
+        self.machine, self.nodes = Machine(), nodes
+        self.told = False  # that other nodes' are missing
         self.stopping = threading.Event()
 
     def run(self) -> None:
@@ -594,13 +593,20 @@ class MachineMetrics(threading.Thread):
             self.sample()
         except Exception as error:  # of a driver or of psutil; the run matters more than these
             self.tracker.courier.tell(f"system metrics end here: {error}")
+        finally:
+            if self.nodes:
+                self.nodes.close()
 
     def sample(self) -> None:
-        values: dict[str, float] = {}
-        for monitor in self.monitors:
-            monitor.collect_metrics()
-            values |= {self.prefix + k: v for k, v in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
+        own = self.machine.sample()
+        values = {self.prefix + key: value for key, value in own.items()}
+        if self.nodes and not self.stopping.is_set():
+            try:
+                values |= {SYSTEM + key: value for key, value in self.nodes.sample(own, self.stopping).items()}
+            except Exception as error:  # of a cluster that does not answer: this machine still does
+                if not self.told:
+                    self.told = True
+                    self.tracker.courier.tell(f"system metrics of other nodes are missing: {error}")
         self.tracker.log(values, self.step, sync=False)
         self.step += 1
 

@@ -296,8 +296,11 @@ class Plan:
 
     @property
     def sample_values(self) -> int:
-        """Values in such a line, if the driver is on a GPU node."""
-        return MACHINE_METRICS + GPU_METRICS * self.cluster.gpus_per_node
+        """Values in such a line, if the driver is on a GPU node: of its machine, and then of each of several nodes."""
+        own, cluster = MACHINE_METRICS + GPU_METRICS * self.cluster.gpus_per_node, self.cluster
+        if cluster.nodes + cluster.decode_nodes == 1:
+            return own
+        return own + cluster.nodes * own + cluster.decode_nodes * MACHINE_METRICS
 
     @property
     def tracking_calls(self) -> int:

@@ -2,6 +2,7 @@
 work goes."""
 
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from ray_nodes import RAY, RayNodes
-from small_runs import QUICK, recipe_for
+from small_runs import QUICK, recipe_for, run_of
 
 from pipelines import checkpoints
 from pipelines.runs import read_record
@@ -38,9 +39,9 @@ def job(cluster, *command, options=()):
     )
 
 
-def run_job(cluster, *command):
+def run_job(cluster, *command, options=()):
     """Its exit code and output."""
-    process = job(cluster, *command)
+    process = job(cluster, *command, options=options)
     out, _ = process.communicate(timeout=300)
     return process.returncode, out
 
@@ -70,10 +71,15 @@ def test_the_doctor_is_content_with_the_cluster(cluster, motion_set, tmp_path):
 
 
 def test_a_run_is_trained_and_tested_by_jobs(cluster, motion_set, tmp_path):
-    """On the nodes that the recipe names; there is always room for one block where decoding is wanted."""
+    """On the nodes that the recipe names; there is always room for one block where decoding is wanted. What each node
+    does meanwhile is in MLflow."""
     recipe, path = recipe_file(tmp_path, motion_set, *PLACED, "data.rows_per_block=16")
-    code, out = run_job(cluster, *POSMLP, "train", path)
+    often = '--runtime-env-json={"env_vars": {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}}'
+    code, out = run_job(cluster, *POSMLP, "train", path, options=[often])
     assert code == 0, out
+    _, run = run_of(recipe)
+    sampled = {key.split("/")[1] for key in run.data.metrics if re.match(r"system/.+/cpu_utilization_percentage", key)}
+    assert sampled == {f"{socket.gethostname()}-{id[:6]}" for id in cluster.names()}
     assert places(cluster, "actors", "RayTrainWorker") == {"two"}
     assert places(cluster, "tasks", "decode_block") == {"one"}
     assert "epoch 2/2" in out and "validation top-1" in out

@@ -81,6 +81,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 import ray
+from pipelines import machines
 from pipelines.tracking import Tracker
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
@@ -89,11 +90,20 @@ config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
 tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl", echo=lambda line: print(line, flush=True))
 print("STARTED", tracker.run_id, flush=True)
 sys.stdin.readline()
+machines.UNUSED_S = 0.0
+sys.stdin.readline()
+work = ray.remote(time.sleep).remote(600)
+sys.stdin.readline()
 begun = time.monotonic()
 left = tracker.close("FINISHED")
 print("ENDED", left, time.monotonic() - begun, tracker.machine.is_alive(), flush=True)
 sys.stdin.readline()
 """
+
+
+def go_on(driver):
+    driver.stdin.write("\n")
+    driver.stdin.flush()
 
 
 @pytest.mark.ray
@@ -143,14 +153,19 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         before = count("two")[0]
         until(lambda: count("two")[0] > before + 4)
         assert count("one")[0] == gone
-        os.kill(actors["two"]["pid"], signal.SIGSTOP)  # and one that hangs as the run ends
+        go_on(driver)  # what is not used is left alone, until it is used
+        until(lambda: not samplers())
+        before = count("two")[0]
+        go_on(driver)
+        until(lambda: count("two")[0] > before)
+        (sampler,) = samplers()
+        os.kill(sampler["pid"], signal.SIGSTOP)  # a node that hangs as the run ends
         before = count(None)[0]
         until(lambda: count(None)[0] > before)
-        driver.stdin.write("\n")
-        driver.stdin.flush()
+        go_on(driver)
         _, left, seconds, alive = driver.stdout.readline().split()
         assert (left, alive) == ("0", "False") and float(seconds) < 4
-        os.kill(actors["two"]["pid"], signal.SIGCONT)
+        os.kill(sampler["pid"], signal.SIGCONT)
         until(lambda: not samplers())
         out, _ = driver.communicate("\n", timeout=60)
         assert driver.returncode == 0 and not out

@@ -118,6 +118,8 @@ def test_metrics_are_counted_as_they_are_sent():
         values += len(monitor.aggregate_metrics())
     assert values == plan.MACHINE_METRICS
     assert len(set(re.findall(r'f"gpu_\{i\}_\w+"', inspect.getsource(GPUMonitor)))) == plan.GPU_METRICS
+    one, several = k400().sample_values, k400(gpus=16, decode_nodes=3).sample_values
+    assert several == one + 2 * one + 3 * plan.MACHINE_METRICS  # the driver's machine, then every node
 
 
 def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):

@@ -132,6 +132,25 @@ def test_odd_names_are_objects_of_a_store(name):
     assert [path.rpartition("/")[2] for path in fsspec.filesystem("memory").ls(bucket, detail=False)] == [name]
 
 
+def test_of_many_files_each_is_looked_for(tmp_path):
+    """More than one thread takes at a time, a store's among them, and some named twice."""
+    bucket = f"memory://{uuid.uuid4().hex}"
+    names = [f"{number}.mp4" for number in range(3 * storage.LOOKS + 5)]
+    there = [number % 3 > 0 for number in range(len(names))]
+    uris = [f"file://{tmp_path / name}" if number % 2 else str(tmp_path / name) for number, name in enumerate(names)]
+    for uri, exists in zip(uris, there, strict=True):
+        if exists:
+            storage.write_bytes(uri, b"")
+    storage.write_bytes(f"{bucket}/a.mp4", b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.mp4").symlink_to("1.mp4")
+    odd = {f"{bucket}/a.mp4": True, f"{bucket}/b.mp4": False, str(tmp_path / "folder"): False}
+    odd |= {str(tmp_path / "link.mp4"): True, f"{tmp_path}/1.mp4#3": False}
+    asked = [*odd, *uris, *uris[::-1], *odd]
+    assert storage.are_files(asked) == [*odd.values(), *there, *there[::-1], *odd.values()]
+    assert storage.are_files([]) == []
+
+
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "folder" / "v.mp4"
     storage.write_bytes(str(path), b"old")

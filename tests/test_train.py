@@ -20,7 +20,7 @@ from pipelines.tracking import tracking_uri
 from pipelines.train import check_record, fingerprint, last_model, train, without_password
 from pipelines.worker import RunError
 from posmlp.errors import UserError
-from posmlp.video.manifest import Manifest, read_manifest
+from posmlp.video.manifest import SCHEMA, Manifest, read_manifest
 from posmlp.video.motion import CLASSES
 
 pytestmark = pytest.mark.ray
@@ -155,6 +155,13 @@ def test_a_list_is_known_by_its_videos_labels_and_classes(motion_set):
         Manifest(manifest.rows, manifest.classes[::-1]),
     ):
         assert fingerprint(other) != fingerprint(manifest)
+
+
+def test_a_list_keeps_its_fingerprint_from_release_to_release():
+    """Runs in progress have it noted, and would be refused with another."""
+    columns = {"sample_id": ["a b.mp4", 'ü"/c.mp4'], "uri": ["/x", "/y"], "label": [1, 0], "frames": [None, 3]}
+    known = Manifest(pa.table(columns, schema=SCHEMA), ("left", "rechts ü"))
+    assert fingerprint(known) == "2 videos, bafce80c1a07feab"
 
 
 def test_a_password_is_not_stored(motion_set, tmp_path):

@@ -90,7 +90,7 @@ config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
 tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl", echo=lambda line: print(line, flush=True))
 print("STARTED", tracker.run_id, flush=True)
 sys.stdin.readline()
-machines.UNUSED_S = 0.0
+machines.UNUSED_S = 0.4
 sys.stdin.readline()
 work = ray.remote(time.sleep).remote(600)
 sys.stdin.readline()

@@ -24,6 +24,7 @@ import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
+from pipelines import gauges
 from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
 from posmlp.learn.learner import Batch
@@ -170,6 +171,7 @@ class Split:
         for text in columns["fatal"][columns["fatal"] != ""]:
             raise UserError(str(text))
         for i in np.flatnonzero(columns["reason"] != ""):
+            gauges.count(self.config.name, "decode_errors")
             self.bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
         if self.config.data.decoder == "decord":
             self.taken_over += int((columns["decoder"] == "pyav").sum())

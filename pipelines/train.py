@@ -30,7 +30,7 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines import checkpoints, figures
+from pipelines import checkpoints, figures, gauges
 from pipelines.cluster import bundle, wait_for_room
 from pipelines.ingest import BadVideo
 from pipelines.mailbox import open_mailbox
@@ -158,7 +158,7 @@ def train(
     tags = source_tags() | {"run": run} | part.tags
     tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=part.params, echo=echo)
     status = "FAILED"
-    report = Report(tracker, echo, part.on_epoch)
+    report = Report(config.name, tracker, echo, part.on_epoch)
     if part.costs and not whole:
         tracker.log(part.costs, step=0)
     try:
@@ -417,8 +417,10 @@ class Report:
         confusion: ``[classes, classes]``, of the last validation.
     """
 
-    def __init__(self, tracker: Tracker, echo: Callable[[str], None], on_epoch: Callable[[Mapping[str, float]], None]):
-        self.tracker, self.echo, self.on_epoch = tracker, echo, on_epoch
+    def __init__(
+        self, run: str, tracker: Tracker, echo: Callable[[str], None], on_epoch: Callable[[Mapping[str, float]], None]
+    ):
+        self.run, self.tracker, self.echo, self.on_epoch = run, tracker, echo, on_epoch
         self.history: list[dict[str, float]] = []
         self.bad: dict[str, BadVideo] = {}
         self.confusion: np.ndarray | None = None
@@ -428,6 +430,15 @@ class Report:
         """All that has come since the last call."""
         for event in ray.get(mailbox.take.remote()):
             self.handle(**event)
+        self.show()
+
+    def show(self) -> None:
+        """How far the run is, as gauges."""
+        values = {"epoch": float(len(self.history)), "bad_videos": float(len(self.bad))}
+        for metrics in self.history:
+            if "val/top1" in metrics:
+                values["val_top1"] = metrics["val/top1"]
+        gauges.show(self.run, **values)
 
     def handle(self, kind: str, **event: Any) -> None:
         if kind == "line":

@@ -26,7 +26,7 @@ from ray.actor import ActorHandle
 from ray.train.torch import get_device
 from safetensors.torch import save as save_safetensors
 
-from pipelines import checkpoints
+from pipelines import checkpoints, gauges
 from pipelines.ingest import BadVideo, Split, object_store
 from pipelines.progress import Progress, advise, describe_epoch, minutes
 from posmlp import create_model, load_published, storage
@@ -226,6 +226,7 @@ class Worker:
         config, learner, progress, split = self.config, self.learner, self.progress, self.train_split
         steps, every = split.steps, config.train.checkpoint_every_steps
         waited, first, began = 0.0, 0.0, progress.steps
+        pace = gauges.Pace(config.name, config.train.global_batch)
         start = spoken = time.perf_counter()
         watch = object_store if self.rank == 0 else lambda: (math.nan, math.nan)
         store, spilled_before = watch()
@@ -259,9 +260,12 @@ class Worker:
                 text = f"epoch {epoch + 1}/{config.train.epochs}  step {progress.steps}/{steps}  "
                 text += f"loss {progress.loss / progress.steps:.3f}  {rate * config.train.global_batch:.1f} clips/s  "
                 self.say(f"{text}data wait {waited / (now - start):.0%}  left {minutes(left)}")
+                self.show(pace, now - start, progress.steps - began, waited)
         if profiler:
             profiler.stop()
         seconds = time.perf_counter() - start
+        if spoken == start:  # a short epoch
+            self.show(pace, seconds, steps - began, waited)
         used, spilled = watch()
         (waited_share,) = average([waited / seconds])
         metrics = {
@@ -276,6 +280,12 @@ class Worker:
             "data/spilled_mb": spilled - spilled_before,
         }
         return metrics | self.speed((steps - began) / seconds)
+
+    def show(self, pace: gauges.Pace, seconds: float, steps: int, waited: float) -> None:
+        """How training goes now, as gauges; the first worker's."""
+        if self.rank == 0:
+            pace.show(seconds, steps, waited)
+            gauges.show(self.config.name, train_loss=self.progress.loss / self.progress.steps)
 
     def speed(self, steps_per_s: float) -> dict[str, float]:
         """Rates over all workers, the share of the devices' peak where it is known, and the memory of one worker.

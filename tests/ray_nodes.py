@@ -12,6 +12,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_ID = "f" * 51 + "00000"  # what Ray's provider for tests calls the head
 RAY = str(Path(sys.executable).parent / "ray")
@@ -47,6 +49,7 @@ class RayNodes:
         self.env = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.env |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "RAY_DISABLE_IMPORT_WARNING": "1"}
         options = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]
+        options.append('--system-config={"metrics_report_interval_ms": 1000}')
         if node_types:
             options.append(f"--autoscaling-config={self.write_config(node_types)}")
             self.env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
@@ -100,11 +103,26 @@ class RayNodes:
             self.nodes[name] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
 
     def answers(self):
-        request = urllib.request.Request(f"{self.jobs}/api/version")
-        request.add_header("Authorization", f"Bearer {self.env['RAY_AUTH_TOKEN']}")
         with suppress(OSError):
-            return urllib.request.urlopen(request, timeout=5).status == 200
+            return bool(self.ask("/api/version"))
         return False
+
+    def ask(self, path):
+        """What the dashboard answers, with the token."""
+        request = urllib.request.Request(f"{self.jobs}{path}")
+        request.add_header("Authorization", f"Bearer {self.env['RAY_AUTH_TOKEN']}")
+        return json.load(urllib.request.urlopen(request, timeout=30))
+
+    @property
+    def discovery(self):
+        """The file in which Prometheus finds the nodes."""
+        return self.folder / "head" / "prom_metrics_service_discovery.json"
+
+    def scrape(self):
+        """The samples that all nodes export; they ask for no token."""
+        (found,) = json.loads(self.discovery.read_text())
+        texts = [urllib.request.urlopen(f"http://{to}/metrics", timeout=30).read().decode() for to in found["targets"]]
+        return [each for text in texts for family in text_string_to_metric_families(text) for each in family.samples]
 
     def wait(self):
         """Until all nodes have joined."""

@@ -43,6 +43,22 @@ def study_for(folder, motion_set, *overrides, **settings):
     return Study(recipe=recipe, **settings)
 
 
+def with_broken(motion_set, folder, count):
+    """A copy of val.csv whose first ``count`` videos are cut short."""
+    header, *rows = (motion_set / "val.csv").read_text().splitlines()
+    lines = [header]
+    for i, row in enumerate(rows):
+        path = motion_set / row.split(",")[0]
+        if i < count:
+            cut = folder / f"cut{i}.mp4"
+            cut.write_bytes(path.read_bytes()[:200])
+            path = cut
+        lines.append(f"{path},{row.split(',', 1)[1]}")
+    manifest = folder / "broken.csv"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest
+
+
 def run_of(config):
     """The one MLflow run of a recipe, and its client."""
     client = MlflowClient(tracking_uri(config))

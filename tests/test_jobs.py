@@ -1,19 +1,27 @@
-"""Jobs as users submit them, to a cluster that ``ray start`` has made: their logs, exit codes and ends, and where their
-work goes."""
+"""Jobs as users submit them, to a cluster that ``ray start`` has made: their logs, exit codes and ends, where their
+work goes, and what can be seen of it."""
 
+import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
-from ray_nodes import RAY, RayNodes
-from small_runs import QUICK, recipe_for, run_of
+from ray_nodes import RAY, RayNodes, free_port
+from small_runs import QUICK, recipe_for, run_of, with_broken
+from test_gauges import expressions, metrics_of
 
-from pipelines import checkpoints
+from pipelines import checkpoints, gauges
 from pipelines.runs import read_record
 
 pytestmark = pytest.mark.ray
@@ -70,22 +78,105 @@ def test_the_doctor_is_content_with_the_cluster(cluster, motion_set, tmp_path):
     assert float(re.search(r"the job's working directory: \d+ files, ([\d.]+) MiB", out)[1]) < 8
 
 
-def test_a_run_is_trained_and_tested_by_jobs(cluster, motion_set, tmp_path):
-    """On the nodes that the recipe names; there is always room for one block where decoding is wanted. What each node
-    does meanwhile is in MLflow."""
-    recipe, path = recipe_file(tmp_path, motion_set, *PLACED, "data.rows_per_block=16")
+@contextmanager
+def prometheus(cluster, folder):
+    """A server with the project's settings, but quicker, and with this cluster's nodes; yields its address."""
+    settings = yaml.safe_load((HERE / "deploy" / "prometheus.yml").read_text())
+    settings["global"]["scrape_interval"] = "1s"
+    settings["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(cluster.discovery)]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+    place = f"127.0.0.1:{free_port()}"
+    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb"]
+    with open(folder / "prometheus.log", "w") as log:
+        server = subprocess.Popen([*command, f"--web.listen-address={place}"], stdout=log, stderr=log)
+    yield place
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def trained(cluster, motion_set, tmp_path_factory):
+    """A run as a job, on the nodes that the recipe names, with two broken videos; there is always room for one block
+    where decoding is wanted. MLflow is told every second what each node does.
+
+    Its recipe, its record, what it printed, the values of its gauges one after the other, its states on Ray's
+    dashboard, and where Prometheus listens, if it is installed.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    broken = f"data.val.path={with_broken(motion_set, folder, 2)}"
+    recipe, path = recipe_file(folder, motion_set, *PLACED, "data.rows_per_block=16", broken)
     often = '--runtime-env-json={"env_vars": {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}}'
-    code, out = run_job(cluster, *POSMLP, "train", path, options=[often])
-    assert code == 0, out
+    shown, states = defaultdict(list), []
+    with prometheus(cluster, folder) if shutil.which("prometheus") else nullcontext() as server:
+        process = job(cluster, *POSMLP, "train", path, options=[often])
+        ended = False
+        while not ended:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.3)
+                ended = True
+            for sample in cluster.scrape():
+                if sample.labels.get("run") == recipe.name:
+                    shown[sample.name].append(sample.value)
+            with suppress(OSError):  # until Ray Train knows of a run
+                states += [run["status"] for run in cluster.ask("/api/train/v2/runs/v1")["train_runs"]]
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        yield recipe, read_record(f"{folder}/{recipe.name}"), out, shown, states, server
+
+
+def test_a_run_is_trained_and_tested_by_jobs(cluster, trained):
+    recipe, record, out, *_ = trained
     _, run = run_of(recipe)
     sampled = {key.split("/")[1] for key in run.data.metrics if re.match(r"system/.+/cpu_utilization_percentage", key)}
     assert sampled == {f"{socket.gethostname()}-{id[:6]}" for id in cluster.names()}
     assert places(cluster, "actors", "RayTrainWorker") == {"two"}
     assert places(cluster, "tasks", "decode_block") == {"one"}
     assert "epoch 2/2" in out and "validation top-1" in out
-    assert read_record(f"{tmp_path}/{recipe.name}")["metrics"]
-    code, out = run_job(cluster, *POSMLP, "evaluate", f"{tmp_path}/{recipe.name}")
+    assert record["metrics"]
+    code, out = run_job(cluster, *POSMLP, "evaluate", f"{recipe.train.storage}/{recipe.name}")
     assert code == 0 and "top-1" in out, out
+
+
+def test_a_run_shows_its_gauges_to_who_scrapes_the_nodes(trained):
+    _, record, _, shown, *_ = trained
+    metrics = record["metrics"]
+    last = {name.removeprefix("ray_posmlp_"): values[-1] for name, values in shown.items()}
+    assert last["epoch"] == metrics["epoch"] == 2
+    assert last["val_top1"] == metrics["val/top1"]
+    assert last["bad_videos"] == metrics["data/bad"] == 2
+    assert {*last} == {*gauges.GAUGES, *(f"{name}_total" for name in gauges.COUNTERS)}
+
+
+def test_the_dashboard_shows_a_runs_state(trained):
+    *_, states, _ = trained
+    assert "RUNNING" in states
+    assert states[-1] == "FINISHED"
+
+
+def test_ray_exports_what_the_grafana_dashboard_draws(cluster):
+    """But for GPUs, which this machine may not have: those metrics Ray defines."""
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    wanted = {name for name in metrics_of(expressions()) if not name.startswith("ray_posmlp_")}
+    gpus = {name for name in wanted if name.startswith(("ray_node_gpus", "ray_node_gram"))}
+    assert {name.removeprefix("ray_") for name in gpus} <= {*METRICS_GAUGES}
+    assert wanted - gpus and wanted - gpus <= {sample.name for sample in cluster.scrape()}
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")
+def test_prometheus_answers_what_the_grafana_dashboard_asks(trained):
+    recipe, record, *_, server = trained
+
+    def ask(expression):
+        query = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"http://{server}/api/v1/query?{query}", timeout=30) as answer:
+            return json.load(answer)["data"]["result"]
+
+    (series,) = ask(f'max_over_time(ray_posmlp_epoch{{run="{recipe.name}"}}[10m])')
+    assert float(series["value"][1]) == record["metrics"]["epoch"]
+    for expression in expressions():
+        found = ask(expression.replace("$run", recipe.name))
+        assert found or "posmlp" in expression or "ray_node_g" in expression, expression  # a run's are gone soon
 
 
 @pytest.mark.slow
@@ -150,3 +241,12 @@ def test_the_upload_is_small(cluster):
     assert int(told["BYTES"][0]) < 8e6, told
     assert {"posmlp", "pipelines", "tune_spaces", "cluster.yaml"} <= {*told["THERE"]}
     assert not {".venv", ".git", "runs", "data", "mlruns"} & {*told["THERE"]}
+
+
+def test_an_ended_run_shows_nothing_any_more(cluster, trained):
+    """Ray keeps its gauges for 20 seconds; counters stay."""
+    deadline = time.monotonic() + 60
+    names = {f"ray_posmlp_{name}" for name in gauges.GAUGES}
+    while names & {sample.name for sample in cluster.scrape()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

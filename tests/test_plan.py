@@ -137,7 +137,7 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
     tracking.create_run(client(), config, {})
     journal = Journal(tmp_path / "journal.jsonl", print)
     tracker = tracking.Tracker(journal, MagicMock(run_id="run", uri="sqlite:///x"), 0, 0)
-    report = Report(tracker, print, lambda metrics: None)
+    report = Report(config.name, tracker, print, lambda metrics: None)
     journal.append({"op": "open"})
     report.handle("cost", metrics={"cost/gmacs": 1.0})
     report.handle("confusion", counts=torch.eye(2).numpy())

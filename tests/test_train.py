@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from small_runs import active_uri, recipe_for, run_of
+from small_runs import active_uri, recipe_for, run_of, with_broken
 
 from pipelines import checkpoints
 from pipelines.progress import advise
@@ -196,22 +196,6 @@ def test_an_unreachable_mlflow_is_refused(local_ray, motion_set, tmp_path, monke
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be written, see tracking\.uri"):
         train(recipe_for(tmp_path, motion_set, "tracking.uri=http://127.0.0.1:9"))
-
-
-def with_broken(motion_set, folder, count):
-    """A copy of val.csv whose first ``count`` videos are cut short."""
-    header, *rows = (motion_set / "val.csv").read_text().splitlines()
-    lines = [header]
-    for i, row in enumerate(rows):
-        path = motion_set / row.split(",")[0]
-        if i < count:
-            cut = folder / f"cut{i}.mp4"
-            cut.write_bytes(path.read_bytes()[:200])
-            path = cut
-        lines.append(f"{path},{row.split(',', 1)[1]}")
-    manifest = folder / "broken.csv"
-    manifest.write_text("\n".join(lines) + "\n")
-    return manifest
 
 
 def test_bad_videos_are_quarantined_and_the_run_goes_on(local_ray, motion_set, tmp_path):

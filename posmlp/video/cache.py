@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from posmlp import storage
 from posmlp.errors import UserError
-from posmlp.video.decode import Frames, ImageFolder, Video, VideoInfo, cannot_open
+from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo, cannot_open
 
+MOST_BYTES = 2**33  # of a video's file; a small video may have frames without end
 CACHE_VERSION = 3  # raise it when decoding or scaling changes, so that old cache files are not used
 
 
@@ -72,14 +73,18 @@ def store(video: Video | ImageFolder, short_side: int | None, path: Path) -> Non
     """Decode a whole video into ``path``; for the cache, a name that the caller changes when this has returned.
 
     Raises:
-        DecodeError: the video is damaged; because every frame is decoded, one with a damaged end always fails here.
+        DecodeError: the video is too long, or damaged: as every frame is decoded, a damaged end always fails here.
         UserError: the file cannot be written.
     """
     frames = video.all_frames(short_side)
     first = next(frames)
+    size = first.size * video.info.frames
+    if size > MOST_BYTES:
+        reason = f"its decoded frames take {size / 1e9:.0f} GB; leave out data.cache_dir, or cut the video"
+        raise DecodeError(video.uri, reason)
     times = b"" if video.info.times is None else video.info.times.tobytes()
-    size = {"height": str(first.shape[0]), "width": str(first.shape[1])}
-    meta = size | {"times": times, "codec": video.info.codec, "uri": video.uri}
+    shape = {"height": str(first.shape[0]), "width": str(first.shape[1])}
+    meta = shape | {"times": times, "codec": video.info.codec, "uri": video.uri}
     schema = pa.schema([pa.field("pixels", pa.binary(first.size))], metadata=meta)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from posmlp.config import Config, DataSection
 from posmlp.errors import UserError
 from posmlp.video.cache import CachedVideo, cache_path, store, unwritable
-from posmlp.video.decode import DecodeError, Decoder, Frames, VideoInfo
+from posmlp.video.decode import MOST_FRAMES, DecodeError, Decoder, Frames, VideoInfo
 from posmlp.video.isolated import IsolatedVideo, call_isolated, open_isolated
 from posmlp.video.sampling import (
     Box,
@@ -29,8 +29,6 @@ from posmlp.video.sampling import (
     square_crop,
     uniform_indices,
 )
-
-MOST_FRAMES = 10**7  # of a video at ``data.fps``: four days at 30 a second; a damaged time may claim years
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,14 @@ TIMED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg1video", "mpeg2vi
 TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "flv")
 SEEKABLE_CONTAINERS = TIMED_CONTAINERS[:2]  # with an index of key frames; the others guess by position
 DECLARED_CONTAINERS = ("matroska,webm", "avi", "flv")  # with their duration in the header; others' is an estimate
+# Containers that may be opened: a playlist (HLS, DASH, concat) would make FFmpeg read whatever files it names.
+CONTAINERS = (
+    *("mov", "matroska", "avi", "flv", "gif", "asf", "mpeg", "mpegts", "mpegvideo", "ogg", "h264", "hevc", "m4v"),
+    *("ivf", "nut", "mxf", "rm", "dv", "yuv4mpegpipe", "wav", "mp3"),
+)
 SEEK_GAP = 4  # frames between two wanted ones above which a seek pays
 TOO_LARGE = "it needs more memory than a decoder may take; scale the video down"
+MOST_FRAMES = 10**7  # of a video: four days at 30 a second; a damaged file, or a hostile one, may claim years
 KEPT_BYTES = 2**28  # of decoded frames that are kept while a stream is counted
 IMAGE_CODECS = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}  # by a file's first two bytes
 
@@ -156,7 +162,8 @@ class Video:
     def open_container(self) -> InputContainer:
         """The file as PyAV's container, opened anew."""
         source = io.BytesIO(self.source) if isinstance(self.source, bytes) else f"file:{self.source}"
-        return cast(InputContainer, av.open(source, metadata_errors="replace"))
+        options = {"format_whitelist": ",".join(CONTAINERS)}
+        return cast(InputContainer, av.open(source, options=options, metadata_errors="replace"))
 
     def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = _allocate) -> Frames:
         """Some frames.
@@ -249,6 +256,8 @@ class Video:
             untimed |= packet.pts is None
             pts = -1 if packet.pts is None else packet.pts
             found.append((pts, packet.is_keyframe))
+            if packets > MOST_FRAMES:
+                raise DecodeError(self.uri, f"more than {MOST_FRAMES} frames; cut it into shorter videos")
         if not found:
             raise DecodeError(
                 self.uri, "no frames in the video stream; fetch the file again, or remove it from the manifest"
@@ -454,7 +463,7 @@ class Video:
     def _cannot_open(self) -> str:
         if VIDEO_HEAD.match(self.head):
             return "the video is truncated or corrupt, it cannot be opened; fetch it again"
-        return "not a video, or of a format that FFmpeg does not know; convert it, or remove it from the manifest"
+        return "not a video, or of a format that is not read here; convert it, or remove it from the manifest"
 
 
 class ImageFolder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import mmap
 import os
 import resource
@@ -27,6 +28,7 @@ from posmlp.errors import UserError
 from posmlp.video.decode import TOO_LARGE, DecodeError, Decoder, Frames, ImageFolder, Video, VideoInfo, open_video
 
 MEMORY_LIMIT = 6 * 2**30  # bytes of a child's address space; an 8K stream takes about 3
+FRAMES_LIMIT = 2 * 2**30  # bytes of frames that it may hand over: they lie in shared memory, which that does not count
 START_TIMEOUT_S = 60.0
 
 _child: Child | None = None
@@ -207,6 +209,10 @@ def serve(channel_fd: int, memory_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is no reason to fill the disk
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # should memory run out all the same, the kernel is to end this process and no other
     channel = Connection(channel_fd)
     worker = _Worker(memory_fd)
     channel.send("ready")
@@ -272,7 +278,11 @@ class _Worker:
         del self.video
 
     def allocate(self, shape: tuple[int, ...]) -> Frames:
-        size = int(np.prod(shape))
+        size = math.prod(shape)
+        if size > FRAMES_LIMIT:
+            raise DecodeError(
+                self.uri, f"its frames take {size / 1e9:.1f} GB; lower data.short_side or the views, or remove it"
+            )
         if self.map is None or len(self.map) < size:
             try:  # a file that is only made longer would kill the process where the memory behind it is full
                 getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(self.memory_fd, 0, size)

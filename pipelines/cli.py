@@ -477,7 +477,7 @@ def run_check(args: argparse.Namespace) -> int:
     start_ray()
     result = check(manifest, args.out, args.timeout, echo=lambda line: print(line, flush=True))
     print(result.summary, end="")
-    good = " and good.parquet (a list of the good ones)" if result.has_list else ""
+    good = f" and good.parquet (a list of the good ones; its root is {manifest.root})" if result.has_list else ""
     print(f"{args.out} has report.parquet, summary.txt{good}")
     return int(result.bad > 0)
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.model.variants import Variant, model_variant, suggest
 
@@ -74,7 +75,7 @@ class SplitSection(Section):
     """One split of a data set: its list, and which of the list's rows to take. Paths may be URIs (``s3://...``)."""
 
     path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
-    root: str | None = None  # where the videos lie; None: beside the list
+    root: str | None = None  # the folder that holds the videos; None: that of the list
     where: dict[str, str] = {}  # keep the rows whose columns have these values
 
 
@@ -202,7 +203,11 @@ class Config(Section):
     def check_together(self) -> Config:
         """Refuse what no single key shows to be impossible."""
         self.model.variant()
-        problems = []
+        problems = [
+            f"{key} {storage.without_password(value)}: leave user and password out; the environment has them"
+            for key, value in self.flat().items()
+            if key != "tracking.uri" and isinstance(value, str) and storage.PASSWORD.match(value)
+        ]
         if self.data.decoder == "decord" and self.data.cache_dir:
             problems.append("data.decoder decord has no effect with data.cache_dir, which PyAV fills; drop one of them")
         if self.data.modality == "rgb_difference" and self.model.variant().frames < 2:

@@ -23,6 +23,7 @@ from posmlp.errors import UserError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FILE = "file://"
+PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)[^/]*:[^/]*@")
 # The question mark before a store's options, as PyArrow names them; one in a file name (``watch?v=1.mp4``) is not it.
 OPTIONS = re.compile(r"\?(?=(?:region|scheme|user|replication|[a-z]+_[a-z_]+)=[^?]*$)")
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "memory")  # show what is written when it is closed
@@ -68,6 +69,35 @@ def join(base: str, relative: str) -> str:
     return local_path(os.path.join(base, relative))
 
 
+def is_inside(uri: str, folder: str) -> bool:
+    """Whether a place lies in a folder, both as ``join`` gives them, by name: what links lead to counts as inside.
+
+    In a store the options, such as the server that answers, must be the folder's too.
+    """
+    if not is_remote(uri):
+        return not is_remote(folder) and uri.startswith(os.path.join(folder, ""))
+    if not is_remote(folder):
+        return False
+    (place, options), (base, expected) = _split(uri), _split(folder)
+    below = place.removeprefix(base.rstrip("/") + "/")
+    return below not in ("", place) and options == expected and not {"..", "."} & {*below.split("/")}
+
+
+def without_password(uri: str) -> str:
+    """A URI to be shown."""
+    return PASSWORD.sub(r"\1", uri)
+
+
+def refuse_password(uri: str) -> None:
+    """What names a place is written down and printed in many places.
+
+    Raises:
+        StorageError: there is a password in the URI.
+    """
+    if PASSWORD.match(uri):
+        raise StorageError(f"{without_password(uri)}: leave user and password out; the environment has them")
+
+
 def parent(uri: str) -> str:
     """The folder that a file lies in."""
     if not is_remote(uri):
@@ -84,12 +114,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     if not is_remote(uri):
         return _local(), local_path(uri)
+    refuse_password(uri)
     location, options = _split(uri)
     scheme, _, path = location.partition("://")
-    if ":" in path.partition("/")[0].rpartition("@")[0]:
-        raise StorageError(
-            f"{scheme}://{path.rpartition('@')[2]}: leave user and password out; the environment has them"
-        )
     root = f"{scheme}://{path.partition('/')[0]}{options}"
     system, base = _remote(root)
     rest = path.partition("/")[2]

@@ -88,3 +88,22 @@ def test_sections_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         config.train.epochs = 3
     assert yaml.safe_load(config.to_yaml())["train"]["epochs"] == config.train.epochs
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch {0}']", "!!python/name:os.system"])
+def test_yaml_runs_no_code(tmp_path, tag):
+    made, path = tmp_path / "made", tmp_path / "recipe.yaml"
+    path.write_text(f"name: {tag.format(made)}\n")
+    with pytest.raises(RecipeError, match=r"is not YAML: could not determine a constructor for the tag.*python"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="the value is not YAML"):
+        load_recipe("demo", [f"name={tag.format(made)}"])
+    assert not made.exists()
+
+
+def test_a_password_in_a_place_is_refused_and_not_shown():
+    places = ["train.storage", "model.weights", "data.train.path", "data.val.root", "data.classes", "data.cache_dir"]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", [f"{key}=s3://me:hushhush@bucket/x" for key in places])
+    assert all(f"{key} s3://bucket/x: leave user and password out" in str(caught.value) for key in places)
+    assert "hushhush" not in str(caught.value)

@@ -45,6 +45,7 @@ def subject(motion_set, tmp_path_factory):
         motion_set,
         f"data.train.path={folder}/train.csv",
         f"data.val.path={folder}/val.csv",
+        *(f"data.{split}.root=/" for split in ("train", "val")),
         f"data.classes={folder}/classes.txt",
         "data.max_bad_fraction=0.1",
         "data.cache_dir=null",

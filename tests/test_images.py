@@ -153,8 +153,8 @@ def test_a_folder_and_parquet_files_give_the_same_clips(tree, tmp_path):
     pq.write_table(pa.table(columns | inline), tmp_path / "shards/0.parquet", row_group_size=5)
     uris = {"uri": [str(tree / row["sample_id"]) for row in rows]}
     pq.write_table(pa.table(columns | uris), tmp_path / "uris.parquet")
-    for place in ("shards", "shards/0.parquet", "uris.parquet"):
-        actual = decoded(recipe(tmp_path / place))
+    for place, root in (("shards", None), ("shards/0.parquet", None), ("uris.parquet", tree)):
+        actual = decoded(recipe(tmp_path / place, *([f"data.train.root={root}"] if root else [])))
         assert np.array_equal(actual["clip"], expected["clip"])
         assert np.array_equal(actual["seeds"], expected["seeds"])
 

@@ -4,10 +4,14 @@ The lists of published data sets are in ``test_formats.py``.
 """
 
 import pickle
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from posmlp import storage
 from posmlp.video.manifest import ManifestError, read_manifest
 
 
@@ -183,3 +187,96 @@ def test_a_bad_folder_tells_every_problem(tmp_path):
 def test_a_folder_without_classes(tmp_path):
     (problem,) = problems(tmp_path)
     assert "no class folders" in problem
+
+
+# Where videos may lie -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../m.mp4",
+        "sub/../../m.mp4",
+        "/etc/hostname",
+        "//etc/hostname",
+        "file:///etc/hostname",
+        "s3://b/x",
+        "http://h/x",
+    ],
+)
+def test_a_path_that_leaves_the_root_is_refused(write, tmp_path, path):
+    (tmp_path.parent / "m.mp4").touch()
+    text = f"path {path!r} leaves {tmp_path}, where the list's videos must lie; correct it, or set `root`"
+    assert problems(write(f"path,label\n{path},0\na.mp4,0\n"))[0].startswith(f"2: {text}")
+
+
+def test_a_password_in_a_list_is_not_shown(write):
+    (problem,) = problems(write("path,label\ns3://me:hushhush@bucket/x.mp4,0\na.mp4,0\n"))
+    assert "path 's3://bucket/x.mp4' leaves" in problem
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "value"),
+    [
+        ("kinetics", "../m.mp4 0\na.mp4 0\n", "../m.mp4"),
+        ("kinetics", "label,youtube_id,time_start,time_end,split\nx,../../m,1,2,train\n", "../../m_000001_000002.mp4"),
+        ("ssv1", "../m 3 0\n", "../m"),
+        ("ssv1", "/etc 3 0\n", "/etc"),
+        ("ucf101", "x/../../m.avi 1\n", "x/../../m.avi"),
+        ("images", "path,label\n../m.png,0\n", "../m.png"),
+    ],
+)
+def test_so_it_is_in_the_lists_of_others(write, format, text, value):
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(write(text), format=format)
+    assert any(f"path {value!r} leaves" in problem for problem in caught.value.problems)
+
+
+def test_a_label_leads_nowhere_else(tmp_path):
+    """Kinetics' videos are also looked for in a folder of the label's name."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "x_000001_000002.mp4").touch()
+    list_ = tmp_path / "root" / "list.csv"
+    list_.write_text("label,youtube_id,time_start,time_end\n..,x,1,2\n")
+    with pytest.raises(ManifestError, match="no video file"):
+        read_manifest(list_, format="kinetics")
+
+
+def test_a_wider_root_takes_them(write, tmp_path):
+    path = write(f"path,label\n{tmp_path}/a.mp4,0\n{tmp_path}/sub/e.mp4,1\n")
+    for root in (tmp_path, tmp_path.parent, "/"):
+        manifest = read_manifest(path, root=root)
+        assert manifest.rows["uri"].to_pylist() == [f"{tmp_path}/a.mp4", f"{tmp_path}/sub/e.mp4"]
+        assert manifest.root == str(root)
+    with pytest.raises(ManifestError, match="1 problem"):
+        read_manifest(path, root=tmp_path / "sub")
+
+
+PARTS = st.sampled_from(["..", ".", "", "a", "b", "...", "a..", "~", "%2e%2e", "\\\\..", "root", "rooted"])
+
+
+@given(st.lists(PARTS, min_size=1, max_size=6).map("/".join), st.booleans())
+def test_only_what_is_inside_is_read(path, absolute):
+    root = Path("/nowhere/2/3/4/5/6/root")
+    written = f"{root}/{path}" if absolute else path
+    truth = (root / written).resolve()
+    assert storage.is_inside(storage.join(str(root), written), str(root)) == (root in truth.parents)
+
+
+@given(st.lists(PARTS, min_size=1, max_size=6).map("/".join))
+def test_only_what_is_inside_is_read_from_a_store(path):
+    folder = "s3://bucket/root?region=r"
+    inside = storage.is_inside(storage.join(folder, path), folder)
+    if inside:  # also where the store takes dots as a file system does
+        assert Path("/bucket/root") in Path("/bucket/root", path).resolve().parents
+    elif path and not path.startswith("/"):
+        assert {"..", "."} & {*path.split("/")}
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://other/root/a", "s3://bucket/rooted/a", "gs://bucket/root/a", "s3://bucket/root/a?endpoint_override=evil:80"],
+)
+def test_another_store_is_outside(uri):
+    assert not storage.is_inside(storage.join("s3://bucket/root", uri), "s3://bucket/root")
+    assert not storage.is_inside(storage.join("/data", uri), "/data")

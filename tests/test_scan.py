@@ -31,14 +31,15 @@ def mixed(motion_set, tmp_path):
     content = Path(good[0]).read_bytes()
     (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.mp4").write_text("not a video at all\n" * 20)
-    names = [*good[:3], "half.mp4", "gone.mp4", *good[3:], "text.mp4"]
+    half, gone, text = (f"{tmp_path}/{name}.mp4" for name in ("half", "gone", "text"))
+    names = [*good[:3], half, gone, *good[3:], text]
     path = tmp_path / "list.csv"
     path.write_text("path,label,class\n" + "".join(f"{n},{i % 2},{'ab'[i % 2]}\n" for i, n in enumerate(names)))
     return path
 
 
 def test_a_check_has_a_row_for_every_video(local_ray, mixed, tmp_path):
-    manifest = read_manifest(mixed, missing_ok=True)
+    manifest = read_manifest(mixed, root="/", missing_ok=True)
     result = check(manifest, str(tmp_path / "out"), 60, quiet)
     report = pq.read_table(tmp_path / "out" / "report.parquet")
     assert report.equals(result.report)
@@ -64,9 +65,9 @@ def test_a_check_has_a_row_for_every_video(local_ray, mixed, tmp_path):
 
 
 def test_the_good_ones_are_a_list_to_train_on(local_ray, mixed, tmp_path):
-    manifest = read_manifest(mixed, missing_ok=True)
+    manifest = read_manifest(mixed, root="/", missing_ok=True)
     result = check(manifest, str(tmp_path / "out"), 60, quiet)
-    good = read_manifest(tmp_path / "out" / "good.parquet")
+    good = read_manifest(tmp_path / "out" / "good.parquet", root=manifest.root)
     assert good.classes == ("a", "b")
     expected = result.report.filter(result.report["good"])
     assert good.rows["uri"].to_pylist() == expected["uri"].to_pylist()
@@ -127,7 +128,7 @@ def test_a_video_is_read_without_its_neighbours(local_ray, motion_set, tmp_path)
 
 
 def test_bad_videos_are_reported_and_not_packed(local_ray, mixed, tmp_path):
-    manifest = read_manifest(mixed, missing_ok=True)
+    manifest = read_manifest(mixed, root="/", missing_ok=True)
     result = shard(manifest, str(tmp_path / "out"), ShardSettings(rows_per_shard=4), quiet)
     assert (result.videos, result.bad) == (6, 3)
     bad = pq.read_table(tmp_path / "out" / "bad.parquet").to_pylist()

@@ -200,7 +200,7 @@ def test_an_unreachable_mlflow_is_refused(local_ray, motion_set, tmp_path, monke
 
 def test_bad_videos_are_quarantined_and_the_run_goes_on(local_ray, motion_set, tmp_path):
     manifest = with_broken(motion_set, tmp_path, 2)
-    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}", "train.epochs=1")
+    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}", "data.val.root=/", "train.epochs=1")
     result = train(config)
     assert sorted(v.uri for v in result.bad) == [str(tmp_path / f"cut{i}.mp4") for i in range(2)]
     assert result.metrics["val/clips"] == 14
@@ -213,7 +213,7 @@ def test_bad_videos_are_quarantined_and_the_run_goes_on(local_ray, motion_set, t
 
 def test_too_many_bad_videos_end_the_run_with_their_names(local_ray, motion_set, tmp_path):
     manifest = with_broken(motion_set, tmp_path, 5)
-    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}")
+    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}", "data.val.root=/")
     with pytest.raises(RunError, match=r"5 of 48 videos .*max_bad_fraction") as error:
         train(config)
     assert "cut0.mp4" in str(error.value)

@@ -41,10 +41,12 @@ class Manifest:
             ``/videos/12345/{:05d}.jpg``; there ``frames`` is their number, counted from 1. An image is such a template
             without a number (a brace in its name is doubled), and has 1 frame. It is null for a video file.
         classes: the name of each label, over the whole data set and not only over ``rows``.
+        root: the folder that all videos lie in.
     """
 
     rows: pa.Table
     classes: tuple[str, ...]
+    root: str = ""
 
 
 class ManifestError(UserError):
@@ -95,7 +97,8 @@ def read_manifest(
         path: the list's file, or the folder.
         where: keep the rows whose columns have these values.
         format: one of those above; ``auto``: a folder, a Parquet file by its suffix ``.parquet``, otherwise CSV.
-        root: what the paths in the list are relative to; None: the list's folder.
+        root: what the paths in the list are relative to, and where all videos must lie, as lists may come from others;
+            None: the list's folder.
         classes: a file that names the classes, for any format: one name a line, lines of id and name, or JSON.
             Numbers refer to it, names get their ids from it.
         template: the names of a frame folder's images; ssv1 only.
@@ -103,6 +106,7 @@ def read_manifest(
 
     Raises:
         ManifestError: lists everything that is wrong.
+        StorageError: there is a password in a URI.
     """
     source = Source(
         _location(path),
@@ -123,6 +127,7 @@ def read_manifest(
 
 def _location(path: str | Path) -> str:
     uri = str(path)
+    storage.refuse_password(uri)
     return uri if storage.is_remote(uri) else storage.local_path(uri)
 
 
@@ -177,7 +182,7 @@ def _read(source: Source) -> Manifest:
         "label": [labels[i] for i in kept],
         "frames": frames,
     }
-    return Manifest(pa.table(columns, schema=SCHEMA), classes)
+    return Manifest(pa.table(columns, schema=SCHEMA), classes, folder)
 
 
 def _format(source: Source) -> str:
@@ -340,6 +345,10 @@ def _uris(source: Source, listing: Listing, folder: str) -> list[str]:
             )
             source.problem(row.file, row.line, f"{text}; rename the video")
             uri = ""
+        elif not storage.is_inside(uri, folder):
+            text = f"path {storage.without_password(row.path)!r} leaves {folder}, where the list's videos must lie"
+            source.problem(row.file, row.line, f"{text}; correct it, or set `root` to a folder that holds them all")
+            uri = ""
         elif (first := videos.setdefault(uri, row)) is not row:
             text = f"path {row.path!r} stands in {_there(first, row)} already; keep one of the two"
             source.problem(row.file, row.line, text)
@@ -370,6 +379,7 @@ def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str]
         }
         if not places:
             break
+        places = {i: place for i, place in places.items() if storage.is_inside(place, folder)}
         for (i, place), there in zip(places.items(), _are_files(source, list(places.values())), strict=True):
             if there:
                 uris[i] = place

@@ -92,7 +92,7 @@ print("STARTED", tracker.run_id, flush=True)
 sys.stdin.readline()
 machines.UNUSED_S = 0.4
 sys.stdin.readline()
-work = ray.remote(time.sleep).remote(600)
+work = ray.remote(lambda: time.sleep(600)).remote()
 sys.stdin.readline()
 begun = time.monotonic()
 left = tracker.close("FINISHED")
@@ -120,6 +120,7 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
 
         def count(name, key="cpu_utilization_percentage"):
             """Values that a node has given, by its name; of the driver's machine by none."""
+            assert driver.poll() is None
             ids = {group: id for id, group in known.items()}
             part = f"{socket.gethostname()}-{ids[name][:6]}/" if name else ""
             with sqlite3.connect(tmp_path / "mlflow.db") as connection:

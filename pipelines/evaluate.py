@@ -37,7 +37,15 @@ from pipelines.ingest import QUEUED, STORE_SHARE, BadVideo, decode_rows, decodin
 from pipelines.predict import class_names, find_checkpoint, scored_together, with_views
 from pipelines.runs import read_record
 from pipelines.scan import Progress, parquet
-from pipelines.tracking import create_run, now_ms, prepare_mlflow, scrub, tracking_uri, without_secrets
+from pipelines.tracking import (
+    create_run,
+    now_ms,
+    prepare_mlflow,
+    refuse_strangers,
+    scrub,
+    tracking_uri,
+    without_secrets,
+)
 from pipelines.train import WORKER_ENV, start_ray
 from posmlp import create_model, storage
 from posmlp.config import Config, RecipeError, describe, set_key
@@ -176,6 +184,8 @@ def evaluate(
     config = recipe_of(about, overrides, run if record else None)
     config = with_workers(with_views(config, views), workers)
     tracking_uri(config)  # refuses now what it would refuse when all is scored
+    if not any(override.strip().startswith("tracking.uri") for override in overrides):
+        refuse_strangers(config)
     manifest = read_split(config.data, split)
     check_classes(manifest.classes, about.classes, getattr(config.data, split).path)
     name = name_of(split, config, about, overrides)

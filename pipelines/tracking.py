@@ -31,9 +31,14 @@ import requests
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
-from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_NODE_ID, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
+from mlflow.environment_variables import (
+    MLFLOW_SYSTEM_METRICS_NODE_ID,
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL,
+    MLFLOW_TRACKING_TOKEN,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.utils.credentials import read_mlflow_creds
 
 from pipelines.journal import Entry, Journal, Op, move_away, read
 from pipelines.machines import Machine, Nodes
@@ -86,6 +91,23 @@ def without_secrets(uri: str) -> str:
     if uri.startswith(("sqlite:", "file:")):
         return uri.partition("?")[0]
     return re.sub(r"^([\w+.-]+://).*@", r"\1", uri).partition("?")[0]
+
+
+def refuse_strangers(config: Config) -> None:
+    """The recipe of a checkpoint may be someone else's, so it does not choose who is sent this user's password.
+
+    Raises:
+        UserError: there is a password for MLflow, and the recipe names another server than ``MLFLOW_TRACKING_URI``.
+    """
+    uri, own = config.tracking.uri or "", os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.lower().startswith("http") or without_secrets(own).rstrip("/") == without_secrets(uri).rstrip("/"):
+        return
+    known = read_mlflow_creds()
+    if known.username or known.password or MLFLOW_TRACKING_TOKEN.get():
+        raise UserError(
+            f"the checkpoint's recipe logs to {without_secrets(uri)}, which would be sent your password for MLflow; if "
+            f"that is your server, say tracking.uri={without_secrets(uri)}, else tracking.uri=null"
+        )
 
 
 def scrub(text: str, uri: str) -> str:

@@ -258,6 +258,17 @@ def test_overrides_that_do_not_fit_are_refused(subject, overrides, expected):
         evaluate(subject["run"], overrides=overrides)
 
 
+def test_a_password_is_not_sent_where_the_checkpoint_says(subject, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hushhush")
+    tracking = subject["config"].tracking.model_copy(update={"uri": "http://mlflow.example"})
+    run = tmp_path / "theirs"
+    write_checkpoint(run, subject["config"].model_copy(update={"tracking": tracking}), classes=CLASSES)
+    with pytest.raises(UserError, match=r"logs to http://mlflow\.example"):
+        evaluate(str(run))
+    with pytest.raises(UserError, match="nowhere"):  # the next thing that is wrong
+        evaluate(str(run), overrides=["tracking.uri=null", "data.val.path=nowhere.csv"])
+
+
 def test_another_class_list_is_refused_by_name(subject, tmp_path):
     (tmp_path / "classes.txt").write_text("\n".join(["down", "right", "left", *CLASSES[3:]]))
     with pytest.raises(UserError, match=r"label 1 is class 'right' in .*val\.csv, but 'left' in the checkpoint"):

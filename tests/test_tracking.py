@@ -22,7 +22,7 @@ from small_runs import active_uri
 
 from pipelines import tracking
 from pipelines.journal import JournalInUse, read
-from pipelines.tracking import Past, Tracker, shorten, sync, tracking_uri, without_secrets
+from pipelines.tracking import Past, Tracker, refuse_strangers, shorten, sync, tracking_uri, without_secrets
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 
@@ -472,3 +472,21 @@ def test_a_folder_without_a_journal_is_refused(tmp_path):
     (tmp_path / "journal.jsonl").write_text('{"op"')
     with pytest.raises(UserError, match="names an MLflow run"):
         sync(tmp_path)
+
+
+def test_a_checkpoints_recipe_does_not_choose_who_gets_the_password(tmp_path, monkeypatch):
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)  # where MLflow looks for a file of credentials
+    theirs, local = recipe(tmp_path, "tracking.uri=http://mlflow.example:5000"), recipe(tmp_path)
+    refuse_strangers(theirs)
+    for name in ("PASSWORD", "TOKEN"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"MLFLOW_TRACKING_{name}", "hushhush")
+            refuse_strangers(local)
+            for own in ("", "http://mlflow.example", "http://me:hushhush@other.example:5000"):
+                patch.setenv("MLFLOW_TRACKING_URI", own)
+                with pytest.raises(UserError, match=r"logs to http://mlflow\.example:5000, .* tracking\.uri=null"):
+                    refuse_strangers(theirs)
+            patch.setenv("MLFLOW_TRACKING_URI", "http://me:hushhush@mlflow.example:5000/")
+            refuse_strangers(theirs)

@@ -62,6 +62,7 @@ def nodes(tmp_path_factory):
         cluster.stop()
 
 
+@pytest.mark.slow
 def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, motion_set, tmp_path):
     """Three workers at most, of a batch of eight in pairs: two share it evenly, three do not."""
     cluster = nodes()

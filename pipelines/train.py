@@ -189,6 +189,7 @@ def start_ray(**options: Any) -> None:
     """Connect to the cluster (``RAY_ADDRESS``, or one on this machine), else start a local Ray with ``options``."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for it
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more; a lost node is met anyway
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # runs on Ray's dashboard; an actor for all of them
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="WARNING", **options)
 

@@ -83,7 +83,7 @@ def prometheus(cluster, folder):
     """A server with the project's settings, but quicker, and with this cluster's nodes; yields its address."""
     settings = yaml.safe_load((HERE / "deploy" / "prometheus.yml").read_text())
     settings["global"]["scrape_interval"] = "1s"
-    settings["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(cluster.discovery)]}]
+    settings["scrape_configs"][0]["file_sd_configs"][0]["files"] = [str(cluster.discovery)]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
     place = f"127.0.0.1:{free_port()}"
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb"]

@@ -95,10 +95,7 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         yield Finding("fail", f"Ray: nothing answers at {place}", "see RAY_ADDRESS, and `ray status` on the head")
         return
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        else:
-            start_ray()
+        start_ray(**({"address": address} if address else {}))
     except Exception as error:  # of a network, an authentication, or two versions that do not match
         advice = "see RAY_ADDRESS and RAY_AUTH_MODE, and `ray status` on the head"
         yield Finding("fail", f"Ray: {one_line(error)}", advice)

@@ -26,12 +26,14 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from pipelines import checkpoints, figures, gauges
 from pipelines.cluster import bundle, wait_for_room
+from pipelines.group import GroupConfig
 from pipelines.ingest import BadVideo
 from pipelines.mailbox import open_mailbox
 from pipelines.runs import check_writable, read_record, run_folder, trained_model, write_record
@@ -186,7 +188,12 @@ def train(
 
 
 def start_ray(**options: Any) -> None:
-    """Connect to the cluster (``RAY_ADDRESS``, or one on this machine), else start a local Ray with ``options``."""
+    """Connect to the cluster (``RAY_ADDRESS``, or one on this machine), else start a local Ray with ``options``.
+
+    All of a Ray started here listens on loopback alone. By itself Ray does so on macOS and Windows only, and it takes
+    an address of this machine for the one that others see, which nothing here listens on.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for it
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more; a lost node is met anyway
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # runs on Ray's dashboard; an actor for all of them
@@ -334,7 +341,7 @@ def fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job | rows | {"mailbox": mailbox},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
+        torch_config=GroupConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
             use_gpu=scaling.use_gpu,

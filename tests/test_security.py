@@ -1,0 +1,133 @@
+"""What a run opens and writes, looked at from outside: sockets beyond loopback, and secrets anywhere."""
+
+import contextlib
+import json
+import secrets
+import shlex
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from ray_nodes import RAY, RayNodes
+from small_runs import QUICK, recipe_for
+from test_tracking import Server
+
+from pipelines.runs import read_record
+from pipelines.train import train
+
+pytestmark = pytest.mark.ray
+HERE = Path(__file__).parents[1]
+
+
+# Sockets --------------------------------------------------------------------------------------------------------------
+
+
+class Ears:
+    """Every socket on which this process or one below it accepts connections meanwhile: address and process."""
+
+    def __init__(self):
+        self.found, self.over = set(), threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+
+    def watch(self):
+        while not self.over.wait(0.2):
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    for socket in process.net_connections("inet"):
+                        if socket.status == psutil.CONN_LISTEN:
+                            self.found.add((socket.laddr.ip.removeprefix("::ffff:"), process.name()))
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.thread.join()
+
+
+def test_a_local_run_listens_on_loopback_alone(local_ray, motion_set, tmp_path):
+    config = recipe_for(tmp_path, motion_set, *QUICK, "train.epochs=1", "scaling.workers=2")
+    with Ears() as ears:
+        train(config)
+    names = {name for _, name in ears.found}
+    assert {"gcs_server", "raylet"} <= names and any("RayTrainWorker" in name for name in names)
+    assert not {(ip, name) for ip, name in ears.found if ip not in ("127.0.0.1", "::1")}
+
+
+# Secrets --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A secret for each way in which one comes to a run; none is like another."""
+    ways = ("environment's URI", "recipe's URI", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    return {way: secrets.token_hex(16) for way in (*ways, "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(planted, server, tmp_path_factory):
+    """A cluster whose processes all have the secrets in their environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for way, secret in planted.items():
+            if way.isupper():
+                patch.setenv(way, secret)
+        patch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        patch.setenv("MLFLOW_TRACKING_URI", with_password(server, planted["environment's URI"]))
+        nodes = RayNodes(tmp_path_factory.mktemp("n"))
+    nodes.add("one", "--num-cpus=3")
+    nodes.wait()
+    yield nodes
+    nodes.stop()
+
+
+def with_password(server, secret):
+    return server.uri.replace("//", f"//me:{secret}@")
+
+
+def asked(cluster, path):
+    """What the job server answers."""
+    request = urllib.request.Request(f"{cluster.jobs}{path}")
+    request.add_header("Authorization", f"Bearer {cluster.env['RAY_AUTH_TOKEN']}")
+    return urllib.request.urlopen(request, timeout=30).read()
+
+
+def test_no_secret_is_written_anywhere(cluster, server, planted, motion_set, tmp_path):
+    """A study and an evaluation as a job: all that they, Ray and MLflow have written and tell is searched."""
+    uri = with_password(server, planted["recipe's URI"])
+    more = ["train.epochs=1", f"tracking.uri={uri}", f"data.cache_dir={tmp_path}/runs/cache", "tracking.log_model=true"]
+    recipe = recipe_for(tmp_path / "runs", motion_set, *QUICK, *more)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    posmlp = shlex.join([sys.executable, "-m", "pipelines.cli"])
+    study = f"{posmlp} tune {tmp_path}/recipe.yaml --space block_types --name look --trials 1 --searcher random"
+    work = f"{study} && {posmlp} evaluate {tmp_path}/runs/look/trial-000"
+    submit = [RAY, "job", "submit", "--address", cluster.jobs, "--working-dir", str(HERE), "--", "sh", "-c", work]
+    job = subprocess.run(submit, env=cluster.env, cwd=HERE, capture_output=True, text=True, timeout=400)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert read_record(f"{tmp_path}/runs/look/trial-000")["metrics"]
+    kinds = ("actors", "tasks", "jobs", "workers", "runtime-envs")
+    told = {"the job's output": job.stdout + job.stderr, "the job server": asked(cluster, "/api/jobs/").decode()}
+    told |= {f"ray list {kind}": json.dumps(cluster.listing(kind)) for kind in kinds}
+    texts = {name: text.encode() for name, text in told.items()}
+    for folder in (tmp_path / "runs", cluster.folder, server.folder):
+        texts |= {
+            str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+        }
+    assert "look" in told["the job server"] and "RayTrainWorker" in told["ray list actors"]
+    assert any(name.endswith("config.yaml") for name in texts) and f"{server.database}" in texts
+    assert any("/logs/" in name for name in texts)
+    looked_for = planted | {"RAY_AUTH_TOKEN": cluster.env["RAY_AUTH_TOKEN"]}
+    leaks = [(way, name) for way, secret in looked_for.items() for name in texts if secret.encode() in texts[name]]
+    assert not leaks

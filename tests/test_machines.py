@@ -116,7 +116,7 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         command = [sys.executable, "-c", DRIVER, str(tmp_path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         driver = subprocess.Popen(command, env=env, text=True, **pipes)
-        run_id = driver.stdout.readline().split()[1]
+        run_id, said = driver.stdout.readline().split()[1], []
 
         def count(name, key="cpu_utilization_percentage"):
             """Values that a node has given, by its name; of the driver's machine by none."""
@@ -164,12 +164,16 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         before = count(None)[0]
         until(lambda: count(None)[0] > before)
         go_on(driver)
-        _, left, seconds, alive = driver.stdout.readline().split()
+        while not (line := driver.stdout.readline()).startswith("ENDED"):
+            said.append(line)
+            assert line, said
+        _, left, seconds, alive = line.split()
         assert (left, alive) == ("0", "False") and float(seconds) < 4
         os.kill(sampler["pid"], signal.SIGCONT)
         until(lambda: not samplers())
         out, _ = driver.communicate("\n", timeout=60)
-        assert driver.returncode == 0 and not out
+        assert driver.returncode == 0 and not out, out
+        assert all("node" in line for line in said), said  # Ray may tell of the one that is lost
     finally:
         driver.kill()
         cluster.stop()

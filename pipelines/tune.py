@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 import ray.tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
@@ -374,10 +375,11 @@ class Desk:
         studies = {self.study.name: trials}
         for path, content in fronts.artifacts(studies, self.study.recipe, against, self.published).items():
             self.tracker.log_file(path, content)
+        safe = self.study.model_copy(update={"recipe": without_password(self.study.recipe)})
         for number in {t.number for name in COSTS for t in fronts.front(trials, name)}:
             run = trial_folder(self.study, number)
             if (record := read_record(run)) is not None:
-                text = fronts.recipe_of(Config.model_validate(record["config"]), self.study, number)
+                text = fronts.recipe_of(Config.model_validate(record["config"]), safe, number)
                 self.tracker.log_file(f"recipes/trial-{number:03d}.yaml", text.encode())
         volumes = fronts.hypervolumes(trials, against)
         if volumes:
@@ -408,6 +410,8 @@ def run_tuner(desk: Desk, failures: list[BaseException]) -> None:
     own = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's notes, which nothing reads
     env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     env["MLFLOW_TRACKING_URI"] = tracking_uri(desk.study.recipe)
+    # Tune would hand these on in the trials' runtime environment, which Ray's logs and lists show; nodes have their own.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update({n for n in os.environ if n.startswith("AWS_")})
     trainable = ray.tune.with_parameters(TrialRun, env=env)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # where its journal is; it takes no CPU to speak of
     counter = Counter(desk)

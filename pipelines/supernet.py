@@ -28,7 +28,16 @@ from pipelines.runs import read_record, run_folder
 from pipelines.search import identity, size, static_costs
 from pipelines.study import FINISHED, TOP1, StudyError, Trial, find_study, full, read_trials, space_of
 from pipelines.tracking import Tracker
-from pipelines.train import changes, check_data, fingerprint, journal_path, read_splits, start_ray, train
+from pipelines.train import (
+    changes,
+    check_data,
+    fingerprint,
+    journal_path,
+    read_splits,
+    start_ray,
+    train,
+    without_password,
+)
 from posmlp import storage
 from posmlp.config import Config, RecipeError, set_value
 from posmlp.learn.evaluation import video_scores
@@ -324,7 +333,7 @@ def keep(found: Members, config: Config, chosen: Sequence[tuple[Member, Config]]
     files["members.csv"] = files.pop("trials.csv")
     for number in {trial.number for cost in ("gmacs", "params") for trial in fronts.front(found.members, cost)}:
         name = f"{config.name}-{number:03d}"
-        tree = chosen[number][1].model_dump(mode="json") | {"name": name}
+        tree = without_password(chosen[number][1]).model_dump(mode="json") | {"name": name}
         head = f"# Member {number} of {config.name}: {found.members[number].metrics[TOP1]:.1%} with its weights.\n"
         files[f"recipes/{number:03d}.yaml"] = (head + yaml.safe_dump(tree, sort_keys=False)).encode()
     metrics = {"supernet/best_top1": max(trial.metrics[TOP1] for trial in found.members)}

@@ -70,6 +70,7 @@ RULE = "highest val/top1 of fully trained trials, of those with several seeds th
 PUBLISHED_FILE = "published.json"  # in a study's folder: milliseconds of published variants, by name
 SPEAK_S = 30.0  # between two lines of progress
 DRAW_S = 30.0  # between two sets of pictures
+CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_WARN_THRESHOLD_S": "60"}
 
 
@@ -375,11 +376,10 @@ class Desk:
         studies = {self.study.name: trials}
         for path, content in fronts.artifacts(studies, self.study.recipe, against, self.published).items():
             self.tracker.log_file(path, content)
-        safe = self.study.model_copy(update={"recipe": without_password(self.study.recipe)})
         for number in {t.number for name in COSTS for t in fronts.front(trials, name)}:
             run = trial_folder(self.study, number)
             if (record := read_record(run)) is not None:
-                text = fronts.recipe_of(Config.model_validate(record["config"]), safe, number)
+                text = fronts.recipe_of(Config.model_validate(record["config"]), self.study, number)
                 self.tracker.log_file(f"recipes/trial-{number:03d}.yaml", text.encode())
         volumes = fronts.hypervolumes(trials, against)
         if volumes:
@@ -408,10 +408,10 @@ def run_tuner(desk: Desk, failures: list[BaseException]) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's end is told in a line
     scaling, epochs = desk.study.recipe.scaling, desk.study.recipe.train.epochs
     own = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's notes, which nothing reads
-    env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    # Ray would put its credentials for S3 into the actors' runtime environment, and that into its logs and listings.
+    class_cache.ENV_VARS_TO_PROPAGATE -= CREDENTIALS
+    env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") or name in CREDENTIALS}
     env["MLFLOW_TRACKING_URI"] = tracking_uri(desk.study.recipe)
-    # Tune would hand these on in the runtime environment of trials, which Ray logs and lists; nodes have their own.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update({n for n in os.environ if n.startswith("AWS_")})
     trainable = ray.tune.with_parameters(TrialRun, env=env)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # where its journal is; it takes no CPU to speak of
     counter = Counter(desk)

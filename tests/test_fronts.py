@@ -223,3 +223,10 @@ def test_the_best_is_by_the_mean_of_those_with_several_seeds():
     assert best([lucky, sound, alone, *again]) is sound
     assert best([trial(0, 0.5, 2.0), trial(1, 0.5, 1.0)]).number == 1
     assert best([trial(0, 0.5, 2.0, state=FAILED)]) is None
+
+
+def test_a_trials_recipe_has_no_password():
+    tracking = BASE.tracking.model_copy(update={"uri": "http://me:hushhush@mlflow.example"})
+    study = Study(name="s", recipe=BASE.model_copy(update={"tracking": tracking}), space="block_types")
+    text = fronts.recipe_of(BASE, study, 3)
+    assert "uri: http://mlflow.example\n" in text and "hushhush" not in text

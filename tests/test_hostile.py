@@ -89,7 +89,9 @@ def test_each_is_one_bad_row_within_its_limits(hostile, tmp_path):
     names = [*hostile, "good"]
     uris, frames = zip(*hostile.values(), (good, None), strict=True)
     rows = {"sample_id": names, "uri": uris, "label": [0] * len(names), "frames": frames}
-    config = load_recipe("demo", ["data.decode_timeout_s=5", "model.frames=4", "model.image_size=32"])
+    config = load_recipe(
+        "demo", ["data.decode_timeout_s=5", "data.cache_dir=null", "model.frames=4", "model.image_size=32"]
+    )
     children, ours = Peak(), memory("self")["VmHWM"]
     start = time.monotonic()
     with children:

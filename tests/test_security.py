@@ -112,7 +112,7 @@ def test_no_secret_is_written_anywhere(cluster, server, planted, motion_set, tmp
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     posmlp = shlex.join([sys.executable, "-m", "pipelines.cli"])
     study = f"{posmlp} tune {tmp_path}/recipe.yaml --space block_types --name look --trials 1 --searcher random"
-    work = f"{study} && {posmlp} evaluate {tmp_path}/runs/look/trial-000"
+    work = f"{study} && {posmlp} evaluate {tmp_path}/runs/look/trial-000 tracking.uri=$MLFLOW_TRACKING_URI"
     submit = [RAY, "job", "submit", "--address", cluster.jobs, "--working-dir", str(HERE), "--", "sh", "-c", work]
     job = subprocess.run(submit, env=cluster.env, cwd=HERE, capture_output=True, text=True, timeout=400)
     assert job.returncode == 0, job.stdout + job.stderr
@@ -127,7 +127,7 @@ def test_no_secret_is_written_anywhere(cluster, server, planted, motion_set, tmp
         }
     assert "look" in told["the job server"] and "RayTrainWorker" in told["ray list actors"]
     assert any(name.endswith("config.yaml") for name in texts) and f"{server.database}" in texts
-    assert any("/logs/" in name for name in texts)
+    assert any("/logs/" in name for name in texts) and any(name.endswith("summary.json") for name in texts)
     looked_for = planted | {"RAY_AUTH_TOKEN": cluster.env["RAY_AUTH_TOKEN"]}
     leaks = [(way, name) for way, secret in looked_for.items() for name in texts if secret.encode() in texts[name]]
     assert not leaks, "\n".join(f"{way}: {name}" for way, name in leaks)

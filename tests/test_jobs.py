@@ -58,7 +58,7 @@ POSMLP = (sys.executable, "-m", "pipelines.cli")
 
 
 def recipe_file(folder, motion_set, *overrides):
-    recipe = recipe_for(folder, motion_set, *QUICK, *overrides)
+    recipe = recipe_for(folder, motion_set, *QUICK, f"data.cache_dir={folder}/cache", *overrides)
     path = folder / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     return recipe, str(path)
@@ -104,7 +104,7 @@ def trained(cluster, motion_set, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("trained")
     broken = [f"data.val.path={with_broken(motion_set, folder, 2)}", "data.val.root=/", "data.max_bad_fraction=0.2"]
-    recipe, path = recipe_file(folder, motion_set, *PLACED, *broken, "data.rows_per_block=16", "train.epochs=4")
+    recipe, path = recipe_file(folder, motion_set, *PLACED, *broken, "data.rows_per_block=32", "train.epochs=4")
     often = '--runtime-env-json={"env_vars": {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}}'
     shown, states = defaultdict(list), []
     with prometheus(cluster, folder) if shutil.which("prometheus") else nullcontext() as server:
@@ -165,6 +165,13 @@ def test_ray_exports_what_the_grafana_dashboard_draws(cluster):
     gpus = {name for name in wanted if name.startswith(("ray_node_gpus", "ray_node_gram"))}
     assert {name.removeprefix("ray_") for name in gpus} <= {*METRICS_GAUGES}
     assert wanted - gpus and wanted - gpus <= {sample.name for sample in cluster.scrape()}
+
+
+def test_the_dashboard_lists_the_nodes_for_prometheus(cluster):
+    """For one that cannot read the head's file; it shows the token."""
+    listed = cluster.ask("/api/prometheus/sd")
+    assert len(listed[0]["targets"]) >= 3
+    assert listed == json.loads(cluster.discovery.read_text())
 
 
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")

@@ -290,15 +290,16 @@ def start_parent(*args):
 
 
 def test_no_child_outlives_its_killed_parent_for_long(video):
-    started = [start_parent(video, "1", work) for work in ("idle", "hang", "spin")]
-    time.sleep(0.2)
-    children = [child for _, child in started]
-    assert all(map(runs, children))
-    for parent, _ in started:
+    children = []
+    for work in ("hang", "spin", "idle"):
+        parent, child = start_parent(video, "2", work)  # which itself would end its child after 2 s
+        time.sleep(0.2)
+        assert runs(child)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    assert wait_until_gone(children[:1], 2)  # it notices at once
-    assert wait_until_gone(children, 1 + 6)
+        children.append(child)
+    assert wait_until_gone(children[2:], 2)  # it notices at once
+    assert wait_until_gone(children, 2 + 6)
 
 
 def test_a_process_that_ends_takes_its_child_along(video):

@@ -96,8 +96,8 @@ def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, mot
 
 
 def test_an_autoscaler_brings_nodes_for_decoding_and_takes_them_away(nodes, tmp_path):
-    """The head has room for the training worker alone, so that the run waits for the first node; and clips that are small
-    beside their videos, one a task and never kept, take decoding longer than training."""
+    """The head has room for the training worker alone, so that the run waits for the first node; and clips that are
+    small beside their videos, one a task and never kept, take decoding longer than training."""
     videos = make_motion_set(tmp_path / "videos", train=32, val=16, size=160)
     labels = {"ray.io/node-group": "decode"}
     kind = {"resources": {"CPU": 1, "object_store_memory": 2**28}, "labels": labels, "node_config": {}}

@@ -121,7 +121,12 @@ class RayNodes:
     def scrape(self):
         """The samples that all nodes export; they ask for no token."""
         (found,) = json.loads(self.discovery.read_text())
-        texts = [urllib.request.urlopen(f"http://{to}/metrics", timeout=30).read().decode() for to in found["targets"]]
+        texts = []
+        for target in found["targets"]:
+            with suppress(
+                OSError
+            ):  # the dashboard's and the autoscaler's own ports are fixed: another Ray may have them
+                texts.append(urllib.request.urlopen(f"http://{target}/metrics", timeout=30).read().decode())
         return [each for text in texts for family in text_string_to_metric_families(text) for each in family.samples]
 
     def wait(self):

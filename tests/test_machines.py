@@ -148,10 +148,11 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         os.kill(actors["one"]["pid"], signal.SIGSTOP)  # a node that hangs, and then is lost
         before = count("two")[0]
         until(lambda: count("two")[0] > before + 4)
-        gone = count("one")[0]
         cluster.kill("one")
         os.kill(actors["one"]["pid"], signal.SIGKILL)
         before = count("two")[0]
+        until(lambda: count("two")[0] > before + 4)  # what was on its way to MLflow has arrived
+        gone, before = count("one")[0], count("two")[0]
         until(lambda: count("two")[0] > before + 4)
         assert count("one")[0] == gone
         go_on(driver)  # what is not used is left alone, until it is used

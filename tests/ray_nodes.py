@@ -54,6 +54,8 @@ class RayNodes:
             options.append(f"--autoscaling-config={self.write_config(node_types)}")
             self.env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
             self.env |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID}
+            # What Ray Data has asked for holds nodes for three minutes after a run that was cut off.
+            self.env["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "20"
             self.env["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = HEAD_ID
         self.add("head", *options)
         for key in ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"):

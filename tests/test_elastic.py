@@ -114,7 +114,7 @@ def test_an_autoscaler_brings_nodes_for_decoding_and_takes_them_away(nodes, tmp_
         wait_for(lambda: history(run), process, log)
         process.terminate()
         assert process.wait(timeout=60) == 128 + 15
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 240
     while others():
         assert time.monotonic() < deadline, cluster.listing("nodes")
         time.sleep(1)

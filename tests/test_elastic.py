@@ -14,7 +14,7 @@ from small_runs import QUICK, recipe_for
 from pipelines import checkpoints
 from posmlp.video.motion import make_motion_set
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SOON = "import sys, pipelines.train as train; train.GROW_S = 2.0; from pipelines.cli import main; sys.exit(main())"
 
 
@@ -63,7 +63,6 @@ def nodes(tmp_path_factory):
         cluster.stop()
 
 
-@pytest.mark.slow
 def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, motion_set, tmp_path):
     """Three workers at most, of a batch of eight in pairs: two share it evenly, three do not."""
     cluster = nodes()

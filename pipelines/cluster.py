@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import ray
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.util import placement_group, remove_placement_group
 
 from posmlp.config import ScalingSection
@@ -30,6 +32,17 @@ def wait_for_room(scaling: ScalingSection, echo: Callable[[str], None]) -> None:
         lacking = shortage(scaling)
     if lacking:
         raise NoRoomError(f"{lacking}. If nodes are to come (an autoscaler), scaling.wait_s=900 waits for them")
+    place_ray_data_actors()
+
+
+def place_ray_data_actors() -> None:
+    """Start the actors that all of a cluster's Ray Data share on this process's node, which submits the run.
+
+    They outlive every run, on the node that asks for them first, and an autoscaler does not end a node with an actor on
+    it: left to themselves they would keep a training node up (and paid for) for ever. Ray 2.60 has no public way.
+    """
+    get_or_create_stats_actor()
+    get_or_create_autoscaling_coordinator()
 
 
 def ask_for_nodes(scaling: ScalingSection) -> None:

@@ -66,7 +66,8 @@ class PlainModel(nn.Module):
         )
 
     def forward(self, clip: Tensor) -> Tensor:
-        x = self.stem(clip)
+        stem = self.stem
+        x = stem.norm2(stem.proj2(F.gelu(stem.norm1(stem.proj1(clip)))))
         for i, (downsample, blocks) in enumerate(zip(self.downsamples, self.stages, strict=True)):
             x = downsample.norm(downsample.proj(x).permute(0, 2, 3, 4, 1)) if i else x.permute(0, 2, 3, 4, 1)
             for steps in blocks:

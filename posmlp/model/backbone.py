@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from posmlp.model import cpu
 from posmlp.model.gates import PositionGate, Window
-from posmlp.model.ops import matmul
 
 # A block is a sequence of residual steps; the units of one step run side by side on the same normalised input.
 BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -39,13 +39,7 @@ def channel_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
     dtype = x.dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
     x = x - x.mean(0)
-    scale = torch.rsqrt(x.square().mean(0) + eps)
-    return (x * scale if x.requires_grad else x.mul_(scale)).to(dtype)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """Exact GELU; in place where no gradient needs the input: fresh memory costs more than the arithmetic."""
-    return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
+    return (x * torch.rsqrt(x.square().mean(0) + eps)).to(dtype)
 
 
 class Unit(nn.Module):
@@ -85,17 +79,20 @@ class Block(nn.Module):
         """Sum of the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1."""
         weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])  # [2C * units, C]
         bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
-        hidden = matmul(weight, channel_norm(x).flatten(1))  # [2C * units, tokens]
-        hidden = gelu(hidden.add_(bias[:, None].to(hidden.dtype)))  # adding another dtype would copy
-        halves = hidden.view(2 * len(units), *x.shape).unbind()
-        out = None
+        last = torch.cat([u.fc2.weight for u in units], 1)  # [C, C * units]
+        last_bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, gradients would share memory
+        if cpu.serves(x):
+            gates = [each for u in units for each in (u.gate.position_map(extent), u.gate.token_bias(extent))]
+            return cpu.step(x, weight, bias, last, last_bias, real, *gates)
+        hidden = weight @ channel_norm(x).flatten(1)  # [2C * units, tokens]
+        halves = F.gelu(hidden + bias[:, None].to(hidden.dtype)).view(
+            2 * len(units), *x.shape
+        )  # another type would copy
+        gated = []
         for unit, u, v in zip(units, halves[::2], halves[1::2], strict=True):
-            gated = unit.gate(u if real is None else u * real.to(u.dtype), v, extent)
-            branch = matmul(unit.fc2.weight, gated.flatten(1))
-            out = branch if out is None else out.add_(branch)
-        assert out is not None
-        bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, the gradients would share memory
-        return out.add_(bias[:, None].to(out.dtype)).view(x.shape)
+            gated.append(unit.gate(u if real is None else u * real.to(u.dtype), v, extent))
+        out = last @ torch.cat(gated).flatten(1)
+        return (out + last_bias[:, None].to(out.dtype)).view(x.shape)
 
 
 class Downsample(nn.Module):
@@ -119,7 +116,8 @@ class Stem(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """``[B, 3, T, H, W]`` -> ``[B, C, T, H/4, W/4]``."""
-        return self.norm2(self.proj2(F.gelu(self.norm1(self.proj1(clip)))))
+        x = frame_conv(self.proj1, clip)
+        return self.norm2(frame_conv(self.proj2, F.gelu(self.norm1(x))))
 
 
 class Stage(nn.Module):
@@ -142,7 +140,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, T, H_in, W_in]`` -> ``[B, C, T, H, W]``."""
         if self.downsample:
-            x = self.downsample.proj(x)
+            x = frame_conv(self.downsample.proj, x)
         size = x.shape[2:]
         # An input smaller than the window takes the window's first tokens.
         extent = cast(Window, tuple(min(n, w) for n, w in zip(size, self.window, strict=True)))
@@ -157,6 +155,17 @@ class Stage(nn.Module):
             else:
                 x = block(x, extent, real)
         return from_windows(x, extent, size)
+
+
+def frame_conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """A convolution within frames, ``[B, C_in, T, H_in, W_in]`` -> ``[B, C, T, H, W]``, channels last in memory.
+
+    As one in two dimensions, on frames with channels last: the kernels for that form are the fastest, on CPUs by far.
+    """
+    frames = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    (_, *stride), (_, *padding) = conv.stride, cast(tuple[int, ...], conv.padding)
+    frames = F.conv2d(frames, conv.weight[:, :, 0], conv.bias, stride, padding)
+    return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 def per_channel(p: Tensor) -> Tensor:
@@ -174,18 +183,21 @@ def to_windows(x: Tensor, extent: Window) -> Tensor:
     """``[B, C, T, H, W]`` -> ``[C, B, windows, t, h*w]``, zero-padded at the far ends to whole windows."""
     (t, h, w), (gt, gh, gw) = extent, grid(x.shape[2:], extent)
     pad = [g * e - n for g, e, n in zip((gw, gh, gt), (w, h, t), reversed(x.shape[2:]), strict=True)]
+    x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C], as it lies in memory
     if any(pad):
-        x = F.pad(x, [0, pad[0], 0, pad[1], 0, pad[2]])
-    x = x.view(*x.shape[:2], gt, t, gh, h, gw, w).permute(1, 0, 2, 4, 6, 3, 5, 7)  # [C, B, gt, gh, gw, t, h, w]
-    return x.reshape(*x.shape[:2], gt * gh * gw, t, h * w)
+        x = F.pad(x, [0, 0, 0, pad[0], 0, pad[1], 0, pad[2]])
+    x = x.unflatten(3, (gw, w)).unflatten(2, (gh, h)).unflatten(1, (gt, t)).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    # In two steps, as whole tokens and as one transposition of a matrix, it is faster than in one.
+    tokens = x.reshape(-1, x.shape[-1])
+    return tokens.mT.contiguous().view(x.shape[-1], x.shape[0], gt * gh * gw, t, h * w)
 
 
 def from_windows(x: Tensor, extent: Window, size: Sequence[int]) -> Tensor:
-    """``[C, B, windows, t, h*w]`` -> ``[B, C, T, H, W]`` of the given ``size``; undoes ``to_windows``."""
+    """``[C, B, windows, t, h*w]`` -> ``[B, C, T, H, W]`` of the given ``size``, channels last in memory."""
     (t, h, w), (gt, gh, gw) = extent, grid(size, extent)
-    x = x.view(*x.shape[:2], gt, gh, gw, t, h, w).permute(1, 0, 2, 5, 3, 6, 4, 7)  # [B, C, gt, t, gh, h, gw, w]
-    x = x.reshape(*x.shape[:2], gt * t, gh * h, gw * w)
-    return x[:, :, : size[0], : size[1], : size[2]]
+    tokens = x.flatten(1).mT.contiguous().view(x.shape[1], gt, gh, gw, t, h, w, len(x))
+    x = tokens.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[1], gt * t, gh * h, gw * w, len(x))
+    return x[:, : size[0], : size[1], : size[2]].permute(0, 4, 1, 2, 3)
 
 
 def padding_mask(size: Sequence[int], extent: Window, device: torch.device) -> Tensor | None:

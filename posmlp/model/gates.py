@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posmlp.model.ops import matmul
-
 Window = tuple[int, int, int]  # tokens along time, height, width
 
 
@@ -67,36 +65,49 @@ class PositionGate(nn.Module):
         """Position maps of the first ``extent`` tokens of the window along each axis.
 
         Returns:
-            ``[S, t, t']`` for a temporal window, ``[S, hw, hw']`` for a spatial one (output, input); for a joint window
-            the block-Toeplitz form ``[S, hw, 2t-1, hw']`` with the temporal offsets in falling order.
+            ``[S, 1, t, t']`` for a temporal window, ``[S, hw, hw']`` for a spatial one (output, input); for a joint
+            window the block-Toeplitz form ``[S, hw, 2t-1, hw']`` with the temporal offsets in falling order.
         """
-        t, h, w = extent
+        t, h, w = (min(n, m) for n, m in zip(extent, self.window, strict=True))  # a spatial unit sees each moment alone
         offsets = self.table.view(-1, *(2 * n - 1 for n in self.window))
-        if self.window[1:] == (1, 1):
-            return unfold_offsets(offsets[:, :, 0, 0], 1, t)
-        if self.window[0] == 1:
-            return unfold_offsets(unfold_offsets(offsets[:, 0], 1, h), 2, w).reshape(-1, h * w, h * w)
+        if self.window[0] > 1 and self.window[1:] == (1, 1):
+            return unfold_offsets(offsets[:, :, 0, 0], 1, t).unsqueeze(1)
         offsets = offsets.narrow(1, self.window[0] - t, 2 * t - 1).flip(1)
         maps = unfold_offsets(unfold_offsets(offsets, 2, h), 3, w)  # [S, 2t-1, h, w, h', w']
+        if self.window[0] == 1:
+            return maps.reshape(-1, h * w, h * w)
         return maps.permute(0, 2, 3, 1, 4, 5).reshape(-1, h * w, 2 * t - 1, h * w)
+
+    def token_bias(self, extent: Window) -> Tensor:
+        """The bias of the first ``extent`` tokens, ``[t or 1, hw or 1]``."""
+        t, h, w = extent
+        return self.bias.view(self.window)[:t, :h, :w].flatten(1)
 
     def forward(self, u: Tensor, v: Tensor, extent: Window) -> Tensor:
         """Gate ``v`` by the mixed ``u``, both ``[C, B, W, T, N]`` with T, N the tokens of ``extent``; same shape out.
 
         Padded tokens must be zero in ``u``.
         """
-        t, h, w = min(extent[0], self.window[0]), *extent[1:]  # a spatial unit sees each moment alone
-        maps = self.position_map((t, h, w)).to(u.dtype)
-        groups = maps.shape[0]
-        if self.window[1:] == (1, 1):
-            mixed = maps.unsqueeze(1) @ u.reshape(groups, -1, t, h * w)
-        elif self.window[0] == 1:
-            mixed = matmul(u.reshape(groups, -1, h * w), maps.mT)
+        maps = self.position_map(extent).to(u.dtype)
+        x = by_group(u.contiguous(), maps)
+        if maps.ndim == 3:
+            mixed = x @ maps.mT
+        elif over_time(maps):
+            mixed = maps @ x
         else:
-            mixed = ToeplitzProduct.apply(maps, u.reshape(groups, -1, t, h * w))
-        bias = self.bias.view(self.window)[:t, :h, :w].flatten(1)  # [T or 1, N or 1]
-        mixed = mixed.view(u.shape).add_(bias.to(mixed.dtype))
-        return mixed * v if mixed.requires_grad or v.requires_grad else mixed.mul_(v)
+            mixed = ToeplitzProduct.apply(maps, x)
+        mixed = mixed.view(u.shape)
+        return (mixed + self.token_bias(extent).to(mixed.dtype)) * v
+
+
+def by_group(u: Tensor, maps: Tensor) -> Tensor:
+    """``[C, .., T, N]`` as what the maps of each group multiply: ``[S, X, T, N]``, over space ``[S, X, N]``."""
+    return u.view(len(maps), -1, *(u.shape[-2:] if maps.ndim == 4 else maps.shape[-1:]))
+
+
+def over_time(maps: Tensor) -> bool:
+    """Whether four-dimensional position maps are of a temporal window, not of a joint one."""
+    return maps.shape[1] == 1 and maps.shape[2] == maps.shape[3]
 
 
 class ToeplitzProduct(torch.autograd.Function):
@@ -109,21 +120,31 @@ class ToeplitzProduct(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, u: Tensor) -> Tensor:
         """maps ``[S, hw, 2t-1, hw']``, u ``[S, X, t, hw]`` -> ``[S, X, t, hw]``."""
         ctx.save_for_backward(maps, u)
-        out = torch.empty_like(u)
-        for i in range(u.shape[2]):
-            out[:, :, i] = u.flatten(2) @ moment_map(maps, i).mT
-        return out
+        return toeplitz_product(maps, u)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         maps, u = ctx.saved_tensors
-        grad_maps, grad_u = torch.zeros_like(maps), torch.zeros_like(u, memory_format=torch.contiguous_format)
-        t = u.shape[2]
-        for i in range(t):
-            g = grad[:, :, i]  # [S, X, hw]
-            grad_u.flatten(2).baddbmm_(g, moment_map(maps, i))
-            grad_maps[:, :, t - 1 - i : 2 * t - 1 - i] += (g.mT @ u.flatten(2)).unflatten(2, (t, -1))
-        return grad_maps, grad_u
+        return toeplitz_backward(maps, u, grad)
+
+
+def toeplitz_product(maps: Tensor, u: Tensor) -> Tensor:
+    """``ToeplitzProduct`` without autograd."""
+    out = torch.empty_like(u, memory_format=torch.contiguous_format)
+    for i in range(u.shape[2]):
+        out[:, :, i] = u.flatten(2) @ moment_map(maps, i).mT
+    return out
+
+
+def toeplitz_backward(maps: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of maps and u."""
+    grad_maps, grad_u = torch.zeros_like(maps), torch.zeros_like(u, memory_format=torch.contiguous_format)
+    t = u.shape[2]
+    for i in range(t):
+        g = grad[:, :, i]  # [S, X, hw]
+        grad_u.flatten(2).baddbmm_(g, moment_map(maps, i))
+        grad_maps[:, :, t - 1 - i : 2 * t - 1 - i] += (g.mT @ u.flatten(2)).unflatten(2, (t, -1))
+    return grad_maps, grad_u
 
 
 def moment_map(maps: Tensor, i: int) -> Tensor:

@@ -1,10 +1,10 @@
-"""What the layout is worth: the model against the same model written the plain way (``benchmarks/plain.py``).
+"""How fast the model is against the same model written the plain way (``benchmarks/plain.py``).
 
-    python benchmarks/layout.py --model s16 --batch 1 --repeats 5
+    python benchmarks/model.py --model s16 --batch 1 --repeats 5
 
 Both have the same parameters and give the same logits and gradients, which is checked first. Then one process times
 them in turn, round by round, so that whatever else the machine does meets both alike. On a CPU the model runs a third
-time without oneDNN's matrix products: the gain that is left there is the layout's, the rest is the kernels'.
+time as its reference, without ``posmlp/model/cpu.py``: what is gained there is the layout's, the rest is that file's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._inductor.exc import InductorError
 
 import posmlp
-from posmlp.model import ops
+from posmlp.model import cpu
 from posmlp.model.cost import device_name, seconds
 from posmlp.model.variants import model_variant
 
@@ -51,17 +51,17 @@ def passes(model: nn.Module, clip: Tensor, dtype: torch.dtype, step: bool) -> Ca
     return run
 
 
-def without_onednn(run: Callable[[], None]) -> Callable[[], None]:
-    """The same with PyTorch's usual matrix products."""
+def as_reference(run: Callable[[], None]) -> Callable[[], None]:
+    """The same without the fast path for CPUs."""
 
-    def run_without() -> None:
-        ops.HAS_ONEDNN = False
+    def run_reference() -> None:
+        serves, cpu.serves = cpu.serves, lambda x: False
         try:
             run()
         finally:
-            ops.HAS_ONEDNN = True
+            cpu.serves = serves
 
-    return run_without
+    return run_reference
 
 
 def interleaved(runs: list[Callable[[], None]], device: torch.device, repeats: int) -> list[float]:
@@ -106,7 +106,7 @@ def main() -> None:
 
     print(f"{args.model}, batch {args.batch}; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
     print(f"median of {args.repeats}, ms; a step is forward and backward; nan: does not compile\n")
-    print(f"{'':<24}{'plain':>9}{'ours':>9}{'plain/ours':>12}{'ours, no oneDNN':>17}{'plain/that':>12}")
+    print(f"{'':<24}{'plain':>9}{'ours':>9}{'plain/ours':>12}{'ours, reference':>17}{'plain/that':>12}")
     for compiled in (False,) if args.no_compile else (False, True):
         for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             for step in (False,) if args.forward_only else (False, True):
@@ -115,8 +115,8 @@ def main() -> None:
                     plain.compile(dynamic=False)
                     ours.compile(dynamic=False)
                 runs = [passes(m, clip, dtype, step) for m in (plain, ours)]
-                if ops.HAS_ONEDNN and device.type == "cpu" and dtype == torch.float32 and not compiled:
-                    runs.append(without_onednn(runs[1]))
+                if device.type == "cpu" and not compiled:
+                    runs.append(as_reference(runs[1]))
                 base, *others = interleaved(runs, device, args.repeats)
                 label = f"{'compiled' if compiled else 'eager'} {precision} {'step' if step else 'forward'}"
                 cells = [f"{ms:>{w}.0f}{base / ms:>11.2f}x" for ms, w in zip(others, (9, 17), strict=False)]

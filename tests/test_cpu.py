@@ -1,0 +1,100 @@
+"""The fast path on CPUs against the reference: ``Block.mix`` in fp64, which it does not serve."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from posmlp.model import cpu
+from posmlp.model.backbone import BLOCKS, Block, grid, padding_mask
+
+side = st.integers(1, 5)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def make(kind, groups, window, size, batch):
+    """A block with random parameters, tokens for it, their extent and their mask."""
+    block = Block(kind, 2 * groups, groups, window, drop_path=0.0)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    extent = tuple(min(n, w) for n, w in zip(size, window, strict=True))
+    real = padding_mask(size, extent, torch.device("cpu"))
+    t, h, w = extent
+    x = torch.randn(2 * groups, batch, math.prod(grid(size, extent)), t, h * w)
+    return block, x if real is None else x * real, extent, real
+
+
+def run(block, x, extent, real, weight, dtype=None):
+    """The output, and the gradients of the input and of all parameters."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = block(x, extent, real)
+    return [out, *torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])]
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(sorted(BLOCKS)),
+    groups=st.integers(1, 3),
+    window=st.tuples(side, side, side),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7)),
+    batch=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    chunk=st.sampled_from([1, 3000, 2**22]),
+    one_by_one=st.booleans(),
+    onednn=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_a_block_and_its_gradients_equal_the_reference(
+    kind, groups, window, size, batch, dtype, chunk, one_by_one, onednn, seed
+):
+    torch.manual_seed(seed)
+    block, x, extent, real = make(kind, groups, window, size, batch)
+    weight = torch.randn_like(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "CHUNK", chunk)
+        patch.setattr(cpu, "LARGE", dict.fromkeys(cpu.TYPES, 0 if one_by_one else math.inf))
+        patch.setattr(cpu, "HAS_ONEDNN", onednn and cpu.HAS_ONEDNN)
+        served = []
+        patch.setattr(cpu, "forward", lambda *a, whole=cpu.forward, **k: served.append(1) or whole(*a, **k))
+        fast = run(block, x, extent, real, weight, dtype if dtype == torch.bfloat16 else None)
+        assert served
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            alone = block(x.clone(), extent, real)
+        served.clear()
+        exact = run(copy.deepcopy(block).double(), x.double(), extent, real, weight.double())
+        assert not served
+    torch.testing.assert_close(alone.double(), fast[0].double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 4)
+    largest = max(truth.norm() for truth in exact)  # a short sum that cancels has the error of what it adds
+    for actual, truth in zip(fast, exact, strict=True):
+        assert actual.shape == truth.shape
+        assert (actual.double() - truth).norm() <= TOLERANCE[dtype] * (truth.norm() + 0.1 * largest)
+
+
+def test_frozen_parameters_get_no_gradient_and_what_is_compiled_or_in_fp64_is_not_served():
+    block, x, extent, real = make("parallel", 2, (2, 2, 2), (2, 4, 4), 1)
+    block.requires_grad_(False)
+    gate = block.units["spatial"].gate.requires_grad_(True)
+    block(x, extent, real).sum().backward()
+    assert {name for name, p in block.named_parameters() if p.grad is not None} == {
+        "units.spatial.gate.table",
+        "units.spatial.gate.bias",
+    }
+    assert gate.table.grad.abs().sum() > 0
+    assert cpu.serves(x) and not cpu.serves(x.double())
+    with torch.autocast("cpu", torch.float16):
+        assert not cpu.serves(x)
+
+
+def test_the_batch_norm_kernel_is_a_layer_norm_over_channels():
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        x = (3 * torch.randn(24, 50) + 100).to(dtype)  # a mean much larger than the deviation
+        truth = nn.functional.layer_norm(x.double().T, (24,)).T
+        normed, mean, rstd = cpu.channel_norm(x)
+        assert normed.dtype == dtype and mean.dtype == rstd.dtype == torch.float32
+        torch.testing.assert_close(normed.double(), truth, rtol=tolerance, atol=tolerance * 4)

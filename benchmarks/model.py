@@ -22,7 +22,7 @@ from torch._inductor.exc import InductorError
 
 import posmlp
 from posmlp.model import cpu
-from posmlp.model.cost import device_name, seconds
+from posmlp.model.cost import device_name, peak_mb, seconds
 from posmlp.model.variants import model_variant
 
 
@@ -105,8 +105,11 @@ def main() -> None:
     check_equal(ours, plain, clip)
 
     print(f"{args.model}, batch {args.batch}; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
-    print(f"median of {args.repeats}, ms; a step is forward and backward; nan: does not compile\n")
-    print(f"{'':<24}{'plain':>9}{'ours':>9}{'plain/ours':>12}{'ours, reference':>17}{'plain/that':>12}")
+    print(
+        f"median of {args.repeats}, ms; a step is forward and backward; nan: does not compile; MB: most in use on top\n"
+    )
+    labels = ("plain", "ours", "plain/ours", "reference", "plain/that", "plain, MB", "ours, MB")
+    print(f"{'':<24}{''.join(f'{label:>12}' for label in labels)}")
     for compiled in (False,) if args.no_compile else (False, True):
         for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             for step in (False,) if args.forward_only else (False, True):
@@ -117,10 +120,19 @@ def main() -> None:
                 runs = [passes(m, clip, dtype, step) for m in (plain, ours)]
                 if device.type == "cpu" and not compiled:
                     runs.append(as_reference(runs[1]))
-                base, *others = interleaved(runs, device, args.repeats)
+                memory = [peak_mb(run, device) for run in runs[:2]]  # and warms up
+                base, own, *others = interleaved(runs, device, args.repeats)
+                reference = others[0] if others else math.nan
                 label = f"{'compiled' if compiled else 'eager'} {precision} {'step' if step else 'forward'}"
-                cells = [f"{ms:>{w}.0f}{base / ms:>11.2f}x" for ms, w in zip(others, (9, 17), strict=False)]
-                print(f"{label:<24}{base:>9.0f}{''.join(cells)}", flush=True)
+                cells = [
+                    f"{base:.0f}",
+                    f"{own:.0f}",
+                    f"{base / own:.2f}x",
+                    f"{reference:.0f}",
+                    f"{base / reference:.2f}x",
+                ]
+                cells += ["" if mb is None else f"{mb:.0f}" for mb in memory]
+                print(f"{label:<24}{''.join(f'{cell:>12}' for cell in cells)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """PosMLP-Video written the plain way: channels last, windows cut in every unit, gates as einsum.
 
-The baseline of ``benchmarks/layout.py`` and an independent reference of the whole model in the tests. It takes the same
+The baseline of ``benchmarks/model.py`` and an independent reference of the whole model in the tests. It takes the same
 parameters (``PlainModel(model)`` reads them from a ``PosMLPVideo``) and shares none of its arithmetic. Whole windows
 only: sizes must divide.
 """

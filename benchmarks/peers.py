@@ -1,0 +1,77 @@
+"""PosMLP-Video beside models of its class: parameters, work, time, throughput per work and memory, in one run.
+
+    python benchmarks/peers.py [--device cuda --batch 8 --repeats 20]
+
+The peers are in ``peer_models.py``. All models are timed in turn, round by round, so that a busy machine disturbs
+them alike; the median round counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from peer_models import R2Plus1D, VideoSwin, counted_macs
+from torch import Tensor, nn
+
+import posmlp
+from posmlp.model.cost import count_macs, count_params, device_name, peak_mb, seconds
+from posmlp.model.variants import model_variant
+
+
+def call(model: nn.Module, clip: Tensor, dtype: torch.dtype, step: bool) -> Callable[[], None]:
+    """A forward pass in eval mode, or a forward and backward pass in training mode."""
+
+    def run() -> None:
+        model.train(step)
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(step), torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(clip).float().square().mean()
+        if step:
+            loss.backward()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--forward-only", action="store_true", help="no training steps")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+
+    rows: list[tuple[str, nn.Module, int, Tensor]] = []  # label, model, MACs a clip, clips
+    clip = torch.randn(args.batch, 3, 16, 224, 224, device=device)
+    small = torch.randn(args.batch, 3, 16, 112, 112, device=device)
+    for name in ("s16", "b16"):
+        rows.append((f"{name} 224", posmlp.create_model(name).to(device), count_macs(model_variant(name)), clip))
+    peers = (("Video Swin-T 224", VideoSwin(), clip), ("R(2+1)D-18 224", R2Plus1D(), clip))
+    for label, peer, clips in (*peers, ("R(2+1)D-18 112", R2Plus1D(), small)):
+        rows.append((label, peer.to(device), counted_macs(peer, clips[:1]), clips))
+
+    print(f"batch {args.batch}, 16 frames; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
+    print(f"median of {args.repeats} interleaved rounds, eager; a step is forward and backward")
+    for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16 autocast")):
+        for step in (False,) if args.forward_only else (False, True):
+            runs = [call(model, clips, dtype, step) for _, model, _, clips in rows]
+            peaks = [(run(), peak_mb(run, device))[1] for run in runs]  # the first call warms up
+            rounds = [[seconds(run, device) for run in runs] for _ in range(args.repeats)]
+            print(f"\n| {precision} {'step' if step else 'forward'} | M params | GMACs | ms | clips/s | GMAC/s | MB |")
+            print("|---|---:|---:|---:|---:|---:|---:|")
+            for (label, model, macs, _), times, peak in zip(rows, zip(*rounds, strict=True), peaks, strict=True):
+                each = statistics.median(times) / args.batch
+                work = macs / 1e9
+                memory = "-" if peak is None else f"{peak:.0f}"
+                cells = f"{count_params(model) / 1e6:.1f} | {work:.1f} | {1e3 * each:.0f} | {1 / each:.2f}"
+                print(f"| {label} | {cells} | {work / each:.0f} | {memory} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

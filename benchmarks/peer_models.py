@@ -71,7 +71,9 @@ class WindowAttention(nn.Module):
     def bias(self, batch: int) -> Tensor:
         """What is added to the scores: ``[1 or B * windows, heads, N, N]``."""
         bias = self.table[self.index].permute(2, 0, 1)[None]
-        return bias if self.mask is None else (bias + self.mask).repeat(batch, 1, 1, 1)
+        if self.mask is None:
+            return bias
+        return (bias + self.mask)[None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
 
 
 class SwinBlock(nn.Module):

@@ -112,8 +112,9 @@ class Step(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, _, _, _, real, *gates = ctx.saved_tensors[: ctx.inputs]
-        normed, mean, rstd, w1, w2, *kept = ctx.saved_tensors[ctx.inputs :]
+        saved = ctx.saved_tensors  # to be read once only, for the sake of activation checkpointing
+        x, _, _, _, _, real, *gates = saved[: ctx.inputs]
+        normed, mean, rstd, w1, w2, *kept = saved[ctx.inputs :]
         waiting, grad, back = iter(kept), grad.flatten(1), w1[:, :-1].mT.contiguous()
         maps = [each.to(w1.dtype) for each in gates[::2]]
         d_w1, d_w2, *d_gates = (torch.zeros_like(each, dtype=torch.float32) for each in (w1, w2, *gates))

@@ -10,29 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 
 import torch
+from model import passes
 from peer_models import R2Plus1D, VideoSwin, counted_macs
 from torch import Tensor, nn
 
 import posmlp
 from posmlp.model.cost import count_macs, count_params, device_name, peak_mb, seconds
 from posmlp.model.variants import model_variant
-
-
-def call(model: nn.Module, clip: Tensor, dtype: torch.dtype, step: bool) -> Callable[[], None]:
-    """A forward pass in eval mode, or a forward and backward pass in training mode."""
-
-    def run() -> None:
-        model.train(step)
-        model.zero_grad(set_to_none=True)
-        with torch.set_grad_enabled(step), torch.autocast(clip.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(clip).float().square().mean()
-        if step:
-            loss.backward()
-
-    return run
 
 
 def main() -> None:
@@ -60,7 +46,7 @@ def main() -> None:
     print(f"median of {args.repeats} interleaved rounds, eager; a step is forward and backward")
     for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16 autocast")):
         for step in (False,) if args.forward_only else (False, True):
-            runs = [call(model, clips, dtype, step) for _, model, _, clips in rows]
+            runs = [passes(model, clips, dtype, step) for _, model, _, clips in rows]
             peaks = [(run(), peak_mb(run, device))[1] for run in runs]  # the first call warms up
             rounds = [[seconds(run, device) for run in runs] for _ in range(args.repeats)]
             print(f"\n| {precision} {'step' if step else 'forward'} | M params | GMACs | ms | clips/s | GMAC/s | MB |")

@@ -25,7 +25,7 @@ from posmlp.model.gates import by_group, over_time, toeplitz_backward, toeplitz_
 TYPES = (torch.float32, torch.bfloat16)
 
 # PyTorch sends fp32 products on CPUs to MKL, which runs without AVX-512 on AMD processors. oneDNN, which PyTorch ships
-# too, uses it: twice the speed there, at equal results (docs/speed.md). This op reaches its linear kernel.
+# too, uses it: twice the speed there, at equal results (benchmarks/model.py). This op reaches its linear kernel.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CHUNK = 16 * 2**20  # bytes of hidden activations at once, at least a window
 # Multiply-adds of one group's gate from which groups run one by one; smaller ones are faster in one batched product.

@@ -120,8 +120,9 @@ def main() -> None:
                 runs = [passes(m, clip, dtype, step) for m in (plain, ours)]
                 if device.type == "cpu" and not compiled:
                     runs.append(as_reference(runs[1]))
-                memory = [peak_mb(run, device) for run in runs[:2]]  # and warms up
                 base, own, *others = interleaved(runs, device, args.repeats)
+                compiles = [not math.isnan(ms) for ms in (base, own)]
+                memory = [peak_mb(run, device) if ok else None for run, ok in zip(runs, compiles, strict=False)]
                 reference = others[0] if others else math.nan
                 label = f"{'compiled' if compiled else 'eager'} {precision} {'step' if step else 'forward'}"
                 cells = [

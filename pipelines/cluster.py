@@ -22,6 +22,8 @@ class NoRoomError(UserError):
 def wait_for_room(scaling: ScalingSection, echo: Callable[[str], None]) -> None:
     """Return once the live nodes have room for a run's workers and for decoding; ``scaling.wait_s`` limits the wait.
 
+    What Ray Data keeps for the whole cluster is then on this process's node, and holds none that could go.
+
     Raises:
         NoRoomError: they do not.
     """

@@ -85,9 +85,8 @@ class Block(nn.Module):
             gates = [each for u in units for each in (u.gate.position_map(extent), u.gate.token_bias(extent))]
             return cpu.step(x, weight, bias, last, last_bias, real, *gates)
         hidden = weight @ channel_norm(x).flatten(1)  # [2C * units, tokens]
-        halves = F.gelu(hidden + bias[:, None].to(hidden.dtype)).view(
-            2 * len(units), *x.shape
-        )  # another type would copy
+        hidden = F.gelu(hidden.add_(bias[:, None].to(hidden.dtype)))  # adding another type would copy
+        halves = hidden.view(2 * len(units), *x.shape)
         gated = []
         for unit, u, v in zip(units, halves[::2], halves[1::2], strict=True):
             gated.append(unit.gate(u if real is None else u * real.to(u.dtype), v, extent))

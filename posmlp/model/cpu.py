@@ -154,10 +154,11 @@ class Step(torch.autograd.Function):
         return None, d_x.view(x.shape), d_w1[:, :-1], d_w1[:, -1], d_w2[:, :-1], d_w2[:, -1], None, *d_gates
 
 
-Shape = tuple[int, int, int, int]  # [C, windows, T, N] of a chunk
+Shape = tuple[int, int, int, int]  # [C, windows, T, N]
+Chunk = tuple[slice, Shape, Tensor | None]
 
 
-def chunks(x: Tensor, hidden: int, dtype: torch.dtype, real: Tensor | None) -> Iterator[tuple[slice, Shape, Any]]:
+def chunks(x: Tensor, hidden: int, dtype: torch.dtype, real: Tensor | None) -> Iterator[Chunk]:
     """Tokens to work on at once, whole windows: their span in ``[C, tokens]``, shape, and part of ``real``."""
     channels, clips, windows, t, n = x.shape
     many = max(1, CHUNK // (hidden * t * n * dtype.itemsize))

@@ -16,9 +16,9 @@ side = st.integers(1, 5)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
-def make(kind, groups, window, size, batch):
+def make(kind, groups, window, size, batch, drop_path=0.0):
     """A block with random parameters, tokens for it, their extent and their mask."""
-    block = Block(kind, 2 * groups, groups, window, drop_path=0.0)
+    block = Block(kind, 2 * groups, groups, window, drop_path)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
     extent = tuple(min(n, w) for n, w in zip(size, window, strict=True))
@@ -30,6 +30,7 @@ def make(kind, groups, window, size, batch):
 
 def run(block, x, extent, real, weight, dtype=None):
     """The output, and the gradients of the input and of all parameters."""
+    torch.manual_seed(0)  # what drop path drops
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         out = block(x, extent, real)
@@ -45,25 +46,30 @@ def run(block, x, extent, real, weight, dtype=None):
     batch=st.integers(1, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     chunk=st.sampled_from([1, 3000, 2**22]),
-    one_by_one=st.booleans(),
+    drop_path=st.sampled_from([0.0, 0.5]),
+    large=st.sampled_from([1, 2**20]),
     onednn=st.booleans(),
+    window_order=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_a_block_and_its_gradients_equal_the_reference(
-    kind, groups, window, size, batch, dtype, chunk, one_by_one, onednn, seed
+    kind, groups, window, size, batch, dtype, chunk, drop_path, large, onednn, window_order, seed
 ):
     torch.manual_seed(seed)
-    block, x, extent, real = make(kind, groups, window, size, batch)
+    block, x, extent, real = make(kind, groups, window, size, batch, drop_path)
     weight = torch.randn_like(x)
+    if window_order:  # as a stage lays them
+        x, weight = (each.permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 1, 3, 4) for each in (x, weight))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "CHUNK", chunk)
-        patch.setattr(cpu, "LARGE", dict.fromkeys(cpu.TYPES, 0 if one_by_one else math.inf))
-        patch.setattr(cpu, "HAS_ONEDNN", onednn and cpu.HAS_ONEDNN)
+        patch.setattr(cpu, "LARGE", large)
+        patch.setattr(cpu, "ONEDNN", onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
         served = []
         patch.setattr(cpu, "forward", lambda *a, whole=cpu.forward, **k: served.append(1) or whole(*a, **k))
         fast = run(block, x, extent, real, weight, dtype if dtype == torch.bfloat16 else None)
         assert served
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            torch.manual_seed(0)
             alone = block(x.clone(), extent, real)
         served.clear()
         exact = run(copy.deepcopy(block).double(), x.double(), extent, real, weight.double())
@@ -90,11 +96,16 @@ def test_frozen_parameters_get_no_gradient_and_what_is_compiled_or_in_fp64_is_no
         assert not cpu.serves(x)
 
 
-def test_the_batch_norm_kernel_is_a_layer_norm_over_channels():
+def test_the_batch_norm_kernel_is_a_layer_norm_over_channels_forward_and_backward():
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        x = (3 * torch.randn(24, 50) + 100).to(dtype)  # a mean much larger than the deviation
-        truth = nn.functional.layer_norm(x.double().T, (24,)).T
-        normed, mean, rstd = cpu.channel_norm(x)
-        assert normed.dtype == dtype and mean.dtype == rstd.dtype == torch.float32
-        torch.testing.assert_close(normed.double(), truth, rtol=tolerance, atol=tolerance * 4)
+        x = (3 * torch.randn(2, 24, 50) + 100).to(dtype)  # a mean much larger than the deviation
+        weight = torch.randn_like(x)
+        exact = x.double().requires_grad_()
+        truth = nn.functional.layer_norm(exact.mT, (24,)).mT
+        (gradient,) = torch.autograd.grad((truth * weight.double()).sum(), exact)
+        normed, rstd = cpu.channel_norm(x, dtype)
+        assert normed.dtype == dtype and rstd.dtype == torch.float32 and (normed[:, -1] == 1).all()
+        torch.testing.assert_close(normed[:, :-1].double(), truth.detach(), rtol=tolerance, atol=tolerance * 4)
+        found = cpu.channel_norm_backward(weight, normed, rstd)
+        torch.testing.assert_close(found.double(), gradient, rtol=tolerance, atol=tolerance * 4)

@@ -68,22 +68,28 @@ class Block(nn.Module):
     def forward(self, x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
         """x and the result are ``[C, B, W, T, N]``; ``real`` ``[W, T, N]`` is 0 at padded tokens (None: no padding)."""
         for step in self.steps:
-            residual = self.mix([cast(Unit, self.units[u]) for u in step], x, extent, real)
+            keep = None
             if self.training and self.drop_path > 0:
-                keep = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
-                residual = residual * (keep / (1 - self.drop_path)).to(residual.dtype).view(-1, 1, 1, 1)
-            x = x + residual if x.requires_grad or residual.requires_grad else x.add_(residual)
+                drawn = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
+                keep = drawn / (1 - self.drop_path)
+            x = self.add([cast(Unit, self.units[u]) for u in step], x, extent, real, keep)
         return x
 
-    def mix(self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
-        """Sum of the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1."""
+    def add(
+        self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None, keep: Tensor | None
+    ) -> Tensor:
+        """x plus the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1.
+
+        What the branches of a clip are multiplied with is in ``keep`` (None: 1).
+        """
         weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])  # [2C * units, C]
         bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
         last = torch.cat([u.fc2.weight for u in units], 1)  # [C, C * units]
         last_bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, gradients would share memory
         if cpu.serves(x):
-            gates = [each for u in units for each in (u.gate.position_map(extent), u.gate.token_bias(extent))]
-            return cpu.step(x, weight, bias, last, last_bias, real, *gates)
+            dtype = cpu.work_type(x)
+            gates = [each for u in units for each in (u.gate.position_map(extent, dtype), u.gate.token_bias(extent))]
+            return cpu.step(x, weight, bias, last, last_bias, real, keep, *gates)
         hidden = weight @ channel_norm(x).flatten(1)  # [2C * units, tokens]
         hidden = F.gelu(hidden.add_(bias[:, None].to(hidden.dtype)))  # adding another type would copy
         halves = hidden.view(2 * len(units), *x.shape)
@@ -91,16 +97,25 @@ class Block(nn.Module):
         for unit, u, v in zip(units, halves[::2], halves[1::2], strict=True):
             gated.append(unit.gate(u if real is None else u * real.to(u.dtype), v, extent))
         out = last @ torch.cat(gated).flatten(1)
-        return (out + last_bias[:, None].to(out.dtype)).view(x.shape)
+        residual = (out + last_bias[:, None].to(out.dtype)).view(x.shape)
+        if keep is not None:
+            residual = residual * keep.to(residual.dtype).view(-1, 1, 1, 1)
+        return x + residual if x.requires_grad or residual.requires_grad else x.add_(residual)
 
 
 class Downsample(nn.Module):
-    """Conv(1,3,3) with stride (1,2,2), then LayerNorm; the norm is applied by ``Stage``, in window order."""
+    """Conv(1,3,3) with stride (1,2,2), then LayerNorm."""
 
     def __init__(self, dim_in: int, dim: int):
         super().__init__()
         self.proj = nn.Conv3d(dim_in, dim, (1, 3, 3), (1, 2, 2), (0, 1, 1))
         self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, T, H, W]`` -> ``[B, C, T, H/2, W/2]``."""
+        x = frame_conv(self.proj, x).permute(0, 2, 3, 4, 1)  # as it lies in memory
+        normed = F.layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+        return normed.to(x.dtype).permute(0, 4, 1, 2, 3)
 
 
 class Stem(nn.Module):
@@ -139,15 +154,12 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, T, H_in, W_in]`` -> ``[B, C, T, H, W]``."""
         if self.downsample:
-            x = frame_conv(self.downsample.proj, x)
+            x = self.downsample(x)
         size = x.shape[2:]
         # An input smaller than the window takes the window's first tokens.
         extent = cast(Window, tuple(min(n, w) for n, w in zip(size, self.window, strict=True)))
         real = padding_mask(size, extent, x.device)
         x = to_windows(x, extent)
-        if self.downsample:
-            norm = self.downsample.norm
-            x = channel_norm(x, norm.eps) * per_channel(norm.weight) + per_channel(norm.bias)
         for block in self.blocks:
             if self.recompute and x.requires_grad:
                 x = cast(Tensor, checkpoint(block, x, extent, real, use_reentrant=False))
@@ -167,11 +179,6 @@ def frame_conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
     return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
-def per_channel(p: Tensor) -> Tensor:
-    """``[C]`` -> ``[C, 1, 1, 1, 1]``."""
-    return p.view(-1, 1, 1, 1, 1)
-
-
 def grid(size: Sequence[int], extent: Window) -> Window:
     """Number of windows along time, height, width that cover ``size``."""
     t, h, w = (math.ceil(n / e) for n, e in zip(size, extent, strict=True))
@@ -186,15 +193,16 @@ def to_windows(x: Tensor, extent: Window) -> Tensor:
     if any(pad):
         x = F.pad(x, [0, 0, 0, pad[0], 0, pad[1], 0, pad[2]])
     x = x.unflatten(3, (gw, w)).unflatten(2, (gh, h)).unflatten(1, (gt, t)).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    # In two steps, as whole tokens and as one transposition of a matrix, it is faster than in one.
-    tokens = x.reshape(-1, x.shape[-1])
-    return tokens.mT.contiguous().view(x.shape[-1], x.shape[0], gt * gh * gw, t, h * w)
+    # In two steps, as whole tokens and as transpositions of matrices, it is faster than in one.
+    tokens = x.reshape(x.shape[0], gt * gh * gw, t * h * w, x.shape[-1])
+    tokens = tokens.mT.contiguous().permute(2, 0, 1, 3) if cpu.serves(x) else tokens.permute(3, 0, 1, 2).contiguous()
+    return tokens.unflatten(3, (t, h * w))
 
 
 def from_windows(x: Tensor, extent: Window, size: Sequence[int]) -> Tensor:
     """``[C, B, windows, t, h*w]`` -> ``[B, C, T, H, W]`` of the given ``size``, channels last in memory."""
     (t, h, w), (gt, gh, gw) = extent, grid(size, extent)
-    tokens = x.flatten(1).mT.contiguous().view(x.shape[1], gt, gh, gw, t, h, w, len(x))
+    tokens = x.flatten(3).permute(1, 2, 3, 0).contiguous().view(x.shape[1], gt, gh, gw, t, h, w, len(x))
     x = tokens.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[1], gt * t, gh * h, gw * w, len(x))
     return x[:, : size[0], : size[1], : size[2]].permute(0, 4, 1, 2, 3)
 

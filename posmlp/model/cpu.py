@@ -1,7 +1,9 @@
-"""A step of a block on a CPU without a compiler: what ``Block.mix`` computes, with the backward pass written out.
+"""A step of a block on a CPU without a compiler: what ``Block`` computes, with the backward pass written out.
 
-The time goes into memory, so it works on chunks of whole windows that stay in cache, by kernels that PyTorch has:
+The time goes into memory, so it works on one window after the other (or as many as fill ``CHUNK``), which stay in
+cache from the norm to the residual, by kernels that PyTorch has:
 
+- tokens lie in memory window by window, ``[B, W, C, T, N]``, so that all products of a window are on views;
 - the bias of a linear layer rides in its matrix product, as one more column of the weight against a row of ones, and
   its gradient in the product of the backward pass;
 - the norm over channels is the kernel of batch norm on the transposed view: one pass for the statistics and one for
@@ -11,7 +13,10 @@ The time goes into memory, so it works on chunks of whole windows that stay in c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +25,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from posmlp.model.gates import by_group, over_time, toeplitz_backward, toeplitz_product
+from posmlp.model.gates import joint_backward, joint_product
 
 TYPES = (torch.float32, torch.bfloat16)
+CHUNK = 4 * 2**20  # bytes of hidden activations at once, at least a window
+
+
+def on_amd() -> bool:
+    """Whether the processor is one of AMD's; where the system does not tell, no."""
+    with suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    return False
+
 
 # PyTorch sends fp32 products on CPUs to MKL, which runs without AVX-512 on AMD processors. oneDNN, which PyTorch ships
 # too, uses it: twice the speed there, at equal results (benchmarks/model.py). This op reaches its linear kernel.
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-CHUNK = 16 * 2**20  # bytes of hidden activations at once, at least a window
-# Multiply-adds of one group's gate from which groups run one by one; smaller ones are faster in one batched product.
-LARGE = {torch.float32: 2**20, torch.bfloat16: 2**24}
+ONEDNN = on_amd() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+LARGE = 2**20  # multiply-adds of a product from which that is worth a call
 
 
 def serves(x: Tensor) -> bool:
@@ -42,25 +54,31 @@ def work_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def step(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, real: Tensor | None, *gates: Tensor) -> Tensor:
-    """Sum of the branches of a step's units.
+def step(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, real: Tensor | None, keep: Tensor | None, *gates: Tensor
+) -> Tensor:
+    """``x`` plus the branches of a step's units; in ``x`` itself where nothing asks for gradients.
 
     Args:
-        x: ``[C, B, W, T, N]``.
+        x: ``[C, B, W, T, N]``, best as ``[B, W, C, T, N]`` in memory, as the result is.
         w1, b1: of all units' fc1 with the norms folded in, ``[units * 2C, C]`` and ``[units * 2C]``: u and v of the
             first unit, then of the second.
         w2, b2: of all units' fc2 side by side, ``[C, units * C]``, and the sum of their biases, ``[C]``.
         real: ``[W, T, N]``, 0 at padded tokens; None if there are none.
-        gates: for each unit its maps, as of ``PositionGate.position_map``, and its bias, ``[T or 1, N or 1]``.
-
-    Returns:
-        ``[C, B, W, T, N]`` in the type of the matrix products.
+        keep: ``[B]``, what the branches of a clip are multiplied with; None: 1.
+        gates: for each unit its maps, as of ``PositionGate.position_map``, in the type of the matrix products, and its
+            bias, ``[T or 1, N or 1]``.
     """
-    dtype, learned = work_type(x), (x, w1, b1, w2, b2, *gates)
+    dtype = work_type(x)
+    _, clips, windows, *_ = x.shape
+    if real is not None:
+        real = real.to(dtype).repeat(clips, 1, 1)
+    if keep is not None:
+        keep = keep.to(dtype).repeat_interleave(windows)
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled() and any(each.requires_grad for each in learned):
-            return Step.apply(dtype, x, w1, b1, w2, b2, real, *gates)
-        return forward(dtype, x, w1, b1, w2, b2, real, *gates, keep=False)[0]
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (x, w1, b1, w2, b2, *gates)):
+            return Step.apply(dtype, x, w1, b1, w2, b2, real, keep, *gates)
+        return forward(dtype, x, w1, b1, w2, b2, real, keep, *gates, train=False)[0]
 
 
 def forward(
@@ -71,32 +89,36 @@ def forward(
     w2: Tensor,
     b2: Tensor,
     real: Tensor | None,
+    keep: Tensor | None,
     *gates: Tensor,
-    keep: bool,
+    train: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``step`` in the given type, and what its backward pass needs (nothing unless ``keep``)."""
-    normed, mean, rstd = channel_norm(x.flatten(1))
-    normed = normed.to(dtype)
+    """``step`` in the given type, with ``real`` and ``keep`` for each window of each clip, and what its backward pass
+    needs (only to ``train``)."""
     w1, w2 = (torch.cat([w, b[:, None]], 1).to(dtype) for w, b in ((w1, b1), (w2, b2)))
-    maps, biases = ([each.to(dtype) for each in gates[i::2]] for i in (0, 1))
-    out = torch.empty_like(x, dtype=dtype)
+    maps, biases = gates[::2], [bias.to(dtype) for bias in gates[1::2]]
+    tokens = by_window(x)
+    out = torch.empty_like(tokens, memory_format=torch.contiguous_format) if train else tokens
     kept = []
-    for span, shape, mask in chunks(x, len(w1), dtype, real):
-        z = product(w1, with_ones(normed[:, span]), gelu=not keep)  # [units * 2C, tokens]
-        hidden = F.gelu(z) if keep else z
-        gated = torch.ones(w2.shape[1], z.shape[1], dtype=dtype)
-        if keep:
-            kept.append(z)
-        for (u, v), to, of, bias in zip(uv(hidden, shape), by_unit(gated, shape), maps, biases, strict=True):
-            if mask is not None:
-                u.mul_(mask)
-            for groups, rows in parts(of, u):
-                mixed = mix(of[groups], u[rows], bias)
-                torch.mul(mixed, v[rows], out=to[rows])
-                if keep:
-                    kept.append(mixed)
-        out.flatten(1)[:, span] = product(w2, gated)
-    return out, [normed, mean, rstd, w1, w2, *kept] if keep else []
+    for span in spans(tokens, len(w1), dtype):
+        normed, rstd = channel_norm(tokens[span].flatten(2), dtype)
+        z = product(w1, normed)  # [windows, units * 2C, T*N]
+        hidden = F.gelu(z) if train else torch.ops.aten.gelu_(z)
+        gated = with_ones(w2, z)
+        if train:
+            kept += [normed, rstd, z]
+        for (u, v), to, of, bias in zip(uv(hidden, tokens), by_unit(gated, tokens), maps, biases, strict=True):
+            if real is not None:
+                u.mul_(real[span, None])
+            mixed = mix(of, u).add_(bias)
+            torch.mul(mixed, v, out=to)
+            if train:
+                kept.append(mixed)
+        residual = product(w2, gated).view(tokens[span].shape)
+        if keep is not None:
+            residual.mul_(keep[span, None, None, None])
+        torch.add(tokens[span], residual, out=out[span])
+    return from_windows(out, x), [w1, w2, *kept] if train else []
 
 
 class Step(torch.autograd.Function):
@@ -104,146 +126,183 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *inputs: Any) -> Tensor:
-        out, kept = forward(dtype, *inputs, keep=True)
+        out, kept = forward(dtype, *inputs, train=True)
         ctx.inputs = len(inputs)
-        ctx.save_for_backward(*inputs, *kept)
+        ctx.save_for_backward(None, *inputs[1:], *kept)  # all but x
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # to be read once only, for the sake of activation checkpointing
-        x, _, _, _, _, real, *gates = saved[: ctx.inputs]
-        normed, mean, rstd, w1, w2, *kept = saved[ctx.inputs :]
-        waiting, grad, back = iter(kept), grad.flatten(1), w1[:, :-1].mT.contiguous()
-        maps = [each.to(w1.dtype) for each in gates[::2]]
+        _, _, _, _, _, real, keep, *gates = saved[: ctx.inputs]
+        w1, w2, *kept = saved[ctx.inputs :]
+        dtype, waiting, maps = w1.dtype, iter(kept), gates[::2]
         d_w1, d_w2, *d_gates = (torch.zeros_like(each, dtype=torch.float32) for each in (w1, w2, *gates))
-        d_normed = torch.empty_like(normed)
-        for span, shape, mask in chunks(x, len(w1), w1.dtype, real):
-            z, d_out = next(waiting), grad[:, span].contiguous()
-            hidden, d_hidden, d_gated = F.gelu(z), torch.empty_like(z), product(w2.mT, d_out)
-            gated = torch.ones_like(d_gated)
+        back1, back2 = (w[:, :-1].mT.contiguous() for w in (w1, w2))
+        d_out = by_window(grad)
+        d_x = torch.empty_like(d_out, memory_format=torch.contiguous_format)
+        for span in spans(d_out, len(w1), dtype):
+            normed, rstd, z = next(waiting), next(waiting), next(waiting)
+            d_residual = d_out[span].to(dtype).flatten(2).contiguous()
+            if keep is not None:
+                d_residual = d_residual * keep[span, None, None]
+            hidden, d_hidden, d_gated = F.gelu(z), torch.empty_like(z), product(back2, d_residual)
+            gated = with_ones(w2, z)
             of_units = zip(
-                uv(hidden, shape),
-                uv(d_hidden, shape),
-                by_unit(gated, shape),
-                by_unit(d_gated, shape),
+                uv(hidden, d_out),
+                uv(d_hidden, d_out),
+                by_unit(gated, d_out),
+                by_unit(d_gated, d_out),
                 maps,
                 d_gates[::2],
                 d_gates[1::2],
                 strict=True,
             )
             for (u, v), (d_u, d_v), to, d_to, of, d_maps, d_bias in of_units:
-                if mask is not None:
-                    u.mul_(mask)
-                for groups, rows in parts(of, u):
-                    mixed = next(waiting)
-                    torch.mul(mixed, v[rows], out=to[rows])
-                    torch.mul(mixed, d_to[rows], out=d_v[rows])
-                    d_mixed = d_to[rows].mul_(v[rows])
-                    d_u[rows], d_map = mix_backward(of[groups], u[rows], d_mixed)
-                    d_maps[groups] += d_map
-                if mask is not None:
-                    d_u.mul_(mask)
-                d_bias += d_to.sum((0, 1)).sum_to_size(d_bias.shape)
+                if real is not None:
+                    u.mul_(real[span, None])
+                mixed = next(waiting)
+                torch.mul(mixed, v, out=to)
+                torch.mul(mixed, d_to, out=d_v)
+                d_mixed = d_to.mul_(v)
+                d_of, d_map = mix_backward(of, u, d_mixed)
+                d_u.copy_(d_of)
+                d_maps += d_map
+                if real is not None:
+                    d_u.mul_(real[span, None])
+                d_bias += d_mixed.sum((0, 1)).sum_to_size(d_bias.shape)
             d_z = torch.ops.aten.gelu_backward.grad_input(d_hidden, z, grad_input=d_hidden)
-            d_w1 += product(d_z, with_ones(normed[:, span]).mT)
-            d_w2 += product(d_out, gated.mT)
-            d_normed[:, span] = product(back, d_z)
-        d_x = channel_norm_backward(d_normed, x.flatten(1), mean, rstd)
-        return None, d_x.view(x.shape), d_w1[:, :-1], d_w1[:, -1], d_w2[:, :-1], d_w2[:, -1], None, *d_gates
+            d_w1 += product(d_z, normed.mT).sum(0)
+            d_w2 += product(d_residual, gated.mT).sum(0)
+            d_normed = channel_norm_backward(product(back1, d_z), normed, rstd)
+            torch.add(d_out[span], d_normed.view(d_out[span].shape), out=d_x[span])
+        d_x = from_windows(d_x, grad)
+        return None, d_x, d_w1[:, :-1], d_w1[:, -1], d_w2[:, :-1], d_w2[:, -1], None, None, *d_gates
 
 
-Shape = tuple[int, int, int, int]  # [C, windows, T, N]
-Chunk = tuple[slice, Shape, Tensor | None]
+def by_window(x: Tensor) -> Tensor:
+    """``[C, B, W, T, N]`` as ``[windows, C, T, N]``, the windows of all clips; a view of what lies so in memory."""
+    return x.permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 
-def chunks(x: Tensor, hidden: int, dtype: torch.dtype, real: Tensor | None) -> Iterator[Chunk]:
-    """Tokens to work on at once, whole windows: their span in ``[C, tokens]``, shape, and part of ``real``."""
-    channels, clips, windows, t, n = x.shape
-    many = max(1, CHUNK // (hidden * t * n * dtype.itemsize))
-    if real is not None:
-        real = real.to(dtype).repeat(clips, 1, 1)
-    for first in range(0, clips * windows, many):
-        count = min(many, clips * windows - first)
-        mask = None if real is None else real[first : first + count]
-        yield slice(first * t * n, (first + count) * t * n), (channels, count, t, n), mask
+def from_windows(tokens: Tensor, like: Tensor) -> Tensor:
+    """``by_window`` undone, for a tensor of the shape of ``like``."""
+    return tokens.unflatten(0, like.shape[1:3]).permute(2, 0, 1, 3, 4)
 
 
-def uv(hidden: Tensor, shape: Shape) -> Tensor:
-    """``[units * 2C, tokens]`` as u and v of each unit, ``[units, 2, C, windows, T, N]``."""
-    return hidden.view(-1, 2, *shape)
+def spans(tokens: Tensor, hidden: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Windows to work on at once, where a token has so many hidden channels."""
+    many = max(1, CHUNK // (hidden * tokens[0, 0].numel() * dtype.itemsize))
+    for first in range(0, len(tokens), many):
+        yield slice(first, min(first + many, len(tokens)))
 
 
-def by_unit(gated: Tensor, shape: Shape) -> Tensor:
-    """``[units * C + 1, tokens]`` with a last row of ones as what each unit gives, ``[units, C, windows, T, N]``."""
-    return gated[:-1].view(-1, *shape)
+def uv(hidden: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+    """Of ``[windows, units * 2C, T*N]`` each unit's u and v, ``[2, windows, C, T, N]``."""
+    yield from hidden.unflatten(2, tokens.shape[2:]).unflatten(1, (-1, 2, tokens.shape[1])).permute(1, 2, 0, 3, 4, 5)
 
 
-def parts(maps: Tensor, u: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Groups to run at once, and their channels: large ones over space one by one, else all."""
-    channels = len(u) // len(maps)
-    if maps.ndim == 4 or u[:channels].numel() * maps.shape[-1] < LARGE[u.dtype]:
-        yield slice(None), slice(None)
-    else:
-        for s in range(len(maps)):
-            yield slice(s, s + 1), slice(s * channels, (s + 1) * channels)
+def by_unit(gated: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+    """Of ``[windows, units * C, T*N]``, with or without a row of ones below, what each unit gives."""
+    channels = tokens.shape[1]
+    for first in range(0, gated.shape[1] // channels * channels, channels):
+        yield gated[:, first : first + channels].unflatten(2, tokens.shape[2:])
 
 
-def mix(maps: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-    """Tokens mixed by the maps of their groups, and the bias; a new tensor like ``u``, ``[C, W, T, N]``."""
+def with_ones(weight: Tensor, z: Tensor) -> Tensor:
+    """What ``weight`` is to multiply: ``[windows, units * C + 1, T*N]``, ones in the last row and the rest not set."""
+    gated = z.new_empty(len(z), weight.shape[1], z.shape[2])
+    gated[:, -1] = 1
+    return gated
+
+
+def mix(maps: Tensor, u: Tensor) -> Tensor:
+    """Tokens mixed by the maps of their groups; a new tensor like ``u``, ``[windows, C, T, N]``."""
     x = by_group(u, maps)
-    if maps.ndim == 3 and len(maps) == 1:
-        return product(x[0], maps[0].mT, bias[0]).view(u.shape)
     if maps.ndim == 3:
-        return (x @ maps.mT).view(u.shape).add_(bias)
-    mixed = maps @ x if over_time(maps) else toeplitz_product(maps, x)
-    return mixed.view(u.shape).add_(bias)
+        mixed = product(x, maps.mT)
+    elif maps.ndim == 4:
+        mixed = product(maps, x)
+    else:
+        mixed = joint_product(maps, x)
+    return from_groups(mixed, u, maps)
 
 
 def mix_backward(maps: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``u`` and of ``maps``, where ``grad`` is that of ``mix``."""
     x, g = by_group(u, maps), by_group(grad, maps)
-    if maps.ndim == 3 and len(maps) == 1:
-        d_x, d_maps = product(g[0], maps[0]), product(g[0].mT, x[0])[None]
-    elif maps.ndim == 3:
-        d_x, d_maps = g @ maps, g.mT @ x
-    elif over_time(maps):
-        d_x, d_maps = maps.mT @ g, (g @ x.mT).sum(1, keepdim=True)
+    if maps.ndim == 3:
+        d_x, d_maps = product(g, maps), product(g.mT, x).sum(0)
+    elif maps.ndim == 4:
+        d_x, d_maps = product(maps.mT, g), product(g, x.mT).sum((0, 2)).unsqueeze(1)
     else:
-        d_maps, d_x = toeplitz_backward(maps, x, g)
-    return d_x.view(u.shape), d_maps
+        d_maps, d_x = joint_backward(maps, x, g)
+    return from_groups(d_x, u, maps), d_maps
 
 
-def channel_norm(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm without its affine over the first axis of ``[C, tokens]``; also mean and 1 / deviation, in fp32."""
-    ones = torch.ones(x.shape[1])  # a weight in fp32 keeps the statistics in fp32
-    return torch.native_batch_norm(x, ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
+def by_group(u: Tensor, maps: Tensor) -> Tensor:
+    """``[windows, C, T, N]`` as what the maps of each group multiply: over space ``[windows, S, V*T, N]``, over time
+    ``[windows, S, V, T, N]``, over both ``[S, windows * V, T, N]``."""
+    if maps.ndim == 3:
+        x = u.unflatten(1, (len(maps), -1)).flatten(2)
+        return x.unflatten(2, (-1, maps.shape[-1]))  # the one place in a window of one token, too
+    if maps.ndim == 4:
+        return u.unflatten(1, (len(maps), -1))
+    return u.unflatten(1, (maps.shape[1], -1)).transpose(0, 1).flatten(1, 2)
 
 
-def channel_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, eps: float = 1e-5) -> Tensor:
-    """Gradient of ``x``, in its type."""
-    ones, wanted = torch.ones(x.shape[1]), [True, False, False]
-    return torch.ops.aten.native_batch_norm_backward(
-        grad.to(x.dtype), x, ones, None, None, mean, rstd, True, eps, wanted
-    )[0]
+def from_groups(x: Tensor, like: Tensor, maps: Tensor) -> Tensor:
+    """``by_group`` undone, for a tensor of the shape of ``like``."""
+    if maps.ndim == 5:
+        x = x.unflatten(1, (len(like), -1)).transpose(0, 1)
+    return x.reshape(like.shape)
 
 
-def with_ones(x: Tensor) -> Tensor:
-    """``[K, N]`` as ``[K + 1, N]``; contiguous, as oneDNN falls back to a plain loop for other operands."""
-    return F.pad(x, (0, 0, 0, 1), value=1)
+def channel_norm(x: Tensor, dtype: torch.dtype, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """LayerNorm without its affine over the channels of ``[windows, C, tokens]``, and 1 / deviation.
+
+    Returns:
+        ``[windows, C + 1, tokens]`` in the given type with a last row of ones, and fp32 ``[windows * tokens]``.
+    """
+    windows, channels, tokens = x.shape
+    ones = torch.ones(windows * tokens)  # a weight in fp32 keeps the statistics in fp32
+    # As the statistics of batch norm: of the channels of each of [C, windows * tokens].
+    found, _, rstd = torch.native_batch_norm(columns(x), ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
+    normed = torch.empty(windows, channels + 1, tokens, dtype=dtype)
+    normed[:, :-1] = found.view(channels, windows, tokens).transpose(0, 1)
+    normed[:, -1] = 1
+    return normed, rstd
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """``a @ b`` for ``[M, K]`` and ``[K, N]``, plus a bias ``[N]``, then GELU if wanted."""
-    if HAS_ONEDNN:
-        then, form = ("gelu", "none") if gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, then, [], form)
-    out = F.linear(a, b.mT, bias)
-    return F.gelu(out) if gelu else out
+def channel_norm_backward(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of the ``x`` of ``channel_norm``, from that of its result without the ones; ``[windows, C, tokens]``."""
+    windows, channels, tokens = grad.shape
+    none, one, wanted = torch.zeros_like(rstd), torch.ones_like(rstd), [True, False, False]
+    # What is normed already has mean 0 and deviation 1; the deviation of x comes in as a weight.
+    columns_of = columns(grad), columns(normed[:, :-1])
+    d_x, _, _ = torch.ops.aten.native_batch_norm_backward(*columns_of, rstd, None, None, none, one, True, 0.0, wanted)
+    return d_x.view(channels, windows, tokens).transpose(0, 1)
 
 
-if HAS_ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+def columns(x: Tensor) -> Tensor:
+    """``[windows, C, tokens]`` as ``[C, windows * tokens]``; a view where there is one window."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for matrices, or batches of them that broadcast."""
+    if ONEDNN and a.dtype == torch.float32 and a.shape[-2:].numel() * b.shape[-1] >= LARGE:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        a, b = a.expand(*batch, -1, -1), b.expand(*batch, -1, -1)
+        out = a.new_empty(*batch, a.shape[-2], b.shape[-1])
+        for i in itertools.product(*map(range, batch)):
+            out[i] = torch.ops.mkldnn._linear_pointwise(a[i], b[i].mT, None, "none", [], "")
+        return out
+    return a @ b
+
+
+if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:

@@ -22,15 +22,33 @@ from torch import Tensor, nn
 Window = tuple[int, int, int]  # tokens along time, height, width
 
 
-def unfold_offsets(x: Tensor, dim: int, tokens: int) -> Tensor:
-    """Turn the axis ``dim`` of relative offsets into (output position, input position).
+class Unfold(torch.autograd.Function):
+    """Offsets along height and width as output and input positions, by copies of whole rows; so the gradient."""
 
-    The axis has 2n-1 entries, the offsets -(n-1)..n-1. It becomes the output position (``tokens`` long, in place) and a
-    new last axis, the input position. ``tokens`` may be less than n: offsets too large for that extent are left out.
-    """
-    n = (x.shape[dim] + 1) // 2
-    x = x.narrow(dim, n - tokens, 2 * tokens - 1)
-    return x.unfold(dim, tokens, 1).flip(-1)  # [.., i, .., j] = x[i - j + tokens - 1]
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[.., 2h-1, 2w-1]`` -> ``[.., hw, hw']``, contiguous; the entry of output (y, x) and input (y', x') is that
+        of the offsets y - y' and x - x'.
+        """
+        ctx.like = offsets.shape, offsets.dtype
+        h, w = ((n + 1) // 2 for n in offsets.shape[-2:])
+        falling = offsets.to(dtype).flip(-1, -2)  # entry y', x' of output (y, x) is that at h-1-y + y', w-1-x + x'
+        rows = torch.stack([falling.narrow(-1, w - 1 - x, w) for x in range(w)], -3)  # [.., w, 2h-1, w']
+        maps = torch.stack([rows.narrow(-2, h - 1 - y, h) for y in range(h)], -4)  # [.., h, w, h', w']
+        return maps.view(*offsets.shape[:-2], h * w, h * w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (*batch, height, width), dtype = ctx.like
+        h, w = (height + 1) // 2, (width + 1) // 2
+        maps = grad.reshape(*batch, h, w, h, w)
+        rows = grad.new_zeros(*batch, w, height, w, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for y in range(h):
+            rows.narrow(-2, h - 1 - y, h).add_(maps.select(-4, y))
+        falling = rows.new_zeros(*batch, height, width)
+        for x in range(w):
+            falling.narrow(-1, w - 1 - x, w).add_(rows.select(-3, x))
+        return falling.flip(-1, -2).to(dtype), None
 
 
 class PositionGate(nn.Module):
@@ -61,22 +79,23 @@ class PositionGate(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
         nn.init.ones_(self.bias)
 
-    def position_map(self, extent: Window) -> Tensor:
-        """Position maps of the first ``extent`` tokens of the window along each axis.
+    def position_map(self, extent: Window, dtype: torch.dtype) -> Tensor:
+        """Position maps of the first ``extent`` tokens of the window along each axis, in ``dtype``.
 
         Returns:
-            ``[S, 1, t, t']`` for a temporal window, ``[S, hw, hw']`` for a spatial one (output, input); for a joint
-            window the block-Toeplitz form ``[S, hw, 2t-1, hw']`` with the temporal offsets in falling order.
+            ``[S, hw, hw']`` for a spatial window (output, input), ``[S, 1, t, t']`` for a temporal one; for a joint
+            window ``[2t-1, S, 1, hw, hw']``, the waves of the temporal offsets, see ``joint_product``.
         """
-        t, h, w = (min(n, m) for n, m in zip(extent, self.window, strict=True))  # a spatial unit sees each moment alone
+        sides = [min(n, m) for n, m in zip(extent, self.window, strict=True)]  # a spatial unit sees each moment alone
         offsets = self.table.view(-1, *(2 * n - 1 for n in self.window))
-        if self.window[0] > 1 and self.window[1:] == (1, 1):
-            return unfold_offsets(offsets[:, :, 0, 0], 1, t).unsqueeze(1)
-        offsets = offsets.narrow(1, self.window[0] - t, 2 * t - 1).flip(1)
-        maps = unfold_offsets(unfold_offsets(offsets, 2, h), 3, w)  # [S, 2t-1, h, w, h', w']
+        for axis, (side, full) in enumerate(zip(sides, self.window, strict=True), start=1):
+            offsets = offsets.narrow(axis, full - side, 2 * side - 1)  # a smaller extent has no use for the others
         if self.window[0] == 1:
-            return maps.reshape(-1, h * w, h * w)
-        return maps.permute(0, 2, 3, 1, 4, 5).reshape(-1, h * w, 2 * t - 1, h * w)
+            return Unfold.apply(offsets.squeeze(1), dtype)
+        if self.window[1:] == (1, 1):
+            return Unfold.apply(offsets.transpose(1, 3), dtype)
+        waves = torch.tensordot(wave_matrices(sides[0], offsets)[2], offsets, ([1], [1]))  # [2t-1, S, 2h-1, 2w-1]
+        return Unfold.apply(waves, dtype).unsqueeze(2)
 
     def token_bias(self, extent: Window) -> Tensor:
         """The bias of the first ``extent`` tokens, ``[t or 1, hw or 1]``."""
@@ -88,66 +107,83 @@ class PositionGate(nn.Module):
 
         Padded tokens must be zero in ``u``.
         """
-        maps = self.position_map(extent).to(u.dtype)
-        x = by_group(u.contiguous(), maps)
+        maps = self.position_map(extent, u.dtype)
         if maps.ndim == 3:
-            mixed = x @ maps.mT
-        elif over_time(maps):
-            mixed = maps @ x
+            mixed = u.contiguous().view(len(maps), -1, maps.shape[-1]) @ maps.mT
         else:
-            mixed = ToeplitzProduct.apply(maps, x)
-        mixed = mixed.view(u.shape)
+            x = u.contiguous().view(self.table.shape[0], -1, *u.shape[-2:])
+            mixed = maps @ x if maps.ndim == 4 else joint_product(maps, x)
+        mixed = mixed.reshape(u.shape)
         return (mixed + self.token_bias(extent).to(mixed.dtype)) * v
 
 
-def by_group(u: Tensor, maps: Tensor) -> Tensor:
-    """``[C, .., T, N]`` as what the maps of each group multiply: ``[S, X, T, N]``, over space ``[S, X, N]``."""
-    return u.view(len(maps), -1, *(u.shape[-2:] if maps.ndim == 4 else maps.shape[-1:]))
+def wave_matrices(t: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What turns t moments into waves ``[2t-1, t]``, waves into moments ``[t, 2t-1]``, offsets into waves.
 
-
-def over_time(maps: Tensor) -> bool:
-    """Whether four-dimensional position maps are of a temporal window, not of a joint one."""
-    return maps.shape[1] == 1 and maps.shape[2] == maps.shape[3]
-
-
-class ToeplitzProduct(torch.autograd.Function):
-    """Joint window product from the block-Toeplitz maps, without the full (t*hw) x (t*hw) map.
-
-    All weights of output moment i form a contiguous slice of the maps, so each moment is one strided matrix product.
+    A wave is a real or imaginary part of the discrete Fourier transform over 2t-1 moments, long enough for a circular
+    correlation to be a plain one. Order: the constant, the real parts of frequencies 1..t-1, their imaginary parts. The
+    last matrix is ``[2t-1, 2t-1]``, for offsets -(t-1)..t-1.
     """
+    count = 2 * t - 1
+    turn = 2 * math.pi / count * torch.arange(t, dtype=torch.float64)[:, None]  # of each frequency
 
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, u: Tensor) -> Tensor:
-        """maps ``[S, hw, 2t-1, hw']``, u ``[S, X, t, hw]`` -> ``[S, X, t, hw]``."""
-        ctx.save_for_backward(maps, u)
-        return toeplitz_product(maps, u)
+    def waves(moments: Tensor) -> Tensor:
+        return torch.cat([torch.cos(turn * moments), -torch.sin(turn[1:] * moments)])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        maps, u = ctx.saved_tensors
-        return toeplitz_backward(maps, u, grad)
-
-
-def toeplitz_product(maps: Tensor, u: Tensor) -> Tensor:
-    """``ToeplitzProduct`` without autograd."""
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    for i in range(u.shape[2]):
-        out[:, :, i] = u.flatten(2) @ moment_map(maps, i).mT
-    return out
+    back = waves(torch.arange(t)).T * 2 / count
+    back[:, 0] /= 2
+    found = waves(torch.arange(t)), back, waves(torch.arange(1 - t, t))
+    a, b, c = (each.to(like) for each in found)
+    return a, b, c
 
 
-def toeplitz_backward(maps: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of maps and u."""
-    grad_maps, grad_u = torch.zeros_like(maps), torch.zeros_like(u, memory_format=torch.contiguous_format)
-    t = u.shape[2]
-    for i in range(t):
-        g = grad[:, :, i]  # [S, X, hw]
-        grad_u.flatten(2).baddbmm_(g, moment_map(maps, i))
-        grad_maps[:, :, t - 1 - i : 2 * t - 1 - i] += (g.mT @ u.flatten(2)).unflatten(2, (t, -1))
-    return grad_maps, grad_u
+def joint_product(maps: Tensor, u: Tensor) -> Tensor:
+    """Joint window product, wave by wave: (4t-3) spatial products in place of the t^2 of each moment with each.
+
+    Over time a joint map is Toeplitz, so the Fourier transform makes it diagonal: each frequency of the input is mixed
+    in space by that of the table. The transforms are small matrix products, for any t.
+
+    Args:
+        maps: ``[2t-1, S, 1, hw, hw']``, as of ``position_map``.
+        u: ``[S, X, t, hw']``.
+
+    Returns:
+        ``[S, X, t, hw]``, strided.
+    """
+    t, maps = u.shape[2], maps.squeeze(2)
+    there, back, _ = wave_matrices(t, u)
+    constant, waves = to_waves(there, u)
+    mixed = complex_sum(waves @ maps[1:t].mT, waves @ maps[t:].mT)
+    return from_waves(back, constant @ maps[0].mT, mixed)
 
 
-def moment_map(maps: Tensor, i: int) -> Tensor:
-    """Weights of output moment i, ``[S, hw, t*hw']``: a view of the maps ``[S, hw, 2t-1, hw']``."""
-    t = (maps.shape[2] + 1) // 2
-    return maps[:, :, t - 1 - i : 2 * t - 1 - i].flatten(2)
+def joint_backward(maps: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of maps and u, where ``grad`` is that of ``joint_product``."""
+    t, maps = u.shape[2], maps.squeeze(2)
+    there, back, _ = wave_matrices(t, u)
+    constant, waves = to_waves(there, u)
+    d_constant, d_re = to_waves(back.mT, grad)  # of the constant, and of what was multiplied with the real parts
+    d_im = torch.cat([d_re[:, :, d_re.shape[2] // 2 :], -d_re[:, :, : d_re.shape[2] // 2]], 2)
+    d_maps = torch.cat([(d_constant.mT @ constant)[None], d_re.mT @ waves, d_im.mT @ waves])
+    return d_maps.unsqueeze(2), from_waves(there.mT, d_constant @ maps[0], d_re @ maps[1:t] + d_im @ maps[t:])
+
+
+def complex_sum(by_re: Tensor, by_im: Tensor) -> Tensor:
+    """Products with the real and with the imaginary parts as complex ones; rows are X real parts, then X imaginary."""
+    (a, b), (c, d) = by_re.chunk(2, 2), by_im.chunk(2, 2)
+    return torch.cat([a - d, b + c], 2)
+
+
+def to_waves(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """``[S, X, t, N]`` times ``[2t-1, t]``: the constant ``[S, X, N]``, the others ``[t-1, S, 2X, N]``."""
+    (s, x, t, n) = u.shape
+    waves = (matrix @ u.permute(2, 0, 1, 3).reshape(t, -1)).view(-1, s, x, n)
+    return waves[0], waves[1:].view(2, t - 1, s, x, n).permute(1, 2, 0, 3, 4).reshape(t - 1, s, 2 * x, n)
+
+
+def from_waves(matrix: Tensor, constant: Tensor, waves: Tensor) -> Tensor:
+    """The waves of ``to_waves`` times ``[t, 2t-1]``, ``[S, X, t, N]``, strided."""
+    (s, x, n), t = constant.shape, len(matrix)
+    waves = waves.view(t - 1, s, 2, x, n).permute(2, 0, 1, 3, 4).reshape(2 * t - 2, s * x * n)
+    moments = matrix @ torch.cat([constant.reshape(1, -1), waves])
+    return moments.view(t, s, x, n).permute(1, 2, 0, 3)

@@ -14,7 +14,7 @@ cache from the norm to the residual, by kernels that PyTorch has:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from posmlp.model.gates import joint_backward, joint_product
 
 TYPES = (torch.float32, torch.bfloat16)
 CHUNK = 4 * 2**20  # bytes of hidden activations at once, at least a window
+JOINT_CHUNK = 64 * 2**20  # the same for joint windows, whose maps are made anew for each chunk
 
 
 def on_amd() -> bool:
@@ -100,7 +101,7 @@ def forward(
     tokens = by_window(x)
     out = torch.empty_like(tokens, memory_format=torch.contiguous_format) if train else tokens
     kept = []
-    for span in spans(tokens, len(w1), dtype):
+    for span in spans(tokens, len(w1), maps):
         normed, rstd = channel_norm(tokens[span].flatten(2), dtype)
         z = product(w1, normed)  # [windows, units * 2C, T*N]
         hidden = F.gelu(z) if train else torch.ops.aten.gelu_(z)
@@ -142,7 +143,7 @@ class Step(torch.autograd.Function):
         back1, back2 = (w[:, :-1].mT.contiguous() for w in (w1, w2))
         d_out = by_window(grad)
         d_x = torch.empty_like(d_out, memory_format=torch.contiguous_format)
-        for span in spans(d_out, len(w1), dtype):
+        for span in spans(d_out, len(w1), maps):
             normed, rstd, z = next(waiting), next(waiting), next(waiting)
             d_residual = d_out[span].to(dtype).flatten(2).contiguous()
             if keep is not None:
@@ -191,9 +192,10 @@ def from_windows(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.unflatten(0, like.shape[1:3]).permute(2, 0, 1, 3, 4)
 
 
-def spans(tokens: Tensor, hidden: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Windows to work on at once, where a token has so many hidden channels."""
-    many = max(1, CHUNK // (hidden * tokens[0, 0].numel() * dtype.itemsize))
+def spans(tokens: Tensor, hidden: int, maps: Sequence[Tensor]) -> Iterator[slice]:
+    """Windows to work on at once, where a token has so many hidden channels and the units have these maps."""
+    chunk = JOINT_CHUNK if any(each.ndim == 5 for each in maps) else CHUNK
+    many = max(1, chunk // (hidden * tokens[0, 0].numel() * tokens.element_size()))
     for first in range(0, len(tokens), many):
         yield slice(first, min(first + many, len(tokens)))
 

@@ -14,41 +14,53 @@ that gates and linear layers are plain matrix products on views, without a copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Window = tuple[int, int, int]  # tokens along time, height, width
+MAPS_AT_ONCE = {True: 4 * 2**20, False: 256 * 2**20}  # bytes of a joint window's maps: in a CPU's cache, on a GPU
 
 
 class Unfold(torch.autograd.Function):
-    """Offsets along height and width as output and input positions, by copies of whole rows; so the gradient."""
+    """``unfold`` with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[.., 2h-1, 2w-1]`` -> ``[.., hw, hw']``, contiguous; the entry of output (y, x) and input (y', x') is that
-        of the offsets y - y' and x - x'.
-        """
         ctx.like = offsets.shape, offsets.dtype
-        h, w = ((n + 1) // 2 for n in offsets.shape[-2:])
-        falling = offsets.to(dtype).flip(-1, -2)  # entry y', x' of output (y, x) is that at h-1-y + y', w-1-x + x'
-        rows = torch.stack([falling.narrow(-1, w - 1 - x, w) for x in range(w)], -3)  # [.., w, 2h-1, w']
-        maps = torch.stack([rows.narrow(-2, h - 1 - y, h) for y in range(h)], -4)  # [.., h, w, h', w']
-        return maps.view(*offsets.shape[:-2], h * w, h * w)
+        return unfold(offsets, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (*batch, height, width), dtype = ctx.like
-        h, w = (height + 1) // 2, (width + 1) // 2
-        maps = grad.reshape(*batch, h, w, h, w)
-        rows = grad.new_zeros(*batch, w, height, w, dtype=torch.promote_types(grad.dtype, torch.float32))
-        for y in range(h):
-            rows.narrow(-2, h - 1 - y, h).add_(maps.select(-4, y))
-        falling = rows.new_zeros(*batch, height, width)
-        for x in range(w):
-            falling.narrow(-1, w - 1 - x, w).add_(rows.select(-3, x))
-        return falling.flip(-1, -2).to(dtype), None
+        (*_, height, width), dtype = ctx.like
+        return fold(grad, height, width).to(dtype), None
+
+
+def unfold(offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[.., 2h-1, 2w-1]`` -> ``[.., hw, hw']`` in ``dtype``, contiguous; the entry of output (y, x) and input (y', x')
+    is that of the offsets y - y' and x - x'. Copies of whole rows: a gather, entry by entry, takes several times as
+    long.
+    """
+    h, w = ((n + 1) // 2 for n in offsets.shape[-2:])
+    falling = offsets.to(dtype).flip(-1, -2)  # entry y', x' of output (y, x) is that at h-1-y + y', w-1-x + x'
+    rows = torch.stack([falling.narrow(-1, w - 1 - x, w) for x in range(w)], -3)  # [.., w, 2h-1, w']
+    maps = torch.stack([rows.narrow(-2, h - 1 - y, h) for y in range(h)], -4)  # [.., h, w, h', w']
+    return maps.view(*offsets.shape[:-2], h * w, h * w)
+
+
+def fold(maps: Tensor, height: int, width: int) -> Tensor:
+    """Sums of the entries ``[.., hw, hw']`` of equal offset, ``[.., 2h-1, 2w-1]``, in fp32 or better."""
+    batch, h, w = maps.shape[:-2], (height + 1) // 2, (width + 1) // 2
+    maps = maps.reshape(*batch, h, w, h, w)
+    rows = maps.new_zeros(*batch, w, height, w, dtype=torch.promote_types(maps.dtype, torch.float32))
+    for y in range(h):
+        rows.narrow(-2, h - 1 - y, h).add_(maps.select(-4, y))
+    falling = rows.new_zeros(*batch, height, width)
+    for x in range(w):
+        falling.narrow(-1, w - 1 - x, w).add_(rows.select(-3, x))
+    return falling.flip(-1, -2)
 
 
 class PositionGate(nn.Module):
@@ -84,7 +96,8 @@ class PositionGate(nn.Module):
 
         Returns:
             ``[S, hw, hw']`` for a spatial window (output, input), ``[S, 1, t, t']`` for a temporal one; for a joint
-            window ``[2t-1, S, 1, hw, hw']``, the waves of the temporal offsets, see ``joint_product``.
+            window, whose maps would be large, ``[2t-1, S, 1, 2h-1, 2w-1]``: the waves of the temporal offsets, see
+            ``joint_product``.
         """
         sides = [min(n, m) for n, m in zip(extent, self.window, strict=True)]  # a spatial unit sees each moment alone
         offsets = self.table.view(-1, *(2 * n - 1 for n in self.window))
@@ -95,7 +108,7 @@ class PositionGate(nn.Module):
         if self.window[1:] == (1, 1):
             return Unfold.apply(offsets.transpose(1, 3), dtype)
         waves = torch.tensordot(wave_matrices(sides[0], offsets)[2], offsets, ([1], [1]))  # [2t-1, S, 2h-1, 2w-1]
-        return Unfold.apply(waves, dtype).unsqueeze(2)
+        return waves.unsqueeze(2)
 
     def token_bias(self, extent: Window) -> Tensor:
         """The bias of the first ``extent`` tokens, ``[t or 1, hw or 1]``."""
@@ -112,7 +125,7 @@ class PositionGate(nn.Module):
             mixed = u.contiguous().view(len(maps), -1, maps.shape[-1]) @ maps.mT
         else:
             x = u.contiguous().view(self.table.shape[0], -1, *u.shape[-2:])
-            mixed = maps @ x if maps.ndim == 4 else joint_product(maps, x)
+            mixed = maps @ x if maps.ndim == 4 else JointProduct.apply(maps, x)
         mixed = mixed.reshape(u.shape)
         return (mixed + self.token_bias(extent).to(mixed.dtype)) * v
 
@@ -137,35 +150,69 @@ def wave_matrices(t: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a, b, c
 
 
-def joint_product(maps: Tensor, u: Tensor) -> Tensor:
+class JointProduct(torch.autograd.Function):
+    """``joint_product`` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets, u)
+        return joint_product(offsets, u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        offsets, u = ctx.saved_tensors
+        return joint_backward(offsets, u, grad)
+
+
+def joint_product(offsets: Tensor, u: Tensor) -> Tensor:
     """Joint window product, wave by wave: (4t-3) spatial products in place of the t^2 of each moment with each.
 
     Over time a joint map is Toeplitz, so the Fourier transform makes it diagonal: each frequency of the input is mixed
-    in space by that of the table. The transforms are small matrix products, for any t.
+    in space by that of the table. The transforms are small matrix products, for any t. The spatial maps of the
+    frequencies are made for a few groups at a time, as together they would be larger than all else.
 
     Args:
-        maps: ``[2t-1, S, 1, hw, hw']``, as of ``position_map``.
+        offsets: ``[2t-1, S, 1, 2h-1, 2w-1]``, as of ``PositionGate.position_map``.
         u: ``[S, X, t, hw']``.
 
     Returns:
         ``[S, X, t, hw]``, strided.
     """
-    t, maps = u.shape[2], maps.squeeze(2)
+    t = u.shape[2]
     there, back, _ = wave_matrices(t, u)
     constant, waves = to_waves(there, u)
-    mixed = complex_sum(waves @ maps[1:t].mT, waves @ maps[t:].mT)
-    return from_waves(back, constant @ maps[0].mT, mixed)
+    constants, mixed = torch.empty_like(constant), torch.empty_like(waves)
+    for some, maps in maps_of_groups(offsets, u):
+        constants[some] = constant[some] @ maps[0].mT
+        mixed[:, some] = complex_sum(waves[:, some] @ maps[1:t].mT, waves[:, some] @ maps[t:].mT)
+    return from_waves(back, constants, mixed)
 
 
-def joint_backward(maps: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of maps and u, where ``grad`` is that of ``joint_product``."""
-    t, maps = u.shape[2], maps.squeeze(2)
+def joint_backward(offsets: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of offsets and u, where ``grad`` is that of ``joint_product``."""
+    t = u.shape[2]
     there, back, _ = wave_matrices(t, u)
     constant, waves = to_waves(there, u)
-    d_constant, d_re = to_waves(back.mT, grad)  # of the constant, and of what was multiplied with the real parts
+    d_constant, d_re = to_waves(back.mT, grad)  # d_re: of what was multiplied with the real parts
     d_im = torch.cat([d_re[:, :, d_re.shape[2] // 2 :], -d_re[:, :, : d_re.shape[2] // 2]], 2)
-    d_maps = torch.cat([(d_constant.mT @ constant)[None], d_re.mT @ waves, d_im.mT @ waves])
-    return d_maps.unsqueeze(2), from_waves(there.mT, d_constant @ maps[0], d_re @ maps[1:t] + d_im @ maps[t:])
+    d_offsets = torch.empty_like(offsets)
+    for some, maps in maps_of_groups(offsets, u):
+        left = (d_constant[None, some], d_re[:, some], d_im[:, some])
+        right = (constant[None, some], waves[:, some], waves[:, some])
+        d_maps = torch.cat([a.mT @ b for a, b in zip(left, right, strict=True)])
+        d_offsets[:, some, 0] = fold(d_maps, *offsets.shape[-2:]).to(offsets.dtype)
+        d_constant[some] = d_constant[some] @ maps[0]
+        d_re[:, some] = d_re[:, some] @ maps[1:t] + d_im[:, some] @ maps[t:]
+    return d_offsets, from_waves(there.mT, d_constant, d_re)
+
+
+def maps_of_groups(offsets: Tensor, u: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some groups at a time, and their maps ``[2t-1, some, hw, hw']``."""
+    size = len(offsets) * u.shape[-1] ** 2 * u.element_size()
+    many = max(1, MAPS_AT_ONCE[u.device.type == "cpu"] // size)
+    for first in range(0, len(u), many):
+        some = slice(first, min(first + many, len(u)))
+        yield some, unfold(offsets[:, some, 0], u.dtype)
 
 
 def complex_sum(by_re: Tensor, by_im: Tensor) -> Tensor:

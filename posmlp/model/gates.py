@@ -38,16 +38,17 @@ class Unfold(torch.autograd.Function):
         return fold(grad, height, width).to(dtype), None
 
 
-def unfold(offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[.., 2h-1, 2w-1]`` -> ``[.., hw, hw']`` in ``dtype``, contiguous; the entry of output (y, x) and input (y', x')
-    is that of the offsets y - y' and x - x'. Copies of whole rows: a gather, entry by entry, takes several times as
-    long.
+def unfold(offsets: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``[.., 2h-1, 2w-1]`` -> ``[.., hw, hw']`` in ``dtype``; the entry of output (y, x) and input (y', x') is that of
+    the offsets y - y' and x - x'. Copies of whole rows: a gather, entry by entry, takes several times as long.
     """
     h, w = ((n + 1) // 2 for n in offsets.shape[-2:])
     falling = offsets.to(dtype).flip(-1, -2)  # entry y', x' of output (y, x) is that at h-1-y + y', w-1-x + x'
     rows = torch.stack([falling.narrow(-1, w - 1 - x, w) for x in range(w)], -3)  # [.., w, 2h-1, w']
-    maps = torch.stack([rows.narrow(-2, h - 1 - y, h) for y in range(h)], -4)  # [.., h, w, h', w']
-    return maps.view(*offsets.shape[:-2], h * w, h * w)
+    maps = rows.new_empty(*offsets.shape[:-2], h * w, h * w) if out is None else out
+    for y in range(h):
+        maps.view(*offsets.shape[:-2], h, w, h, w).select(-4, y).copy_(rows.narrow(-2, h - 1 - y, h))
+    return maps
 
 
 def fold(maps: Tensor, height: int, width: int) -> Tensor:
@@ -207,12 +208,14 @@ def joint_backward(offsets: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Te
 
 
 def maps_of_groups(offsets: Tensor, u: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some groups at a time, and their maps ``[2t-1, some, hw, hw']``."""
-    size = len(offsets) * u.shape[-1] ** 2 * u.element_size()
-    many = max(1, MAPS_AT_ONCE[u.device.type == "cpu"] // size)
+    """Some groups at a time, and their maps ``[2t-1, some, hw, hw']``, all in the same memory."""
+    waves, places = len(offsets), u.shape[-1]
+    many = max(1, MAPS_AT_ONCE[u.device.type == "cpu"] // (waves * places**2 * u.element_size()))
+    memory = u.new_empty(waves, min(many, len(u)), places, places)
     for first in range(0, len(u), many):
         some = slice(first, min(first + many, len(u)))
-        yield some, unfold(offsets[:, some, 0], u.dtype)
+        part = offsets[:, some, 0]
+        yield some, unfold(part, u.dtype, memory if part.shape[1] == memory.shape[1] else None)
 
 
 def complex_sum(by_re: Tensor, by_im: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posmlp.model import gpu
+
 Window = tuple[int, int, int]  # tokens along time, height, width
 
 
@@ -88,6 +90,8 @@ class PositionGate(nn.Module):
 
         Padded tokens must be zero in ``u``.
         """
+        if gpu.serves(u, v):
+            return gpu.gate(u, v, self.table, self.bias, self.window, extent)
         maps = self.position_map(extent).to(u.dtype)
         x = by_group(u.contiguous(), maps)
         if maps.ndim == 3:

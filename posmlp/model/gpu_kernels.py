@@ -334,7 +334,7 @@ def backward(
         d_v = forward(u, grad, table, bias, line)
         d_u, d_bias = input_gradient(grad, v, table, line)
         pairs = pair_gradients(grad, u, v, table, line)
-    d_table, sides = torch.empty_like(table), {"BM": tile(line.PLANE, 128), "BO": 32}
+    d_table, sides = torch.empty_like(table), {"BM": tile(line.PLANE, 64), "BO": 32}
     shape = {name: size for name, size in line._asdict().items() if name != "INNER"}
     grid = (triton.cdiv(table.shape[1], sides["BO"]), len(table))
     fold[grid](pairs, d_table, len(pairs), **shape, **sides, num_warps=8)

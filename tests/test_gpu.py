@@ -133,19 +133,19 @@ def test_a_gate_and_its_gradients_equal_the_formula(
 
 
 @pytest.mark.parametrize(
-    ("window", "extent", "dtype"),
+    ("window", "extent", "windows", "dtype"),
     [
-        ((1, 14, 14), (1, 14, 14), torch.bfloat16),
-        ((1, 9, 12), (1, 9, 11), torch.float32),
-        ((1, 7, 7), (8, 7, 7), torch.float32),
-        ((16, 1, 1), (16, 7, 7), torch.bfloat16),
-        ((70, 1, 1), (66, 2, 3), torch.float32),
-        ((3, 9, 8), (2, 9, 8), torch.float32),
+        ((1, 14, 14), (1, 14, 14), 1, torch.bfloat16),
+        ((1, 9, 12), (1, 9, 11), 20, torch.float32),
+        ((1, 7, 7), (8, 7, 7), 1, torch.float32),
+        ((16, 1, 1), (16, 7, 7), 1, torch.bfloat16),
+        ((70, 1, 1), (66, 2, 3), 1, torch.float32),
+        ((3, 9, 8), (2, 9, 8), 20, torch.float32),
     ],
 )
-def test_lines_of_more_tokens_than_a_tile_or_that_fill_it(window, extent, dtype):
+def test_lines_or_columns_of_more_than_a_tile_or_that_fill_it(window, extent, windows, dtype):
     torch.manual_seed(0)
-    check(*make(window, extent, 2, 1, 2, 1, dtype), extent)
+    check(*make(window, extent, 2, 1, 2, windows, dtype), extent)
 
 
 @pytest.mark.parametrize("kind", KINDS)

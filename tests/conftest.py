@@ -1,8 +1,14 @@
 """Shared by all tests: hypothesis without surprises, a small motion set, and one local Ray."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU, kernels run in Triton's interpreter. Triton asks when it is first imported, which PyTorch may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The models here are too small for more, and on a busy machine threads wait for each other.
 torch.set_num_threads(1)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posmlp.model import gpu
+
 Window = tuple[int, int, int]  # tokens along time, height, width
 MAPS_AT_ONCE = {True: 4 * 2**20, False: 256 * 2**20}  # bytes of a joint window's maps: in a CPU's cache, on a GPU
 
@@ -121,6 +123,8 @@ class PositionGate(nn.Module):
 
         Padded tokens must be zero in ``u``.
         """
+        if gpu.serves(u, v):
+            return gpu.gate(u, v, self.table, self.bias, self.window, extent)
         maps = self.position_map(extent, u.dtype)
         if maps.ndim == 3:
             mixed = u.contiguous().view(len(maps), -1, maps.shape[-1]) @ maps.mT

@@ -1,4 +1,4 @@
-"""The fast path on CPUs against the reference: ``Block.mix`` in fp64, which it does not serve."""
+"""The fast path on CPUs against the reference: ``Block.add`` in fp64, which it does not serve."""
 
 import copy
 import math

@@ -75,9 +75,7 @@ class Block(nn.Module):
             x = self.add([cast(Unit, self.units[u]) for u in step], x, extent, real, keep)
         return x
 
-    def add(
-        self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None, keep: Tensor | None
-    ) -> Tensor:
+    def add(self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None, keep: Tensor | None) -> Tensor:
         """x plus the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1.
 
         What the branches of a clip are multiplied with is in ``keep`` (None: 1).

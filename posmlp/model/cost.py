@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from posmlp.model.backbone import BLOCKS, grid, unit_window
+from posmlp.model.gates import Window
 from posmlp.model.variants import Variant, create_model, model_variant
 
 
@@ -160,8 +161,8 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
         return 9 * dim_in * dim * frames * height * width
 
     macs = conv(3, variant.dims[0] // 2) + conv(variant.dims[0] // 2, variant.dims[0])
-    for i, (dim, depth, window, block) in enumerate(
-        zip(variant.dims, variant.depths, variant.full_windows(), blocks, strict=True)
+    for i, (dim, depth, groups, window, block) in enumerate(
+        zip(variant.dims, variant.depths, variant.groups, variant.full_windows(), blocks, strict=True)
     ):
         if i:
             macs += conv(variant.dims[i - 1], dim)
@@ -169,9 +170,22 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
         extent = min(t, frames_), min(h, height_), min(w, width_)  # as in Stage: a small input fills part of a window
         tokens = math.prod(extent) * math.prod(grid((frames, height, width), extent))
         for unit in (unit for step in BLOCKS[block] for unit in step):
-            gate = math.prod(unit_window(unit, extent))  # tokens that each token mixes
-            macs += depth * tokens * dim * (2 * dim + gate + dim)  # fc1, gate, fc2
+            gate = tokens * dim * math.prod(unit_window(unit, extent))  # each token mixes a window
+            if unit == "joint" and window[0] > 1:
+                gate = joint_gate(dim, groups, tokens, extent)
+            macs += depth * (tokens * dim * 3 * dim + gate)  # fc1 and fc2, gate
     return macs + variant.dims[-1] * variant.num_classes
+
+
+def joint_gate(dim: int, groups: int, tokens: int, extent: Window) -> int:
+    """Multiply-accumulates of ``posmlp.model.gates.joint_product``: transforms, and products in space."""
+    t, h, w = extent
+    waves = 2 * t - 1
+    return (
+        dim * tokens * (4 * t - 3) * h * w // t
+        + 2 * dim * tokens * waves
+        + groups * waves**2 * (2 * h - 1) * (2 * w - 1)
+    )
 
 
 def measure(model: nn.Module, clip_shape: tuple[int, ...], *, repeats: int = 5, batch: int = 1) -> Measurement:

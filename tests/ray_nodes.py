@@ -139,12 +139,11 @@ class RayNodes:
         deadline = time.monotonic() + 120
         while {*self.names().values()} != {*self.nodes}:
             assert time.monotonic() < deadline, "\n".join(map(self.log, self.nodes))
+            time.sleep(0.2)
 
     def listing(self, kind):
-        """What ``ray list`` tells of ``nodes``, ``actors`` or ``tasks``."""
-        command = [RAY, "list", kind, "--address", self.jobs, "--format=json", "--detail", "--limit=10000"]
-        told = subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout
-        return json.loads(told) if told.startswith("[") else []  # words where there is nothing
+        """What ``ray list`` asks for ``nodes``, ``actors``, ``tasks``, ``placement_groups`` and so on."""
+        return self.ask(f"/api/v0/{kind}?limit=10000&detail=True")["data"]["result"]["result"]
 
     def names(self):
         """Of the live nodes, by their ids."""

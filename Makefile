@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/posmlp demo
 
 test: .venv/installed-test
-	$(BIN)/pytest -q -m "not ray" -n logical --maxprocesses 8
+	$(BIN)/pytest -q -m "not ray and not slow" -n logical --maxprocesses 8
 	$(BIN)/pytest -q -m "ray and not slow"
 
 test-all: test

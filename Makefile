@@ -1,5 +1,5 @@
 # make demo: install and train the demo. make test: install what tests need and run them, those on Ray one after the
-# other; make test-all: those too that kill and repeat what others have killed. make lint: ruff and mypy.
+# other; make test-all: those too that compile, or kill and repeat what others have killed. make lint: ruff and mypy.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/posmlp demo
 
 test: .venv/installed-test
-	$(BIN)/pytest -q -m "not ray" -n logical --maxprocesses 8
+	$(BIN)/pytest -q -m "not ray and not slow" -n logical --maxprocesses 8
 	$(BIN)/pytest -q -m "ray and not slow"
 
 test-all: test

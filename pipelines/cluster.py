@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import ray
 from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+from ray.data._internal.usage.collector import usage_collection_disabled
 from ray.util import placement_group, remove_placement_group
 
 from posmlp.config import ScalingSection
@@ -45,6 +47,8 @@ def place_ray_data_actors() -> None:
     """
     get_or_create_stats_actor()
     get_or_create_autoscaling_coordinator()
+    if not usage_collection_disabled():
+        get_or_create_usage_collection_actor()
 
 
 def ask_for_nodes(scaling: ScalingSection) -> None:

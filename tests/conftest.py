@@ -39,6 +39,20 @@ def local_ray():
 
 
 @pytest.fixture(scope="session")
+def finished(local_ray, motion_set, tmp_path_factory):
+    """A run of 2 epochs on 2 workers: its recipe, its result, its printed lines, and who listened where meanwhile."""
+    from small_runs import Ears, recipe_for
+
+    from pipelines.train import train
+
+    folder, lines = tmp_path_factory.mktemp("finished"), []
+    config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
+    with Ears() as ears:
+        result = train(config, lines.append)
+    return config, result, lines, ears.found
+
+
+@pytest.fixture(scope="session")
 def done(local_ray, motion_set, tmp_path_factory):
     """A finished study of three trials, its front repeated with a second seed; and the lines that it printed."""
     from small_runs import study_for

@@ -48,6 +48,7 @@ class RayNodes:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.env = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.env |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "RAY_DISABLE_IMPORT_WARNING": "1"}
+        self.env["RAY_USAGE_STATS_ENABLED"] = "0"
         options = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]
         options.append('--system-config={"metrics_report_interval_ms": 1000}')
         if node_types:
@@ -57,6 +58,8 @@ class RayNodes:
             # What Ray Data has asked for holds nodes for three minutes after a run that was cut off.
             self.env["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "20"
             self.env["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = HEAD_ID
+            # As by default, since Ray Data has an actor for it; but nothing is sent.
+            self.env |= {"RAY_USAGE_STATS_ENABLED": "1", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9"}
         self.add("head", *options)
         for key in ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"):
             self.env.pop(key, None)
@@ -100,7 +103,7 @@ class RayNodes:
             *where,
         ]
         command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default may be another Ray's
-        command += ["--object-store-memory=268435456", "--disable-usage-stats", f"--temp-dir={place}"]
+        command += ["--object-store-memory=268435456", f"--temp-dir={place}"]
         with open(place / "log.txt", "w") as log:
             self.nodes[name] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
 
@@ -136,12 +139,11 @@ class RayNodes:
         deadline = time.monotonic() + 120
         while {*self.names().values()} != {*self.nodes}:
             assert time.monotonic() < deadline, "\n".join(map(self.log, self.nodes))
+            time.sleep(0.2)
 
     def listing(self, kind):
-        """What ``ray list`` tells of ``nodes``, ``actors`` or ``tasks``."""
-        command = [RAY, "list", kind, "--address", self.jobs, "--format=json", "--detail", "--limit=10000"]
-        told = subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout
-        return json.loads(told) if told.startswith("[") else []  # words where there is nothing
+        """What ``ray list`` asks for ``nodes``, ``actors``, ``tasks``, ``placement_groups`` and so on."""
+        return self.ask(f"/api/v0/{kind}?limit=10000&detail=True")["data"]["result"]["result"]
 
     def names(self):
         """Of the live nodes, by their ids."""

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import mlflow
+import psutil
 import ray
 from mlflow import MlflowClient
 
@@ -106,3 +108,27 @@ def active_uri(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(None)
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+class Ears:
+    """Every socket on which this process or one below it accepts connections meanwhile: address and process."""
+
+    def __init__(self):
+        self.found, self.over = set(), threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+
+    def watch(self):
+        while not self.over.wait(0.2):
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with suppress(psutil.Error):  # it has ended
+                    for socket in process.net_connections("inet"):
+                        if socket.status == psutil.CONN_LISTEN:
+                            self.found.add((socket.laddr.ip.removeprefix("::ffff:"), process.name()))
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.thread.join()

@@ -3,6 +3,7 @@ work goes, and what can be seen of it."""
 
 import json
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -71,11 +72,19 @@ def places(cluster, kind, name):
     return {names[row["node_id"]] for row in named}
 
 
-def test_the_doctor_is_content_with_the_cluster(cluster, motion_set, tmp_path):
+def test_the_doctor_is_content_with_the_cluster_and_the_upload_is_small(cluster, motion_set, tmp_path):
+    """What a job's working directory is packed to: the source, without data, runs and environments."""
     _, path = recipe_file(tmp_path, motion_set, *PLACED)
-    code, out = run_job(cluster, *POSMLP, "doctor", path)
+    look = "import pathlib; files = [path for path in pathlib.Path().rglob('*') if path.is_file()]\n"
+    look += "print('THERE', *{path.parts[0] for path in files})\nprint('BYTES', sum(p.stat().st_size for p in files))"
+    work = f"{shlex.join([sys.executable, '-c', look])} && {shlex.join([*POSMLP, 'doctor', path])}"
+    code, out = run_job(cluster, "sh", "-c", work)
     assert code == 0 and "nodes that answer: 3 of 3, 4 CPUs" in out and "0 warn, 0 fail" in out, out
     assert float(re.search(r"the job's working directory: \d+ files, ([\d.]+) MiB", out)[1]) < 8
+    told = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("THERE", "BYTES"))}
+    assert int(told["BYTES"][0]) < 8e6, told
+    assert {"posmlp", "pipelines", "tune_spaces", "cluster.yaml"} <= {*told["THERE"]}
+    assert not {".venv", ".git", "mlruns"} & {*told["THERE"]}  # a job before may have left its cache of clips, data/
 
 
 @contextmanager
@@ -112,7 +121,7 @@ def trained(cluster, motion_set, tmp_path_factory):
         ended = False
         while not ended:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(0.3)
+                process.wait(1)
                 ended = True
             for sample in cluster.scrape():
                 if sample.labels.get("run") == recipe.name:
@@ -124,7 +133,7 @@ def trained(cluster, motion_set, tmp_path_factory):
         yield recipe, read_record(f"{folder}/{recipe.name}"), out, shown, states, server
 
 
-def test_a_run_is_trained_and_tested_by_jobs(cluster, trained):
+def test_a_run_is_trained_by_a_job(cluster, trained):
     recipe, record, out, *_ = trained
     _, run = run_of(recipe)
     sampled = {key.split("/")[1] for key in run.data.metrics if re.match(r"system/.+/cpu_utilization_percentage", key)}
@@ -133,8 +142,6 @@ def test_a_run_is_trained_and_tested_by_jobs(cluster, trained):
     assert places(cluster, "tasks", "decode_block") == {"one"}
     assert "epoch 4/4" in out and "validation top-1" in out
     assert record["metrics"]
-    code, out = run_job(cluster, *POSMLP, "evaluate", f"{recipe.train.storage}/{recipe.name}")
-    assert code == 0 and "top-1" in out, out
 
 
 def test_a_run_shows_its_gauges_to_who_scrapes_the_nodes(trained):
@@ -203,18 +210,17 @@ def test_a_study_is_a_job(cluster, motion_set, tmp_path):
     assert places(cluster, "actors", "RayTrainWorker") == {"two"}
 
 
-def test_what_would_be_lost_with_the_job_is_refused(cluster, motion_set, tmp_path):
-    _, path = recipe_file(tmp_path, motion_set)
-    code, out = run_job(cluster, *POSMLP, "train", path, "train.storage=runs")
-    assert code == 1 and "which Ray deletes after the job; give train.storage as an absolute path" in out, out
-
-
 def test_a_job_that_fails_says_why_in_its_last_lines(cluster, motion_set, tmp_path):
-    _, path = recipe_file(tmp_path, motion_set, "data.train.path=/nowhere/train.csv")
-    code, out = run_job(cluster, *POSMLP, "train", path)
+    """First what would be lost with the job is refused, then a list that is not there."""
+    _, path = recipe_file(tmp_path, motion_set)
+    runs = [
+        shlex.join([*POSMLP, "train", path, key]) for key in ("train.storage=runs", "data.train.path=/nowhere/a.csv")
+    ]
+    code, out = run_job(cluster, "sh", "-c", "; ".join(runs))
     assert code == 1
+    assert "which Ray deletes after the job; give train.storage as an absolute path" in out, out
     last = [line for line in out.splitlines() if line.strip()][-8:]
-    assert any("/nowhere/train.csv" in line for line in last), out
+    assert any("/nowhere/a.csv" in line for line in last), out
 
 
 @pytest.mark.slow
@@ -240,18 +246,6 @@ def test_a_job_without_the_token_is_refused(cluster):
     command = [RAY, "job", "list", "--address", cluster.jobs]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0 and "oken" in ended.stderr + ended.stdout
-
-
-def test_the_upload_is_small(cluster):
-    """What a job's working directory is packed to: the source, without data, runs and environments."""
-    look = "import pathlib; files = [path for path in pathlib.Path().rglob('*') if path.is_file()]\n"
-    look += "print('THERE', *{path.parts[0] for path in files})\nprint('BYTES', sum(p.stat().st_size for p in files))"
-    code, out = run_job(cluster, sys.executable, "-c", look)
-    assert code == 0, out
-    told = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("THERE", "BYTES"))}
-    assert int(told["BYTES"][0]) < 8e6, told
-    assert {"posmlp", "pipelines", "tune_spaces", "cluster.yaml"} <= {*told["THERE"]}
-    assert not {".venv", ".git", "mlruns"} & {*told["THERE"]}  # a job before may have left its cache of clips, data/
 
 
 def test_an_ended_run_shows_nothing_any_more(cluster, trained):

@@ -120,7 +120,9 @@ def test_sixteen_drivers_at_a_time_lose_nothing(server, database, tmp_path):
     import psycopg
 
     uri, log = server
-    with multiprocessing.get_context("spawn").Pool(DRIVERS) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.tracking", "pytest"])  # imported once, not by each
+    with context.Pool(DRIVERS) as pool:
         left = pool.starmap(drive, [(number, uri, str(tmp_path)) for number in range(DRIVERS)])
     assert left == [0] * DRIVERS
     with psycopg.connect(database) as link, link.cursor() as cursor:

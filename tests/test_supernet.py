@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from test_learn import make_batch
@@ -53,6 +53,7 @@ def clips(count=2):
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(ARCHITECTURES)
 def test_a_member_is_the_model_of_its_architecture(architecture):
     """Its weights fit ``create_model``, which then computes the same; all of them are the supernet's own tensors."""
@@ -75,6 +76,7 @@ def test_out_of_training_it_is_its_own_architecture():
     assert [f.shape for f in net.features(clips())] == [f.shape for f in model.features(clips())]
 
 
+@settings(max_examples=30)
 @given(ARCHITECTURES)
 def test_a_training_step_is_one_of_the_member_alone(architecture):
     """Gradients, statistics and weights after a step, against the same model by itself; all else stays."""

@@ -26,17 +26,8 @@ from posmlp.video.motion import CLASSES
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def finished(local_ray, motion_set, tmp_path_factory):
-    """A run of 2 epochs on 2 workers with its printed lines."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
-    lines = []
-    return config, train(config, lines.append), lines
-
-
 def test_a_run_reports_every_epoch_and_counts_every_video_once(finished):
-    _, result, lines = finished
+    _, result, lines, _ = finished
     assert result.metrics["epoch"] == 2
     assert result.metrics["val/clips"] == 16
     assert 0 <= result.metrics["val/top1"] <= result.metrics["val/top5"] <= 1
@@ -48,7 +39,7 @@ def test_a_run_reports_every_epoch_and_counts_every_video_once(finished):
 
 
 def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
-    config, result, _ = finished
+    config, result, *_ = finished
     client, run = run_of(config)
     assert run.info.run_id == result.mlflow_run_id
     assert run.info.status == "FINISHED"
@@ -69,7 +60,7 @@ def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
 
 
 def test_the_logged_model_is_the_checkpoints(finished):
-    config, result, _ = finished
+    config, result, *_ = finished
     torch.manual_seed(0)
     clip = torch.randn(1, 3, 4, 32, 32)
     with active_uri(tracking_uri(config)):
@@ -79,14 +70,14 @@ def test_the_logged_model_is_the_checkpoints(finished):
 
 
 def test_a_finished_name_is_refused(finished):
-    config, _, _ = finished
+    config, *_ = finished
     with pytest.raises(RunError, match=r"'small' is finished .*name=") as error:
         train(config)
     assert isinstance(error.value, UserError)
 
 
 def test_the_pictures_are_logged(finished):
-    config, _result, _ = finished
+    config, *_ = finished
     client, run = run_of(config)
     assert {"learning_curves.png", "confusion.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
     with active_uri(tracking_uri(config)):
@@ -96,7 +87,7 @@ def test_the_pictures_are_logged(finished):
 
 
 def test_the_best_and_the_newest_checkpoints_are_kept(finished):
-    _, result, _ = finished
+    _, result, *_ = finished
     found = checkpoints.find(result.path, check=True)
     assert [f.about.epoch for f in found] == [1, 2]
     assert found[-1].about.metrics == result.metrics
@@ -198,17 +189,45 @@ def test_an_unreachable_mlflow_is_refused(local_ray, motion_set, tmp_path, monke
         train(recipe_for(tmp_path, motion_set, "tracking.uri=http://127.0.0.1:9"))
 
 
-def test_bad_videos_are_quarantined_and_the_run_goes_on(local_ray, motion_set, tmp_path):
-    manifest = with_broken(motion_set, tmp_path, 2)
-    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}", "data.val.root=/", "train.epochs=1")
-    result = train(config)
-    assert sorted(v.uri for v in result.bad) == [str(tmp_path / f"cut{i}.mp4") for i in range(2)]
+@pytest.fixture(scope="module")
+def crowded(local_ray, motion_set, tmp_path_factory):
+    """A run of one epoch with much at a time: two broken videos, several views and repeats, all augmentation,
+    deterministic algorithms and a trace; its recipe, its result, and where its list is."""
+    folder = tmp_path_factory.mktemp("crowded")
+    overrides = [f"data.val.path={with_broken(motion_set, folder, 2)}", "data.val.root=/", "data.cache_dir=null"]
+    overrides += ["data.repeats=2", "data.fps=6", "data.decoder=decord", "data.modality=rgb", "eval.clips=2"]
+    overrides += ["eval.crops=3", "augment.mixup=0.8", "augment.cutmix=1", "augment.erasing=0.5", "augment.flip=0.5"]
+    overrides += ["augment.randaug_layers=2", "augment.flip_classes={left: right}"]
+    config = recipe_for(folder, motion_set, *overrides, "train.epochs=1", "train.deterministic=true")
+    return config, train(config, profile=True), folder
+
+
+def test_bad_videos_are_quarantined_and_the_run_goes_on(crowded):
+    config, result, folder = crowded
+    assert sorted(v.uri for v in result.bad) == [str(folder / f"cut{i}.mp4") for i in range(2)]
     assert result.metrics["val/clips"] == 14
     assert result.metrics["data/bad"] == 2
     _, run = run_of(config)
     listed = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/quarantine.json"))
     assert {v["uri"] for v in listed} == {v.uri for v in result.bad}
     assert all(v["reason"] for v in listed)
+
+
+def test_views_repeats_and_augmentation_train(crowded):
+    _, result, _ = crowded
+    assert result.metrics["data/decoded_by_pyav"] == 0
+    assert 1 < result.metrics["train/loss"] < 4
+
+
+def test_a_profile_is_an_artifact_of_the_run(crowded):
+    config, _, _ = crowded
+    _, run = run_of(config)
+    with active_uri(tracking_uri(config)):
+        path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/profile/trace.json.gz")
+    with gzip.open(path) as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert any("Convolution" in name for name in names)
+    assert any("AdamW" in name for name in names)
 
 
 def test_too_many_bad_videos_end_the_run_with_their_names(local_ray, motion_set, tmp_path):
@@ -226,28 +245,6 @@ def test_an_unusable_cache_folder_ends_the_run_plainly(local_ray, motion_set, tm
     with pytest.raises(RunError, match=r"file: cannot write .*; see data\.cache_dir") as error:
         train(recipe_for(tmp_path, motion_set, f"data.cache_dir={tmp_path}/file"))
     assert "Traceback" not in str(error.value)
-
-
-def test_a_profile_is_an_artifact_of_the_run(local_ray, motion_set, tmp_path):
-    config = recipe_for(tmp_path, motion_set, "train.global_batch=4", "train.epochs=1")
-    train(config, profile=True)
-    _, run = run_of(config)
-    with active_uri(tracking_uri(config)):
-        path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/profile/trace.json.gz")
-    with gzip.open(path) as file:
-        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
-    assert any("Convolution" in name for name in names)
-    assert any("AdamW" in name for name in names)
-
-
-def test_views_repeats_and_augmentation_train(local_ray, motion_set, tmp_path):
-    keys = "data.repeats=2 eval.clips=2 eval.crops=3 data.fps=6 data.decoder=decord augment.mixup=0.8 augment.cutmix=1"
-    more = "augment.erasing=0.5 augment.randaug_layers=2 augment.flip=0.5 augment.flip_classes={left: right}"
-    overrides = [*keys.split(), *more.split(maxsplit=3), "data.modality=rgb", "data.cache_dir=null", "train.epochs=1"]
-    result = train(recipe_for(tmp_path, motion_set, *overrides))
-    assert result.metrics["val/clips"] == 16
-    assert result.metrics["data/decoded_by_pyav"] == 0
-    assert 1 < result.metrics["train/loss"] < 4
 
 
 def test_a_model_of_images_starts_a_run_on_videos(local_ray, motion_set, tmp_path):

@@ -68,19 +68,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
         """x and the result are ``[C, B, W, T, N]``; ``real`` ``[W, T, N]`` is 0 at padded tokens (None: no padding)."""
         for step in self.steps:
-            residual = self.mix([cast(Unit, self.units[u]) for u in step], x, extent, real)
+            residual = self.mix(step, x, extent, real)
             if self.training and self.drop_path > 0:
                 keep = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
                 residual = residual * (keep / (1 - self.drop_path)).to(residual.dtype).view(-1, 1, 1, 1)
             x = x + residual if x.requires_grad or residual.requires_grad else x.add_(residual)
         return x
 
-    def mix(self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
-        """Sum of the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1."""
-        weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])  # [2C * units, C]
-        bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
-        last = torch.cat([u.fc2.weight for u in units], 1)  # [C, C * units]
-        last_bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, gradients would share memory
+    def mix(self, step: Sequence[str], x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
+        """Sum of the branches of a step's units."""
+        units = [cast(Unit, self.units[u]) for u in step]
+        weight, bias, last, last_bias = self.linears(step)
         if cpu.serves(x):
             gates = [each for u in units for each in (u.gate.position_map(extent), u.gate.token_bias(extent))]
             return cpu.step(x, weight, bias, last, last_bias, real, *gates)
@@ -92,6 +90,19 @@ class Block(nn.Module):
             gated.append(unit.gate(u if real is None else u * real.to(u.dtype), v, extent))
         out = last @ torch.cat(gated).flatten(1)
         return (out + last_bias[:, None].to(out.dtype)).view(x.shape)
+
+    def linears(self, step: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The linear layers of a step's units as one before the gates and one after, the norms' affines in the first.
+
+        Returns:
+            Weight and bias of each: ``[2C * units, C]``, ``[2C * units]``, ``[C, C * units]``, ``[C]``.
+        """
+        units = [cast(Unit, self.units[u]) for u in step]
+        weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])
+        bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
+        last = torch.cat([u.fc2.weight for u in units], 1)
+        last_bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, gradients would share memory
+        return weight, bias, last, last_bias
 
 
 class Downsample(nn.Module):
@@ -164,7 +175,8 @@ def frame_conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
     frames = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     (_, *stride), (_, *padding) = conv.stride, cast(tuple[int, ...], conv.padding)
     frames = F.conv2d(frames, conv.weight[:, :, 0], conv.bias, stride, padding)
-    return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+    # Not len(x), a plain number: an exported model would take no other batch.
+    return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def per_channel(p: Tensor) -> Tensor:

@@ -130,6 +130,8 @@ class ToeplitzProduct(torch.autograd.Function):
 
 def toeplitz_product(maps: Tensor, u: Tensor) -> Tensor:
     """``ToeplitzProduct`` without autograd."""
+    if torch.compiler.is_exporting():  # a graph has no writing in place: each would copy the whole
+        return torch.stack([u.flatten(2) @ moment_map(maps, i).mT for i in range(u.shape[2])], 2)
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     for i in range(u.shape[2]):
         out[:, :, i] = u.flatten(2) @ moment_map(maps, i).mT

@@ -1,11 +1,14 @@
 """Exported files: they compute what the model does, alone; and what is refused."""
 
+import ast
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
 
 onnx = pytest.importorskip("onnx")
+DOCS = Path(__file__).parents[1] / "docs" / "export.md"
 BLOCKS = ["model.blocks=[joint, cascade_ts, parallel, spatial]", "model.blocks=[parallel, joint, cascade_st, joint]"]
 # Of 10 x 10, 5 x 5, 3 x 3 and 2 x 2 tokens, windows of two moments or of all three: padded in space and in time.
 PADDED = ["model.frames=3", "model.image_size=40", "model.windows=[[2, 4, 4], [2, 4, 4], 2, 2]"]
@@ -156,6 +160,19 @@ def test_an_onnx_file_says_what_it_is(tmp_path):
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 8])
     for place in (__file__.encode(), b"backbone.py", b"site-packages"):  # of the machine that made it
         assert place not in content
+
+
+def test_the_files_are_used_as_the_docs_say(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for suffix in (".pt2", ".onnx"):
+        assert main(["export", str(run_folder), "--out", f"demo{suffix}"]) == 0
+    snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        capsys.readouterr()
+        exec(snippet, {})
+        first, second = ast.literal_eval(capsys.readouterr().out)
+        assert first == second and first in CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -50,16 +50,14 @@ def export(uri: str, out: str | None = None, *, int8: bool = False) -> Written:
         UserError: there is no such run or checkpoint, the file cannot be written, the format is unknown or needs
             packages that are not installed, or what was made computes something else; then nothing is written.
     """
-    if out is not None:
-        check_format(PurePath(out).suffix, int8)
+    suffix = ".pt2" if out is None else PurePath(out).suffix
+    check_format(suffix, int8)
     try:
         model, about = trained_model(find_checkpoint(uri))
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {error}") from error
     config = about.recipe()
-    out = storage.join(".", out or f"{config.name}.pt2")
-    suffix = PurePath(out).suffix
-    check_format(suffix, int8)
+    out = storage.join(".", out or config.name + suffix)
     write(out + ".part", b"")  # tracing takes a while: a place that cannot be written is told before
     storage.remove(out + ".part")
     exported = export_model(model, config, description(about, config), suffix, int8=int8)

@@ -100,7 +100,7 @@ def export(
     """Trace a model, write it, load what was written anew, and compare the two.
 
     Args:
-        model: on the CPU, in fp32; a supernet stands for its own architecture.
+        model: on the CPU, in fp32 and eval mode; a supernet stands for its own architecture.
         config: the recipe, for the clip's shape and ``data.modality``.
         about: plain data to travel in the file.
         suffix: a key of ``FORMATS``.
@@ -127,7 +127,7 @@ def export(
         noise = torch.Generator().manual_seed(batch)
         clips = torch.randint(256, (batch, *shape), dtype=torch.uint8, generator=noise)
         with torch.no_grad():
-            expected = model.eval()(to_input(clips, config))
+            expected = model(to_input(clips, config))
         differences.append((runner(clips) - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
     # Of several numbers max() may lose a NaN.

@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="test a trained model on a split, with many views a video")
     add_trained(evaluate)
+    add_views(evaluate)
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.val.path=test.csv")
     evaluate.add_argument("--split", choices=("val", "train"), default="val", help="which list (%(default)s)")
     evaluate.add_argument("--workers", type=positive, help="that score; the recipe's scaling.workers if not given")
@@ -109,10 +110,17 @@ def parser() -> argparse.ArgumentParser:
 
     predict = verbs.add_parser("predict", help="the classes that a trained model sees in videos")
     add_trained(predict)
+    add_views(predict)
     predict.add_argument("files", nargs="+", metavar="FILE", help="a video, an image or a folder of frames; or a URI")
     predict.add_argument("--top", type=positive, default=5, help="classes of each file (%(default)s)")
     predict.add_argument("--json", action="store_true", help="print a line of JSON for each file")
     predict.set_defaults(run=run_predict)
+
+    export = verbs.add_parser("export", help="a trained model as one file that runs without this project")
+    add_trained(export)
+    export.add_argument("--out", metavar="FILE", help="FILE.pt2 or FILE.onnx, a path or a URI; RUN.pt2 if not given")
+    export.add_argument("--int8", action="store_true", help="weights of linear layers in 8 bits; ONNX alone")
+    export.set_defaults(run=run_export)
 
     listing = verbs.add_parser("checkpoints", help="list a run's checkpoints, each read through")
     listing.add_argument("run_folder", metavar="RUN", help="a run's folder, or its name below runs/")
@@ -208,8 +216,12 @@ def add_train_options(verb: argparse.ArgumentParser) -> None:
 
 
 def add_trained(verb: argparse.ArgumentParser) -> None:
-    """The arguments that name a trained model and how it looks at a video."""
+    """The argument that names a trained model."""
     verb.add_argument("subject", metavar="RUN|CHECKPOINT", help="a run's name or folder (its best), or a checkpoint's")
+
+
+def add_views(verb: argparse.ArgumentParser) -> None:
+    """How a trained model looks at a video."""
     verb.add_argument("--views", help="CLIPSxCROPS, as in 4x3; the recipe's eval.clips x eval.crops if not given")
 
 
@@ -369,6 +381,12 @@ def run_predict(args: argparse.Namespace) -> int:
         else:
             print(found, flush=True)
     return int(bad > 0)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from pipelines.export import export
+
+    print(export(args.subject, args.out, int8=args.int8))
 
 
 def run_checkpoints(args: argparse.Namespace) -> int:

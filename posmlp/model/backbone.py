@@ -72,18 +72,13 @@ class Block(nn.Module):
             if self.training and self.drop_path > 0:
                 drawn = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
                 keep = drawn / (1 - self.drop_path)
-            x = self.add([cast(Unit, self.units[u]) for u in step], x, extent, real, keep)
+            x = self.add(step, x, extent, real, keep)
         return x
 
-    def add(self, units: Sequence[Unit], x: Tensor, extent: Window, real: Tensor | None, keep: Tensor | None) -> Tensor:
-        """x plus the units' branches: one norm and one fc1 product for all, as a norm's affine folds into its fc1.
-
-        What the branches of a clip are multiplied with is in ``keep`` (None: 1).
-        """
-        weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])  # [2C * units, C]
-        bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
-        last = torch.cat([u.fc2.weight for u in units], 1)  # [C, C * units]
-        last_bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, gradients would share memory
+    def add(self, step: Sequence[str], x: Tensor, extent: Window, real: Tensor | None, keep: Tensor | None) -> Tensor:
+        """x plus the branches of a step's units, a clip's multiplied with its entry of ``keep`` (None: 1)."""
+        units = [cast(Unit, self.units[u]) for u in step]
+        weight, bias, last, last_bias = self.linears(step)
         if cpu.serves(x):
             dtype = cpu.work_type(x)
             gates = [each for u in units for each in (u.gate.position_map(extent, dtype), u.gate.token_bias(extent))]
@@ -99,6 +94,19 @@ class Block(nn.Module):
         if keep is not None:
             residual = residual * keep.to(residual.dtype).view(-1, 1, 1, 1)
         return x + residual if x.requires_grad or residual.requires_grad else x.add_(residual)
+
+    def linears(self, step: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The linear layers of a step's units as one before the gates and one after, the norms' affines in the first.
+
+        Returns:
+            Weight and bias of each: ``[2C * units, C]``, ``[2C * units]``, ``[C, C * units]``, ``[C]``.
+        """
+        units = [cast(Unit, self.units[u]) for u in step]
+        weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])
+        bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
+        last = torch.cat([u.fc2.weight for u in units], 1)
+        last_bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, gradients would share memory
+        return weight, bias, last, last_bias
 
 
 class Downsample(nn.Module):
@@ -174,7 +182,8 @@ def frame_conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
     frames = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     (_, *stride), (_, *padding) = conv.stride, cast(tuple[int, ...], conv.padding)
     frames = F.conv2d(frames, conv.weight[:, :, 0], conv.bias, stride, padding)
-    return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+    # Not len(x), a plain number: an exported model would take no other batch.
+    return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def grid(size: Sequence[int], extent: Window) -> Window:
@@ -192,15 +201,18 @@ def to_windows(x: Tensor, extent: Window) -> Tensor:
         x = F.pad(x, [0, 0, 0, pad[0], 0, pad[1], 0, pad[2]])
     x = x.unflatten(3, (gw, w)).unflatten(2, (gh, h)).unflatten(1, (gt, t)).permute(0, 1, 3, 5, 2, 4, 6, 7)
     # In two steps, as whole tokens and as transpositions of matrices, it is faster than in one.
-    tokens = x.reshape(x.shape[0], gt * gh * gw, t * h * w, x.shape[-1])
-    tokens = tokens.mT.contiguous().permute(2, 0, 1, 3) if cpu.serves(x) else tokens.permute(3, 0, 1, 2).contiguous()
-    return tokens.unflatten(3, (t, h * w))
+    tokens = x.reshape(-1, x.shape[-1])
+    if cpu.serves(x):  # window by window in memory
+        windows = tokens.unflatten(0, (-1, t * h * w)).mT.contiguous()
+        return windows.view(x.shape[0], -1, x.shape[-1], t, h * w).permute(2, 0, 1, 3, 4)
+    return tokens.mT.contiguous().view(x.shape[-1], x.shape[0], gt * gh * gw, t, h * w)
 
 
 def from_windows(x: Tensor, extent: Window, size: Sequence[int]) -> Tensor:
     """``[C, B, windows, t, h*w]`` -> ``[B, C, T, H, W]`` of the given ``size``, channels last in memory."""
     (t, h, w), (gt, gh, gw) = extent, grid(size, extent)
-    tokens = x.flatten(3).permute(1, 2, 3, 0).contiguous().view(x.shape[1], gt, gh, gw, t, h, w, len(x))
+    tokens = cpu.by_window(x).flatten(2).mT if cpu.serves(x) else x.flatten(1).mT
+    tokens = tokens.contiguous().view(x.shape[1], gt, gh, gw, t, h, w, len(x))
     x = tokens.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[1], gt * t, gh * h, gw * w, len(x))
     return x[:, : size[0], : size[1], : size[2]].permute(0, 4, 1, 2, 3)
 

@@ -47,10 +47,12 @@ def unfold(offsets: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Te
     h, w = ((n + 1) // 2 for n in offsets.shape[-2:])
     falling = offsets.to(dtype).flip(-1, -2)  # entry y', x' of output (y, x) is that at h-1-y + y', w-1-x + x'
     rows = torch.stack([falling.narrow(-1, w - 1 - x, w) for x in range(w)], -3)  # [.., w, 2h-1, w']
-    maps = rows.new_empty(*offsets.shape[:-2], h * w, h * w) if out is None else out
+    if out is None:
+        maps = torch.stack([rows.narrow(-2, h - 1 - y, h) for y in range(h)], -4)  # [.., h, w, h', w']
+        return maps.view(*offsets.shape[:-2], h * w, h * w)
     for y in range(h):
-        maps.view(*offsets.shape[:-2], h, w, h, w).select(-4, y).copy_(rows.narrow(-2, h - 1 - y, h))
-    return maps
+        out.view(*offsets.shape[:-2], h, w, h, w).select(-4, y).copy_(rows.narrow(-2, h - 1 - y, h))
+    return out
 
 
 def fold(maps: Tensor, height: int, width: int) -> Tensor:
@@ -131,7 +133,7 @@ class PositionGate(nn.Module):
         else:
             x = u.contiguous().view(self.table.shape[0], -1, *u.shape[-2:])
             mixed = maps @ x if maps.ndim == 4 else JointProduct.apply(maps, x)
-        mixed = mixed.reshape(u.shape)
+        mixed = mixed.contiguous().view(u.shape)  # strided only where joint
         return (mixed + self.token_bias(extent).to(mixed.dtype)) * v
 
 
@@ -186,11 +188,11 @@ def joint_product(offsets: Tensor, u: Tensor) -> Tensor:
     t = u.shape[2]
     there, back, _ = wave_matrices(t, u)
     constant, waves = to_waves(there, u)
-    constants, mixed = torch.empty_like(constant), torch.empty_like(waves)
+    constants, mixed = [], []
     for some, maps in maps_of_groups(offsets, u):
-        constants[some] = constant[some] @ maps[0].mT
-        mixed[:, some] = complex_sum(waves[:, some] @ maps[1:t].mT, waves[:, some] @ maps[t:].mT)
-    return from_waves(back, constants, mixed)
+        constants.append(constant[some] @ maps[0].mT)
+        mixed.append(complex_sum(waves[:, some] @ maps[1:t].mT, waves[:, some] @ maps[t:].mT))
+    return from_waves(back, torch.cat(constants), torch.cat(mixed, 1))
 
 
 def joint_backward(offsets: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,6 +215,9 @@ def joint_backward(offsets: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Te
 
 def maps_of_groups(offsets: Tensor, u: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some groups at a time, and their maps ``[2t-1, some, hw, hw']``, all in the same memory."""
+    if torch.compiler.is_exporting():  # a graph has no memory to use again
+        yield slice(None), unfold(offsets[:, :, 0], u.dtype)
+        return
     waves, places = len(offsets), u.shape[-1]
     many = max(1, MAPS_AT_ONCE[u.device.type == "cpu"] // (waves * places**2 * u.element_size()))
     memory = u.new_empty(waves, min(many, len(u)), places, places)
@@ -224,7 +229,7 @@ def maps_of_groups(offsets: Tensor, u: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 def complex_sum(by_re: Tensor, by_im: Tensor) -> Tensor:
     """Products with the real and with the imaginary parts as complex ones; rows are X real parts, then X imaginary."""
-    (a, b), (c, d) = by_re.chunk(2, 2), by_im.chunk(2, 2)
+    (a, b), (c, d) = (each.unflatten(2, (2, -1)).unbind(2) for each in (by_re, by_im))
     return torch.cat([a - d, b + c], 2)
 
 

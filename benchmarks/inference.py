@@ -1,0 +1,115 @@
+"""How fast a model classifies clips: as it is, compiled, and from its exported files.
+
+    python benchmarks/inference.py s16 [b16 tiny] [--repeats 7 --batches 1 2 4]
+
+Weights are fresh; clips are uint8 noise, and normalising them counts. All ways are run in turn, round by round, so that
+whatever else the machine does meets them alike; the median round counts. A way that fails is left out, and says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from posmlp import create_model
+from posmlp.config import Config, load_recipe
+from posmlp.export import Runner, export, load
+from posmlp.model.cost import device_name, seconds
+from posmlp.video.augment import to_input
+
+CPU = torch.device("cpu")
+
+
+def in_bf16(run: Runner) -> Runner:
+    """The same under autocast."""
+
+    def run_in_bf16(clips: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(clips)
+
+    return run_in_bf16
+
+
+def ways(config: Config, compiled: bool) -> dict[str, tuple[Runner, float | None]]:
+    """What runs the recipe's model, by name, and the megabytes of its file."""
+    model = create_model(config.model.name, **config.model.overrides()).eval()
+
+    def eager(clips: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(to_input(clips, config))
+
+    found: dict[str, tuple[Runner, float | None]] = {"eager fp32": (eager, None), "eager bf16": (in_bf16(eager), None)}
+    if compiled:
+        found["torch.compile fp32"] = torch.compile(eager, dynamic=False), None
+        found["torch.compile bf16"] = torch.compile(in_bf16(eager), dynamic=False), None
+    for label, suffix, int8 in ((".pt2", ".pt2", False), ("ONNX Runtime", ".onnx", False), ("", ".onnx", True)):
+        content = export(model, config, {}, suffix, int8=int8).content
+        run = load(content, suffix)
+        found["ONNX Runtime int8" if int8 else f"{label} fp32"] = run, len(content) / 1e6
+        if suffix == ".pt2":
+            found[".pt2 bf16"] = in_bf16(run), len(content) / 1e6
+    return found
+
+
+def clips_of(config: Config, batch: int) -> Tensor:
+    """Noise, uint8 ``[B, T, H, W, 3]``."""
+    variant = config.model.variant()
+    return torch.randint(256, (batch, variant.frames, variant.image_size, variant.image_size, 3), dtype=torch.uint8)
+
+
+def call(run: Runner, clips: Tensor) -> Callable[[], object]:
+    return lambda: run(clips)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["s16"], help="of tiny, s16, b16 (%(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="(%(default)s); the first: latency")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: minutes a row")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(
+        f"{device_name(CPU)}, {args.threads} threads; torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    )
+    print(f"median of {args.repeats} interleaved rounds; best clips/s of batches {args.batches}")
+    for name in args.models:
+        torch.manual_seed(0)
+        config = load_recipe("demo" if name == "tiny" else f"k400_{name}")
+        found, start = ways(config, not args.no_compile), time.perf_counter()
+        times: dict[str, dict[int, list[float]]] = {label: {} for label in found}
+        for batch in args.batches:
+            clips = clips_of(config, batch)
+            runs = {}
+            for label, (run, _) in found.items():
+                try:
+                    run(clips)  # warms up, compiles
+                    runs[label], times[label][batch] = call(run, clips), []
+                except Exception as error:  # of a compiler, of any kind
+                    print(f"{label}, batch {batch}: {str(error).splitlines()[0]}", file=sys.stderr)
+            for _ in range(args.repeats):
+                for label, run_once in runs.items():
+                    times[label][batch].append(seconds(run_once, CPU))
+        print(f"\n| {name} | ms at batch {args.batches[0]} | clips/s | at batch | file, MB |")
+        print("|---|---:|---:|---:|---:|")
+        for label, (_, megabytes) in found.items():
+            medians = {batch: statistics.median(each) for batch, each in times[label].items()}
+            if not medians:
+                continue
+            latency = f"{1e3 * medians[args.batches[0]]:.0f}" if args.batches[0] in medians else "-"
+            rate, best = max((batch / median, batch) for batch, median in medians.items())
+            size = "-" if megabytes is None else f"{megabytes:.1f}"
+            print(f"| {label} | {latency} | {rate:.2f} | {best} | {size} |", flush=True)
+        print(f"\n({time.perf_counter() - start:.0f} s after the export)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

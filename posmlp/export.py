@@ -174,7 +174,11 @@ def quantised(model: Any) -> Any:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph, turned = model.graph, dict[str, Any]()
-    matrices = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    # [2C * units, C] or [C, C * units]; the transforms of joint gates, [2t-1, t] and [t, 2t-1], are no layers.
+    layers = [
+        tensor for tensor in graph.initializer if len(tensor.dims) == 2 and max(tensor.dims) % min(tensor.dims) == 0
+    ]
+    matrices = {tensor.name: tensor for tensor in layers}
     nodes = []
     for node in graph.node:
         if node.op_type != "MatMul" or node.input[0] not in matrices:

@@ -124,7 +124,7 @@ print(json.dumps([about["classes"], about["input"]["shape"], model(clips).softma
 @pytest.mark.parametrize("named", [True, False])
 def test_the_verb_writes_a_file_that_works_alone(motion_set, tmp_path, monkeypatch, capsys, named):
     """Of the best checkpoint; its probabilities are those of `posmlp predict`."""
-    config = recipe_for(tmp_path / "runs", motion_set, "model.num_classes=8", SHALLOW)
+    config = recipe_for(tmp_path / "runs", motion_set, "model.num_classes=8", SHALLOW, "data.cache_dir=null")
     run = tmp_path / "runs" / "small"
     write_checkpoint(run, config, step=3, metrics={"val/top1": 0.9})
     write_checkpoint(run, config, step=9, metrics={"val/top1": 0.4})
@@ -238,7 +238,7 @@ def test_what_is_good(difference, good):
 
 def test_scores_of_int8_are_close_on_pictures(motion_set):
     """On drawn clips, not noise: the likeliest class of a model with clear scores stays."""
-    config = recipe_for("unused", motion_set, "model.num_classes=8", SHALLOW)
+    config = recipe_for("unused", motion_set, "model.num_classes=8", SHALLOW, "data.cache_dir=null")
     model = random_model(config)
     run = load(export(model, config, {}, ".onnx", int8=True).content, ".onnx")
     clips = [load_clips(video, "any", config, epoch=0, train=False)[0] for video in videos_of(motion_set, 8)]

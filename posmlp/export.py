@@ -2,7 +2,7 @@
 
 The file takes decoded pictures as they are, uint8 ``[B, T, H, W, 3]``, and normalises them itself; B is free. What else
 a user must know (class names, how to choose the frames) travels in it as JSON. It computes in fp32 by the reference,
-``Block.mix``: PyTorch's exporter does not enter ``posmlp.model.cpu``.
+``Block.add``: PyTorch's exporter does not enter ``posmlp.model.cpu``.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_two_workers_train_as_one(tmp_path, overrides):
     two = on_two(tmp_path / "two", *overrides)
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     # where a gradient is close to 0, rounding alone decides on AdamW's first steps
-    assert distance(two[1], one[1], overrides) < 3e-3
+    assert distance(two[1], one[1], overrides) < 1e-3
     # each goes on from the other's state; from then on rounding grows with every step
     ahead = on_two(tmp_path / "more", *overrides, state=one[1:])[0], train(0, 1, overrides, state=two[1:])[0]
     assert ahead[0][0] == pytest.approx(ahead[1][0], rel=1e-4)

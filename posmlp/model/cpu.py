@@ -67,8 +67,8 @@ def step(
         w2, b2: of all units' fc2 side by side, ``[C, units * C]``, and the sum of their biases, ``[C]``.
         real: ``[W, T, N]``, 0 at padded tokens; None if there are none.
         keep: ``[B]``, what the branches of a clip are multiplied with; None: 1.
-        gates: for each unit its maps, as of ``PositionGate.position_map``, in the type of the matrix products, and its
-            bias, ``[T or 1, N or 1]``.
+        gates: for each unit its maps, as of ``PositionGate.position_map`` for the type of the matrix products, and
+            its bias, ``[T or 1, N or 1]``.
     """
     dtype = work_type(x)
     _, clips, windows, *_ = x.shape

@@ -8,7 +8,8 @@ unit PoTGU, (1, h, w) the spatial unit PoSGU, (t, h, w) the joint unit PoSTGU (a
 
 Tokens are held in *window order* and *channels first*, ``[C, B, W, T, N]``: channel, clip, window, time in the window,
 place in the window. Every group of channels, every half of a projection and every window is then a contiguous block, so
-that gates and linear layers are plain matrix products on views, without a copy.
+that gates and linear layers are plain matrix products on views, without a copy. (``posmlp.model.cpu`` has the same axes
+in another order in memory.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from posmlp.model import gpu
 
 Window = tuple[int, int, int]  # tokens along time, height, width
-MAPS_AT_ONCE = {True: 4 * 2**20, False: 256 * 2**20}  # bytes of a joint window's maps: in a CPU's cache, on a GPU
+MAPS_AT_ONCE = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # bytes of a joint window's maps: what caches hold, or memory
 
 
 class Unfold(torch.autograd.Function):
@@ -42,7 +43,7 @@ class Unfold(torch.autograd.Function):
 
 def unfold(offsets: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """``[.., 2h-1, 2w-1]`` -> ``[.., hw, hw']`` in ``dtype``; the entry of output (y, x) and input (y', x') is that of
-    the offsets y - y' and x - x'. Copies of whole rows: a gather, entry by entry, takes several times as long.
+    the offsets y - y' and x - x'. By copies of whole rows; into ``out`` if given.
     """
     h, w = ((n + 1) // 2 for n in offsets.shape[-2:])
     falling = offsets.to(dtype).flip(-1, -2)  # entry y', x' of output (y, x) is that at h-1-y + y', w-1-x + x'
@@ -97,12 +98,12 @@ class PositionGate(nn.Module):
         nn.init.ones_(self.bias)
 
     def position_map(self, extent: Window, dtype: torch.dtype) -> Tensor:
-        """Position maps of the first ``extent`` tokens of the window along each axis, in ``dtype``.
+        """Position maps of the first ``extent`` tokens of the window along each axis.
 
         Returns:
-            ``[S, hw, hw']`` for a spatial window (output, input), ``[S, 1, t, t']`` for a temporal one; for a joint
-            window, whose maps would be large, ``[2t-1, S, 1, 2h-1, 2w-1]``: the waves of the temporal offsets, see
-            ``joint_product``.
+            In ``dtype``, ``[S, hw, hw']`` for a spatial window (output, input), ``[S, 1, t, t']`` for a temporal one.
+            For a joint window, whose maps would be large, ``[2t-1, S, 1, 2h-1, 2w-1]`` in the table's type: the waves
+            of the temporal offsets, see ``joint_product``.
         """
         sides = [min(n, m) for n, m in zip(extent, self.window, strict=True)]  # a spatial unit sees each moment alone
         offsets = self.table.view(-1, *(2 * n - 1 for n in self.window))
@@ -219,7 +220,7 @@ def maps_of_groups(offsets: Tensor, u: Tensor) -> Iterator[tuple[slice, Tensor]]
         yield slice(None), unfold(offsets[:, :, 0], u.dtype)
         return
     waves, places = len(offsets), u.shape[-1]
-    many = max(1, MAPS_AT_ONCE[u.device.type == "cpu"] // (waves * places**2 * u.element_size()))
+    many = max(1, MAPS_AT_ONCE.get(u.device.type, MAPS_AT_ONCE["cuda"]) // (waves * places**2 * u.element_size()))
     memory = u.new_empty(waves, min(many, len(u)), places, places)
     for first in range(0, len(u), many):
         some = slice(first, min(first + many, len(u)))

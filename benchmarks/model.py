@@ -1,22 +1,26 @@
 """How fast the model is against the same model written the plain way (``benchmarks/plain.py``).
 
-    python benchmarks/model.py --model s16 --batch 1 --repeats 5
+    python benchmarks/model.py --model s16 --batch 1 --repeats 9 [--no-compile] [--record]
 
 Both have the same parameters and give the same logits and gradients, which is checked first. Then one process times
 them in turn, round by round, so that whatever else the machine does meets both alike. The model runs a third time as
 its reference, without ``posmlp/model/cpu.py`` and ``posmlp/model/gpu.py``: what is gained there is the layout's, the
-rest is that of those files.
+rest is that of those files. Eager runs are then taken apart, each part beside its floor (``benchmarks/floors.py``), and
+the ratios compared with those last recorded (``benchmarks/guard.py``).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import sys
 from collections.abc import Callable
 
 import torch
+from floors import print_parts
+from guard import finish
 from plain import PlainModel
 from torch import Tensor, nn
 from torch._inductor.exc import InductorError
@@ -102,6 +106,7 @@ def main() -> None:
         "--no-compile", action="store_true", help="eager only; compiling s16 takes several minutes a row"
     )
     parser.add_argument("--forward-only", action="store_true", help="no training steps")
+    parser.add_argument("--record", action="store_true", help="keep the ratios, for later runs to be compared with")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -109,6 +114,7 @@ def main() -> None:
     variant = model_variant(args.model)
     clip = torch.randn(args.batch, 3, variant.frames, variant.image_size, variant.image_size, device=device)
     ours = posmlp.create_model(args.model).to(device)
+    eager = copy.copy(ours)  # stays eager
     plain = PlainModel(ours).to(device)
     check_equal(ours, plain, clip)
 
@@ -118,6 +124,7 @@ def main() -> None:
     )
     labels = ("plain", "ours", "plain/ours", "reference", "plain/that", "plain, MB", "ours, MB")
     print(f"{'':<24}{''.join(f'{label:>12}' for label in labels)}")
+    ratios = {}
     for compiled in (False,) if args.no_compile else (False, True):
         for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             for step in (False,) if args.forward_only else (False, True):
@@ -133,6 +140,7 @@ def main() -> None:
                 memory = [peak_mb(run, device) if ok else None for run, ok in zip(runs, compiles, strict=False)]
                 reference = others[0] if others else math.nan
                 label = f"{'compiled' if compiled else 'eager'} {precision} {'step' if step else 'forward'}"
+                ratios[label] = base / own
                 cells = [
                     f"{base:.1f}",
                     f"{own:.1f}",
@@ -142,6 +150,10 @@ def main() -> None:
                 ]
                 cells += ["" if mb is None else f"{mb:.0f}" for mb in memory]
                 print(f"{label:<24}{''.join(f'{cell:>12}' for cell in cells)}", flush=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        for step in (False,) if args.forward_only else (False, True):
+            print_parts(variant, passes(eager, clip, dtype, step), args.batch, dtype, step)
+    finish(f"{args.model}, batch {args.batch}, {device_name(device)}, {args.threads} threads", ratios, args.record)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,261 @@
+"""The least time that a model can take on a device, part by part, beside the time that it takes.
+
+    python benchmarks/floors.py [s16 s32 b16 b32]   # floors on this device, and on an H100 on paper
+
+``benchmarks/model.py`` prints the parts.
+
+A part takes at least its arithmetic at the device's best rate, and at least its bytes at the bandwidth of its memory.
+Bytes are the fewest that a program without recomputation must move, an activation once written and once read where
+it has to go to memory at all:
+
+- a convolution reads its input and writes its output; its backward pass reads both and the gradient of the output, and
+  writes that of the input;
+- a step of a block reads x and writes x; what lies between stays in caches. To train, it also keeps what the backward
+  pass needs and could not have again without a matrix product: the hidden layer before GELU, and the mixed tokens; the
+  backward pass reads them, x and the gradient of the output, and writes that of x;
+- weights, which are fp32, are read once in each pass, and their gradients written once.
+
+The whole can overlap one part's arithmetic with another's bytes: its floor is the larger of both sums. Arithmetic other
+than products counts as nothing, so no program reaches a floor quite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from posmlp.model import backbone, cpu
+from posmlp.model.backbone import BLOCKS, grid, unit_window
+from posmlp.model.cost import device_name, joint_gate, seconds
+from posmlp.model.gates import PositionGate, Window
+from posmlp.model.variants import Variant, model_variant
+
+PARTS = ("stem", "downsampling", "norms", "fc1", "gates", "fc2", "elementwise", "window order")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations (a multiply-add is two) and bytes of memory traffic."""
+
+    flops: float = 0
+    bytes: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def least_seconds(self, peak: Peak) -> float:
+        return max(self.flops / peak.flops, self.bytes / peak.bandwidth)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a device does at best: operations and bytes a second."""
+
+    flops: float
+    bandwidth: float
+
+
+# SXM5, from the maker's data sheet (without sparsity); fp32 products without TF32.
+H100 = {torch.bfloat16: Peak(989e12, 3.35e12), torch.float32: Peak(67e12, 3.35e12)}
+
+
+def least_work(variant: Variant, dtype: torch.dtype, train: bool, batch: int = 1) -> dict[str, Work]:
+    """The work of a forward pass, or of a forward and a backward pass, for each of ``PARTS`` that has any."""
+    size, found = dtype.itemsize, {part: Work() for part in PARTS}
+    passes = 3 if train else 1  # the backward pass has two products for each of the forward pass
+    traffic = {"weights": 4 * passes, "kept": 2 * size if train else 0}
+    height = width = variant.image_size
+    blocks = (variant.blocks,) * len(variant.dims) if isinstance(variant.blocks, str) else variant.blocks
+
+    def conv(dim_in: int, dim: int) -> Work:
+        """A convolution (1,3,3) with stride (1,2,2); moves on to its output's size."""
+        nonlocal height, width
+        pixels_in = batch * variant.frames * height * width
+        height, width = (height + 1) // 2, (width + 1) // 2
+        pixels, weights = batch * variant.frames * height * width, 9 * dim_in * dim
+        given, back = dim_in * pixels_in, dim_in > 3  # nothing asks for the gradient of the clip
+        moved = (given + dim * pixels) * (2 if train else 1) + (given if train and back else 0)
+        products = passes if back else min(passes, 2)
+        return Work(2 * products * pixels * weights, size * moved + traffic["weights"] * weights)
+
+    found["stem"] = conv(3, variant.dims[0] // 2) + conv(variant.dims[0] // 2, variant.dims[0])
+    for i, (dim, depth, groups, window, block) in enumerate(
+        zip(variant.dims, variant.depths, variant.groups, variant.full_windows(), blocks, strict=True)
+    ):
+        if i:
+            found["downsampling"] += conv(variant.dims[i - 1], dim)
+        sides = (variant.frames, height, width)
+        extent = cast(Window, tuple(min(a, b) for a, b in zip(window, sides, strict=True)))
+        tokens = batch * math.prod(extent) * math.prod(grid(sides, extent))
+        for step in BLOCKS[block] * depth:
+            x = size * tokens * dim
+            found["norms"] += Work(bytes=(2 if train else 1) * x)  # reads x
+            found["elementwise"] += Work(bytes=(3 if train else 1) * x)  # adds to x; the gradient's way back
+            for unit in step:
+                unit_extent = unit_window(unit, extent)
+                gate = tokens * dim * math.prod(unit_extent)
+                if unit == "joint" and extent[0] > 1:
+                    gate = joint_gate(dim, groups, tokens, extent)
+                table = groups * math.prod(2 * n - 1 for n in unit_extent)
+                found["fc1"] += Work(
+                    2 * passes * tokens * 2 * dim * dim,
+                    traffic["weights"] * 2 * dim * dim + traffic["kept"] * tokens * 2 * dim,
+                )
+                found["gates"] += Work(2 * passes * gate, traffic["weights"] * table + traffic["kept"] * tokens * dim)
+                found["fc2"] += Work(2 * passes * tokens * dim * dim, traffic["weights"] * dim * dim)
+    return found
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The best that the device was seen to do: a product of large matrices, and a copy beyond all caches."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**26, device=device)  # 256 MiB
+    target = torch.empty_like(source)
+    multiply = cpu.product if device.type == "cpu" else torch.matmul
+    for run in (lambda: multiply(a, b), lambda: target.copy_(source)):
+        run()
+    product = min(seconds(lambda: multiply(a, b), device) for _ in range(7))
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(7))
+    return Peak(2 * side**3 / product, 2 * source.nbytes / copy)
+
+
+@contextlib.contextmanager
+def parts_marked() -> Iterator[None]:
+    """Within it the profiler sees which part of the model runs."""
+
+    def marked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function(part):
+                return function(*args, **kwargs)
+
+        return run
+
+    marks: list[tuple[Any, str, str]] = [
+        (backbone.Stem, "forward", "stem"),
+        (backbone.Downsample, "forward", "downsampling"),
+        (backbone, "channel_norm", "norms"),
+        (cpu, "channel_norm", "norms"),
+        (cpu, "channel_norm_backward", "norms"),
+        (PositionGate, "forward", "gates"),
+        (PositionGate, "position_map", "gates"),
+        (cpu, "mix", "gates"),
+        (cpu, "mix_backward", "gates"),
+        (backbone, "to_windows", "window order"),
+        (backbone, "from_windows", "window order"),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in marks:
+            stack.enter_context(mock.patch.object(owner, name, marked(part, getattr(owner, name))))
+        yield
+
+
+def seconds_of_parts(run: Callable[[], None], dims: tuple[int, ...], device: torch.device) -> dict[str, float]:
+    """Seconds of a call in each of ``PARTS``, by PyTorch's profiler: of the CPU's thread, or of a GPU's kernels.
+
+    An operation of the backward pass belongs where that of the forward pass does. fc1 and fc2 are told by their shapes:
+    they are the products, other than those of gates, between C and 4C channels, and between 2C and C (parallel blocks).
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with parts_marked(), profile(activities=activities, record_shapes=True) as profiler:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    events = profiler.events()
+    forward: dict[
+        tuple[int, int], str | None
+    ] = {}  # part of each operation of the forward pass, by what autograd calls it
+    for event in events:
+        if event.sequence_nr >= 0 and event.scope == 0:
+            forward.setdefault((event.thread, event.sequence_nr), part_around(event))
+    found = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if event.name in PARTS and device.type == "cuda":
+            continue  # a mark, which has the time of all in it
+        part = part_around(event, forward) or linear_part(event.input_shapes, dims) or "elementwise"
+        found[part] += 1e-6 * taken
+    return found
+
+
+def part_around(event: Any, forward: dict[tuple[int, int], str | None] | None = None) -> str | None:
+    """The mark around an operation; of one of the backward pass, in ``forward``, that around its forward pass."""
+    while event is not None:
+        if event.name in PARTS:
+            return str(event.name)
+        if forward and event.name.startswith("autograd::engine"):
+            found = forward.get((event.fwd_thread, event.sequence_nr))
+            if found:
+                return found
+        event = event.cpu_parent
+    return None
+
+
+def linear_part(shapes: list[list[int]], dims: tuple[int, ...]) -> str | None:
+    """Whether a product of these shapes is fc1 or fc2, forward or backward; None if neither."""
+    sides = {side for shape in shapes[:2] if len(shape) >= 2 for side in shape[-2:]}
+    if any({4 * dim} & sides and {dim, dim + 1} & sides for dim in dims):  # with the column of the bias or without
+        return "fc1"
+    return "fc2" if any({dim} & sides and {2 * dim, 2 * dim + 1} & sides for dim in dims) else None
+
+
+def print_parts(variant: Variant, run: Callable[[], None], batch: int, dtype: torch.dtype, step: bool) -> None:
+    """A table of the parts of a model that ``run`` runs, on this machine's CPU or GPU: work, floor, time, and the share
+    of the floor in the time; the median of three profiles."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak, work = measured_peak(device, dtype), least_work(variant, dtype, step, batch)
+    run()
+    rounds = [seconds_of_parts(run, variant.dims, device) for _ in range(3)]
+    taken = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
+    best = f"{peak.flops / 1e9:.0f} GFLOP/s in a large product, {peak.bandwidth / 1e9:.0f} GB/s in a copy"
+    print(f"\neager {dtype} {'step' if step else 'forward'}; at best {best}")
+    print(f"{'part':<14}{'GFLOP':>9}{'MB':>9}{'floor, ms':>11}{'ms':>9}{'floor/ms':>10}")
+    for part in PARTS:
+        print_row(part, work[part], work[part].least_seconds(peak), taken[part])
+    whole = sum(work.values(), Work())
+    print_row("all", whole, whole.least_seconds(peak), sum(taken.values()))
+
+
+def print_row(label: str, work: Work, floor: float, taken: float) -> None:
+    share = f"{floor / taken:.0%}" if taken else "-"
+    sizes = f"{work.flops / 1e9:>9.1f}{work.bytes / 1e6:>9.1f}"
+    print(f"{label:<14}{sizes}{1e3 * floor:>11.2f}{1e3 * taken:>9.1f}{share:>10}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["s16", "s32", "b16", "b32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    here = {dtype: measured_peak(device, dtype) for dtype in H100}
+    print(f"{device_name(device)}, {args.threads} threads; torch {torch.__version__}")
+    for where, peaks in (("here, measured", here), ("H100, data sheet", H100)):
+        for dtype, peak in peaks.items():
+            print(f"{where}, {dtype}: {peak.flops / 1e12:.3g} TFLOP/s, {peak.bandwidth / 1e9:.0f} GB/s")
+    print("\n| floor | GFLOP | MB bf16 | bf16 here, ms | bf16 H100, ms | MB fp32 | fp32 here, ms | fp32 H100, ms |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name in args.models:
+        for train in (False, True):
+            cells = []
+            for dtype in H100:
+                work = sum(least_work(model_variant(name), dtype, train).values(), Work())
+                cells.append(f"{work.bytes / 1e6:.0f}")
+                cells += [f"{1e3 * work.least_seconds(peaks[dtype]):.3g}" for peaks in (here, H100)]
+            label = f"{name} {'step' if train else 'inference'}"
+            print(f"| {label} | {work.flops / 1e9:.1f} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -227,7 +227,7 @@ def print_parts(variant: Variant, run: Callable[[], None], batch: int, dtype: to
 
 def print_row(label: str, work: Work, floor: float, taken: float) -> None:
     share = f"{floor / taken:.0%}" if taken else "-"
-    sizes = f"{work.flops / 1e9:>9.1f}{work.bytes / 1e6:>9.1f}"
+    sizes = f"{work.flops / 1e9:>9.3g}{work.bytes / 1e6:>9.3g}"
     print(f"{label:<14}{sizes}{1e3 * floor:>11.2f}{1e3 * taken:>9.1f}{share:>10}", flush=True)
 
 

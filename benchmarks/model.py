@@ -5,14 +5,14 @@
 Both have the same parameters and give the same logits and gradients, which is checked first. Then one process times
 them in turn, round by round, so that whatever else the machine does meets both alike. The model runs a third time as
 its reference, without ``posmlp/model/cpu.py`` and ``posmlp/model/gpu.py``: what is gained there is the layout's, the
-rest is that of those files. Eager runs are then taken apart, each part beside its floor (``benchmarks/floors.py``), and
-the ratios compared with those last recorded (``benchmarks/guard.py``).
+rest is that of those files; where blocks are compiled, a third time in eager mode. Eager runs are taken apart, each
+part beside its floor (``benchmarks/floors.py``), and ratios are compared with those last recorded
+(``benchmarks/guard.py``).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import statistics
 import sys
@@ -21,12 +21,13 @@ from collections.abc import Callable
 import torch
 from floors import print_parts
 from guard import finish
-from plain import PlainModel
+from plain import PlainBlock, PlainModel
 from torch import Tensor, nn
 from torch._inductor.exc import InductorError
 
 import posmlp
 from posmlp.model import cpu, gpu
+from posmlp.model.backbone import Block
 from posmlp.model.cost import device_name, peak_mb, seconds
 from posmlp.model.variants import model_variant
 
@@ -76,6 +77,16 @@ def as_reference(run: Callable[[], None]) -> Callable[[], None]:
     return run_reference
 
 
+def eagerly(run: Callable[[], None]) -> Callable[[], None]:
+    """The same as if nothing were compiled."""
+
+    def run_eagerly() -> None:
+        with torch.compiler.set_stance("force_eager"):
+            run()
+
+    return run_eagerly
+
+
 def interleaved(runs: list[Callable[[], None]], device: torch.device, repeats: int) -> list[float]:
     """Median milliseconds of each, timed in turn after two calls that warm up; NaN for one that does not compile."""
     medians = [math.nan] * len(runs)
@@ -95,6 +106,23 @@ def interleaved(runs: list[Callable[[], None]], device: torch.device, repeats: i
     return medians
 
 
+def print_head(title: str, third: str) -> None:
+    labels = ("plain", "ours", "plain/ours", third, "plain/that", "plain, MB", "ours, MB")
+    print(f"{title:<24}{''.join(f'{label:>12}' for label in labels)}")
+
+
+def print_row(label: str, runs: list[Callable[[], None]], device: torch.device, repeats: int) -> float:
+    """Time plain, ours and a third way in turn; returns plain / ours."""
+    plain, ours, third = interleaved(runs, device, repeats)
+    memory = [
+        math.nan if math.isnan(ms) else peak_mb(run, device) for run, ms in zip(runs, (plain, ours), strict=False)
+    ]
+    cells = [f"{plain:.1f}", f"{ours:.1f}", f"{plain / ours:.2f}x", f"{third:.1f}", f"{plain / third:.2f}x"]
+    cells += ["" if mb is None else f"{mb:.0f}" for mb in memory]
+    print(f"{label:<24}{''.join(f'{cell:>12}' for cell in cells)}", flush=True)
+    return plain / ours
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="s16")
@@ -103,7 +131,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--no-compile", action="store_true", help="eager only; compiling s16 takes several minutes a row"
+        "--no-compile", action="store_true", help="eager only; to compile the blocks takes minutes a row"
     )
     parser.add_argument("--forward-only", action="store_true", help="no training steps")
     parser.add_argument("--record", action="store_true", help="keep the ratios, for later runs to be compared with")
@@ -114,45 +142,33 @@ def main() -> None:
     variant = model_variant(args.model)
     clip = torch.randn(args.batch, 3, variant.frames, variant.image_size, variant.image_size, device=device)
     ours = posmlp.create_model(args.model).to(device)
-    eager = copy.copy(ours)  # stays eager
     plain = PlainModel(ours).to(device)
     check_equal(ours, plain, clip)
+    steps = (False,) if args.forward_only else (False, True)
+    kinds = [(dtype, step) for dtype in (torch.float32, torch.bfloat16) for step in steps]
+    ratios = {}
 
     print(f"{args.model}, batch {args.batch}; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
-    print(
-        f"median of {args.repeats}, ms; a step is forward and backward; nan: does not compile; MB: most in use on top\n"
-    )
-    labels = ("plain", "ours", "plain/ours", "reference", "plain/that", "plain, MB", "ours, MB")
-    print(f"{'':<24}{''.join(f'{label:>12}' for label in labels)}")
-    ratios = {}
-    for compiled in (False,) if args.no_compile else (False, True):
-        for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-            for step in (False,) if args.forward_only else (False, True):
-                if compiled:
-                    torch._dynamo.reset()
-                    plain.compile(dynamic=False)
-                    ours.compile(dynamic=False)
-                runs = [passes(m, clip, dtype, step) for m in (plain, ours)]
-                if device.type == "cuda" or not compiled:  # compiled for CPUs it is the reference already
-                    runs.append(as_reference(runs[1]))
-                base, own, *others = interleaved(runs, device, args.repeats)
-                compiles = [not math.isnan(ms) for ms in (base, own)]
-                memory = [peak_mb(run, device) if ok else None for run, ok in zip(runs, compiles, strict=False)]
-                reference = others[0] if others else math.nan
-                label = f"{'compiled' if compiled else 'eager'} {precision} {'step' if step else 'forward'}"
-                ratios[label] = base / own
-                cells = [
-                    f"{base:.1f}",
-                    f"{own:.1f}",
-                    f"{base / own:.2f}x",
-                    f"{reference:.1f}",
-                    f"{base / reference:.2f}x",
-                ]
-                cells += ["" if mb is None else f"{mb:.0f}" for mb in memory]
-                print(f"{label:<24}{''.join(f'{cell:>12}' for cell in cells)}", flush=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        for step in (False,) if args.forward_only else (False, True):
-            print_parts(variant, passes(eager, clip, dtype, step), args.batch, dtype, step)
+    print(f"median of {args.repeats}, ms; a step is forward and backward; MB: most in use on top\n")
+    print_head("eager", "reference")
+    for dtype, step in kinds:
+        runs = [passes(model, clip, dtype, step) for model in (plain, ours)]
+        label = f"{dtype} {'step' if step else 'forward'}".removeprefix("torch.")
+        ratios[label] = print_row(label, [*runs, as_reference(runs[1])], device, args.repeats)
+    for dtype, step in kinds:
+        print_parts(variant, passes(ours, clip, dtype, step), args.batch, dtype, step)
+    if not args.no_compile:
+        print()
+        print_head("blocks compiled", "ours, eager")
+        for dtype, step in kinds:
+            torch._dynamo.reset()
+            for model in (plain, ours):
+                for block in model.modules():
+                    if isinstance(block, (PlainBlock, Block)):
+                        block.compile(dynamic=False)
+            runs = [passes(model, clip, dtype, step) for model in (plain, ours)]
+            label = f"{dtype} {'step' if step else 'forward'}, compiled".removeprefix("torch.")
+            ratios[label] = print_row(label, [*runs, eagerly(runs[1])], device, args.repeats)
     finish(f"{args.model}, batch {args.batch}, {device_name(device)}, {args.threads} threads", ratios, args.record)
 
 

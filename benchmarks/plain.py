@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posmlp.model.backbone import PosMLPVideo
+from posmlp.model.backbone import Block, PosMLPVideo
 
 
 def position_index(window: tuple[int, int, int]) -> Tensor:
@@ -50,6 +50,19 @@ class PlainUnit(nn.Module):
         return x.reshape(shape)
 
 
+class PlainBlock(nn.Module):
+    """``Block`` on ``[B, T, H, W, C]``: residual steps of units."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.steps = nn.ModuleList(nn.ModuleList(PlainUnit(block.units[u]) for u in step) for step in block.steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for units in self.steps:
+            x = x + sum(unit(x) for unit in units)
+        return x
+
+
 class PlainModel(nn.Module):
     """The same function of ``[B, 3, T, H, W]`` as the ``PosMLPVideo`` whose parameters it shares."""
 
@@ -57,21 +70,12 @@ class PlainModel(nn.Module):
         super().__init__()
         self.stem, self.norm, self.head = model.stem, model.norm, model.head
         self.downsamples = nn.ModuleList(stage.downsample or nn.Identity() for stage in model.stages)
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
-                nn.ModuleList(nn.ModuleList(PlainUnit(block.units[u]) for u in step) for step in block.steps)
-                for block in stage.blocks
-            )
-            for stage in model.stages
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*map(PlainBlock, stage.blocks)) for stage in model.stages)
 
     def forward(self, clip: Tensor) -> Tensor:
         stem = self.stem
         x = stem.norm2(stem.proj2(F.gelu(stem.norm1(stem.proj1(clip)))))
         for i, (downsample, blocks) in enumerate(zip(self.downsamples, self.stages, strict=True)):
             x = downsample.norm(downsample.proj(x).permute(0, 2, 3, 4, 1)) if i else x.permute(0, 2, 3, 4, 1)
-            for steps in blocks:
-                for units in steps:
-                    x = x + sum(unit(x) for unit in units)
-            x = x.permute(0, 4, 1, 2, 3)
+            x = blocks(x).permute(0, 4, 1, 2, 3)
         return self.head(self.norm(x.flatten(2).mT).mean(1))

@@ -294,14 +294,21 @@ def columns(x: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices, or batches of them that broadcast."""
-    if ONEDNN and a.dtype == torch.float32 and a.shape[-2:].numel() * b.shape[-1] >= LARGE:
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        a, b = a.expand(*batch, -1, -1), b.expand(*batch, -1, -1)
-        out = a.new_empty(*batch, a.shape[-2], b.shape[-1])
-        for i in itertools.product(*map(range, batch)):
-            out[i] = torch.ops.mkldnn._linear_pointwise(a[i], b[i].mT, None, "none", [], "")
-        return out
-    return a @ b
+    if not ONEDNN or a.dtype != torch.float32 or a.shape[-2:].numel() * b.shape[-1] < LARGE:
+        return a @ b
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = a.expand(*batch, -1, -1), b.expand(*batch, -1, -1)
+    if batch.numel() == 1:  # spares a copy
+        return onednn_product(a.flatten(0, -2), b.flatten(0, -2)).view(*batch, a.shape[-2], b.shape[-1])
+    out = a.new_empty(*batch, a.shape[-2], b.shape[-1])
+    for i in itertools.product(*map(range, batch)):
+        out[i] = onednn_product(a[i], b[i])
+    return out
+
+
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for two matrices."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
 
 
 if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:

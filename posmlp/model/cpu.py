@@ -40,9 +40,9 @@ def on_amd() -> bool:
 
 
 # PyTorch sends fp32 products on CPUs to MKL, which runs without AVX-512 on AMD processors. oneDNN, which PyTorch ships
-# too, uses it: twice the speed there, at equal results (benchmarks/model.py). This op reaches its linear kernel.
+# too, uses it: up to twice the speed there, at equal results (benchmarks/model.py). This op reaches its linear kernel.
 ONEDNN = on_amd() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-LARGE = 2**20  # multiply-adds of a product from which that is worth a call
+LARGE = 2**24  # multiply-adds of a matrix from which that is worth a call; MKL takes batches of small ones at once
 
 
 def serves(x: Tensor) -> bool:
@@ -174,8 +174,8 @@ class Step(torch.autograd.Function):
                     d_u.mul_(real[span, None])
                 d_bias += d_mixed.sum((0, 1)).sum_to_size(d_bias.shape)
             d_z = torch.ops.aten.gelu_backward.grad_input(d_hidden, z, grad_input=d_hidden)
-            d_w1 += product(d_z, normed.mT).sum(0)
-            d_w2 += product(d_residual, gated.mT).sum(0)
+            d_w1 += sum_of_windows(product(d_z, normed.mT))
+            d_w2 += sum_of_windows(product(d_residual, gated.mT))
             d_normed = channel_norm_backward(product(back1, d_z), normed, rstd)
             torch.add(d_out[span], d_normed.view(d_out[span].shape), out=d_x[span])
         d_x = from_windows(d_x, grad)
@@ -235,7 +235,7 @@ def mix_backward(maps: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]
     """Gradients of ``u`` and of ``maps``, where ``grad`` is that of ``mix``."""
     x, g = by_group(u, maps), by_group(grad, maps)
     if maps.ndim == 3:
-        d_x, d_maps = product(g, maps), product(g.mT, x).sum(0)
+        d_x, d_maps = product(g, maps), sum_of_windows(product(g.mT, x))
     elif maps.ndim == 4:
         d_x, d_maps = product(maps.mT, g), product(g, x.mT).sum((0, 2)).unsqueeze(1)
     else:
@@ -285,6 +285,11 @@ def channel_norm_backward(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
     columns_of = columns(grad), columns(normed[:, :-1])
     d_x, _, _ = torch.ops.aten.native_batch_norm_backward(*columns_of, rstd, None, None, none, one, True, 0.0, wanted)
     return d_x.view(channels, windows, tokens).transpose(0, 1)
+
+
+def sum_of_windows(x: Tensor) -> Tensor:
+    """Over the first axis; where there is one window, no copy."""
+    return x[0] if len(x) == 1 else x.sum(0)
 
 
 def columns(x: Tensor) -> Tensor:

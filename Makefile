@@ -1,5 +1,6 @@
 # make demo: install and train the demo. make test: install what tests need and run them, those on Ray one after the
-# other; make test-all: those too that compile, or kill and repeat what others have killed. make lint: ruff and mypy.
+# other; make test-all: also those that compile, take long, or kill and repeat what others have killed. make lint: ruff
+# and mypy.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -98,6 +98,7 @@ def test_a_run_that_is_stopped_killed_and_spoilt_loses_nothing(straight, motion_
     assert same(final_weights(run), straight)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(straight, motion_set, tmp_path):
     config, process = start_cli(tmp_path, motion_set, *EXACT)
     wait_for_step(tmp_path, process, 6)
@@ -170,7 +171,8 @@ def on_disk(tmp_path, small_disk):
     return [*EXACT, f"train.storage={small_disk}", f"tracking.uri=sqlite:///{tmp_path}/mlflow/mlflow.db"]
 
 
-@pytest.mark.parametrize("fault", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_disk_that_takes_no_more_ends_the_run_clearly(straight, motion_set, tmp_path, small_disk, fault):
     """The last checkpoint is intact, and the run goes on from it when there is room."""
     overrides = on_disk(tmp_path, small_disk)
@@ -207,6 +209,7 @@ def test_storage_that_cannot_be_written_is_refused_at_the_start(local_ray, motio
         train(recipe_for(tmp_path, motion_set, *overrides))
 
 
+@pytest.mark.slow
 def test_a_step_that_explodes_ends_the_run_and_is_kept(local_ray, motion_set, tmp_path):
     config = recipe_for(tmp_path, motion_set, "optim.lr=1e30", "optim.warmup_epochs=0", "scaling.workers=2")
     with pytest.raises(RunError, match=r"step \d+ exploded: loss .* its batch, are in .*Lower optim\.lr") as error:

@@ -198,6 +198,7 @@ def test_an_error_in_a_later_plan_is_raised():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_large_manifest_costs_little_memory(local_ray, motion_set):
     """A hundred thousand rows: a worker holds the table in shared memory and an epoch's order, and starts as soon."""
     few = read_manifest(motion_set / "train.csv").rows

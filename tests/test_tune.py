@@ -194,6 +194,7 @@ def space(base):
 '''
 
 
+@pytest.mark.slow
 def test_asha_stops_what_is_behind_and_nothing_is_left(local_ray, motion_set, tmp_path):
     """The first three start from weights that know the validation clips, so the others are behind at the first rung."""
     seen = [f"data.val.path={motion_set}/train.csv", "optim.lr=1e-5"]

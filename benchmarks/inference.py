@@ -53,8 +53,6 @@ def ways(config: Config, compiled: bool) -> dict[str, tuple[Runner, float | None
         content = export(model, config, {}, suffix, int8=int8).content
         run = load(content, suffix)
         found["ONNX Runtime int8" if int8 else f"{label} fp32"] = run, len(content) / 1e6
-        if suffix == ".pt2":
-            found[".pt2 bf16"] = in_bf16(run), len(content) / 1e6
     return found
 
 

@@ -4,7 +4,8 @@
 
 A block of each stage of s, on the tokens that one clip of 224 x 224 has there, with windows over all its frames. The
 plain way makes the whole map of a window, (thw)^2 entries a group, and multiplies with it (``benchmarks/plain.py``); it
-is left out where that map would be beyond 1 GB. All are timed in turn, round by round; the median counts.
+is left out where that map would be beyond 1 GB. All are timed in turn, round by round; the median counts. All blocks of
+the model are reckoned from the single ones.
 """
 
 from __future__ import annotations
@@ -70,15 +71,20 @@ def main() -> None:
             print("|---|---:|---:|---:|---:|---:|")
             for frames in args.frames:
                 variant = model_variant("s", frames=frames)
-                stages = zip(variant.dims, variant.groups, variant.full_windows(), strict=True)
-                for i, (dim, groups, window) in enumerate(stages):
+                stages = zip(variant.depths, variant.dims, variant.groups, variant.full_windows(), strict=True)
+                whole = torch.zeros(2)
+                for i, (depth, dim, groups, window) in enumerate(stages):
                     runs = runs_of_stage(dim, groups, window, variant.image_size >> (i + 2), device)
                     timed = [partial(run, dtype, step) for run in runs]
                     parallel, joint, *plain = interleaved(timed, device, args.repeats)
+                    whole += depth * torch.tensor([parallel, joint])
                     label = f"{' x '.join(map(str, window))}, {dim}"
-                    ratios[f"{what}: {label}, parallel / joint"] = parallel / joint
                     beside = f"{plain[0]:.1f} | {plain[0] / joint:.1f}" if plain else "- | -"
                     print(f"| {label} | {parallel:.1f} | {joint:.1f} | {joint / parallel:.2f} | {beside} |", flush=True)
+                parallel, joint = whole.tolist()
+                ratios[f"{what}: {frames} frames, parallel / joint"] = parallel / joint
+                ending = f"{parallel:.0f} | {joint:.0f} | {joint / parallel:.2f} | - | -"
+                print(f"| all blocks of s, {frames} frames | {ending} |", flush=True)
     finish(f"joint blocks of s, {device_name(device)}, {args.threads} threads", ratios, args.record)
 
 

@@ -91,7 +91,7 @@ def check_format(suffix: str, int8: bool) -> None:
     if int8 and suffix != ".onnx":
         raise UserError(f"--int8 makes ONNX files; expected a file that ends in .onnx, not {suffix}")
     if missing := [name for name in FORMATS[suffix] if importlib.util.find_spec(name) is None]:
-        raise UserError(f"{suffix} files need {', '.join(missing)}: pip install 'posmlp-video[export]'")
+        raise UserError(f"{suffix} files need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def export(

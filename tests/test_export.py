@@ -213,7 +213,7 @@ def test_missing_packages_are_named_with_what_installs_them(run_folder, tmp_path
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     assert main(["export", str(run_folder), "--out", str(tmp_path / "model.onnx")]) == 1
-    assert capsys.readouterr().err == "posmlp: .onnx files need onnxscript: pip install 'posmlp-video[export]'\n"
+    assert capsys.readouterr().err == "posmlp: .onnx files need onnxscript: pip install onnxscript\n"
     assert not list(tmp_path.iterdir())
 
 

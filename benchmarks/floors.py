@@ -31,6 +31,7 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from posmlp.model import backbone, cpu
@@ -40,6 +41,7 @@ from posmlp.model.gates import PositionGate, Window
 from posmlp.model.variants import Variant, model_variant
 
 PARTS = ("stem", "downsampling", "norms", "fc1", "gates", "fc2", "elementwise", "window order")
+Known = dict[tuple[int, int], str | None]  # part of an operation of the forward pass, by its thread and number there
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,7 @@ def seconds_of_parts(run: Callable[[], None], dims: tuple[int, ...], device: tor
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     events = profiler.events()
-    forward: dict[
-        tuple[int, int], str | None
-    ] = {}  # part of each operation of the forward pass, by what autograd calls it
+    forward: Known = {}
     for event in events:
         if event.sequence_nr >= 0 and event.scope == 0:
             forward.setdefault((event.thread, event.sequence_nr), part_around(event))
@@ -187,7 +187,7 @@ def seconds_of_parts(run: Callable[[], None], dims: tuple[int, ...], device: tor
     return found
 
 
-def part_around(event: Any, forward: dict[tuple[int, int], str | None] | None = None) -> str | None:
+def part_around(event: Any, forward: Known | None = None) -> str | None:
     """The mark around an operation; of one of the backward pass, in ``forward``, that around its forward pass."""
     while event is not None:
         if event.name in PARTS:
@@ -203,18 +203,17 @@ def part_around(event: Any, forward: dict[tuple[int, int], str | None] | None = 
 def linear_part(shapes: list[list[int]], dims: tuple[int, ...]) -> str | None:
     """Whether a product of these shapes is fc1 or fc2, forward or backward; None if neither."""
     sides = {side for shape in shapes[:2] if len(shape) >= 2 for side in shape[-2:]}
-    if any({4 * dim} & sides and {dim, dim + 1} & sides for dim in dims):  # with the column of the bias or without
+    if any(4 * dim in sides and sides & {dim, dim + 1} for dim in dims):  # with the column of the bias or without
         return "fc1"
-    return "fc2" if any({dim} & sides and {2 * dim, 2 * dim + 1} & sides for dim in dims) else None
+    return "fc2" if any(dim in sides and sides & {2 * dim, 2 * dim + 1} for dim in dims) else None
 
 
-def print_parts(variant: Variant, run: Callable[[], None], batch: int, dtype: torch.dtype, step: bool) -> None:
-    """A table of the parts of a model that ``run`` runs, on this machine's CPU or GPU: work, floor, time, and the share
-    of the floor in the time; the median of three profiles."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak, work = measured_peak(device, dtype), least_work(variant, dtype, step, batch)
+def print_parts(variant: Variant, run: Callable[[], None], clip: Tensor, dtype: torch.dtype, step: bool) -> None:
+    """A table of the parts of a model that ``run`` runs on ``clip``: work, floor, time, and the share of the floor in
+    the time; the median of three profiles."""
+    peak, work = measured_peak(clip.device, dtype), least_work(variant, dtype, step, len(clip))
     run()
-    rounds = [seconds_of_parts(run, variant.dims, device) for _ in range(3)]
+    rounds = [seconds_of_parts(run, variant.dims, clip.device) for _ in range(3)]
     taken = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
     best = f"{peak.flops / 1e9:.0f} GFLOP/s in a large product, {peak.bandwidth / 1e9:.0f} GB/s in a copy"
     print(f"\neager {dtype} {'step' if step else 'forward'}; at best {best}")

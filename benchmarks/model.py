@@ -156,7 +156,7 @@ def main() -> None:
         label = f"{dtype} {'step' if step else 'forward'}".removeprefix("torch.")
         ratios[label] = print_row(label, [*runs, as_reference(runs[1])], device, args.repeats)
     for dtype, step in kinds:
-        print_parts(variant, passes(ours, clip, dtype, step), args.batch, dtype, step)
+        print_parts(variant, passes(ours, clip, dtype, step), clip, dtype, step)
     if not args.no_compile:
         print()
         print_head("blocks compiled", "ours, eager")

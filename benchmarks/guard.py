@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 RECORD = Path(__file__).parent / "ratios.json"
-SLACK = 0.1  # a quiet machine's ratios repeat within half of this
+SLACK = 0.1  # few rounds, or a busy machine, can differ by more: run again before believing it
 
 
 def record(subject: str, ratios: dict[str, float], path: Path = RECORD) -> None:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.library import opcheck
+from torch import library, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import posmlp
@@ -179,8 +178,8 @@ def test_the_operators_are_what_pytorch_asks_of_operators(kind):
     window, extent = unit_window(kind, (3, 2, 3)), (2, 2, 3)
     gate, u, v, grad = make(window, extent, 2, 1, 1, 2, torch.float32)
     rest = (gate.table, gate.bias, list(window), list(extent))
-    opcheck(gpu.gate, (u, v, *rest))
-    opcheck(gpu.gate_backward, (grad, u, v, *rest), test_utils=["test_schema", "test_faketensor"])
+    library.opcheck(gpu.gate, (u, v, *rest))
+    library.opcheck(gpu.gate_backward, (grad, u, v, *rest), test_utils=["test_schema", "test_faketensor"])
 
 
 def gradients(model, x, weight, dtype=None):

@@ -11,8 +11,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -30,7 +29,7 @@ def capable(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).major >= 8  # which a compiler knows as a constant
 
 
-@custom_op("posmlp::gate", mutates_args=())
+@library.custom_op("posmlp::gate", mutates_args=())
 def gate(u: Tensor, v: Tensor, table: Tensor, bias: Tensor, window: list[int], extent: list[int]) -> Tensor:
     """``(P u + bias) * v`` with P gathered from the table on the way, summed in fp32.
 
@@ -57,7 +56,7 @@ def _(u: Tensor, v: Tensor, table: Tensor, bias: Tensor, window: list[int], exte
     return u.new_empty(u.shape)
 
 
-@custom_op("posmlp::gate_backward", mutates_args=())
+@library.custom_op("posmlp::gate_backward", mutates_args=())
 def gate_backward(
     grad: Tensor, u: Tensor, v: Tensor, table: Tensor, bias: Tensor, window: list[int], extent: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -41,7 +41,7 @@ def local_ray():
 @pytest.fixture(scope="session")
 def finished(local_ray, motion_set, tmp_path_factory):
     """A run of 2 epochs on 2 workers: its recipe, its result, its printed lines, and who listened where meanwhile."""
-    from small_runs import Ears, recipe_for
+    from tests.helpers.small_runs import Ears, recipe_for
 
     from pipelines.train import train
 
@@ -55,7 +55,7 @@ def finished(local_ray, motion_set, tmp_path_factory):
 @pytest.fixture(scope="session")
 def done(local_ray, motion_set, tmp_path_factory):
     """A finished study of three trials, its front repeated with a second seed; and the lines that it printed."""
-    from small_runs import study_for
+    from tests.helpers.small_runs import study_for
 
     from pipelines.tune import tune
 

@@ -1,0 +1,132 @@
+"""Clusters that change under a run: nodes come and are lost, an autoscaler brings them and takes them away."""
+
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+from tests.helpers.ray_nodes import RayNodes
+from tests.helpers.small_runs import QUICK, recipe_for
+
+from pipelines import checkpoints
+from posmlp.video.motion import make_motion_set
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+SOON = "import sys, pipelines.train as train; train.GROW_S = 2.0; from pipelines.cli import main; sys.exit(main())"
+
+
+@contextmanager
+def running(nodes, folder, motion_set, *overrides):
+    """``posmlp train`` on the cluster; yields its process, its log and its run's folder."""
+    recipe = recipe_for(folder, motion_set, *QUICK, *overrides)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    log = folder / "log.txt"
+    env = nodes.env | {"RAY_ADDRESS": nodes.address, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", SOON, "train", str(folder / "recipe.yaml")]
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+    try:
+        yield process, log, f"{folder}/{recipe.name}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, process, log, seconds=150):
+    """Until it holds; the process must live."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.3)
+
+
+def history(run):
+    """Metrics of the epochs in the run's newest checkpoint."""
+    whole = [found.about for found in checkpoints.find(run) if found.about]
+    return whole[-1].progress["history"] if whole else []
+
+
+def holding(cluster):
+    """What an autoscaler ends no node for: actors, and placement groups, with their nodes."""
+    actors = [(row["class_name"], row["node_id"]) for row in cluster.listing("actors") if row["state"] == "ALIVE"]
+    groups = [row for row in cluster.listing("placement_groups") if row["state"] != "REMOVED"]
+    return f"{actors}\n{groups}"
+
+
+@pytest.fixture
+def nodes(tmp_path_factory):
+    started = []
+
+    def start(**options):
+        started.append(RayNodes(tmp_path_factory.mktemp("n"), **options))  # short: sockets lie in it
+        return started[0]
+
+    yield start
+    for cluster in started:
+        cluster.stop()
+
+
+def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, motion_set, tmp_path):
+    """Three workers at most, of a batch of eight in pairs: two share it evenly, three do not."""
+    cluster = nodes()
+    cluster.add("decode", "--num-cpus=1")
+    for name in ("a", "b"):
+        cluster.add(name, "--num-cpus=2", group="train")
+    cluster.wait()
+    overrides = ["scaling.workers=4", "scaling.min_workers=1", "scaling.cpus_per_worker=2", "augment.mixup=0.2"]
+    overrides += ["scaling.train_on={group: train}", "train.epochs=500", "scaling.decode_on={group: decode}"]
+    with running(cluster, tmp_path, motion_set, *overrides) as (process, log, run):
+
+        def trained_by(workers, epochs=2):
+            return sum(metrics["train/workers"] == workers for metrics in history(run)) >= epochs
+
+        wait_for(lambda: trained_by(2), process, log)
+        cluster.add("c", "--num-cpus=2", group="train")
+        wait_for(lambda: trained_by(3), process, log)
+        cluster.kill("a")
+        before = len(history(run))
+        wait_for(lambda: len(history(run)) > before and history(run)[-1]["train/workers"] == 2, process, log)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + 15
+    found = history(run)
+    assert [metrics["epoch"] for metrics in found] == list(range(1, len(found) + 1))
+    assert all(metrics["data/bad"] == 0 for metrics in found)
+    lines = log.read_text()
+    assert "the cluster has room for 3 workers in place of 2; going on after epoch" in lines
+    assert "workers were lost (1 of 3 times); going on after epoch" in lines
+    assert Counter(re.findall(r"^epoch (\d+)/500  loss", lines, re.M)).most_common(1)[0][1] == 1, lines
+
+
+def test_an_autoscaler_brings_nodes_and_takes_them_away(nodes, tmp_path):
+    """Training asks for a node that the autoscaler brings, so that the run waits for it, and whatever stayed with the
+    worker would hold the node; and clips that are small beside their videos, one a task and never kept, take decoding
+    longer than training."""
+    videos = make_motion_set(tmp_path / "videos", train=32, val=16, size=160)
+    labels = {"ray.io/node-group": "worker"}
+    kind = {"resources": {"CPU": 1, "object_store_memory": 2**28}, "labels": labels, "node_config": {}}
+    cluster = nodes(cpus=1, node_types={"worker": kind | {"min_workers": 0, "max_workers": 2}})
+
+    def others():
+        return sum(row["state"] == "ALIVE" for row in cluster.listing("nodes")) - 1
+
+    overrides = ["scaling.cpus_per_worker=1", "scaling.train_on={ray.io/node-group: worker}", "scaling.wait_s=100"]
+    overrides += [
+        "scaling.decode_on={ray.io/node-group: worker}",
+        "train.epochs=200",
+        "data.rows_per_block=1",
+        "data.cache_dir=null",
+    ]
+    with running(cluster, tmp_path, videos, *overrides) as (process, log, run):
+        wait_for(lambda: "Waiting for nodes" in log.read_text(), process, log)
+        wait_for(lambda: others() == 2, process, log)
+        wait_for(lambda: history(run), process, log)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + 15
+    deadline = time.monotonic() + 240
+    while others():
+        assert time.monotonic() < deadline, holding(cluster)
+        time.sleep(1)

@@ -1,0 +1,289 @@
+"""Whole runs through real Ray and MLflow: what they log, refuse, survive and leave behind."""
+
+import contextlib
+import gzip
+import json
+import math
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
+
+from pipelines import checkpoints
+from pipelines.progress import advise
+from pipelines.runs import trained_model
+from pipelines.tracking import tracking_uri
+from pipelines.train import check_record, fingerprint, last_model, train, without_password
+from pipelines.worker import RunError
+from posmlp.errors import UserError
+from posmlp.video.manifest import SCHEMA, Manifest, read_manifest
+from posmlp.video.motion import CLASSES
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_run_reports_every_epoch_and_counts_every_video_once(finished):
+    _, result, lines, _ = finished
+    assert result.metrics["epoch"] == 2
+    assert result.metrics["val/clips"] == 16
+    assert 0 <= result.metrics["val/top1"] <= result.metrics["val/top5"] <= 1
+    assert not result.bad
+    text = "\n".join(lines)
+    assert "epoch 1/2" in text
+    assert "epoch 2/2" in text
+    assert "2 workers" in text
+
+
+def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
+    config, result, *_ = finished
+    client, run = run_of(config)
+    assert run.info.run_id == result.mlflow_run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.global_batch"] == "8"
+    assert run.data.params["model.num_classes"] == "8"
+    assert set(config.flat()) <= set(run.data.params)
+    history = client.get_metric_history(run.info.run_id, "val/top1")
+    assert [m.step for m in history] == [1, 2]
+    assert history[-1].value == result.metrics["val/top1"]
+    names = {"train/loss", "val/loss", "val/top5", "perf/clips_per_s", "perf/data_wait_frac", "data/bad"}
+    names |= {"data/object_store_mb", "data/spilled_mb", "train/grad_norm", "val/class_mean"}
+    names |= {"perf/steps_per_s", "perf/tflops", "perf/memory_mb"}
+    assert names | {"cost/gmacs", "cost/params_m", "cost/latency_ms"} <= set(run.data.metrics)
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert {"torch", "ray", "mlflow", "mlflow.source.git.commit"} <= set(run.data.tags) | {"mlflow.source.git.commit"}
+    text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/config.yaml")
+    assert "global_batch: 8" in text
+
+
+def test_the_logged_model_is_the_checkpoints(finished):
+    config, result, *_ = finished
+    torch.manual_seed(0)
+    clip = torch.randn(1, 3, 4, 32, 32)
+    with active_uri(tracking_uri(config)):
+        logged = mlflow.pytorch.load_model(f"runs:/{result.mlflow_run_id}/model")
+    with torch.no_grad():
+        torch.testing.assert_close(logged(clip), last_model(result.path)(clip), rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_name_is_refused(finished):
+    config, *_ = finished
+    with pytest.raises(RunError, match=r"'small' is finished .*name=") as error:
+        train(config)
+    assert isinstance(error.value, UserError)
+
+
+def test_the_pictures_are_logged(finished):
+    config, *_ = finished
+    client, run = run_of(config)
+    assert {"learning_curves.png", "confusion.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    with active_uri(tracking_uri(config)):
+        png = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/confusion.png")
+    with open(png, "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_best_and_the_newest_checkpoints_are_kept(finished):
+    _, result, *_ = finished
+    found = checkpoints.find(result.path, check=True)
+    assert [f.about.epoch for f in found] == [1, 2]
+    assert found[-1].about.metrics == result.metrics
+    assert list(found[-1].about.classes) == list(CLASSES)
+    _, about = trained_model(result.path)
+    assert about.metrics["val/top1"] == max(f.about.metrics["val/top1"] for f in found)
+
+
+LISTS = {"train": "32 videos, a", "val": "16 videos, b"}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "lists", "allowed", "expected"),
+    [
+        ([], [], {}, False, None),
+        (["scaling.workers=2"], ["train.keep_last=5"], {}, False, None),
+        (
+            ["optim.lr=1e-3"],
+            ["optim.lr=2e-3"],
+            {},
+            False,
+            r"--allow-changes, or restore:\n  optim\.lr: was 0\.001, is 0\.002",
+        ),
+        (["optim.lr=1e-3"], ["optim.lr=2e-3"], {}, True, None),
+        (
+            ["model.blocks=joint"],
+            ["optim.lr=2e-3"],
+            {},
+            True,
+            r"folder, or restore:\n  model\.blocks: was 'joint', is None$",
+        ),
+        ([], [], {"val": "17 videos, c"}, False, r"list\.val: was '16 videos, b', is '17 videos, c'"),
+        ([], [], {"val": "17 videos, c"}, True, None),
+        ([], [], {"train": "33 videos, c"}, True, r"or restore:\n  list\.train"),
+        (["train.epochs=9"], ["train.epochs=2"], {}, True, r"train\.epochs 2: run 'small' has done 3 epochs already"),
+    ],
+)
+def test_what_a_run_may_change_when_it_goes_on(motion_set, tmp_path, then, now, lists, allowed, expected):
+    record = {
+        "config": recipe_for(tmp_path, motion_set, *then).model_dump(mode="json"),
+        "lists": LISTS,
+        "metrics": None,
+    }
+    with pytest.raises(RunError, match=expected) if expected else contextlib.nullcontext():
+        changes = check_record("runs/small", record, recipe_for(tmp_path, motion_set, *now), LISTS | lists, 3, allowed)
+        assert set(changes) <= {"optim.lr", "list.val"}
+
+
+def test_a_list_is_known_by_its_videos_labels_and_classes(motion_set):
+    manifest = read_manifest(motion_set / "val.csv")
+    assert fingerprint(manifest).startswith("16 videos, ")
+    moved = manifest.rows.set_column(1, "uri", pa.array(["elsewhere"] * 16))
+    assert fingerprint(Manifest(moved, manifest.classes)) == fingerprint(manifest)
+    for other in (
+        Manifest(manifest.rows.take(list(range(15, -1, -1))), manifest.classes),
+        Manifest(manifest.rows, manifest.classes[::-1]),
+    ):
+        assert fingerprint(other) != fingerprint(manifest)
+
+
+def test_a_list_keeps_its_fingerprint_from_release_to_release():
+    """Runs in progress have it noted, and would be refused with another."""
+    columns = {"sample_id": ["a b.mp4", 'ü"/c.mp4'], "uri": ["/x", "/y"], "label": [1, 0], "frames": [None, 3]}
+    known = Manifest(pa.table(columns, schema=SCHEMA), ("left", "rechts ü"))
+    assert fingerprint(known) == "2 videos, bafce80c1a07feab"
+
+
+def test_a_password_is_not_stored(motion_set, tmp_path):
+    config = recipe_for(tmp_path, motion_set, "tracking.uri=https://bob:hunter2@mlflow.example/x")
+    assert without_password(config).tracking.uri == "https://mlflow.example/x"
+
+
+def test_both_lists_are_told_at_once(local_ray, motion_set, tmp_path):
+    with pytest.raises(UserError, match=r"(?s)2 problems.*no-train\.csv.*no-val\.csv"):
+        train(recipe_for(tmp_path, motion_set, "data.train.path=no-train.csv", "data.val.path=no-val.csv"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["scaling.workers=4", "scaling.cpus_per_worker=1"], r"4 workers x 1 CPUs leave 0 of 4 CPUs for decoding"),
+        (["scaling.use_gpu=true"], "the cluster has 0"),
+        (["train.global_batch=40"], "global_batch 40 is more than the 32 training clips"),
+        (["model.num_classes=3"], "num_classes 3 is less than the data set's 8"),
+        (["data.train.path=nowhere.csv"], "nowhere.csv"),
+        (["augment.flip_classes={left: rihgt}"], r"augment\.flip_classes: .* no class 'rihgt'.*'right'"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(local_ray, motion_set, tmp_path, overrides, expected):
+    with pytest.raises(UserError, match=expected):
+        train(recipe_for(tmp_path, motion_set, *overrides))
+    assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_an_unreachable_mlflow_is_refused(local_ray, motion_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be written, see tracking\.uri"):
+        train(recipe_for(tmp_path, motion_set, "tracking.uri=http://127.0.0.1:9"))
+
+
+@pytest.fixture(scope="module")
+def crowded(local_ray, motion_set, tmp_path_factory):
+    """A run of one epoch with much at a time: two broken videos, several views and repeats, all augmentation,
+    deterministic algorithms and a trace; its recipe, its result, and where its list is."""
+    folder = tmp_path_factory.mktemp("crowded")
+    overrides = [f"data.val.path={with_broken(motion_set, folder, 2)}", "data.val.root=/", "data.cache_dir=null"]
+    overrides += ["data.repeats=2", "data.fps=6", "data.decoder=decord", "data.modality=rgb", "eval.clips=2"]
+    overrides += ["eval.crops=3", "augment.mixup=0.8", "augment.cutmix=1", "augment.erasing=0.5", "augment.flip=0.5"]
+    overrides += ["augment.randaug_layers=2", "augment.flip_classes={left: right}"]
+    config = recipe_for(folder, motion_set, *overrides, "train.epochs=1", "train.deterministic=true")
+    return config, train(config, profile=True), folder
+
+
+def test_bad_videos_are_quarantined_and_the_run_goes_on(crowded):
+    config, result, folder = crowded
+    assert sorted(v.uri for v in result.bad) == [str(folder / f"cut{i}.mp4") for i in range(2)]
+    assert result.metrics["val/clips"] == 14
+    assert result.metrics["data/bad"] == 2
+    _, run = run_of(config)
+    listed = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/quarantine.json"))
+    assert {v["uri"] for v in listed} == {v.uri for v in result.bad}
+    assert all(v["reason"] for v in listed)
+
+
+def test_views_repeats_and_augmentation_train(crowded):
+    _, result, _ = crowded
+    assert result.metrics["data/decoded_by_pyav"] == 0
+    assert 1 < result.metrics["train/loss"] < 4
+
+
+def test_a_profile_is_an_artifact_of_the_run(crowded):
+    config, _, _ = crowded
+    _, run = run_of(config)
+    with active_uri(tracking_uri(config)):
+        path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/profile/trace.json.gz")
+    with gzip.open(path) as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert any("Convolution" in name for name in names)
+    assert any("AdamW" in name for name in names)
+
+
+def test_too_many_bad_videos_end_the_run_with_their_names(local_ray, motion_set, tmp_path):
+    manifest = with_broken(motion_set, tmp_path, 5)
+    config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}", "data.val.root=/")
+    with pytest.raises(RunError, match=r"5 of 48 videos .*max_bad_fraction") as error:
+        train(config)
+    assert "cut0.mp4" in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert run_of(config)[1].info.status == "FAILED"
+
+
+def test_an_unusable_cache_folder_ends_the_run_plainly(local_ray, motion_set, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file: cannot write .*; see data\.cache_dir") as error:
+        train(recipe_for(tmp_path, motion_set, f"data.cache_dir={tmp_path}/file"))
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_model_of_images_starts_a_run_on_videos(local_ray, motion_set, tmp_path):
+    """With one key: ``model.weights`` is the image run's folder."""
+    numbers = np.random.default_rng(0)
+    for i in range(24):
+        folder = tmp_path / ("val" if i % 3 == 0 else "train") / ("dark" if i % 2 else "light")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = numbers.integers(0, 128, (40, 32, 3)) + (0 if i % 2 else 128)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+    images = ["name=images", "data.format=images", "data.modality=rgb", "model.frames=1", "model.blocks=spatial"]
+    images += [f"data.{split}.path={tmp_path}/{split}" for split in ("train", "val")]
+    pretrained = train(recipe_for(tmp_path, motion_set, *images))
+    assert pretrained.metrics["val/clips"] == 8
+    lines = []
+    train(recipe_for(tmp_path, motion_set, f"model.weights={pretrained.path}"), lines.append)
+    text = "\n".join(lines)
+    assert f"start from {pretrained.path}/checkpoints/step-" in text
+    assert "temporal" in text
+    assert "head: fresh, as the checkpoint has 2 classes and the model 8" in text
+
+
+def test_weights_that_are_not_there_are_refused(local_ray, motion_set, tmp_path):
+    with pytest.raises(UserError, match=r"model\.weights is neither .*runs/in1k_s holds no .*model\.weights=null"):
+        train(recipe_for(tmp_path, motion_set, "model.weights=runs/in1k_s"))
+
+
+def metrics_of(epoch=2.0, wait=0.0, first=0.0, spilled=0.0):
+    shares = {"perf/data_wait_frac": wait, "perf/first_batch_s": first, "perf/epoch_s": 100.0}
+    return shares | {"epoch": epoch, "data/spilled_mb": spilled}
+
+
+def test_a_run_that_waits_says_which_knob_to_turn(motion_set, tmp_path):
+    plain = recipe_for(tmp_path, motion_set, "data.cache_dir=null")
+    assert advise(metrics_of(wait=0.19), plain) == {}
+    assert advise(metrics_of(wait=0.5, first=45.0), plain) == {}  # decoders were starting
+    for knob in ("43%", "scaling.cpus_per_worker", "data shard", "data.cache_dir", "data.repeats"):
+        assert knob in advise(metrics_of(wait=0.43), plain)["wait"]
+    cached = recipe_for(tmp_path, motion_set)
+    assert "being filled" in advise(metrics_of(epoch=1.0, wait=0.43), cached)["cache"]
+    assert "data.rows_per_block" in advise(metrics_of(spilled=12.0), plain)["spill"]
+    assert advise(metrics_of(spilled=math.nan), plain) == {}

@@ -1,0 +1,442 @@
+"""Studies through real Ray Tune, Ray Train and MLflow: what they leave, and what they survive."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import ray
+from mlflow import MlflowClient
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+from tests.helpers.small_runs import QUICK, log_of, recipe_for, study_for
+
+from pipelines import checkpoints, fronts
+from pipelines.cli import main
+from pipelines.runs import read_json, read_record
+from pipelines.search import propose, static_costs
+from pipelines.study import (
+    COSTS,
+    FAILED,
+    FINISHED,
+    OVER,
+    RUNNING,
+    STOPPED,
+    TOP1,
+    StudyError,
+    read_trials,
+    space_of,
+)
+from pipelines.tracking import PARENT, tracking_uri
+from pipelines.train import train
+from pipelines.tune import room, tune
+from posmlp.config import load_recipe
+from posmlp.errors import UserError
+
+pytestmark = pytest.mark.ray
+
+
+def mlflow_runs(study):
+    """The study's own runs and its trials' runs, as a live client sees them."""
+    client = MlflowClient(tracking_uri(study.recipe))
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    children = [run for run in runs if PARENT in run.data.tags]
+    return client, [run for run in runs if PARENT not in run.data.tags], children
+
+
+def alive():
+    """The actors that belong to trials, and the placement groups, that are left."""
+    here = ray.get_runtime_context().gcs_address
+    ours = ("Trainable", "TrialRun", "TrainController", "RayTrainWorker", "Mailbox", "Synchronization", "Dataset")
+    actors = [a.class_name for a in list_actors(address=here, filters=[("state", "=", "ALIVE")], limit=1000)]
+    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return [name for name in actors if any(part in name for part in ours)], groups
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_study_trains_every_trial_and_notes_it(done):
+    result, lines = done
+    first = [trial for trial in result.trials if trial.repeats is None]
+    assert [trial.state for trial in result.trials] == [FINISHED] * len(result.trials)
+    assert [trial.number for trial in first] == [0, 1, 2]
+    assert len({tuple(trial.member.items()) for trial in first}) == 3
+    assert read_trials(result.study.folder) == result.trials
+    space = space_of(result.study)
+    for trial in result.trials:
+        run = f"{result.study.folder}/trial-{trial.number:03d}"
+        record = read_record(run)
+        assert record["config"]["model"]["blocks"] == [trial.member[f"block{stage}"] for stage in (1, 2, 3, 4)]
+        assert record["metrics"][TOP1] == trial.metrics[TOP1]
+        assert [f.about.epoch for f in checkpoints.find(run) if f.about][-1] == 2
+        costs = static_costs(space.recipe(result.study.recipe, trial.member))
+        assert {name: trial.metrics[name] for name in costs} == costs
+        assert trial.metrics[COSTS["latency"]] > 0
+    assert any("trial 2: finished" in line for line in lines)
+
+
+def test_the_front_is_repeated_with_another_seed(done):
+    result, _ = done
+    again = [trial for trial in result.trials if trial.repeats is not None]
+    assert [trial.repeats for trial in again] == sorted(t.number for t in fronts.front(result.trials, "gmacs"))
+    for trial in again:
+        assert trial.seed == 1
+        assert trial.member == result.trials[trial.repeats].member
+
+
+def test_mlflow_has_one_parent_and_a_child_a_trial(done):
+    result, _ = done
+    client, parents, children = mlflow_runs(result.study)
+    (parent,) = parents
+    assert parent.info.run_id == result.mlflow_run_id
+    assert (parent.info.run_name, parent.info.status, parent.data.tags["study"]) == ("look", "FINISHED", "look")
+    assert parent.data.params["study.space"] == "block_types"
+    assert {run.data.tags[PARENT] for run in children} == {parent.info.run_id}
+    assert sorted(run.info.run_name for run in children) == [f"trial-{t.number:03d}" for t in result.trials]
+    assert len({frozenset(k for k in run.data.metrics if not k.startswith("system/")) for run in children}) == 1
+    for run in children:
+        trial = result.trials[int(run.data.tags["trial"])]
+        assert {k: run.data.params[f"search.{k}"] for k in trial.member} == trial.member
+        assert run.data.metrics[TOP1] == trial.metrics[TOP1]
+        first = client.get_metric_history(run.info.run_id, "train/loss")[0].timestamp
+        for cost in COSTS.values():  # known before the first epoch; the latency once more, beside the others
+            history = client.get_metric_history(run.info.run_id, cost)
+            assert history[0].step == 0 and history[0].timestamp < first
+        assert len(client.get_metric_history(run.info.run_id, COSTS["latency"])) == 1 + (trial.repeats is None)
+
+
+def test_the_front_is_read_from_mlflow_alone(done, tmp_path, capsys):
+    result, _ = done
+    uri = tracking_uri(result.study.recipe)
+    view = fronts.read_view("look", uri)
+    assert view.study == result.study
+    assert view.published == read_json(f"{result.study.folder}/published.json")
+    assert view.published["tiny"] > 0
+    for trial, seen in zip(result.trials, view.trials, strict=True):
+        assert (seen.member, seen.state, seen.repeats, seen.seed) == (
+            trial.member,
+            trial.state,
+            trial.repeats,
+            trial.seed,
+        )
+        assert {k: seen.metrics[k] for k in trial.metrics} == trial.metrics
+    assert main(["front", "look", "--uri", uri, "--out", str(tmp_path)]) == 0
+    assert fronts.describe("look", result.trials, "gmacs") in capsys.readouterr().out
+    assert {"front.html", "front.png", "trials.csv", "progress.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_every_point_of_the_front_has_a_recipe_that_trains(done, tmp_path):
+    result, _ = done
+    client, (parent,), _ = mlflow_runs(result.study)
+    names = {item.path for item in client.list_artifacts(parent.info.run_id, "recipes")}
+    for trial in fronts.front(result.trials, "gmacs"):
+        path = f"recipes/trial-{trial.number:03d}.yaml"
+        assert path in names
+        config = load_recipe(client.download_artifacts(parent.info.run_id, path, str(tmp_path)))
+    short = config.model_copy(update={"tracking": config.tracking.model_copy(update={"log_model": False})})
+    again = train(short)  # the last one: the same training, once more
+    assert again.name == f"look-trial-{trial.number:03d}"
+    assert again.metrics["train/loss"] == pytest.approx(trial.metrics["train/loss"], rel=1e-4)
+    assert not any(run.info.run_name == again.name for run in mlflow_runs(result.study)[2])
+
+
+def test_the_best_model_is_registered(done):
+    result, lines = done
+    client, _, _ = mlflow_runs(result.study)
+    version = client.get_model_version_by_alias("look", "best")
+    assert version.tags["trial"] == str(result.best.number)
+    assert result.best.number in {trial.repeats for trial in result.trials}
+    assert any("has the alias best" in line for line in lines)
+
+
+def test_a_finished_study_is_not_repeated(done, capsys):
+    result, _ = done
+    with pytest.raises(StudyError, match="is a study already: go on with it, posmlp tune --resume look"):
+        tune(result.study)
+    before = [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]]
+    assert main(["tune", "--resume", result.study.folder]) == 0
+    assert fronts.describe("look", result.trials, "gmacs").split("\n")[0].split(";")[0] in capsys.readouterr().out
+    assert [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]] == before
+
+
+def test_what_a_study_and_its_trials_could_not_deliver_is_synced_with_one_call(done, capsys):
+    result, _ = done
+    assert main(["sync", result.study.folder]) == 0
+    assert capsys.readouterr().out.count(" delivered to MLflow run ") == 1 + len(result.trials)
+
+
+def test_a_study_leaves_nothing_behind(done):
+    actors, groups = alive()
+    assert (actors, groups) == ([], [])
+
+
+# --- trials that do not end well -----------------------------------------------------------------------------------
+
+WEIGHTS = '''
+from tune_spaces import Space
+
+
+def space(base):
+    """Some start from trained weights, the others from random ones."""
+    return Space(
+        {"start": ("trained", "random"), "decay": (0.05, 0.06, 0.07)},
+        lambda m: {"model.weights": RUN if m["start"] == "trained" else None, "optim.weight_decay": m["decay"]},
+    )
+'''
+
+
+@pytest.mark.slow
+def test_asha_stops_what_is_behind_and_nothing_is_left(local_ray, motion_set, tmp_path):
+    """The first three start from weights that know the validation clips, so the others are behind at the first rung."""
+    seen = [f"data.val.path={motion_set}/train.csv", "optim.lr=1e-5"]
+    taught = recipe_for(
+        tmp_path, motion_set, "name=taught", seen[0], "train.epochs=30", "optim.lr=5e-3", "eval.every=30", *QUICK
+    )
+    result = train(taught)
+    assert result.metrics[TOP1] > 0.5
+    space = tmp_path / "starts.py"
+    space.write_text(f"RUN = {result.path!r}\n{WEIGHTS}")
+    study = study_for(
+        tmp_path, motion_set, *seen, "train.epochs=8", space=str(space), trials=6, searcher="grid", asha=True
+    )
+    ended = {trial.number: trial for trial in tune(study, print).trials}
+    assert [ended[n].member["start"] for n in range(6)] == ["trained"] * 3 + ["random"] * 3
+    assert [ended[n].state for n in range(3)] == [FINISHED] * 3
+    assert [ended[n].state for n in range(3, 6)] == [STOPPED] * 3
+    assert {t.number for t in fronts.front(list(ended.values()), "gmacs")} <= {0, 1, 2}
+    for number in range(3, 6):
+        run = f"{study.folder}/trial-{number:03d}"
+        assert read_record(run)["metrics"] is None  # it could go on: its state was saved
+        assert [found for found in checkpoints.find(run) if found.about]
+    states = {run.data.tags["trial"]: (run.data.tags["trial.state"], run.info.status) for run in mlflow_runs(study)[2]}
+    assert states["0"] == (FINISHED, "FINISHED")
+    assert states["5"] == (STOPPED, "KILLED")
+    wait_until(lambda: alive() == ([], []))
+
+
+BROKEN = '''
+from tune_spaces import Space
+
+
+def space(base):
+    """The first one explodes."""
+    return Space({"lr": (1e30, 1e-3)}, lambda m: {"optim.lr": m["lr"], "optim.warmup_epochs": 0.0})
+'''
+
+
+def test_a_trial_that_fails_is_one_failed_child_with_its_reason(local_ray, motion_set, tmp_path):
+    space = tmp_path / "broken.py"
+    space.write_text(BROKEN)
+    study = study_for(tmp_path, motion_set, "train.epochs=1", space=str(space), searcher="grid", trials=2)
+    result = tune(study, print)
+    assert [trial.state for trial in result.trials] == [FAILED, FINISHED]
+    assert "exploded" in result.trials[0].reason
+    (failed,) = [run for run in mlflow_runs(study)[2] if run.info.status == "FAILED"]
+    assert failed.data.tags["trial"] == "0"
+    assert "exploded" in failed.data.tags["trial.reason"]
+    assert result.best.number == 1
+
+
+def test_members_over_the_latency_budget_are_not_trained(local_ray, motion_set, tmp_path):
+    space = tmp_path / "broken.py"
+    space.write_text(BROKEN)
+    study = study_for(tmp_path, motion_set, space=str(space), searcher="grid", budget_ms=1e-3)
+    result = tune(study, print)
+    assert [trial.state for trial in result.trials] == [OVER] * 2
+    assert all("cost/latency_ms" in trial.reason and "0.001" in trial.reason for trial in result.trials)
+    assert result.best is None
+    assert mlflow_runs(study)[2] == []
+    assert not any("checkpoints" in folders for _, folders, _ in os.walk(study.folder))
+
+
+# --- what it survives ----------------------------------------------------------------------------------------------
+
+
+def start_tune(folder, study, resume=False):
+    """``posmlp tune`` in a process of its own, on the tests' Ray."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(study.recipe.to_yaml())
+    command = [sys.executable, "-m", "pipelines.cli", "tune"]
+    if resume:
+        command += ["--resume", study.folder]
+    else:
+        command += [str(recipe), "--space", study.space, "--trials", str(study.trials), "--searcher", study.searcher]
+        command += ["--name", study.name, "--concurrent", str(study.concurrent)]
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True)
+
+
+def wait_for_trial(folder, study, process, number, step):
+    """Until a trial has a checkpoint of at least that step."""
+
+    def there():
+        assert process.poll() is None, log_of(folder)
+        found = checkpoints.find(f"{study.folder}/trial-{number:03d}")
+        return any(f.about and f.about.step >= step for f in found)
+
+    wait_until(there, 180)
+
+
+def actors_of(part):
+    """Processes of the tests' Ray whose actor's class has such a name."""
+    here = ray.get_runtime_context().gcs_address
+    found = list_actors(address=here, filters=[("state", "=", "ALIVE")], limit=1000)
+    return [psutil.Process(actor.pid) for actor in found if part in actor.class_name]
+
+
+def check_whole(study, count):
+    """All trials are finished, each has one MLflow run, and they are those of a search that was never disturbed."""
+    trials = read_trials(study.folder)
+    assert [trial.state for trial in trials] == [FINISHED] * count
+    undisturbed = []
+    for trial in trials:
+        undisturbed.append(propose(study, space_of(study), undisturbed))
+        assert undisturbed[-1].member == trial.member
+    _, parents, children = mlflow_runs(study)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert sorted(run.data.tags["trial"] for run in children) == [str(n) for n in range(count)]
+    assert {run.info.status for run in children} == {"FINISHED"}
+    for run in children:
+        steps = [m.step for m in MlflowClient(tracking_uri(study.recipe)).get_metric_history(run.info.run_id, TOP1)]
+        assert steps == list(range(1, study.recipe.train.epochs + 1))
+
+
+def test_a_killed_driver_is_resumed_without_doubles(local_ray, motion_set, tmp_path):
+    """In mid-epoch of the second trial: the first is kept, the second goes on from its checkpoint."""
+    study = study_for(tmp_path, motion_set, "train.epochs=3", concurrent=1, trials=2)
+    process = start_tune(tmp_path, study)
+    wait_for_trial(tmp_path, study, process, 1, step=5)
+    first = (tmp_path / "look" / "trial-000" / "run.json").stat().st_mtime_ns
+    process.kill()
+    process.wait()
+    assert [trial.state for trial in read_trials(study.folder)] == [FINISHED, RUNNING]
+    assert start_tune(tmp_path, study, resume=True).wait(timeout=300) == 0, log_of(tmp_path)
+    assert "going on; trials finished: 1, to be continued: 1" in log_of(tmp_path)
+    assert (tmp_path / "look" / "trial-000" / "run.json").stat().st_mtime_ns == first
+    check_whole(study, 2)
+
+
+@pytest.mark.slow
+def test_killed_processes_of_trials_are_replaced(local_ray, motion_set, tmp_path):
+    """A training worker of the first trial, then the process that drives the second."""
+    study = study_for(tmp_path, motion_set, "train.epochs=4", concurrent=1, trials=2)
+    process = start_tune(tmp_path, study)
+    wait_for_trial(tmp_path, study, process, 0, step=3)
+    (worker,) = actors_of("RayTrainWorker")
+    worker.kill()
+    wait_for_trial(tmp_path, study, process, 1, step=3)
+    for driver in actors_of("TrialRun") + actors_of("Trainable"):
+        driver.kill()
+    assert process.wait(timeout=300) == 0, log_of(tmp_path)
+    check_whole(study, 2)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_study_that_resumes(local_ray, motion_set, tmp_path):
+    study = study_for(tmp_path, motion_set, "train.epochs=3", concurrent=2, trials=2)
+    process = start_tune(tmp_path, study)
+    wait_for_trial(tmp_path, study, process, 0, step=2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130, log_of(tmp_path)
+    assert "posmlp tune --resume" in log_of(tmp_path)
+    assert "Traceback" not in log_of(tmp_path)
+    assert {run.info.status for run in mlflow_runs(study)[1]} == {"KILLED"}
+    wait_until(lambda: alive() == ([], []))
+    assert start_tune(tmp_path, study, resume=True).wait(timeout=300) == 0, log_of(tmp_path)
+    check_whole(study, 2)
+
+
+NODE_KILLED = """
+import json, sys, threading, time
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+from pipelines import checkpoints
+from pipelines.study import Study
+from pipelines.tune import tune
+
+# The driver's node has no CPUs, so that workers and decoders are on the others.
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**28})
+nodes = [cluster.add_node(num_cpus=2, object_store_memory=2**28) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+study = Study.model_validate_json(open(sys.argv[1]).read())
+
+
+def kill():
+    while not any(f.about and f.about.step >= 3 for f in checkpoints.find(f"{study.folder}/trial-000")):
+        time.sleep(0.1)
+    here = ray.get_runtime_context().get_node_id()
+    groups = [g for g in placement_group_table().values() if g["state"] == "CREATED"]
+    places = {node for group in groups for node in group["bundles_to_node_id"].values()} - {here}
+    cluster.remove_node(next(n for n in nodes if n.node_id in places), allow_graceful=False)
+    print("killed", flush=True)
+
+
+threading.Thread(target=kill, daemon=True).start()
+try:
+    tune(study, lambda line: print(line, flush=True))
+finally:
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_node_is_survived(motion_set, tmp_path):
+    study = study_for(tmp_path, motion_set, "train.epochs=4", concurrent=1, trials=2)
+    (tmp_path / "study.json").write_text(study.model_dump_json())
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", NODE_KILLED, str(tmp_path / "study.json")]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "killed" in ended.stdout
+    check_whole(study, 2)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo"], "give a recipe and --space, or --resume STUDY"),
+        (["demo", "--space", "block_type"], "no space 'block_type' (did you mean 'block_types'?)"),
+        (["demo", "--space", "learning", "--searcher", "grid"], "a grid needs values to choose from"),
+        (["demo", "--space", "depths", "--asha", "--against", "gmacs"], "asha stops trials by their accuracy alone"),
+        (["demo", "--space", "depths", "--searcher", "nsga2"], "nsga2 searches for a front"),
+        (["--resume", "nowhere"], "no study nowhere"),
+        (["demo", "--resume", "nowhere"], "only --trials, --concurrent and --repeats may be given, not RECIPE"),
+        (["demo", "--space", "widths", "--budget-gmacs", "1e-6"], "has no member within the budgets"),
+        (["demo", "--space", "widths", "data.train.path=nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_cannot_start_is_told_in_a_line(motion_set, tmp_path, capsys, arguments, message):
+    lists = [f"data.train.path={motion_set}/train.csv", f"data.val.path={motion_set}/val.csv"]
+    if "--resume" not in arguments:
+        arguments = [
+            *arguments,
+            f"train.storage={tmp_path}",
+            *(k for k in lists if k.split("=")[0] not in str(arguments)),
+        ]
+    assert main(["tune", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_without_room_for_decoding_is_refused(local_ray, motion_set, tmp_path):
+    recipe = recipe_for(tmp_path, motion_set, "scaling.cpus_per_worker=1")
+    assert room(recipe) == 3  # of four CPUs, one decodes
+    with pytest.raises(UserError, match="1 workers x 4 CPUs leave 0 of 4 CPUs for decoding"):
+        tune(study_for(tmp_path, motion_set, "scaling.cpus_per_worker=4"))

@@ -1,0 +1,248 @@
+"""Exported files: they compute what the model does, alone; and what is refused."""
+
+import ast
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.helpers.small_runs import recipe_for
+from test_predict import CLASSES, random_model, videos_of, write_checkpoint
+
+from pipelines.cli import main
+from pipelines.predict import predict
+from posmlp import create_model
+from posmlp import export as exporting
+from posmlp.export import ABOUT, Exported, export, load
+from posmlp.model.supernet import Supernet
+from posmlp.video.augment import to_input
+from posmlp.video.clip import load_clips
+
+onnx = pytest.importorskip("onnx")
+DOCS = Path(__file__).parents[3] / "docs" / "export.md"
+BLOCKS = ["model.blocks=[joint, cascade_ts, parallel, spatial]", "model.blocks=[parallel, joint, cascade_st, joint]"]
+# Of 10 x 10, 5 x 5, 3 x 3 and 2 x 2 tokens, windows of two moments or of all three: padded in space and in time.
+PADDED = ["model.frames=3", "model.image_size=40", "model.windows=[[2, 4, 4], [2, 4, 4], 2, 2]"]
+PADDED += ["data.modality=rgb"]
+SHALLOW = "model.depths=[1, 1, 1, 1]"
+
+
+def recipe(*overrides):
+    return recipe_for("unused", "unused", "model.num_classes=8", SHALLOW, *overrides)
+
+
+def some_clips(config, batch, seed=0):
+    variant = config.model.variant()
+    shape = (batch, variant.frames, variant.image_size, variant.image_size, 3)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_logits(model, config, clips):
+    """In fp64, which the fast path on CPUs does not serve."""
+    with torch.no_grad():
+        return model.double()(to_input(clips, config).double())
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize(
+    "overrides", [[BLOCKS[0]], [BLOCKS[1], *PADDED]], ids=["whole windows, frame differences", "padded, frames"]
+)
+def test_a_file_computes_what_the_model_does_for_any_batch(overrides, suffix):
+    config = recipe(*overrides)
+    model = random_model(config)
+    found = export(model, config, {"classes": CLASSES}, suffix)
+    assert found.good and found.difference < 1e-4 * found.largest
+    run = load(found.content, suffix)
+    for batch in (1, 2, 5):
+        clips = some_clips(config, batch)
+        expected = exact_logits(random_model(config), config, clips)
+        torch.testing.assert_close(run(clips).double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_the_largest_published_windows_and_depths():
+    """s16's own, at a fraction of its width and size: windows of 14, 14, 14 and 7 places, all blocks."""
+    small = ["model.dims=[16, 32, 32, 64]", "model.groups=[4, 4, 8, 8]", "model.image_size=112", "model.frames=8"]
+    config = recipe_for("unused", "unused", "model.name=s16", "model.num_classes=8", *small, "data.short_side=null")
+    assert export(random_model(config), config, {}, ".pt2").good
+
+
+def test_a_supernet_stands_for_its_own_architecture():
+    choices = "model.choices={blocks: [[parallel, joint], [], [], [spatial, parallel]], depths: [[1, 2], [], [], []]}"
+    config = recipe(choices)
+    model = random_model(config)
+    assert isinstance(model, Supernet)
+    run = load(export(model, config, {}, ".pt2").content, ".pt2")
+    member = create_model("tiny", **recipe().model.overrides())
+    member.load_state_dict(model.member(model.own).state_dict())
+    clips = some_clips(config, 2)
+    expected = exact_logits(member.eval(), config, clips)
+    torch.testing.assert_close(run(clips).double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_exporting_leaves_the_model_as_it_was():
+    config = recipe()
+    model = random_model(config)
+    names, clips = list(model.state_dict()), some_clips(config, 2)
+    export(model, config, {}, ".pt2")
+    assert list(model.state_dict()) == names
+    expected = exact_logits(random_model(config), config, clips)
+    torch.testing.assert_close(exact_logits(model, config, clips), expected)
+
+
+def test_int8_keeps_the_linear_weights_in_a_byte_and_about_the_scores():
+    config = recipe(BLOCKS[0])
+    model = random_model(config)
+    exact, found = (export(model, config, {}, ".onnx", int8=int8) for int8 in (False, True))
+    assert found.good
+    assert 0 < found.difference < 0.1 * found.largest
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(io.BytesIO(found.content)).graph.initializer}
+    weights = [kind for name, kind in kinds.items() if name.endswith("weight_quantized")]
+    steps = sum(len(block.steps) for stage in model.stages for block in stage.blocks)
+    assert weights == [onnx.TensorProto.INT8] * 2 * steps
+    assert len(found.content) < len(exact.content)
+
+
+ALONE = """
+import json, sys
+sys.modules.update(dict.fromkeys(["posmlp", "pipelines"]))  # importing them fails
+import numpy as np, torch
+extra = {"posmlp.json": ""}
+model = torch.export.load(sys.argv[1], extra_files=extra).module()
+about = json.loads(extra["posmlp.json"])
+clips = torch.from_numpy(np.load(sys.argv[2]))
+print(json.dumps([about["classes"], about["input"]["shape"], model(clips).softmax(1).tolist()]))
+"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_verb_writes_a_file_that_works_alone(motion_set, tmp_path, monkeypatch, capsys, named):
+    """Of the best checkpoint; its probabilities are those of `posmlp predict`."""
+    config = recipe_for(tmp_path / "runs", motion_set, "model.num_classes=8", SHALLOW, "data.cache_dir=null")
+    run = tmp_path / "runs" / "small"
+    write_checkpoint(run, config, step=3, metrics={"val/top1": 0.9})
+    write_checkpoint(run, config, step=9, metrics={"val/top1": 0.4})
+    (run / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "made" / "model.pt2" if named else tmp_path / "small.pt2"
+    assert main(["export", "small", *(["--out", "made/model.pt2"] if named else [])]) == 0
+    assert f"{out}: " in capsys.readouterr().out
+    assert {path.name for path in out.parent.iterdir()} <= {out.name, "runs"}
+    (video,) = videos_of(motion_set, 1)
+    clips, _ = load_clips(video, "any", config, epoch=0, train=False)
+    np.save(tmp_path / "clips.npy", clips)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", ALONE, str(out), str(tmp_path / "clips.npy")]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    classes, shape, shares = json.loads(done.stdout)
+    assert classes == CLASSES
+    assert shape == [None, *clips.shape[1:]]
+    (expected,) = predict("small", [video], top=8)
+    assert dict(zip(classes, shares[0], strict=True)) == pytest.approx(dict(expected.top), abs=1e-5)
+
+
+def test_an_onnx_file_says_what_it_is(tmp_path):
+    import onnxruntime
+
+    config = recipe("data.modality=rgb")
+    content = export(random_model(config), config, {"classes": CLASSES}, ".onnx").content
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map[ABOUT]) == {"classes": CLASSES}
+    (clips,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (clips.name, clips.type, clips.shape) == ("clips", "tensor(uint8)", ["batch", 4, 32, 32, 3])
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 8])
+    for place in (__file__.encode(), b"backbone.py", b"site-packages"):  # of the machine that made it
+        assert place not in content
+
+
+def test_the_files_are_used_as_the_docs_say(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for suffix in (".pt2", ".onnx"):
+        assert main(["export", str(run_folder), "--out", f"demo{suffix}"]) == 0
+    snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        capsys.readouterr()
+        exec(snippet, {})
+        first, second = ast.literal_eval(capsys.readouterr().out)
+        assert first == second and first in CLASSES
+
+
+@pytest.fixture(scope="module")
+def run_folder(motion_set, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    config = recipe_for(folder, motion_set, "model.num_classes=8", SHALLOW)
+    write_checkpoint(folder / "small", config)
+    return folder / "small"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--out", "model.pth"], "unknown format '.pth': expected a file that ends in .pt2 or .onnx"),
+        (["--out", "model"], "unknown format ''"),
+        (["--out", "model.pt2", "--int8"], "--int8 makes ONNX files"),
+        (["--int8"], "--int8 makes ONNX files"),
+        (["--out", "file/model.pt2"], "cannot be written, see --out"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_code_1(run_folder, tmp_path, monkeypatch, capsys, options, expected):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run_folder), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("posmlp: ") and error.count("\n") == 1
+    assert expected in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_unknown_run_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("posmlp: no run nowhere")
+
+
+def test_missing_packages_are_named_with_what_installs_them(run_folder, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    assert main(["export", str(run_folder), "--out", str(tmp_path / "model.onnx")]) == 1
+    assert capsys.readouterr().err == "posmlp: .onnx files need onnxscript: pip install onnxscript\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+def test_a_file_that_computes_something_else_is_not_written(run_folder, tmp_path, monkeypatch, capsys, wrong):
+    honest = exporting.load
+
+    def dishonest(*args):
+        run = honest(*args)
+        return lambda clips: run(clips) * (1 + wrong)
+
+    monkeypatch.setattr(exporting, "load", dishonest)
+    assert main(["export", str(run_folder), "--out", str(tmp_path / "model.pt2")]) == 1
+    assert "was not written: its logits differ" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("difference", "good"), [(0.0, True), (0.2, True), (0.21, False), (float("nan"), False)])
+def test_what_is_good(difference, good):
+    assert Exported(b"", difference, 2.0, 0.1).good is good
+
+
+def test_scores_of_int8_are_close_on_pictures(motion_set):
+    """On drawn clips, not noise: the likeliest class of a model with clear scores stays."""
+    config = recipe_for("unused", motion_set, "model.num_classes=8", SHALLOW, "data.cache_dir=null")
+    model = random_model(config)
+    run = load(export(model, config, {}, ".onnx", int8=True).content, ".onnx")
+    clips = [load_clips(video, "any", config, epoch=0, train=False)[0] for video in videos_of(motion_set, 8)]
+    clips = torch.from_numpy(np.concatenate(clips))
+    expected = exact_logits(random_model(config), config, clips)
+    difference = (run(clips).double() - expected).abs().max()
+    assert difference < 0.1 * expected.abs().max()

@@ -1,0 +1,289 @@
+"""The supernet: its members are the models they stand for, and a training step is one of theirs."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from test_learn import make_batch
+
+from pipelines.cli import main
+from pipelines.study import FINISHED, TOP1, StudyError, Trial
+from pipelines.supernet import agree, draw_members, score_members, supernet, supernet_recipe
+from posmlp import create_model
+from posmlp.config import RecipeError, load_recipe
+from posmlp.errors import UserError
+from posmlp.learn.learner import Learner
+from posmlp.model.supernet import Architecture, Choices
+from tune_spaces import load_space
+
+CHOICES = {
+    "blocks": [["parallel", "cascade_ts", "cascade_st", "joint"], ["parallel", "joint"], ["spatial"], ["cascade_ts"]],
+    "groups": [[1, 4, 16], [1, 4, 16], [8], [1, 16]],
+    "depths": [[1, 2], [1, 2, 4], [1], [1, 3]],
+}
+OWN = {"blocks": ("joint", "parallel", "spatial", "cascade_ts"), "groups": (4, 16, 8, 1), "depths": (2, 2, 1, 3)}
+ARCHITECTURES = st.builds(
+    Architecture, **{key: st.tuples(*map(st.sampled_from, stages)) for key, stages in CHOICES.items()}
+)
+
+
+def tiny(**overrides):
+    """A supernet in fp64 whose parameters are all random, none zero or one."""
+    torch.manual_seed(0)
+    model = create_model("tiny", num_classes=7, choices=CHOICES, **(OWN | overrides)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def alone(architecture):
+    return create_model("tiny", num_classes=7, **dataclasses.asdict(architecture)).double().eval()
+
+
+def clips(count=2):
+    return torch.randn(count, 3, 4, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(ARCHITECTURES)
+def test_a_member_is_the_model_of_its_architecture(architecture):
+    """Its weights fit ``create_model``, which then computes the same; all of them are the supernet's own tensors."""
+    net = tiny()
+    member, model = net.member(architecture), alone(architecture)
+    model.load_state_dict(member.state_dict())
+    torch.testing.assert_close(member(clips()), model(clips()))
+    own = {id(tensor) for tensor in net.state_dict(keep_vars=True).values()}
+    assert {id(tensor) for tensor in member.state_dict(keep_vars=True).values()} <= own
+
+
+def test_out_of_training_it_is_its_own_architecture():
+    net = tiny()
+    net.draw(0, 0)
+    own = Architecture(**OWN)
+    assert net.drawn != own
+    model = alone(own)
+    model.load_state_dict(net.member(own).state_dict())
+    torch.testing.assert_close(net(clips()), model(clips()))
+    assert [f.shape for f in net.features(clips())] == [f.shape for f in model.features(clips())]
+
+
+@settings(max_examples=30)
+@given(ARCHITECTURES)
+def test_a_training_step_is_one_of_the_member_alone(architecture):
+    """Gradients, statistics and weights after a step, against the same model by itself; all else stays."""
+    net = tiny()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    model = alone(architecture)
+    model.load_state_dict(net.member(architecture).state_dict())
+    for trained in (net.train(), model.train()):
+        net.drawn = architecture
+        optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+        trained(clips(4)).square().sum().backward()
+        optimizer.step()
+    after = net.member(architecture).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(after[name], tensor)
+    path = {id(tensor) for tensor in net.member(architecture).state_dict(keep_vars=True).values()}
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        assert (id(tensor) in path) or torch.equal(tensor, before[name])
+
+
+def test_architectures_are_drawn_uniformly_and_by_their_seed_alone():
+    net, other = tiny(), tiny()
+    drawn = []
+    for step in range(2000):
+        torch.rand(1)
+        net.draw(3, step)
+        other.draw(3, step)
+        assert net.drawn == other.drawn
+        drawn.append(net.drawn)
+    assert all(Choices(**CHOICES).has(architecture) for architecture in drawn)
+    for key, stages in CHOICES.items():
+        for stage, values in enumerate(stages):
+            counts = collections.Counter(getattr(architecture, key)[stage] for architecture in drawn)
+            assert set(counts) == set(values)
+            assert stats.chisquare([counts[value] for value in values]).pvalue > 1e-3 or len(values) == 1
+    other.draw(4, 0)
+    assert len({*drawn}) > 200 and [other.drawn] != drawn[:1]
+
+
+def test_what_is_not_chosen_is_the_models_own():
+    net = create_model("tiny", choices={"depths": [[1, 2], [], [], []]}, depths=(2, 2, 1, 1))
+    assert [len(stage.blocks) for stage in net.stages] == [2, 2, 1, 1]
+    own = create_model("tiny", depths=(2, 2, 1, 1))
+    assert net.choices.blocks == (("parallel",),) * 4 and net.choices.groups == ((4,), (8,), (8,), (16,))
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in own.parameters())
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        ({"groups": [[3], [8], [8], [16]]}, "stage 1: 16 channels do not divide by 3 groups"),
+        ({"groups": [[1], [], [], []]}, r"stage 1: the model's own groups 4 is not in \(1,\)"),
+        ({"blocks": [["parallel", "jiont"], [], [], []]}, r"unknown block type 'jiont' \(did you mean 'joint'\?\)"),
+        ({"depths": [[1, 0], [], [], []]}, "must be positive whole numbers"),
+        ({"depths": [[1], [2]]}, "choices of depths have 2 entries, expected one for each of 4 stages"),
+        ({"depths": 3}, "choices of depths 3 must be a list a stage"),
+        ({"widths": []}, r"choices of \['widths'\] are not known; known: \['blocks', 'groups', 'depths'\]"),
+    ],
+)
+def test_impossible_choices_are_told(choices, message):
+    with pytest.raises(UserError, match=message):
+        create_model("tiny", choices=choices)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.choices.deths=[[1],[1],[1],[1]]", r"model.choices.deths: unknown key \(did you mean 'depths'\?\)"),
+        ("train.compile=true", "model.choices goes neither with train.compile nor with scaling.parallel fsdp"),
+        ("model.choices.groups=[[3],[],[],[]]", "16 channels do not divide by 3 groups"),
+    ],
+)
+def test_a_recipe_with_wrong_choices_is_refused(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("demo", ["model.choices.depths=[[1,2],[],[],[]]", override])
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def learner():
+    config = load_recipe(
+        "demo",
+        ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8", "optim.ema=0.9"],
+    )
+    tree = config.model_dump(mode="json")
+    tree["model"] |= {"choices": CHOICES, **OWN}
+    config = type(config).model_validate(tree)
+    torch.manual_seed(0)
+    return Learner(create_model(config.model.name, **config.model.overrides()), config, 5)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_training_goes_on_as_if_it_had_not_stopped(stop):
+    """Also while some units have not been on a path, so that the optimizer knows nothing of them yet."""
+    one = learner()
+    losses = [one.train_step(make_batch(seed=step)).loss for step in range(6)]
+    first = learner()
+    again = [first.train_step(make_batch(seed=step)).loss for step in range(stop)]
+    second = learner()
+    second.load_state_dict(first.weights(), first.state_dict())
+    again += [second.train_step(make_batch(seed=step)).loss for step in range(stop, 6)]
+    assert again == losses
+    for name, tensor in one.weights().items():
+        assert torch.equal(tensor, second.weights()[name])
+
+
+# --- of a space --------------------------------------------------------------------------------------------------
+
+
+def test_the_supernet_of_a_space_holds_all_its_members():
+    recipe = load_recipe("demo")
+    space = load_space("same_width", recipe)
+    config = supernet_recipe(space, "same_width", recipe, "net")
+    choices = config.model.variant().choices
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        assert choices.has(space.recipe(recipe, space.random(rng)).model.variant().architecture())
+    assert config.name == "net" and not config.tracking.log_model
+    assert config.model.variant().depths == recipe.model.variant().depths  # its own where the space has it
+    assert config.model.variant().groups == recipe.model.variant().groups
+    coarse = load_space("same_width", recipe)
+    coarse.dimensions["groups2"] = (1, 4)
+    assert supernet_recipe(coarse, "coarse", recipe, "net").model.groups == (4, 4, 8, 16)  # 8 is no choice there
+
+
+@pytest.mark.parametrize(
+    "space, message",
+    [
+        ("speed_accuracy", r"has model\.dims \[8, 16, 24, 32\], not None; members of a supernet may differ in"),
+        ("learning", "space learning has the range lr"),
+        ("widths", r"space widths: width 0\.5 has model\.dims"),
+    ],
+)
+def test_a_space_of_more_is_refused(space, message):
+    recipe = load_recipe("demo")
+    with pytest.raises(StudyError, match=message):
+        supernet_recipe(load_space(space, recipe), space, recipe, "net")
+
+
+def test_members_are_drawn_once_each_and_all_of_a_small_space():
+    recipe = load_recipe("demo")
+    some = [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=0)]
+    assert len({tuple(member.items()) for member in some}) == 50
+    assert some == [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=0)]
+    assert some != [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=1)]
+    whole = [member for member, _ in draw_members(load_space("depths", recipe), recipe, 1000, seed=0)]
+    assert len({tuple(member.items()) for member in whole}) == len(whole) == 108
+
+
+def test_agreement_is_that_of_the_ranks():
+    """Spearman's coefficient in closed form: 1 - 6 sum(d^2) / (n (n^2 - 1)); one pair of six out of order."""
+    trained = [(Trial(i, {}, state=FINISHED), accuracy, None) for i, accuracy in enumerate((0.1, 0.4, 0.2, 0.9))]
+    found = agree(trained, [0.3, 0.5, 0.6, 0.7])
+    assert found.spearman == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert found.kendall == pytest.approx((5 - 1) / 6)
+    assert "over 4 members" in str(found)
+    assert np.isnan(agree(trained, [0.5] * 4).spearman)
+
+
+# --- through Ray and MLflow --------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_space_is_trained_and_ranked(done, motion_set, tmp_path, capsys):
+    """Trained, scored and compared with a study; then scored again, without training; and what is wrong is told."""
+    from tests.helpers.small_runs import QUICK, recipe_for, run_of
+
+    from pipelines import checkpoints
+    from pipelines.evaluate import score_split
+    from posmlp.video.manifest import read_split
+
+    study = done[0].study
+    recipe = recipe_for(tmp_path, motion_set, *QUICK, f"data.cache_dir={tmp_path}/cache")
+    lines = []
+    found = supernet(recipe, "block_types", "net", count=5, study=study.folder, echo=lines.append)
+    assert [member.number for member in found.members] == list(range(5)) and not found.bad
+    assert found.agreement.numbers == [t.number for t in done[0].trials if t.repeats is None and t.state == FINISHED]
+
+    # A member's accuracy is that of its own model, built alone and evaluated by itself.
+    about, contents = checkpoints.load(checkpoints.newest(found.run)[0], [checkpoints.WEIGHTS])
+    net = create_model(about.recipe().model.name, **about.recipe().model.overrides())
+    net.load_state_dict(contents[checkpoints.WEIGHTS])
+    manifest = read_split(recipe.data, "val")
+    for member in found.members[:2]:
+        config = load_space("block_types", recipe).recipe(about.recipe(), member.member)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"choices": None})})
+        weights = net.member(config.model.variant().architecture()).state_dict()
+        scores = score_split(manifest, config, weights, lambda line: None)
+        right = scores.views.mean(1).argmax(1) == manifest.rows["label"].to_numpy()
+        assert member.metrics[TOP1] == pytest.approx(right.mean())
+
+    client, run = run_of(recipe)
+    assert run.info.run_id == found.mlflow_run_id and run.info.status == "FINISHED"
+    assert run.data.params["model.choices.depths"] == "[[1], [2], [1], [1]]"
+    names = {file.path for file in client.list_artifacts(run.info.run_id, "members")}
+    assert {f"members/{n}" for n in ("front.html", "front.png", "members.csv", "agreement.png", "recipes")} <= names
+    recipes = sorted((tmp_path / "net" / "members" / "recipes").iterdir())
+    assert recipes and load_recipe(str(recipes[0])).model.choices is None
+
+    options = [str(tmp_path / "recipe.yaml"), "--space", "block_types", "--name", "net", "--members", "3"]
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["supernet", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "net is trained already" in shown and "3 finished" in shown
+    assert main(["supernet", *options, "optim.lr=0.1"]) == 1
+    assert "was trained with another recipe" in capsys.readouterr().err
+    assert (
+        score_members(found.run, [Architecture(("joint",) * 4, (4, 8, 8, 16), (1, 2, 1, 1))], lambda _: None)[1] == []
+    )

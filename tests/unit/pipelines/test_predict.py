@@ -1,0 +1,170 @@
+"""Classes of single files: the same as a plain loop's, bad files apart, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imsave
+from tests.helpers.small_runs import recipe_for
+
+from pipelines import checkpoints
+from pipelines.checkpoints import About
+from pipelines.predict import find_checkpoint, parse_views, predict
+from posmlp import create_model
+from posmlp.errors import UserError
+from posmlp.video.augment import to_input
+from posmlp.video.clip import load_clips
+
+CLASSES = [f"class {i}" for i in range(8)]
+
+
+def random_model(config, seed=0):
+    """Of weights large enough that every clip gets other scores."""
+    torch.manual_seed(seed)
+    model = create_model(config.model.name, **config.model.overrides())
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model.eval()
+
+
+def write_checkpoint(run, config, step=3, metrics=None, classes=CLASSES):
+    """A checkpoint of a random model of the recipe; returns its folder and the model."""
+    model = random_model(config, step)
+    about = About(step, 1, metrics or {}, list(classes), config.model_dump(mode="json"))
+    return checkpoints.save(str(run), about, model.state_dict(), {}), model
+
+
+def plain_shares(model, config, uri, clips, crops, images=None):
+    """A video's class probabilities by a plain loop over its views, in NumPy."""
+    section = config.eval.model_copy(update={"clips": clips, "crops": crops})
+    data = config.data.model_copy(update={"cache_dir": None})
+    config = config.model_copy(update={"eval": section, "data": data})
+    views, _ = load_clips(str(uri), "any", config, epoch=0, train=False, images=images)
+    shares = []
+    for view in views:
+        with torch.no_grad():
+            logits = model(to_input(torch.from_numpy(view)[None], config))[0].double().numpy()
+        shares.append(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
+    return np.mean(shares, 0)
+
+
+@pytest.fixture(scope="module")
+def trained(motion_set, tmp_path_factory):
+    """A run's folder with one checkpoint, its recipe, and its model."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = recipe_for(folder, motion_set, "model.num_classes=8")
+    run = folder / "small"
+    _, model = write_checkpoint(run, config)
+    return run, config, model
+
+
+def videos_of(motion_set, count):
+    lines = (motion_set / "val.csv").read_text().splitlines()[1:]
+    return [str(motion_set / line.split(",")[0]) for line in lines[:count]]
+
+
+@pytest.mark.parametrize(("clips", "crops"), [(1, 1), (2, 3)])
+def test_probabilities_are_those_of_a_plain_loop(trained, motion_set, clips, crops):
+    run, config, model = trained
+    files = videos_of(motion_set, 5)
+    found = list(predict(str(run), files, top=8, views=(clips, crops)))
+    assert [p.file for p in found] == files
+    for prediction in found:
+        expected = plain_shares(model, config, prediction.file, clips, crops)
+        assert [name for name, _ in prediction.top] == [CLASSES[i] for i in np.argsort(-expected)]
+        np.testing.assert_allclose([share for _, share in prediction.top], np.sort(expected)[::-1], atol=1e-5)
+
+
+def test_a_bad_file_is_told_and_costs_the_others_nothing(trained, motion_set, tmp_path):
+    run, _, _ = trained
+    good = videos_of(motion_set, 2)
+    (tmp_path / "broken.mp4").write_bytes(Path(good[0]).read_bytes()[:200])
+    files = [good[0], str(tmp_path / "broken.mp4"), str(tmp_path / "absent.mp4"), good[1]]
+    found = list(predict(str(run), files, top=3))
+    assert [bool(p.error) for p in found] == [False, True, True, False]
+    assert "missing" in found[2].error
+    assert [len(p.top) for p in found] == [3, 0, 0, 3]
+    assert [p.top for p in found[::3]] == [p.top for p in predict(str(run), good, top=3)]
+
+
+def test_a_line_of_json_is_the_file_and_its_classes_or_the_error(trained, motion_set):
+    run, _, _ = trained
+    (file,) = videos_of(motion_set, 1)
+    good, bad = predict(str(run), [file, "absent.mp4"], top=2)
+    assert json.loads(good.json()) == {
+        "file": file,
+        "top": [{"class": name, "probability": share} for name, share in good.top],
+    }
+    assert json.loads(bad.json()) == {"file": "absent.mp4", "error": bad.error}
+    assert str(good).splitlines()[0] == file
+    assert good.top[0][0] in str(good).splitlines()[1]
+
+
+def test_the_cache_of_the_recipe_is_left_alone(motion_set, tmp_path):
+    config = recipe_for(tmp_path, motion_set, "model.num_classes=8", f"data.cache_dir={tmp_path}/cache")
+    checkpoint, _ = write_checkpoint(tmp_path / "small", config)
+    (found,) = predict(checkpoint, videos_of(motion_set, 1))
+    assert found.top
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_of_frames_and_an_image(trained, motion_set, tmp_path):
+    run, config, model = trained
+    folder = tmp_path / "frames {0}"
+    folder.mkdir()
+    frames = np.random.default_rng(0).random((6, 40, 48, 3))
+    for number, frame in enumerate(frames, 1):
+        imsave(folder / f"{number:05d}.jpg", frame)
+    (of_folder,) = predict(str(run), [str(folder)], top=1)
+    template = str(folder).replace("{0}", "{{0}}") + "/{:05d}.jpg"
+    expected = plain_shares(model, config, template, 1, 1, images=len(frames))
+    assert of_folder.top[0] == (CLASSES[expected.argmax()], pytest.approx(expected.max(), abs=1e-5))
+    image = str(folder / "00001.jpg")
+    (refused,) = predict(str(run), [image])
+    assert "clips of 4 frames" in refused.error
+    still = recipe_for(tmp_path, motion_set, "model.num_classes=8", "model.frames=1", "data.modality=rgb")
+    checkpoint, model = write_checkpoint(tmp_path / "still", still)
+    (of_image,) = predict(checkpoint, [image], top=1)
+    expected = plain_shares(model, still, image.replace("{0}", "{{0}}"), 1, 1, images=1)
+    assert of_image.top[0] == (CLASSES[expected.argmax()], pytest.approx(expected.max(), abs=1e-5))
+    (empty,) = predict(str(run), [str(tmp_path)])
+    assert "no image 00001.jpg" in empty.error
+
+
+def test_a_run_means_its_best_checkpoint_and_may_be_named(motion_set, tmp_path, monkeypatch):
+    config = recipe_for(tmp_path / "runs", motion_set, "model.num_classes=8")
+    run = tmp_path / "runs" / "small"
+    best, _ = write_checkpoint(run, config, step=3, metrics={"val/top1": 0.9})
+    newest, _ = write_checkpoint(run, config, step=9, metrics={"val/top1": 0.4})
+    (run / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("small") == find_checkpoint("runs/small") == find_checkpoint(str(run)) == best
+    assert find_checkpoint(newest) == newest
+
+
+def test_what_is_no_checkpoint_is_refused_at_once(trained, tmp_path):
+    with pytest.raises(UserError, match="no run nowhere"):
+        predict("nowhere", [])
+    copy = tmp_path / "step-0000000003"
+    shutil.copytree(find_checkpoint(str(trained[0])), copy)
+    weights = bytearray((copy / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"weights\.safetensors does not match its checksum"):
+        predict(str(copy), [])
+    (copy / "checkpoint.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint .*step-0000000003.*unfinished"):
+        predict(str(copy), [])
+
+
+@pytest.mark.parametrize("text", ["4by3", "4x2", "0x1", "x3", "4x3x1", "-1x3", ""])
+def test_views_that_cannot_be_are_refused(text):
+    with pytest.raises(UserError, match="as in 4x3"):
+        parse_views(text)
+
+
+def test_views_are_clips_and_crops():
+    assert parse_views("10x1") == (10, 1)

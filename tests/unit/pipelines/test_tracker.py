@@ -1,0 +1,492 @@
+"""What a run tells MLflow arrives once, whatever happens to MLflow or to the run: real servers, stopped and killed."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
+from tests.helpers.small_runs import active_uri
+
+from pipelines import tracking
+from pipelines.journal import JournalInUse, read
+from pipelines.tracking import Past, Tracker, refuse_strangers, shorten, sync, tracking_uri, without_secrets
+from posmlp.config import load_recipe
+from posmlp.errors import UserError
+
+
+def until(condition, seconds=30):
+    """Poll until it holds; returns what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+    return value
+
+
+class Server:
+    """An MLflow server that can be killed and started again on the same port and database."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.database = folder / "mlflow.db"
+        self.process = None
+
+    def start(self):
+        if self.process:
+            return
+        options = f"--host 127.0.0.1 --port {self.port} --workers 1 --backend-store-uri sqlite:///{self.database}"
+        options += f" --artifacts-destination {self.folder / 'artifacts'}"
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        command = [sys.executable, "-m", "mlflow", "server", *options.split()]
+        with open(self.folder / "log.txt", "a") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        until(self.answers, 90)
+
+    def answers(self):
+        assert self.process.poll() is None, (self.folder / "log.txt").read_text()
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def kill(self):
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(one_server):
+    one_server.start()
+    return one_server
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 1.0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+def recipe(folder, *overrides):
+    return load_recipe("demo", ["name=small", f"train.storage={folder}", *overrides])
+
+
+def start(folder, lines, *overrides, run_id=None):
+    return Tracker.open(
+        recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl", echo=lines.append
+    )
+
+
+def rows(database, run_id, key="train/loss"):
+    """How often each step of a metric is in the database."""
+    with sqlite3.connect(database) as connection:
+        found = connection.execute("SELECT step FROM metrics WHERE run_uuid = ? AND key = ?", (run_id, key))
+        return Counter(step for (step,) in found)
+
+
+def once(*steps):
+    return Counter(steps)
+
+
+def test_everything_arrives(tmp_path, lines):
+    tracker = start(tmp_path, lines, "tracking.experiment=" + "long" * 20)
+    tracker.log({"train/loss": 2.5, "val/top1": float("nan")}, step=1)
+    tracker.log({"train/loss": 1.5}, step=2)
+    tracker.log_tags({"colour": "green", "long": "x" * 9000})
+    tracker.log_table([{"id": 1}], "quarantine.json")
+    tracker.log_table([{"id": 1}, {"id": 2}], "quarantine.json")
+    tracker.log_file("pictures/loss.png", b"picture")
+    assert tracker.close("FINISHED") == 0
+    assert not lines
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time >= run.info.start_time
+    assert run.data.metrics["train/loss"] == 1.5
+    assert any(key.startswith("system/cpu") for key in run.data.metrics)
+    assert run.data.tags["colour"] == "green"
+    assert run.data.tags["a"] == "b"
+    folder = run.info.artifact_uri
+    assert json.loads(mlflow.artifacts.load_text(f"{folder}/quarantine.json")) == [{"id": 1}, {"id": 2}]
+    assert mlflow.artifacts.load_text(f"{folder}/pictures/loss.png") == "picture"
+    assert "global_batch" in mlflow.artifacts.load_text(f"{folder}/config.yaml")
+    assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1, 2)
+    assert not [p for p in (tmp_path / "journal.files").rglob("*") if p.is_file()]
+
+
+def test_a_server_that_stops_in_mid_run_gets_every_metric_once_when_it_is_back(server, tmp_path, lines):
+    tracker = start(tmp_path, lines, f"tracking.uri={server.uri}")
+    tracker.log({"train/loss": 1.0}, step=1)
+    until(lambda: not tracker.journal.waiting())
+    server.kill()
+    begun = time.monotonic()
+    for step in range(2, 40):
+        tracker.log({"train/loss": 1 / step, "val/top1": step / 100}, step)
+    tracker.log_file("loss.png", b"old")
+    tracker.log_file("loss.png", b"new")
+    assert time.monotonic() - begun < 5  # nothing waits for MLflow
+    until(lambda: lines)
+    tracker.courier.failures = 10_000  # as after days
+    server.start()
+    for step in range(40, 45):
+        tracker.log({"train/loss": 1 / step, "val/top1": step / 100}, step)
+    assert tracker.close("FINISHED") == 0
+    assert rows(server.database, tracker.run_id) == once(*range(1, 45))
+    assert rows(server.database, tracker.run_id, "val/top1") == once(*range(2, 45))
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        f"MLflow at {server.uri} does not answer (connection refused); metrics wait in {tmp_path}"
+    )
+    assert lines[1].startswith(f"MLflow at {server.uri} is back")
+    client = MlflowClient(server.uri)
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    local = client.download_artifacts(tracker.run_id, "loss.png", tmp_path)
+    assert Path(local).read_bytes() == b"new"
+
+
+def test_what_a_server_that_is_gone_for_good_did_not_take_is_synced_later(server, tmp_path, lines):
+    tracker = start(tmp_path, lines, f"tracking.uri={server.uri}")
+    server.kill()
+    for step in range(1, 1201):  # more than one call takes
+        tracker.log({"train/loss": 1 / step, "val/top1": 0.5}, step)
+    model = torch.nn.Linear(3, 2)
+    begun = time.monotonic()
+    tracker.log_model(model, torch.zeros(1, 3))
+    exported = time.monotonic()
+    left = tracker.close("FINISHED")
+    assert time.monotonic() - exported < tracking.KNOWN_AWAY_WAIT + 5
+    assert exported - begun < 60
+    assert left == tracker.journal.waiting() >= 1203
+    with pytest.raises(UserError, match=rf"MLflow at {server.uri} does not answer .*; {left} operations still wait in"):
+        sync(tmp_path, lines.append)
+
+    server.start()
+    lines.clear()
+    assert sync(tmp_path, lines.append) == 0
+    assert lines == [f"{tracker.journal.path}: {left} operations delivered to MLflow run {tracker.run_id}, 0 left"]
+    assert sync(tracker.journal.path, lines.append) == 0
+    assert ": 0 operations delivered" in lines[1]
+    assert rows(server.database, tracker.run_id) == once(*range(1, 1201))
+    client = MlflowClient(server.uri)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] == 1 / 1200
+    status = [e.op for e in read(tracker.journal.path) if e.op["op"] == "status"]
+    assert run.info.end_time == status[0]["time"]
+    (logged,) = client.search_logged_models([run.info.experiment_id], f"source_run_id='{tracker.run_id}'")
+    assert (logged.name, str(logged.status)) == ("model", "READY")
+    assert [m.model_id for m in run.outputs.model_outputs] == [logged.model_id]
+    with active_uri(server.uri):
+        loaded = mlflow.pytorch.load_model(f"runs:/{tracker.run_id}/model")
+    clip = torch.randn(1, 3)
+    torch.testing.assert_close(loaded(clip), model(clip))
+
+
+def test_a_resumed_run_goes_on_while_the_server_is_down(server, tmp_path, lines):
+    overrides = [f"tracking.uri={server.uri}"]
+    first = start(tmp_path, lines, *overrides)
+    first.log({"train/loss": 1.0}, step=1)
+    assert first.close("KILLED") == 0
+    server.kill()
+    second = start(tmp_path, lines, *overrides, run_id=first.run_id)
+    assert second.epochs_logged() == 1
+    second.log({"train/loss": 0.5}, step=2)
+    assert second.close("KILLED") == 4  # that it runs, the epoch, system metrics, and how it ended
+    elsewhere = tmp_path / "elsewhere"  # a third driver, on a machine that has no journal and no MLflow
+    third = start(elsewhere, lines, *overrides, run_id=first.run_id)
+    assert third.epochs_logged() == 0
+    for step in (1, 2, 3):
+        third.log({"train/loss": 1 / step}, step)
+    assert third.close("FINISHED") > 0
+    server.start()
+    assert sync(tmp_path / "journal.jsonl", lines.append) == 0
+    assert rows(server.database, first.run_id) == once(1, 2)
+    assert sync(elsewhere, lines.append) == 0
+    assert rows(server.database, first.run_id) == once(1, 2, 3)
+    assert MlflowClient(server.uri).get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_end_of_a_run(server, tmp_path, lines):
+    tracker = start(tmp_path, lines, f"tracking.uri={server.uri}")
+    until(lambda: not tracker.journal.waiting())
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    try:
+        tracker.log({"train/loss": 1.0}, step=1)
+        begun = time.monotonic()
+        assert tracker.close("FINISHED", wait_s=1.0) == 3  # with system metrics and the status
+        assert time.monotonic() - begun < 4
+    finally:
+        os.killpg(server.process.pid, signal.SIGCONT)
+    tracker.courier.join(30)  # the call that hung comes to its end, and gives the journal back
+    assert sync(tmp_path, lines.append) == 0
+    assert rows(server.database, tracker.run_id) == once(1)
+    assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_password_in_the_uri_stays_in_memory(server, tmp_path, lines, monkeypatch, capfd):
+    secret = "hushhush"
+    uri = server.uri.replace("//", f"//me:{secret}@")
+    tracker = start(tmp_path, lines, f"tracking.uri={uri}")
+    server.kill()
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.log_tags({"changed": f"now {uri}"})
+    until(lambda: lines)
+    assert tracker.close("FINISHED") > 0
+    with pytest.raises(UserError) as error:
+        sync(tmp_path, lines.append, uri)
+    with pytest.raises(UserError) as other:
+        start(tmp_path / "new", lines, f"tracking.uri={uri}")
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert sync(tmp_path, lines.append) == 0
+    assert rows(server.database, tracker.run_id) == once(1)
+    assert server.uri in str(error.value)
+    assert secret not in "\n".join([*lines, str(error.value), str(other.value), *capfd.readouterr()])
+    files = [p for folder in (tmp_path, server.folder) for p in folder.rglob("*") if p.is_file()]
+    assert tmp_path / "journal.jsonl" in files
+    assert not [p for p in files if secret.encode() in p.read_bytes()]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from pipelines.tracking import Tracker
+from posmlp.config import load_recipe
+folder = Path(sys.argv[1])
+config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
+tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl")
+step = 0
+while True:
+    step += 1
+    tracker.log({"train/loss": 1 / step, "val/top1": 0.5}, step)
+"""
+
+
+def test_a_killed_writer_leaves_every_metric_once(tmp_path, lines):
+    journal = tmp_path / "journal.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
+    try:
+        until(lambda: process.poll() is not None or (journal.exists() and len(list(read(journal))) > 300), 60)
+        assert process.poll() is None
+        with pytest.raises(JournalInUse, match="is in use"):
+            sync(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+    past = Past.of(journal)
+    with open(journal, "a") as file:
+        file.write('{"op": "metrics", "ti')  # the kill came in the middle of a line
+    tracker = start(tmp_path, lines, run_id=past.run_id)
+    assert tracker.epochs_logged() == past.epochs > 300
+    tracker.log({"train/loss": 0.0}, past.epochs + 1)
+    assert tracker.close("FINISHED") == 0
+    assert rows(tmp_path / "mlflow.db", past.run_id) == once(*range(1, past.epochs + 2))
+    assert rows(tmp_path / "mlflow.db", past.run_id, "val/top1") == once(*range(1, past.epochs + 1))
+
+    journal.with_suffix(".done").unlink()  # delivered, but the kill came before that was noted
+    assert sync(tmp_path, lines.append) == 0
+    assert rows(tmp_path / "mlflow.db", past.run_id) == once(*range(1, past.epochs + 2))
+    assert rows(tmp_path / "mlflow.db", past.run_id, "val/top1") == once(*range(1, past.epochs + 1))
+
+
+def test_what_mlflow_refuses_is_kept_apart_and_holds_up_nothing(tmp_path, lines):
+    tracker = start(tmp_path, lines)
+    tracker.log({"train/loss": 1.0, "bad*name": 2.0, "val/top1": 3.0}, step=1)
+    tracker.log({"train/loss": 0.5}, step=2)
+    tracker.log_tags({"bad*tag": "x"})
+    with tracker.journal.changed:
+        tracker.log_file("lost.png", b"gone")
+        (tracker.journal.files / tracker.journal.queue[-1].op["file"]).unlink()
+    assert tracker.close("FINISHED") == 0
+    assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1, 2)
+    assert rows(tmp_path / "mlflow.db", tracker.run_id, "val/top1") == once(1)
+    kept = [json.loads(line) for line in (tmp_path / "journal.rejected").read_text().splitlines()]
+    assert [k["op"] for k in kept] == ["metrics", "tags", "file"]
+    assert kept[0]["values"] == {"bad*name": 2.0}
+    assert len(lines) == 1
+    assert "MLflow refuses what it is sent" in lines[0]
+
+
+def test_a_broken_artifact_store_holds_up_no_metrics(tmp_path, lines):
+    tracker = start(tmp_path, lines)
+    until(lambda: not tracker.journal.waiting())
+    folder = tmp_path / "mlartifacts"
+    folder.rename(tmp_path / "away")
+    folder.touch()
+    tracker.log_file("a.png", b"a")
+    tracker.log({"train/loss": 1.0}, step=1)
+    assert tracker.close("FINISHED") == 1
+    assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1)
+    assert len(lines) == 1
+    assert "MLflow does not store a.png" in lines[0]
+    assert sync(tmp_path, lines.append) == 1
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    assert sync(tmp_path, lines.append) == 0
+    assert [p.read_bytes() for p in folder.rglob("a.png")] == [b"a"]
+
+
+def test_a_model_whose_upload_was_cut_off_becomes_one_model(tmp_path, lines, monkeypatch):
+    tracker = start(tmp_path, lines)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "finalize_logged_model", lambda *_: 1 / 0)
+        tracker.log_model(torch.nn.Linear(3, 2), torch.zeros(1, 3))
+        assert tracker.close("FINISHED") == 1
+    assert sync(tmp_path, lines.append) == 0
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run = client.get_run(tracker.run_id)
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    assert str(logged.status) == "READY"
+    assert [m.model_id for m in run.outputs.model_outputs] == [logged.model_id]
+    assert not (tmp_path / "journal.files" / "model").exists()
+
+
+def test_a_bad_request_is_believed_only_when_it_comes_again(tmp_path, lines):
+    tracker = start(tmp_path, lines)
+    client, courier = tracker.courier.client(), tracker.courier
+    calls = []
+
+    class Cut:
+        def __getattr__(self, name):
+            return getattr(client, name)
+
+        def log_batch(self, *args, **kwargs):
+            calls.append(kwargs)
+            if len(calls) in (1, 2):
+                raise MlflowException("connection cut", error_code=BAD_REQUEST)
+            return client.log_batch(*args, **kwargs)
+
+    courier.connection = Cut()
+    tracker.log({"train/loss": 1.0}, step=1)
+    until(lambda: not tracker.journal.waiting())
+    assert tracker.close("FINISHED") == 0
+    assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1)
+    assert not tracker.journal.rejected.exists()
+
+
+def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, lines):
+    (tmp_path / "file").touch()
+    tracker = Tracker.open(recipe(tmp_path), {}, journal=tmp_path / "file" / "journal.jsonl", echo=lines.append)
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.log_file("a.png", b"a")
+    assert tracker.close("FINISHED") == 0
+    assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1)
+    assert len(lines) == 1
+    assert "file/journal.jsonl cannot be written (File exists)" in lines[0]
+
+
+def test_a_live_run_keeps_others_out(tmp_path, lines):
+    tracker = start(tmp_path, lines)
+    with pytest.raises(JournalInUse, match=r"journal\.jsonl is in use: a run that is still going"):
+        start(tmp_path, lines, run_id=tracker.run_id)
+    assert tracker.close("FINISHED") == 0
+    assert sync(tmp_path, lines.append) == 0
+
+
+def test_another_run_of_the_same_name_has_a_journal_of_its_own(tmp_path, lines):
+    first = start(tmp_path, lines)
+    assert first.close("FINISHED") == 0
+    second = start(tmp_path, lines)
+    assert second.epochs_logged() == 0
+    assert second.close("FINISHED") == 0
+    assert second.run_id != first.run_id
+    assert Past.of(tmp_path / "journal.jsonl").run_id == second.run_id
+    assert Past.of(tmp_path / f"journal.{first.run_id}.jsonl").run_id == first.run_id
+    assert sync(tmp_path, lines.append) == 0
+
+
+def test_a_new_run_needs_an_mlflow_that_answers(tmp_path, lines):
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be written, see tracking\.uri"):
+        start(tmp_path, lines, "tracking.uri=http://127.0.0.1:9")
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_a_run_that_mlflow_does_not_know_is_not_gone_on_with(tmp_path, lines):
+    with pytest.raises(UserError, match=r"(?s)cannot be written, see tracking\.uri.*no-such-run"):
+        start(tmp_path, lines, run_id="no-such-run")
+
+
+def test_a_long_parameter_is_cut(tmp_path, lines):
+    tracker = start(tmp_path, lines, f"data.train.path=/{'x' * 7000}")
+    assert tracker.close("FINISHED") == 0
+    param = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(tracker.run_id).data.params["data.train.path"]
+    assert (len(param), param[-3:]) == (6000, "...")
+    assert shorten("abcdef", 5) == "ab..."
+
+
+def test_remote_storage_needs_a_tracking_uri(tmp_path):
+    config = recipe(tmp_path)
+    remote = config.model_copy(update={"train": config.train.model_copy(update={"storage": "s3://bucket/runs"})})
+    with pytest.raises(UserError, match=r"s3://bucket/runs is not on this machine.*set tracking\.uri"):
+        tracking_uri(remote)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("http://me:pass@host:5000/x", "http://host:5000/x"),
+        ("postgresql+psycopg2://me:p@ss/w@host/db?password=x", "postgresql+psycopg2://host/db"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+        ("https://host", "https://host"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_secrets_are_taken_out_of_a_uri(uri, expected):
+    assert without_secrets(uri) == expected
+
+
+def test_a_folder_without_a_journal_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no tracking journal"):
+        sync(tmp_path)
+    (tmp_path / "journal.jsonl").write_text('{"op"')
+    with pytest.raises(UserError, match="names an MLflow run"):
+        sync(tmp_path)
+
+
+def test_a_checkpoints_recipe_does_not_choose_who_gets_the_password(tmp_path, monkeypatch):
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)  # where MLflow looks for a file of credentials
+    theirs, local = recipe(tmp_path, "tracking.uri=http://mlflow.example:5000"), recipe(tmp_path)
+    refuse_strangers(theirs)
+    for name in ("PASSWORD", "TOKEN"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"MLFLOW_TRACKING_{name}", "hushhush")
+            refuse_strangers(local)
+            for own in ("", "http://mlflow.example", "http://me:hushhush@other.example:5000"):
+                patch.setenv("MLFLOW_TRACKING_URI", own)
+                with pytest.raises(UserError, match=r"logs to http://mlflow\.example:5000, .* tracking\.uri=null"):
+                    refuse_strangers(theirs)
+            patch.setenv("MLFLOW_TRACKING_URI", "http://me:hushhush@mlflow.example:5000/")
+            refuse_strangers(theirs)

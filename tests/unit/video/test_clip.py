@@ -1,0 +1,361 @@
+"""Clips: the right frames and the same box for all of them, decided by seed, epoch, sample and view alone."""
+
+import contextlib
+import os
+from dataclasses import replace
+
+import decord
+import numpy as np
+import pytest
+import torch
+from tests.helpers.videos import BITS, number, numbers, picture, scramble, write_video
+
+from posmlp.config import Config
+from posmlp.video import clip
+from posmlp.video.clip import load_clips, resize, views_of
+from posmlp.video.decode import DecodeError, Video
+
+
+def make_config(frames=8, seed=0, clips=1, crops=1, **data):
+    split = {"path": "unused"}
+    return Config.model_validate(
+        {
+            "name": "t",
+            "model": {"frames": frames, "image_size": 32},
+            "data": {"train": split, "val": split} | data,
+            "train": {"seed": seed, "global_batch": 32 * data.get("repeats", 1)},
+            "eval": {"clips": clips, "crops": crops},
+        }
+    )
+
+
+def views(video, config=None, *, train=True, epoch=0, sample_id="s", images=None):
+    clips, decoder = load_clips(str(video), sample_id, config or make_config(), epoch=epoch, train=train, images=images)
+    assert decoder in ("pyav", "decord")
+    return clips
+
+
+# A square video, and the whole of it as a clip: then a clip's frames say their numbers.
+WHOLE = {"crop_scale": (1, 1), "crop_ratio": (1, 1)}
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("video") / "v.mp4", 160, 120, options={"g": "12", "bf": "2"})
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("video") / "v.mp4", 144, 144, options={"g": "12", "bf": "2"})
+
+
+def test_the_helpers_can_read_a_clip_of_32_pixels(square):
+    assert BITS == 9
+    frames = Video(square).read(range(40), 37)
+    assert numbers(resize(frames, 32)) == list(range(40))
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sampling": "dense", "stride": 2}, {"frame_order": "shuffled"}, {"fps": 5.0}, {"repeats": 2}],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_training_clip_depends_on_seed_epoch_sample_and_view_alone(video, tmp_path, options, cached):
+    options = options | {"cache_dir": str(tmp_path) if cached else None}
+    config = make_config(**options)
+    first = views(video, config)
+    assert first.shape == (views_of(config, True), 8, 32, 32, 3)
+    assert first.dtype == np.uint8
+    assert first.flags.c_contiguous
+    others = [
+        views(video, make_config(seed=1, **options)),
+        views(video, config, epoch=1),
+        views(video, config, sample_id="t"),
+    ]
+    for other in others:
+        assert (other[0] != first[0]).any()
+    np.testing.assert_array_equal(views(video, config), first)
+
+
+def test_repeats_are_different_clips_and_the_first_is_the_one_without_repeats(video):
+    four = views(video, make_config(repeats=4))
+    assert four.shape == (4, 8, 32, 32, 3)
+    assert len({one.tobytes() for one in four}) == 4
+    np.testing.assert_array_equal(four[:1], views(video))
+    np.testing.assert_array_equal(four[:2], views(video, make_config(repeats=2)))
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("short_side", [None, 36, 200])
+def test_the_cache_does_not_change_a_clip(video, tmp_path, train, short_side, decoder):
+    for options in ({"repeats": 2}, {"sampling": "dense", "stride": 3}, {"fps": 4.0}):
+        options = options | {"short_side": short_side}
+        plain = views(video, make_config(clips=2, crops=3, decoder=decoder, **options), train=train)
+        config = make_config(clips=2, crops=3, cache_dir=str(tmp_path), **options)
+        for _ in range(2):
+            cached = views(video, config, train=train)
+            if decoder == "pyav":
+                np.testing.assert_array_equal(cached, plain)
+            else:  # decord's conversion to RGB rounds in its own way
+                assert np.abs(cached.astype(int) - plain).max() <= 4
+
+
+def test_uniform_takes_a_frame_of_each_segment(square):
+    seen = set()
+    for epoch in range(12):
+        found = numbers(views(square, make_config(**WHOLE), epoch=epoch)[0])
+        assert [n // 5 for n in found] == list(range(8))
+        seen |= set(found)
+    assert len(seen) > 30
+
+
+def test_dense_clips_take_neighbouring_frames(square):
+    starts = set()
+    for epoch in range(12):
+        found = numbers(views(square, make_config(sampling="dense", stride=3, **WHOLE), epoch=epoch)[0])
+        assert np.diff(found).tolist() == [3] * 7
+        starts.add(found[0])
+    assert len(starts) > 4
+
+
+def test_one_box_crops_the_whole_clip(tmp_path):
+    path = write_video(tmp_path / "v.mp4", count=8, change=lambda frame: picture(171, 108, 72))
+    config = make_config(crop_scale=(0.2, 0.4), repeats=2)
+    one, two = views(path, config).astype(int)
+    assert np.abs(one - one[0]).mean() < 4  # a still video stays still
+    assert np.abs(two - two[0]).mean() < 4
+    assert np.abs(one[0] - two[0]).mean() > 10  # another view has another box
+    assert np.abs(one[0] - views(path, config, epoch=1)[0, 0]).mean() > 10
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_shuffled_frames_are_the_ordered_ones_in_another_order(square, train):
+    ordered = views(square, make_config(16, repeats=2, clips=2), train=train)
+    shuffled = views(square, make_config(16, repeats=2, clips=2, frame_order="shuffled"), train=train)
+    assert len(ordered) == 2
+    for one, other in zip(ordered, shuffled, strict=True):
+        frames, others = [frame.tobytes() for frame in one], [frame.tobytes() for frame in other]
+        assert sorted(frames) == sorted(others)
+        assert frames != others
+
+
+# Validation -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_validation_clip_is_centred_and_always_the_same(video):
+    first = views(video, train=False)
+    np.testing.assert_array_equal(views(video, make_config(seed=5), train=False, epoch=5, sample_id="t"), first)
+    frames = Video(video).read([2, 7, 12, 17, 22, 27, 32, 37], 37)  # 37: 8/7 of 32, rounded up
+    assert frames.shape[1:3] == (37, 49)
+    pixels = torch.from_numpy(frames[:, :, 6:43].copy()).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
+    np.testing.assert_array_equal(first[0], expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_validation_clips_share_out_the_time(square):
+    found = [numbers(one) for one in views(square, make_config(4, clips=2), train=False)]
+    assert found == [[2, 12, 22, 32], [7, 17, 27, 37]]  # the centres of the two halves of four segments
+    dense = views(square, make_config(4, clips=3, sampling="dense", stride=2), train=False)
+    assert [numbers(one) for one in dense] == [[0, 2, 4, 6], [17, 19, 21, 23], [33, 35, 37, 39]]
+    (middle,) = views(square, make_config(4, sampling="dense", stride=2), train=False)
+    assert numbers(middle) == [16, 18, 20, 22]
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 64), (64, 200)])
+def test_three_crops_cover_the_longer_side_from_end_to_end(tmp_path, width, height):
+    ramp = np.arange(200).astype(np.uint8)[:, None] + 20
+    frame = np.broadcast_to(ramp, (200, 64))
+    frame = np.repeat((frame if height == 200 else frame.T)[..., None], 3, axis=2)
+    path = write_video(tmp_path / "v.mp4", width, height, count=8, options={"crf": "5"}, change=lambda _: frame)
+    crops = views(path, make_config(crops=3, short_side=64), train=False).astype(float)
+    along = crops[:, 0].mean(axis=(2, 3)) if height == 200 else crops[:, 0].mean(axis=(1, 3))
+    for shown, start in zip(along, [0, 68, 136], strict=True):
+        expected = start + 20 + (np.arange(32) + 0.5) * 2 - 0.5  # the ramp, two pixels to one
+        assert np.abs(shown - expected)[1:-1].max() < 3
+
+
+def test_a_whole_frame_reaches_from_end_to_end(tmp_path):
+    frame = np.broadcast_to(np.arange(160, dtype=np.uint8)[None, :, None] + 20, (64, 160, 3))
+    path = write_video(tmp_path / "v.mp4", 160, 64, count=8, options={"crf": "5"}, change=lambda _: frame)
+    whole = make_config(whole=True, short_side=64)
+    along = views(path, whole, train=False).astype(float)[0, 0].mean(axis=(0, 2))
+    assert np.abs(along - (20 + (np.arange(32) + 0.5) * 5 - 0.5))[1:-1].max() < 3  # the ramp, five pixels to one
+    cut = make_config(short_side=64)
+    np.testing.assert_array_equal(views(path, whole), views(path, cut))  # training clips are cut at random all the same
+
+
+def test_clips_and_crops_are_numbered_crop_first(square, video):
+    both = views(video, make_config(clips=2, crops=3), train=False)
+    assert len(both) == views_of(make_config(clips=2, crops=3), False) == 6
+    np.testing.assert_array_equal(both[[1, 4]], views(video, make_config(clips=2), train=False))
+    assert len({one.tobytes() for one in both}) == 6
+    alike = views(square, make_config(clips=2, crops=3), train=False)  # a square has one crop
+    np.testing.assert_array_equal(alike[0], alike[2])
+
+
+def test_validation_shuffles_each_sample_and_view_in_its_own_fixed_way(square):
+    config = make_config(frame_order="shuffled", clips=2)
+    first = views(square, config, train=False)
+    again = views(square, make_config(seed=3, frame_order="shuffled", clips=2), train=False, epoch=4)
+    np.testing.assert_array_equal(again, first)
+    assert (views(square, config, train=False, sample_id="t") != first).any()
+    orders = [np.argsort(numbers(one)).tolist() for one in first]
+    assert orders[0] != orders[1]
+
+
+# Frame rates ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_rate(tmp_path_factory):
+    """The same 4 s at three frame rates."""
+    folder = tmp_path_factory.mktemp("rates")
+    return {
+        fps: write_video(folder / f"{fps}.mp4", 144, 144, count=4 * fps, rate=fps, options={"g": "12", "bf": "2"})
+        for fps in (10, 20, 30)
+    }
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4", "v.flv"])
+def test_times_in_milliseconds_do_not_move_frames(tmp_path, name):
+    path = write_video(tmp_path / name, 144, 144, count=90, rate=30, options={"g": "12", "bf": "2"})
+    (only,) = views(path, make_config(45, sampling="dense", fps=15.0), train=False)
+    assert numbers(only) == list(range(0, 90, 2))
+
+
+@pytest.mark.parametrize("rate", [10, 20, 30])
+def test_clips_of_one_rate_show_the_same_moments_of_videos_of_any(of_rate, rate):
+    config = make_config(4, sampling="dense", stride=2, fps=5.0)
+    (only,) = views(of_rate[rate], config, train=False)
+    # 20 moments, 0.2 s apart; a window of 7 of them in the middle starts at (20 - 7) // 2 = 6, at 1.2 s
+    assert numbers(only) == [rate * 12 // 10, rate * 16 // 10, rate * 20 // 10, rate * 24 // 10]
+
+
+def test_the_videos_own_rate_changes_nothing(of_rate):
+    for rate, path in of_rate.items():
+        for train in (True, False):
+            plain = views(path, make_config(clips=2), train=train)
+            np.testing.assert_array_equal(views(path, make_config(clips=2, fps=float(rate)), train=train), plain)
+
+
+def test_a_higher_rate_repeats_frames(of_rate):
+    (only,) = views(of_rate[10], make_config(4, sampling="dense", fps=20.0), train=False)
+    # 80 moments, 0.05 s apart; the window of 4 starts at (80 - 4) // 2 = 38
+    assert numbers(only) == [19, 19, 20, 20]
+
+
+def test_a_varying_rate_is_made_even(tmp_path):
+    times = [0, 100, 200, 300, 1300, 2300, 3300, 3400, 3500, 3600]  # 10 a second, then one, then 10
+    path = write_video(tmp_path / "v.mkv", 144, 144, count=10, times=times, rate=30)
+    (only,) = views(path, make_config(4, fps=1.0), train=False)
+    # 3.6 s of 9 gaps and one more such gap are 4.0 s: moments 0, 1, 2, 3 s, at which frames 0, 3, 4 and 5 are shown
+    assert numbers(only) == [0, 3, 4, 5]
+
+
+def test_a_frame_folder_has_no_rate(tmp_path):
+    from PIL import Image
+
+    for i in range(4):
+        Image.fromarray(picture(i, 144, 144)).save(tmp_path / f"{i + 1:05d}.png")
+    uri = f"{tmp_path}/{{:05d}}.png"
+    (only,) = views(uri, make_config(4), train=False, images=4)
+    assert numbers(only) == [0, 1, 2, 3]
+    for cache_dir in (None, str(tmp_path / "cache")):
+        with pytest.raises(DecodeError, match=r"data\.fps needs frame times"):
+            views(uri, make_config(4, fps=5.0, cache_dir=cache_dir), train=False, images=4)
+
+
+# Decoders -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "used"), [("v.mp4", "decord"), ("v.avi", "pyav")])
+def test_what_decoded_is_told(tmp_path, name, used):
+    path = write_video(tmp_path / name)
+    assert load_clips(path, "s", make_config(decoder="decord"), epoch=0, train=True)[1] == used
+    assert load_clips(path, "s", make_config(decoder="pyav"), epoch=0, train=True)[1] == "pyav"
+
+
+def test_a_decoder_that_fails_halfway_is_not_told_to_have_decoded(video, monkeypatch):
+    @contextlib.contextmanager
+    def open_here(uri, images, decoder, timeout_s):
+        opened = Video(uri, decoder)
+        assert opened.info.decoder == "decord"
+        yield opened
+
+    def fail(self):
+        raise decord.DECORDError("out of luck")
+
+    expected = views(video)
+    monkeypatch.setattr(clip, "open_isolated", open_here)
+    monkeypatch.setattr(decord.VideoReader, "next", fail)
+    clips, decoder = load_clips(video, "s", make_config(decoder="decord"), epoch=0, train=True)
+    assert decoder == "pyav"
+    np.testing.assert_array_equal(clips, expected)
+
+
+# Short and bad videos -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("options", [{"sampling": "uniform"}, {"sampling": "dense", "stride": 4}, {"fps": 1.0}])
+def test_a_video_shorter_than_the_clip(tmp_path, count, options):
+    path = write_video(tmp_path / "v.mp4", 144, 144, count=count)
+    for train in (True, False):
+        clips = views(path, make_config(16, repeats=2, clips=2, crops=3, **WHOLE, **options), train=train)
+        assert clips.shape == (2 if train else 6, 16, 32, 32, 3)
+        found = [number(frame) for frame in clips[0]]
+        assert found == sorted(found)
+        assert set(found) <= set(range(count))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("gone.mp4", lambda path: None, "the file is missing"),
+        ("folder.mp4", lambda path: path.mkdir(), "a folder"),
+        ("empty.mp4", lambda path: path.touch(), r"empty \(0 bytes\)"),
+        ("text.mp4", lambda path: path.write_text("hello\n" * 100), "not a video"),
+    ],
+)
+def test_a_bad_file_is_told_by_name_and_reason(tmp_path, name, make, words, cached):
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(DecodeError, match=words) as caught:
+        views(path, make_config(cache_dir=str(tmp_path / "cache") if cached else None))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failure_leaves_nothing_in_the_cache(tmp_path):
+    path = scramble(tmp_path / "v.mp4")
+    with pytest.raises(DecodeError, match=r"frame \d+ of 40 does not decode"):
+        views(path, make_config(cache_dir=str(tmp_path / "cache")))
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def store_and_die(video, short_side, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half a video")
+    os.abort()
+
+
+def test_a_decoder_that_dies_leaves_nothing_in_the_cache(video, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "store", store_and_die)
+    with pytest.raises(DecodeError, match="crashes the decoder"):
+        views(video, make_config(cache_dir=str(tmp_path / "cache")))
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_times_that_cannot_be_are_told(video, monkeypatch):
+    """A damaged time may claim that a video lasts for years: that many frames fit into no memory."""
+    info = Video(video).info
+    times = np.append(info.times[:-1], 1e12)
+    config = make_config(fps=30)
+    with pytest.raises(DecodeError, match="cannot be"):
+        list(clip.choose_views(video, replace(info, times=times), 8, "s", config, 0, True))
+    assert len(list(clip.choose_views(video, info, 8, "s", config, 0, True))) == 1

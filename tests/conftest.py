@@ -31,7 +31,7 @@ def local_ray():
     """One Ray for all tests (two on a host disturb each other), with more CPUs than the machine may have."""
     import ray
 
-    from pipelines.train import start_ray
+    from pipelines.cluster.session import start_ray
 
     start_ray(address="local", num_cpus=4)
     yield ray
@@ -41,9 +41,8 @@ def local_ray():
 @pytest.fixture(scope="session")
 def finished(local_ray, motion_set, tmp_path_factory):
     """A run of 2 epochs on 2 workers: its recipe, its result, its printed lines, and who listened where meanwhile."""
+    from pipelines.training.train import train
     from tests.helpers.small_runs import Ears, recipe_for
-
-    from pipelines.train import train
 
     folder, lines = tmp_path_factory.mktemp("finished"), []
     config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
@@ -55,9 +54,8 @@ def finished(local_ray, motion_set, tmp_path_factory):
 @pytest.fixture(scope="session")
 def done(local_ray, motion_set, tmp_path_factory):
     """A finished study of three trials, its front repeated with a second seed; and the lines that it printed."""
+    from pipelines.tuning.tune import tune
     from tests.helpers.small_runs import study_for
-
-    from pipelines.tune import tune
 
     folder, lines = tmp_path_factory.mktemp("study"), []
     study = study_for(folder, motion_set, "tracking.log_model=true", against="gmacs", repeats=2)
@@ -96,4 +94,4 @@ def stop_child():
 
     if isolated._child is not None:
         isolated._child.kill()
-    storage._remote.cache_clear()
+    storage._remote_system.cache_clear()

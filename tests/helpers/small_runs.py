@@ -13,9 +13,9 @@ import psutil
 import ray
 from mlflow import MlflowClient
 
-from pipelines import checkpoints
-from pipelines.study import Study
-from pipelines.tracking import tracking_uri
+from pipelines.runs.record import checkpoints
+from pipelines.tracking.uris import tracking_uri
+from pipelines.tuning.study import Study
 from posmlp.config import load_recipe
 
 

@@ -3,7 +3,7 @@
 import time
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=60):
     """Call ``condition`` until it returns something true, and return that."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

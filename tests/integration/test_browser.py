@@ -5,11 +5,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from tests.helpers.browser import keep, mlflow_server, open_browser
 from mlflow import MlflowClient
 
-from pipelines.study import TOP1, full
-from pipelines.tracking import tracking_uri
+from pipelines.tracking.uris import tracking_uri
+from pipelines.tuning.study import TOP1, full
+from tests.helpers.browser import keep, mlflow_server, open_browser
 
 pytestmark = [pytest.mark.ray, pytest.mark.browser]
 

@@ -8,14 +8,14 @@ from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+
+from pipelines.runs.record import checkpoints
+from posmlp.video.motion import make_motion_set
 from tests.helpers.ray_nodes import RayNodes
 from tests.helpers.small_runs import QUICK, recipe_for
 
-from pipelines import checkpoints
-from posmlp.video.motion import make_motion_set
-
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SOON = "import sys, pipelines.train as train; train.GROW_S = 2.0; from pipelines.cli import main; sys.exit(main())"
+SOON = "import sys, pipelines.training.train as train; train.GROW_S = 2.0; from pipelines.cli import main; sys.exit(main())"
 
 
 @contextmanager

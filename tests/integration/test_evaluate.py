@@ -12,15 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
-from tests.helpers.small_runs import recipe_for
-from test_predict import plain_shares, write_checkpoint
 
-from pipelines import evaluate as module
-from pipelines.evaluate import Evaluation, Scores, evaluate, log, score_split, summarise
-from pipelines.runs import write_record
-from pipelines.tracking import create_run, tracking_uri
+from pipelines.inference import evaluate as module
+from pipelines.inference.evaluate import Evaluation, evaluate, log, summarise
+from pipelines.inference.scoring import Scores, score_split
+from pipelines.runs.record import write_record
+from pipelines.tracking.mlflow_client import create_run
+from pipelines.tracking.uris import tracking_uri
 from posmlp.errors import UserError
 from posmlp.video.manifest import read_split
+from tests.helpers.random_models import plain_shares, write_checkpoint
+from tests.helpers.small_runs import recipe_for
 
 CLASSES = ["down", "left", "right", "up", "zoom in", "zoom out", "turn", "absent"]
 

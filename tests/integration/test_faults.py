@@ -15,13 +15,13 @@ import torch
 from mlflow import MlflowClient
 from ray.util.state import list_actors
 from safetensors.torch import load_file
-from tests.helpers.small_runs import log_of, recipe_for, run_of, start_cli, wait_for_step
 
-from pipelines import checkpoints
 from pipelines.cli import main
-from pipelines.train import train
-from pipelines.worker import RunError
+from pipelines.runs.errors import RunError
+from pipelines.runs.record import checkpoints
+from pipelines.training.train import train
 from posmlp.errors import UserError
+from tests.helpers.small_runs import log_of, recipe_for, run_of, start_cli, wait_for_step
 
 pytestmark = pytest.mark.ray
 
@@ -261,7 +261,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
-from pipelines.train import train
+from pipelines.training.train import train
 from posmlp.config import load_recipe
 
 # The driver's node has no CPUs, so that the worker and the decoders are on the others.

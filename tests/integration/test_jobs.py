@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow import MlflowClient
+
+from pipelines.runs.record import checkpoints, read_record
+from pipelines.tracking.tracker import prometheus as gauges
+from tests.helpers.dashboard import expressions, metrics_of
 from tests.helpers.ray_nodes import RAY, RayNodes, free_port
 from tests.helpers.small_runs import QUICK, recipe_for, run_of, with_broken
-from test_gauges import expressions, metrics_of
-
-from pipelines import checkpoints, gauges
-from pipelines.runs import read_record
 
 pytestmark = pytest.mark.ray
 HERE = Path(__file__).parents[2]

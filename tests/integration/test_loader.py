@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import ingest
-from pipelines.ingest import Split, chained, global_order, local_order, rows_per_step
+from pipelines.data import loader as ingest
+from pipelines.data.loader import Split, chained, global_order, local_order, rows_per_step
 from posmlp.config import load_recipe
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
@@ -222,7 +222,7 @@ def test_spilling_is_seen():
     """In a small store of its own: five arrays of 30 MB do not fit into 80."""
     code = """if True:
         import numpy as np, ray
-        from pipelines.ingest import object_store
+        from pipelines.data.loader import object_store
         ray.init("local", num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False)
         assert object_store() == (0, 0), object_store()
         held = [ray.put(np.zeros(30 * 2**20, np.uint8)) for _ in range(5)]

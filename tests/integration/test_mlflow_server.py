@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from test_tracking import until
 
-from pipelines.tracking import Tracker
+from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
+from tests.helpers.waiting import until
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "mlflow_server.sh"
 SECRET = "an-open-sesame"
@@ -121,7 +121,7 @@ def test_sixteen_drivers_at_a_time_lose_nothing(server, database, tmp_path):
 
     uri, log = server
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.tracking", "pytest"])  # imported once, not by each
+    context.set_forkserver_preload(["pipelines.tracking.tracker", "pytest"])  # imported once, not by each
     with context.Pool(DRIVERS) as pool:
         left = pool.starmap(drive, [(number, uri, str(tmp_path)) for number in range(DRIVERS)])
     assert left == [0] * DRIVERS

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.scan import ScanError, ShardSettings, check, fingerprint, shard, summarise
+from pipelines.data.scan import ScanError, ShardSettings, check, fingerprint, shard, summarise
 from posmlp import storage
 from posmlp.video.decode import Video
 from posmlp.video.manifest import Manifest, read_manifest

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pipelines.runs.record import read_record
+from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.ray_nodes import RAY, RayNodes
 from tests.helpers.small_runs import QUICK, recipe_for
-from test_tracking import Server
-
-from pipelines.runs import read_record
 
 pytestmark = pytest.mark.ray
 HERE = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def planted():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
     server.start()
     yield server
     server.kill()

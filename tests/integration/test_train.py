@@ -11,17 +11,18 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
 
-from pipelines import checkpoints
-from pipelines.progress import advise
-from pipelines.runs import trained_model
-from pipelines.tracking import tracking_uri
-from pipelines.train import check_record, fingerprint, last_model, train, without_password
-from pipelines.worker import RunError
+from pipelines.runs.errors import RunError
+from pipelines.runs.models import last_model, trained_model
+from pipelines.runs.record import checkpoints
+from pipelines.tracking.uris import tracking_uri, without_password
+from pipelines.training.preflight import check_record, fingerprint
+from pipelines.training.progress import advise
+from pipelines.training.train import train
 from posmlp.errors import UserError
 from posmlp.video.manifest import SCHEMA, Manifest, read_manifest
 from posmlp.video.motion import CLASSES
+from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
 
 pytestmark = pytest.mark.ray
 

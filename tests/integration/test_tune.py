@@ -12,13 +12,15 @@ import ray
 from mlflow import MlflowClient
 from ray.util import placement_group_table
 from ray.util.state import list_actors
-from tests.helpers.small_runs import QUICK, log_of, recipe_for, study_for
 
-from pipelines import checkpoints, fronts
 from pipelines.cli import main
-from pipelines.runs import read_json, read_record
-from pipelines.search import propose, static_costs
-from pipelines.study import (
+from pipelines.runs.record import checkpoints, read_json, read_record
+from pipelines.tracking.mlflow_client import PARENT
+from pipelines.tracking.uris import tracking_uri
+from pipelines.training.train import train
+from pipelines.tuning import pareto as fronts
+from pipelines.tuning.search import propose, static_costs
+from pipelines.tuning.study import (
     COSTS,
     FAILED,
     FINISHED,
@@ -30,11 +32,10 @@ from pipelines.study import (
     read_trials,
     space_of,
 )
-from pipelines.tracking import PARENT, tracking_uri
-from pipelines.train import train
-from pipelines.tune import room, tune
+from pipelines.tuning.tune import room, tune
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
+from tests.helpers.small_runs import QUICK, log_of, recipe_for, study_for
 
 pytestmark = pytest.mark.ray
 
@@ -363,9 +364,9 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
-from pipelines import checkpoints
-from pipelines.study import Study
-from pipelines.tune import tune
+from pipelines.runs.record import checkpoints
+from pipelines.tuning.study import Study
+from pipelines.tuning.tune import tune
 
 # The driver's node has no CPUs, so that workers and decoders are on the others.
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**28})

@@ -7,7 +7,7 @@ import posmlp
 from benchmarks.floors import PARTS, Peak, Work, least_work, linear_part, seconds_of_parts
 from benchmarks.guard import finish
 from posmlp.model.cost import count_macs
-from posmlp.model.variants import model_variant
+from posmlp.model.spec import model_variant
 
 
 @pytest.mark.parametrize("blocks", ["parallel", "cascade_ts", "joint", "spatial"])

@@ -17,6 +17,7 @@ from posmlp.learn.evaluation import Tally, video_scores
 from posmlp.learn.learner import Batch, ExplodedError, Learner, part_size
 from posmlp.learn.optim import build_optimizer, learning_rate
 from posmlp.video.augment import to_input, to_train_input
+from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 
@@ -25,16 +26,6 @@ def make_learner(*overrides, steps=5, classes=()):
     config = load_recipe("demo", [*SMALL, *overrides])
     torch.manual_seed(0)
     return Learner(create_model(config.model.name, **config.model.overrides()), config, steps, classes)
-
-
-def make_batch(count=8, seed=0, classes=8):
-    g = torch.Generator().manual_seed(seed)
-    return Batch(
-        clips=torch.randint(0, 256, (count, 4, 32, 32, 3), dtype=torch.uint8, generator=g),
-        labels=torch.arange(count) % classes,
-        weights=torch.ones(count),
-        seeds=torch.randint(0, 2**63 - 1, (count,), generator=g),
-    )
 
 
 def test_rate_warms_up_linearly_then_follows_half_a_cosine():

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from tests.helpers.videos import write_video
 
 import posmlp
-from pipelines.ingest import collate, decode_rows
+from pipelines.data.loader import collate, decode_rows
 from posmlp.config import RECIPES, load_recipe
 from posmlp.learn.learner import Learner
 from posmlp.model.cost import count_macs, count_params
 from posmlp.video.clip import views_of
 from posmlp.video.manifest import read_split
+from tests.helpers.videos import write_video
 
 VIDEO = [f"{data}_{model}" for data in ("k400", "ssv1", "ssv2") for model in ("s16", "s32", "b16", "b32")]
 IMAGE = ["in1k_s", "in1k_b"]

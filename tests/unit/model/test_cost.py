@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import posmlp
 from posmlp.model.backbone import BLOCKS
 from posmlp.model.cost import cost, count_macs, count_params, format_cost, measure
-from posmlp.model.variants import model_variant
+from posmlp.model.spec import model_variant
 
 
 def counted_macs(model, frames, height, width):

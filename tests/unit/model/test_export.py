@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.helpers.small_runs import recipe_for
-from test_predict import CLASSES, random_model, videos_of, write_checkpoint
 
 from pipelines.cli import main
-from pipelines.predict import predict
+from pipelines.inference.predict import predict
 from posmlp import create_model
 from posmlp import export as exporting
 from posmlp.export import ABOUT, Exported, export, load
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
+from tests.helpers.random_models import CLASSES, random_model, videos_of, write_checkpoint
+from tests.helpers.small_runs import recipe_for
 
 onnx = pytest.importorskip("onnx")
 DOCS = Path(__file__).parents[3] / "docs" / "export.md"

@@ -2,7 +2,6 @@
 
 import math
 
-from tests.helpers import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from posmlp.model.backbone import BLOCKS, Block, from_windows, padding_mask, to_windows, unit_window
 from posmlp.model.gates import PositionGate
+from tests.helpers import oracle
 
 KINDS = ("temporal", "spatial", "joint")
 AXES = {"time": 2, "height": 3, "width": 4}

@@ -12,7 +12,7 @@ from torch import nn
 import posmlp
 from benchmarks import plain
 from posmlp.model.backbone import BLOCKS, Block, Stage
-from posmlp.model.variants import model_variant
+from posmlp.model.spec import model_variant
 
 MIXED = ("joint", "cascade_ts", "parallel", "spatial")
 

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import fsspec
-from tests.helpers import oracle
 import pytest
 import safetensors.torch
 import torch
@@ -18,6 +17,7 @@ from posmlp.errors import UserError
 from posmlp.model.backbone import Block
 from posmlp.model.checkpoint import CheckpointError, canonical, resize_offsets, resize_tokens
 from posmlp.model.gates import PositionGate
+from tests.helpers import oracle
 
 PARITY = Path(__file__).parents[2] / "parity"
 MIXED = ("joint", "spatial", "parallel", "cascade_ts")

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_learn import make_batch
 
 from pipelines.cli import main
-from pipelines.study import FINISHED, TOP1, StudyError, Trial
-from pipelines.supernet import agree, draw_members, score_members, supernet, supernet_recipe
+from pipelines.tuning.study import FINISHED, TOP1, StudyError, Trial
+from pipelines.tuning.supernet import agree, draw_members, score_members, supernet, supernet_recipe
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.learner import Learner
-from posmlp.model.supernet import Architecture, Choices
+from posmlp.model.spec import Architecture, Choices
+from tests.helpers.batches import make_batch
 from tune_spaces import load_space
 
 CHOICES = {
@@ -106,7 +106,7 @@ def test_architectures_are_drawn_uniformly_and_by_their_seed_alone():
         other.draw(3, step)
         assert net.drawn == other.drawn
         drawn.append(net.drawn)
-    assert all(Choices(**CHOICES).has(architecture) for architecture in drawn)
+    assert all(Choices(**CHOICES).contains(architecture) for architecture in drawn)
     for key, stages in CHOICES.items():
         for stage, values in enumerate(stages):
             counts = collections.Counter(getattr(architecture, key)[stage] for architecture in drawn)
@@ -132,7 +132,7 @@ def test_what_is_not_chosen_is_the_models_own():
         ({"blocks": [["parallel", "jiont"], [], [], []]}, r"unknown block type 'jiont' \(did you mean 'joint'\?\)"),
         ({"depths": [[1, 0], [], [], []]}, "must be positive whole numbers"),
         ({"depths": [[1], [2]]}, "choices of depths have 2 entries, expected one for each of 4 stages"),
-        ({"depths": 3}, "choices of depths 3 must be a list a stage"),
+        ({"depths": 3}, "choices of depths 3 must be one list per stage"),
         ({"widths": []}, r"choices of \['widths'\] are not known; known: \['blocks', 'groups', 'depths'\]"),
     ],
 )
@@ -194,7 +194,7 @@ def test_the_supernet_of_a_space_holds_all_its_members():
     choices = config.model.variant().choices
     rng = np.random.default_rng(0)
     for _ in range(100):
-        assert choices.has(space.recipe(recipe, space.random(rng)).model.variant().architecture())
+        assert choices.contains(space.recipe(recipe, space.random(rng)).model.variant().architecture())
     assert config.name == "net" and not config.tracking.log_model
     assert config.model.variant().depths == recipe.model.variant().depths  # its own where the space has it
     assert config.model.variant().groups == recipe.model.variant().groups
@@ -243,11 +243,10 @@ def test_agreement_is_that_of_the_ranks():
 @pytest.mark.ray
 def test_a_space_is_trained_and_ranked(done, motion_set, tmp_path, capsys):
     """Trained, scored and compared with a study; then scored again, without training; and what is wrong is told."""
-    from tests.helpers.small_runs import QUICK, recipe_for, run_of
-
-    from pipelines import checkpoints
-    from pipelines.evaluate import score_split
+    from pipelines.inference.scoring import score_split
+    from pipelines.runs.record import checkpoints
     from posmlp.video.manifest import read_split
+    from tests.helpers.small_runs import QUICK, recipe_for, run_of
 
     study = done[0].study
     recipe = recipe_for(tmp_path, motion_set, *QUICK, f"data.cache_dir={tmp_path}/cache")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pipelines.cli import main
-from pipelines.ingest import global_order
+from pipelines.data.loader import global_order
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Batch
 from posmlp.model.cost import count_macs
-from posmlp.model.variants import model_variant
+from posmlp.model.spec import model_variant
 from posmlp.video.augment import to_train_input
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
@@ -79,7 +79,7 @@ def test_a_preview_is_a_picture_of_the_batch(capsys, tmp_path, motion_set):
 
 def test_a_preview_is_what_the_run_will_see(motion_set, monkeypatch, tmp_path):
     """The first videos of the sheet are those of the first batch, decoded and augmented with its numbers."""
-    from pipelines import preview
+    from pipelines.data import preview
 
     keys = ["train.epochs=3", "train.global_batch=4", "augment.brightness=0.5", "data.cache_dir=null"]
     config = load_recipe(

@@ -3,12 +3,21 @@
 import dataclasses
 
 import pytest
-from tests.helpers.small_runs import QUICK, recipe_for
 
-from pipelines import doctor as module
 from pipelines.cli import main
-from pipelines.doctor import Node, check_mlflow, check_nodes, check_room, check_stores, check_upload, doctor, versions
+from pipelines.planning import doctor as module
+from pipelines.planning.doctor import (
+    Node,
+    check_mlflow,
+    check_nodes,
+    check_room,
+    check_stores,
+    check_upload,
+    doctor,
+    versions,
+)
 from posmlp.config import RecipeError, load_recipe
+from tests.helpers.small_runs import QUICK, recipe_for
 
 GIB = 2**30
 HEAD = {"object_store_memory": GIB}

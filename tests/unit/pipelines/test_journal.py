@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from pipelines.journal import Journal, JournalInUse, move_away, read
+from pipelines.tracking.journal import Journal, JournalInUse, move_away, read
 
 
 def ops(journal):

@@ -11,19 +11,13 @@ import time
 import psutil
 import pytest
 from mlflow import MlflowClient
-from tests.helpers.ray_nodes import RayNodes
 
-from pipelines.machines import Machine, in_use, names
-from pipelines.tracking import PARENT, Tracker
+from pipelines.tracking.mlflow_client import PARENT
+from pipelines.tracking.node_monitors import Machine, in_use, names
+from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
-
-
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.1)
-    return value
+from tests.helpers.ray_nodes import RayNodes
+from tests.helpers.waiting import until
 
 
 def test_a_machine_tells_what_the_system_tells():
@@ -83,8 +77,8 @@ from pathlib import Path
 ours = os.fdopen(os.dup(1), "w", 1)
 os.dup2(2, 1)  # what Ray tells of lost nodes, sooner or later, is none of ours
 import ray
-from pipelines import machines
-from pipelines.tracking import Tracker
+from pipelines.tracking.tracker import node_monitors as machines
+from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
 ray.init(log_to_driver=False)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipelines import fronts
-from pipelines.study import COSTS, FAILED, FINISHED, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, space_of
-from pipelines.tracking import PARENT
-from pipelines.tune import best
+from pipelines.tracking.mlflow_client import PARENT
+from pipelines.tuning import pareto as fronts
+from pipelines.tuning.study import COSTS, FAILED, FINISHED, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, space_of
+from pipelines.tuning.tune import best
 from posmlp import create_model
 from posmlp.config import load_recipe
 

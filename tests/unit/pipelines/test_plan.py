@@ -20,12 +20,15 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from ray._private import ray_constants
 
-from pipelines import checkpoints, ingest, plan, tracking
 from pipelines.cli import main
-from pipelines.journal import Journal, read
-from pipelines.plan import DECODING, GPUS, NETWORK_DECODE, NETWORK_IN, NETWORK_OUT, STORE, Cluster, make_plan
-from pipelines.train import Report
-from pipelines.worker import Worker
+from pipelines.data import loader as ingest
+from pipelines.planning import plan
+from pipelines.planning.plan import DECODING, GPUS, NETWORK_DECODE, NETWORK_IN, NETWORK_OUT, STORE, Cluster, make_plan
+from pipelines.runs.record import checkpoints
+from pipelines.tracking.journal import Journal, read
+from pipelines.tracking.tracker import tracker as tracking
+from pipelines.training.train import Report
+from pipelines.training.worker import Worker
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.learn.evaluation import Tally
@@ -70,7 +73,9 @@ def test_the_demo_takes_longer_than_its_arithmetic():
 
 
 def test_the_decode_table_is_that_of_the_results():
-    rows = re.findall(r"^\| .+ \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", RESULTS.split("### Decode time")[1], re.M)
+    rows = re.findall(
+        r"^\| .+ \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", RESULTS.split("### Decode time")[1], re.M
+    )
     sources = [(s.kb, s.uniform, s.dense, s.decord_uniform, s.decord_dense) for s in plan.SOURCES.values()]
     assert [tuple(map(float, row)) for row in rows[: len(sources)]] == sources
     (ray,) = re.findall(r"^\| Ray Data \| ([\d.]+) \|", RESULTS, re.M)

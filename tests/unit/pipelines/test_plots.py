@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines import figures
+from pipelines.tracking.tracker import plots as figures
 
 
 @pytest.fixture

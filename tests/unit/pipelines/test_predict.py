@@ -6,49 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.image import imsave
-from tests.helpers.small_runs import recipe_for
 
-from pipelines import checkpoints
-from pipelines.checkpoints import About
-from pipelines.predict import find_checkpoint, parse_views, predict
-from posmlp import create_model
+from pipelines.inference.predict import predict
+from pipelines.inference.views import parse_views
+from pipelines.runs.models import find_checkpoint
 from posmlp.errors import UserError
-from posmlp.video.augment import to_input
-from posmlp.video.clip import load_clips
-
-CLASSES = [f"class {i}" for i in range(8)]
-
-
-def random_model(config, seed=0):
-    """Of weights large enough that every clip gets other scores."""
-    torch.manual_seed(seed)
-    model = create_model(config.model.name, **config.model.overrides())
-    for p in model.parameters():
-        p.data += 0.3 * torch.randn_like(p)
-    return model.eval()
-
-
-def write_checkpoint(run, config, step=3, metrics=None, classes=CLASSES):
-    """A checkpoint of a random model of the recipe; returns its folder and the model."""
-    model = random_model(config, step)
-    about = About(step, 1, metrics or {}, list(classes), config.model_dump(mode="json"))
-    return checkpoints.save(str(run), about, model.state_dict(), {}), model
-
-
-def plain_shares(model, config, uri, clips, crops, images=None):
-    """A video's class probabilities by a plain loop over its views, in NumPy."""
-    section = config.eval.model_copy(update={"clips": clips, "crops": crops})
-    data = config.data.model_copy(update={"cache_dir": None})
-    config = config.model_copy(update={"eval": section, "data": data})
-    views, _ = load_clips(str(uri), "any", config, epoch=0, train=False, images=images)
-    shares = []
-    for view in views:
-        with torch.no_grad():
-            logits = model(to_input(torch.from_numpy(view)[None], config))[0].double().numpy()
-        shares.append(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
-    return np.mean(shares, 0)
+from tests.helpers.random_models import CLASSES, plain_shares, videos_of, write_checkpoint
+from tests.helpers.small_runs import recipe_for
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +24,6 @@ def trained(motion_set, tmp_path_factory):
     run = folder / "small"
     _, model = write_checkpoint(run, config)
     return run, config, model
-
-
-def videos_of(motion_set, count):
-    lines = (motion_set / "val.csv").read_text().splitlines()[1:]
-    return [str(motion_set / line.split(",")[0]) for line in lines[:count]]
 
 
 @pytest.mark.parametrize(("clips", "crops"), [(1, 1), (2, 3)])

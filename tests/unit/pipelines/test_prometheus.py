@@ -2,27 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from pipelines import gauges
-
-HERE = Path(__file__).parents[3]
-
-
-def dashboard():
-    return json.loads((HERE / "deploy" / "grafana.json").read_text())
-
-
-def expressions():
-    """All that the dashboard's panels ask Prometheus."""
-    return [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
-
-
-def metrics_of(expressions):
-    """The names of Ray's metrics in them."""
-    return {*re.findall(r"\bray_\w+", " ".join(expressions))}
+from pipelines.tracking.tracker import prometheus as gauges
+from tests.helpers.dashboard import dashboard, expressions, metrics_of
 
 
 def test_the_dashboard_draws_every_gauge_and_no_other():

@@ -6,9 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import study as records
-from pipelines.search import check_space, choices, objectives, propose, size, static_costs
-from pipelines.study import COSTS, FAILED, FINISHED, RUNNING, STOPPED, TOP1, Study, StudyError, Trial, over_budget
+from pipelines.tuning import study as records
+from pipelines.tuning.search import check_space, choices, objectives, propose, size, static_costs
+from pipelines.tuning.study import (
+    COSTS,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    TOP1,
+    Study,
+    StudyError,
+    Trial,
+    over_budget,
+)
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.model.cost import cost

@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -18,64 +16,23 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
-from tests.helpers.small_runs import active_uri
 
-from pipelines import tracking
-from pipelines.journal import JournalInUse, read
-from pipelines.tracking import Past, Tracker, refuse_strangers, shorten, sync, tracking_uri, without_secrets
+from pipelines.tracking.delivery import Past, sync
+from pipelines.tracking.journal import JournalInUse, read
+from pipelines.tracking.mlflow_client import shorten
+from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.tracker import tracker as tracking
+from pipelines.tracking.uris import refuse_strangers, tracking_uri, without_secrets
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
-
-
-def until(condition, seconds=30):
-    """Poll until it holds; returns what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
-    return value
-
-
-class Server:
-    """An MLflow server that can be killed and started again on the same port and database."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.database = folder / "mlflow.db"
-        self.process = None
-
-    def start(self):
-        if self.process:
-            return
-        options = f"--host 127.0.0.1 --port {self.port} --workers 1 --backend-store-uri sqlite:///{self.database}"
-        options += f" --artifacts-destination {self.folder / 'artifacts'}"
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        command = [sys.executable, "-m", "mlflow", "server", *options.split()]
-        with open(self.folder / "log.txt", "a") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        until(self.answers, 90)
-
-    def answers(self):
-        assert self.process.poll() is None, (self.folder / "log.txt").read_text()
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def kill(self):
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+from tests.helpers.mlflow_server import MlflowServer
+from tests.helpers.small_runs import active_uri
+from tests.helpers.waiting import until
 
 
 @pytest.fixture(scope="module")
 def one_server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
     yield server
     server.kill()
 
@@ -281,7 +238,7 @@ def test_a_password_in_the_uri_stays_in_memory(server, tmp_path, lines, monkeypa
 WRITER = """
 import sys
 from pathlib import Path
-from pipelines.tracking import Tracker
+from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])

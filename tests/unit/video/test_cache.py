@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from tests.helpers.videos import numbers, picture, write_video
 
 from posmlp.config import DataSection, SplitSection
 from posmlp.errors import UserError
@@ -14,6 +13,7 @@ from posmlp.video import clip
 from posmlp.video.cache import CachedVideo, cache_path, store
 from posmlp.video.clip import open_frames
 from posmlp.video.decode import DecodeError, Video, open_video
+from tests.helpers.videos import numbers, picture, write_video
 
 
 def cached(uri, short_side, folder, images=None):

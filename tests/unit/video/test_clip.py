@@ -8,12 +8,12 @@ import decord
 import numpy as np
 import pytest
 import torch
-from tests.helpers.videos import BITS, number, numbers, picture, scramble, write_video
 
 from posmlp.config import Config
 from posmlp.video import clip
 from posmlp.video.clip import load_clips, resize, views_of
 from posmlp.video.decode import DecodeError, Video
+from tests.helpers.videos import BITS, number, numbers, picture, scramble, write_video
 
 
 def make_config(frames=8, seed=0, clips=1, crops=1, **data):

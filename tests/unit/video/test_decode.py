@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers.videos import by_pyav, noisy, number, numbers, picture, write_video
 
 from posmlp.video.decode import DecodeError, Video, open_video, scaled
+from tests.helpers.videos import by_pyav, noisy, number, numbers, picture, write_video
 
 X265 = "log-level=none:pools=1:frame-threads=1"
 B_FRAMES = {"g": "12", "bf": "2"}

@@ -13,14 +13,14 @@ import zlib
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.helpers.videos import write_video
 
-from pipelines.ingest import decode_rows
+from pipelines.data.loader import decode_rows
 from posmlp.config import load_recipe
 from posmlp.video import cache, decode, isolated
 from posmlp.video.decode import DecodeError, Video
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import SCHEMA
+from tests.helpers.videos import write_video
 
 
 def png(path, width, height, rows):

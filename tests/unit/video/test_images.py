@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 import posmlp
-from pipelines.ingest import collate, decode_rows
+from pipelines.data.loader import collate, decode_rows
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Learner
 from posmlp.video.decode import DecodeError, open_video

@@ -15,13 +15,28 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tests.helpers.videos import by_pyav, noisy, numbers, write_video
 
 from posmlp.errors import UserError
 from posmlp.video import isolated
 from posmlp.video.decode import DecodeError, Video
 from posmlp.video.isolated import open_isolated
+from tests.helpers.decoder_faults import (
+    abort,
+    eat_memory,
+    fail,
+    frames_of,
+    leave,
+    process_id,
+    refuse,
+    segfault,
+    sequential,
+    sleep,
+    spin_in_c,
+    unsendable,
+)
+from tests.helpers.videos import by_pyav, noisy, numbers, write_video
 
+ROOT = Path(__file__).parents[3]
 B_FRAMES = {"g": "12", "bf": "2"}
 
 
@@ -33,57 +48,6 @@ def video(tmp_path_factory):
 def check_serves(video):
     with open_isolated(video, timeout_s=30) as opened:
         assert numbers(opened.read([3, 17, 39])) == [3, 17, 39]
-
-
-# What the child is made to do. They stand in a module, as what is sent to it must.
-
-
-def abort(video):
-    os.abort()
-
-
-def segfault(video):
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def leave(video):
-    os._exit(3)
-
-
-def sleep(video, seconds):
-    time.sleep(seconds)
-
-
-def spin_in_c(video):
-    re.match("(a+)+b", "a" * 60)  # never ends, and takes no signal before it does
-
-
-def eat_memory(video):
-    return int(np.ones(isolated.MEMORY_LIMIT, np.uint8).sum())
-
-
-def fail(video):
-    raise RuntimeError("two\nlines")
-
-
-def refuse(video):
-    raise UserError("the disk is full")
-
-
-def frames_of(video):
-    return video.info.frames
-
-
-def sequential(video):
-    return by_pyav(video.uri)
-
-
-def process_id(video):
-    return os.getpid()
-
-
-def unsendable(video):
-    return lambda: None
 
 
 @pytest.mark.parametrize(
@@ -268,24 +232,22 @@ def runs(pid):
 
 PARENT = """
 import sys, time
-import test_isolated
+from tests.helpers import decoder_faults
 from posmlp.video.isolated import open_isolated
 with open_isolated(sys.argv[1], timeout_s=float(sys.argv[2])) as video:
-    print(video.run(test_isolated.process_id), flush=True)
+    print(video.run(decoder_faults.process_id), flush=True)
     if sys.argv[3] == "hang":
-        video.run(test_isolated.sleep, 600)
+        video.run(decoder_faults.sleep, 600)
     elif sys.argv[3] == "spin":
-        video.run(test_isolated.spin_in_c)
+        video.run(decoder_faults.spin_in_c)
     elif sys.argv[3] == "idle":
         time.sleep(600)
 """
 
 
 def start_parent(*args):
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
     command = [sys.executable, "-c", PARENT, *args]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}, text=True)
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True)
     return parent, int(parent.stdout.readline())
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.helpers.videos import by_pyav
 
 from posmlp.video.decode import DecodeError, Video
+from tests.helpers.videos import by_pyav
 
 FOLDER = Path(__file__).parents[4] / "shared" / "clips"
 

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.helpers.videos import numbers, write_video
 
 from posmlp import storage
 from posmlp.video.decode import DecodeError, Video
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import ManifestError, read_manifest
+from tests.helpers.videos import numbers, write_video
 
 ODD_NAMES = [
     "works?.mp4",
@@ -135,7 +135,7 @@ def test_odd_names_are_objects_of_a_store(name):
 def test_of_many_files_each_is_looked_for(tmp_path):
     """More than one thread takes at a time, a store's among them, and some named twice."""
     bucket = f"memory://{uuid.uuid4().hex}"
-    names = [f"{number}.mp4" for number in range(3 * storage.LOOKS + 5)]
+    names = [f"{number}.mp4" for number in range(3 * storage.LOCAL_CHECKS_PER_TASK + 5)]
     there = [number % 3 > 0 for number in range(len(names))]
     uris = [f"file://{tmp_path / name}" if number % 2 else str(tmp_path / name) for number, name in enumerate(names)]
     for uri, exists in zip(uris, there, strict=True):

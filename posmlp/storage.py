@@ -1,10 +1,15 @@
-"""Files wherever they lie: a local path, an object store's URI, or a row of a Parquet file.
+"""Files on a local path, in an object store, or in a row of a Parquet file.
 
-A URI such as ``s3://bucket/key`` is opened by PyArrow's own file systems (local, S3, GCS, Azure, HDFS) and any other
-scheme by fsspec, if the package for it is installed. Credentials and endpoints come from the environment that these
-libraries read (for S3 ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``, or
-``?endpoint_override=...&scheme=http`` behind the URI). ``FILE.parquet#7`` is the value of column ``data`` in row 7.
+PyArrow's own file systems (local, S3, GCS, Azure, HDFS) open URIs such as ``s3://bucket/key``. fsspec opens any other
+scheme if the package for it is installed. Both read credentials and endpoints from the environment (for S3
+``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``); options may also follow the
+URI, as in ``?endpoint_override=...&scheme=http``. ``FILE.parquet#7`` is the value of column ``data`` in row 7.
+
+Functions that open files import PyArrow when they are called, so that importing this module is cheap: the recipe and
+the command line need only the functions on names.
 """
+
+from __future__ import annotations
 
 import bisect
 import contextlib
@@ -14,41 +19,46 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING
 
 from posmlp.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow.fs as pafs
+    import pyarrow.parquet as pq
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FILE = "file://"
 PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)[^/]*:[^/]*@")
-# The question mark before a store's options, as PyArrow names them; one in a file name (``watch?v=1.mp4``) is not it.
+# The question mark before the options of a store, by their PyArrow names. One in a file name (``watch?v=1.mp4``) does
+# not match.
 OPTIONS = re.compile(r"\?(?=(?:region|scheme|user|replication|[a-z]+_[a-z_]+)=[^?]*$)")
-OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "memory")  # show what is written when it is closed
+OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "memory")  # a file appears there when it is closed
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)$", re.DOTALL)
-REQUESTS = 32  # to a store at a time
-LOOKS = 64  # at local files in one task of a thread, which costs ten times what a look does
-BYTES_COLUMN = "data"  # of a Parquet file with inline videos
+MAX_REQUESTS = 32  # in flight at a time
+LOCAL_CHECKS_PER_TASK = 64  # a task of the thread pool costs ten times what checking one local file does
+BYTES_COLUMN = "data"  # column of a Parquet file with the bytes of inline videos
 
 
 class StorageError(UserError):
     """A URI that no file system here can open."""
 
 
+# Names: no file is opened ---------------------------------------------------------------------------------------------
+
+
 def is_remote(uri: str) -> bool:
-    """Whether it has a scheme other than ``file``; everything else is a path of this machine."""
+    """Whether a URI has a scheme other than ``file``. Anything else is a path on this machine."""
     return bool(SCHEME.match(uri)) and not uri.startswith(FILE)
 
 
 def local_path(uri: str) -> str:
-    """The absolute path of what is not remote."""
+    """The absolute path of a local path or a ``file://`` URI."""
     return os.path.abspath(uri.removeprefix(FILE))
 
 
-def _split(uri: str) -> tuple[str, str]:
-    """A remote URI and its options, which are kept apart from the path."""
+def _split_options(uri: str) -> tuple[str, str]:
+    """Split a remote URI into its location and its options (``?...``, or empty)."""
     location, *options = OPTIONS.split(uri, maxsplit=1)
     return location, "?" + options[0] if options else ""
 
@@ -60,97 +70,108 @@ def parquet_row(uri: str) -> tuple[str, int] | None:
 
 
 def join(base: str, relative: str) -> str:
-    """``relative`` below the folder ``base``, or as it is where absolute or a URI; local paths become absolute."""
+    """Join a path to the folder ``base``. A URI or an absolute path ignores the base. Local paths become absolute."""
     if SCHEME.match(relative):
         return relative if is_remote(relative) else local_path(relative)
     if is_remote(base) and not relative.startswith("/"):
-        folder, options = _split(base)
+        folder, options = _split_options(base)
         return f"{folder.rstrip('/')}/{relative}{options}"
     return local_path(os.path.join(base, relative))
 
 
 def is_inside(uri: str, folder: str) -> bool:
-    """Whether a place lies in a folder, both as ``join`` gives them, by name: what links lead to counts as inside.
+    """Whether a file lies in a folder, judged by name alone; links are not followed.
 
-    In a store the options, such as the server that answers, must be the folder's too.
+    Both must be as ``join`` returns them. In a store the options, such as the server's address, must be equal too.
     """
     if not is_remote(uri):
         return not is_remote(folder) and uri.startswith(os.path.join(folder, ""))
     if not is_remote(folder):
         return False
-    (place, options), (base, expected) = _split(uri), _split(folder)
-    below = place.removeprefix(base.rstrip("/") + "/")
-    return below not in ("", place) and options == expected and not {"..", "."} & {*below.split("/")}
+    (location, options), (base, expected) = _split_options(uri), _split_options(folder)
+    below = location.removeprefix(base.rstrip("/") + "/")
+    return below not in ("", location) and options == expected and not {"..", "."} & {*below.split("/")}
 
 
 def without_password(uri: str) -> str:
-    """A URI to be shown."""
+    """The URI without user and password, for messages."""
     return PASSWORD.sub(r"\1", uri)
 
 
 def refuse_password(uri: str) -> None:
-    """What names a place is written down and printed in many places.
+    """Refuse a URI with a password, because URIs are stored and printed in many places.
 
     Raises:
-        StorageError: there is a password in the URI.
+        StorageError: the URI has a password.
     """
     if PASSWORD.match(uri):
-        raise StorageError(f"{without_password(uri)}: leave user and password out; the environment has them")
+        raise StorageError(f"{without_password(uri)}: leave user and password out; set them in the environment")
 
 
 def parent(uri: str) -> str:
-    """The folder that a file lies in."""
+    """The folder that holds a file."""
     if not is_remote(uri):
         return os.path.dirname(local_path(uri))
-    path, options = _split(uri)
-    return path.rpartition("/")[0] + options
+    location, options = _split_options(uri)
+    return location.rpartition("/")[0] + options
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it.
+    """The file system of a path or URI, and the path within it.
 
     Raises:
-        StorageError: unknown scheme, a malformed URI, or a missing package.
+        StorageError: unknown scheme, a malformed URI, a URI with a password, or a missing package.
     """
     if not is_remote(uri):
-        return _local(), local_path(uri)
+        return _local_system(), local_path(uri)
     refuse_password(uri)
-    location, options = _split(uri)
+    location, options = _split_options(uri)
     scheme, _, path = location.partition("://")
     root = f"{scheme}://{path.partition('/')[0]}{options}"
-    system, base = _remote(root)
+    system, base = _remote_system(root)
     rest = path.partition("/")[2]
     return system, f"{base.rstrip('/')}/{rest}" if base and rest else base or path
 
 
 @functools.cache
-def _local() -> pafs.FileSystem:
+def _local_system() -> pafs.FileSystem:
+    import pyarrow.fs as pafs
+
     return pafs.LocalFileSystem()
 
 
-@functools.lru_cache(maxsize=32)  # a client holds connections: one for each bucket, not one for each file
-def _remote(root: str) -> tuple[pafs.FileSystem, str]:
+@functools.lru_cache(maxsize=32)  # a client holds connections: make one per bucket, not one per file
+def _remote_system(root: str) -> tuple[pafs.FileSystem, str]:
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+
     try:
         return pafs.FileSystem.from_uri(root)
     except (pa.ArrowException, ValueError) as error:  # a scheme that PyArrow does not know, or a URI it cannot parse
-        return _by_fsspec(root, error)
+        return _fsspec_system(root, error)
 
 
-def _by_fsspec(root: str, why: Exception) -> tuple[pafs.FileSystem, str]:
-    """What PyArrow does not know, through fsspec."""
+def _fsspec_system(root: str, arrow_error: Exception) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI that PyArrow cannot open, through fsspec."""
+    import pyarrow.fs as pafs
+
     try:
         import fsspec
 
         system, path = fsspec.core.url_to_fs(root)
     except (ImportError, ValueError, OSError) as error:
         raise StorageError(
-            f"{root}: no file system for it ({why}; fsspec: {error}); check the scheme, or install its fsspec package"
+            f"{root}: no file system for it ({arrow_error}; fsspec: {error}); "
+            "check the scheme, or install its fsspec package"
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(system)), path
 
 
 def read_bytes(uri: str) -> bytes:
-    """A whole file, or one row's video of a Parquet file.
+    """Read a whole file, or the video in one row of a Parquet file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -166,7 +187,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, content: bytes | memoryview) -> None:
-    """Write a file that appears only when complete; folders are made.
+    """Write a file, which appears only when it is complete. Missing folders are created.
 
     Raises:
         OSError: it cannot be written.
@@ -174,10 +195,10 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
     system, path = resolve(uri)
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     if is_remote(uri):
-        whole = uri.partition("://")[0] in OBJECT_STORES
-        with system.open_output_stream(path if whole else temporary, compression=None) as file:
+        atomic = uri.partition("://")[0] in OBJECT_STORES
+        with system.open_output_stream(path if atomic else temporary, compression=None) as file:
             file.write(content)
-        if not whole:
+        if not atomic:
             system.move(temporary, path)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -188,16 +209,18 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):  # it has its final name, or was never made
+        with contextlib.suppress(FileNotFoundError):  # it was renamed, or never created
             os.unlink(temporary)
 
 
 def remove(uri: str) -> None:
-    """Remove a file, or a folder with all that is in it; what is not there is no error.
+    """Remove a file, or a folder with its content. A missing one is no error.
 
     Raises:
         OSError: it cannot be removed.
     """
+    import pyarrow.fs as pafs
+
     system, path = resolve(uri)
     kind = system.get_file_info(path).type
     if kind == pafs.FileType.Directory:
@@ -206,34 +229,41 @@ def remove(uri: str) -> None:
         system.delete_file(path)
 
 
-def folders(uri: str) -> list[str]:
-    """The folders in a folder, by name; none if it is not there.
+def list_folders(uri: str) -> list[str]:
+    """The folders in a folder, sorted by name; empty if the folder does not exist.
 
     Raises:
         OSError: it cannot be read.
     """
+    import pyarrow.fs as pafs
+
     system, path = resolve(uri)
     entries = system.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return sorted(join(uri, entry.base_name) for entry in entries if entry.type == pafs.FileType.Directory)
 
 
 def are_files(uris: Sequence[str]) -> list[bool]:
-    """Whether each is a file that exists (of ``FILE.parquet#ROW``, the file). Many requests at a time for a store."""
+    """Whether each URI is an existing file; for ``FILE.parquet#ROW``, whether the Parquet file exists.
+
+    Sends many requests at a time, because shared disks and stores answer each one slowly.
+    """
     paths = [row[0] if (row := parquet_row(uri)) else uri for uri in uris]
-    different = list(dict.fromkeys(paths))
-    remote = [uri for uri in different if is_remote(uri)]
-    places = [resolve(uri) for uri in remote]  # a client a bucket
-    local = [uri for uri in different if not is_remote(uri)] if remote else different
-    parts = [local[i : i + LOOKS] for i in range(0, len(local), LOOKS)]
-    with ThreadPoolExecutor(REQUESTS) as pool:  # shared disks and stores take their time for each
-        found = dict(zip(remote, pool.map(_is_file, places), strict=True))
-        for part, there in zip(parts, pool.map(_are_local_files, parts), strict=True):
-            found.update(zip(part, there, strict=True))
-    return [found[path] for path in paths]
+    unique = list(dict.fromkeys(paths))
+    remote = [uri for uri in unique if is_remote(uri)]
+    resolved = [resolve(uri) for uri in remote]  # one client per bucket
+    local = [uri for uri in unique if not is_remote(uri)] if remote else unique
+    tasks = [local[i : i + LOCAL_CHECKS_PER_TASK] for i in range(0, len(local), LOCAL_CHECKS_PER_TASK)]
+    with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+        exists = dict(zip(remote, pool.map(_is_remote_file, resolved), strict=True))
+        for task, results in zip(tasks, pool.map(_are_local_files, tasks), strict=True):
+            exists.update(zip(task, results, strict=True))
+    return [exists[path] for path in paths]
 
 
-def _is_file(place: tuple[pafs.FileSystem, str]) -> bool:
-    system, path = place
+def _is_remote_file(resolved: tuple[pafs.FileSystem, str]) -> bool:
+    import pyarrow.fs as pafs
+
+    system, path = resolved
     return bool(system.get_file_info(path).type == pafs.FileType.File)
 
 
@@ -242,12 +272,14 @@ def _are_local_files(paths: Sequence[str]) -> list[bool]:
 
 
 def version(uri: str) -> str:
-    """Changes when the file does: its size and time of change.
+    """Size and modification time of a file as one string, which changes when the file does.
 
     Raises:
         FileNotFoundError: no such file.
         OSError: the store does not answer.
     """
+    import pyarrow.fs as pafs
+
     row = parquet_row(uri)
     system, path = resolve(row[0] if row else uri)
     info = system.get_file_info(path)
@@ -257,10 +289,12 @@ def version(uri: str) -> str:
 
 
 @functools.lru_cache(maxsize=16)  # reading a footer costs more than reading a row
-def _parquet(path: str, version: str) -> tuple[pq.ParquetFile, list[int]]:
-    """An open file and the first row of each of its row groups."""
-    system, place = resolve(path)
-    file = pq.ParquetFile(system.open_input_file(place), pre_buffer=False)
+def _open_parquet(uri: str, version: str) -> tuple[pq.ParquetFile, list[int]]:
+    """An open Parquet file, and the first row of each row group followed by the number of rows."""
+    import pyarrow.parquet as pq
+
+    system, path = resolve(uri)
+    file = pq.ParquetFile(system.open_input_file(path), pre_buffer=False)
     starts = [0]
     for group in range(file.num_row_groups):
         starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
@@ -268,27 +302,29 @@ def _parquet(path: str, version: str) -> tuple[pq.ParquetFile, list[int]]:
 
 
 def _read_row(path: str, row: int) -> bytes:
-    now = version(path)
+    import pyarrow as pa
+
+    current = version(path)
     try:
-        file, starts = _parquet(path, now)
+        file, starts = _open_parquet(path, current)
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{path} cannot be read as a Parquet file: {_line(error)}") from error
+        raise OSError(f"{path} cannot be read as a Parquet file: {_one_line(error)}") from error
     if BYTES_COLUMN not in file.schema_arrow.names:
         raise OSError(f"{path} has no column {BYTES_COLUMN!r}")
     if row >= starts[-1]:
         raise OSError(f"{path} has {starts[-1]} rows, no row {row}")
     group = bisect.bisect_right(starts, row) - 1
     try:
-        # page by page, as a group may hold more videos than there is memory; shards have one video a group
+        # page by page: a group may hold more videos than fit in memory (our shards have one video per group)
         batches = file.iter_batches(1, row_groups=[group], columns=[BYTES_COLUMN], use_threads=False)
         column = next(itertools.islice(batches, row - starts[group], None))[BYTES_COLUMN]
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"row {row} of {path} cannot be read: {_line(error)}") from error
+        raise OSError(f"row {row} of {path} cannot be read: {_one_line(error)}") from error
     content = column[0].as_py()
     if not isinstance(content, bytes):
         raise OSError(f"row {row} of {path} holds no bytes in column {BYTES_COLUMN!r}")
     return content
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -1,1 +1,1 @@
-"""From data set files to training batches: manifest, decode, sampling, augmentation, and the embedded data set."""
+"""From data set files to training batches: manifests, decoding, sampling, augmentation, and the embedded data sets."""

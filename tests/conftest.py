@@ -1,4 +1,4 @@
-"""Shared by all tests: hypothesis without surprises, a small motion set, and one local Ray."""
+"""What all tests share: hypothesis without surprises, a small motion set, an untrained run, an S3 server."""
 
 import os
 
@@ -26,40 +26,12 @@ def motion_set(tmp_path_factory):
     return make_motion_set(tmp_path_factory.mktemp("motion"), train=32, val=16, size=32)
 
 
-@pytest.fixture(scope="session")
-def local_ray():
-    """One Ray for all tests (two on a host disturb each other), with more CPUs than the machine may have."""
-    import ray
+@pytest.fixture(scope="module")
+def untrained_run(motion_set, tmp_path_factory):
+    """A run with a checkpoint of a random model and with a broken video in its val split."""
+    from tests.helpers.untrained_run import write_untrained_run
 
-    from pipelines.cluster.session import start_ray
-
-    start_ray(address="local", num_cpus=4)
-    yield ray
-    ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def finished(local_ray, motion_set, tmp_path_factory):
-    """A run of 2 epochs on 2 workers: its recipe, its result, its printed lines, and who listened where meanwhile."""
-    from pipelines.training.train import train
-    from tests.helpers.small_runs import Ears, recipe_for
-
-    folder, lines = tmp_path_factory.mktemp("finished"), []
-    config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
-    with Ears() as ears:
-        result = train(config, lines.append)
-    return config, result, lines, ears.found
-
-
-@pytest.fixture(scope="session")
-def done(local_ray, motion_set, tmp_path_factory):
-    """A finished study of three trials, its front repeated with a second seed; and the lines that it printed."""
-    from pipelines.tuning.tune import tune
-    from tests.helpers.small_runs import study_for
-
-    folder, lines = tmp_path_factory.mktemp("study"), []
-    study = study_for(folder, motion_set, "tracking.log_model=true", against="gmacs", repeats=2)
-    return tune(study, lines.append), lines
+    return write_untrained_run(tmp_path_factory.mktemp("untrained"), motion_set)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import psutil
 import ray
 from mlflow import MlflowClient
 
-from pipelines.runs.record import checkpoints
+from pipelines.runs import checkpoints
 from pipelines.tracking.uris import tracking_uri
 from pipelines.tuning.study import Study
 from posmlp.config import load_recipe

@@ -17,16 +17,16 @@ COLUMNS = [f"metrics.`{TOP1}`", "metrics.`cost/latency_ms`", "metrics.`cost/gmac
 
 
 @pytest.fixture(scope="module")
-def server(done):
-    result, _ = done
+def server(finished_study):
+    result, _ = finished_study
     store = tracking_uri(result.study.recipe).removeprefix("sqlite:///")
     with mlflow_server(store, Path(store).parent / "mlartifacts") as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def experiment(done):
-    result, _ = done
+def experiment(finished_study):
+    result, _ = finished_study
     return MlflowClient(tracking_uri(result.study.recipe)).get_run(result.mlflow_run_id).info.experiment_id
 
 
@@ -58,8 +58,8 @@ def choose(page, box, *options):
     page.keyboard.press("Escape")
 
 
-def test_the_runs_table_shows_the_study_and_its_trials(done, server, experiment, page, tmp_path):
-    result, _ = done
+def test_the_runs_table_shows_the_study_and_its_trials(finished_study, server, experiment, page, tmp_path):
+    result, _ = finished_study
     page.goto(f"{server}/#/experiments/{experiment}/runs")
     study = page.locator(".ag-row").filter(has_text="look").first
     study.get_by_role("button").first.click()  # unfolds it
@@ -72,8 +72,8 @@ def test_the_runs_table_shows_the_study_and_its_trials(done, server, experiment,
         assert {trial.member["block1"], str(trial.metrics[TOP1])} <= set(shown)
 
 
-def test_the_trials_can_be_compared(done, server, experiment, page, tmp_path):
-    result, _ = done
+def test_the_trials_can_be_compared(finished_study, server, experiment, page, tmp_path):
+    result, _ = finished_study
     ids = [trial.mlflow_run_id for trial in result.trials]
     runs, experiments = quote(json.dumps(ids)), quote(json.dumps([experiment]))
     page.goto(f"{server}/#/compare-runs?runs={runs}&experiments={experiments}")
@@ -93,8 +93,8 @@ def test_the_trials_can_be_compared(done, server, experiment, page, tmp_path):
     keep(page, tmp_path, "scatter")
 
 
-def test_the_front_is_a_page_to_point_at(done, server, experiment, page, tmp_path):
-    result, _ = done
+def test_the_front_is_a_page_to_point_at(finished_study, server, experiment, page, tmp_path):
+    result, _ = finished_study
     page.goto(f"{server}/#/experiments/{experiment}/runs/{result.mlflow_run_id}/artifacts/front.html")
     frame = page.frame_locator("iframe").first
     frame.locator(".gtitle", has_text=f"look: {len(full(result.trials))} trials").wait_for()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pipelines.runs.record import checkpoints
+from pipelines.runs import checkpoints
 from posmlp.video.motion import make_motion_set
 from tests.helpers.ray_nodes import RayNodes
 from tests.helpers.small_runs import QUICK, recipe_for

@@ -17,8 +17,8 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from pipelines.cli import main
+from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
-from pipelines.runs.record import checkpoints
 from pipelines.training.train import train
 from posmlp.errors import UserError
 from tests.helpers.small_runs import log_of, recipe_for, run_of, start_cli, wait_for_step

@@ -19,8 +19,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipelines.runs.record import checkpoints, read_record
-from pipelines.tracking.tracker import prometheus as gauges
+from pipelines.runs import checkpoints
+from pipelines.runs.record import read_record
+from pipelines.tracking import prometheus
 from tests.helpers.dashboard import expressions, metrics_of
 from tests.helpers.ray_nodes import RAY, RayNodes, free_port
 from tests.helpers.small_runs import QUICK, recipe_for, run_of, with_broken
@@ -155,7 +156,7 @@ def test_a_run_shows_its_gauges_to_who_scrapes_the_nodes(trained):
     assert 2 <= last["decode_errors_total"] <= 2 * 4
     assert last["clips_per_second"] > 0 and 0 <= last["data_wait_fraction"] <= 1
     assert 0 < last["train_loss"] < 3  # ln 8 is that of a guess
-    assert {*last} == {*gauges.GAUGES, *(f"{name}_total" for name in gauges.COUNTERS)}
+    assert {*last} == {*prometheus.GAUGES, *(f"{name}_total" for name in prometheus.COUNTERS)}
 
 
 def test_the_dashboard_shows_a_runs_state(trained):
@@ -251,7 +252,7 @@ def test_a_job_without_the_token_is_refused(cluster):
 def test_an_ended_run_shows_nothing_any_more(cluster, trained):
     """Ray keeps its gauges for 20 seconds; counters stay."""
     deadline = time.monotonic() + 60
-    names = {f"ray_posmlp_{name}" for name in gauges.GAUGES}
+    names = {f"ray_posmlp_{name}" for name in prometheus.GAUGES}
     while names & {sample.name for sample in cluster.scrape()}:
         assert time.monotonic() < deadline
         time.sleep(0.5)

@@ -114,7 +114,6 @@ def drive(number, uri, folder):
     return tracker.close("FINISHED", wait_s=300)
 
 
-@pytest.mark.ray  # not on Ray, but it takes every core
 def test_sixteen_drivers_at_a_time_lose_nothing(server, database, tmp_path):
     """Counted in the database itself."""
     import psycopg
@@ -143,7 +142,6 @@ def test_sixteen_drivers_at_a_time_lose_nothing(server, database, tmp_path):
     assert not [path for path in written if SECRET in path.read_text()]
 
 
-@pytest.mark.ray
 def test_nobody_gets_in_without_a_password(server):
     uri, _ = server
     with pytest.raises(urllib.error.HTTPError, match="401"):

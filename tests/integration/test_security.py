@@ -21,8 +21,8 @@ HERE = Path(__file__).parents[2]
 # Sockets --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_local_run_listens_on_loopback_alone(finished):
-    *_, found = finished
+def test_a_local_run_listens_on_loopback_alone(finished_run):
+    *_, found = finished_run
     names = {name for _, name in found}
     assert {"gcs_server", "raylet"} <= names and any("RayTrainWorker" in name for name in names)
     assert not {(ip, name) for ip, name in found if ip not in ("127.0.0.1", "::1")}

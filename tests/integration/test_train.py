@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
 from pipelines.runs.models import last_model, trained_model
-from pipelines.runs.record import checkpoints
 from pipelines.tracking.uris import tracking_uri, without_password
 from pipelines.training.preflight import check_record, fingerprint
 from pipelines.training.progress import advise
@@ -27,8 +27,8 @@ from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_reports_every_epoch_and_counts_every_video_once(finished):
-    _, result, lines, _ = finished
+def test_a_run_reports_every_epoch_and_counts_every_video_once(finished_run):
+    _, result, lines, _ = finished_run
     assert result.metrics["epoch"] == 2
     assert result.metrics["val/clips"] == 16
     assert 0 <= result.metrics["val/top1"] <= result.metrics["val/top5"] <= 1
@@ -39,8 +39,8 @@ def test_a_run_reports_every_epoch_and_counts_every_video_once(finished):
     assert "2 workers" in text
 
 
-def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
-    config, result, *_ = finished
+def test_mlflow_has_config_metrics_tags_and_artifacts(finished_run):
+    config, result, *_ = finished_run
     client, run = run_of(config)
     assert run.info.run_id == result.mlflow_run_id
     assert run.info.status == "FINISHED"
@@ -60,8 +60,8 @@ def test_mlflow_has_config_metrics_tags_and_artifacts(finished):
     assert "global_batch: 8" in text
 
 
-def test_the_logged_model_is_the_checkpoints(finished):
-    config, result, *_ = finished
+def test_the_logged_model_is_the_checkpoints(finished_run):
+    config, result, *_ = finished_run
     torch.manual_seed(0)
     clip = torch.randn(1, 3, 4, 32, 32)
     with active_uri(tracking_uri(config)):
@@ -70,15 +70,15 @@ def test_the_logged_model_is_the_checkpoints(finished):
         torch.testing.assert_close(logged(clip), last_model(result.path)(clip), rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_name_is_refused(finished):
-    config, *_ = finished
+def test_a_finished_name_is_refused(finished_run):
+    config, *_ = finished_run
     with pytest.raises(RunError, match=r"'small' is finished .*name=") as error:
         train(config)
     assert isinstance(error.value, UserError)
 
 
-def test_the_pictures_are_logged(finished):
-    config, *_ = finished
+def test_the_pictures_are_logged(finished_run):
+    config, *_ = finished_run
     client, run = run_of(config)
     assert {"learning_curves.png", "confusion.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
     with active_uri(tracking_uri(config)):
@@ -87,8 +87,8 @@ def test_the_pictures_are_logged(finished):
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_best_and_the_newest_checkpoints_are_kept(finished):
-    _, result, *_ = finished
+def test_the_best_and_the_newest_checkpoints_are_kept(finished_run):
+    _, result, *_ = finished_run
     found = checkpoints.find(result.path, check=True)
     assert [f.about.epoch for f in found] == [1, 2]
     assert found[-1].about.metrics == result.metrics

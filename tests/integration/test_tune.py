@@ -14,7 +14,8 @@ from ray.util import placement_group_table
 from ray.util.state import list_actors
 
 from pipelines.cli import main
-from pipelines.runs.record import checkpoints, read_json, read_record
+from pipelines.runs import checkpoints
+from pipelines.runs.record import read_json, read_record
 from pipelines.tracking.mlflow_client import PARENT
 from pipelines.tracking.uris import tracking_uri
 from pipelines.training.train import train
@@ -65,8 +66,8 @@ def wait_until(condition, seconds=60):
         time.sleep(0.2)
 
 
-def test_a_study_trains_every_trial_and_notes_it(done):
-    result, lines = done
+def test_a_study_trains_every_trial_and_notes_it(finished_study):
+    result, lines = finished_study
     first = [trial for trial in result.trials if trial.repeats is None]
     assert [trial.state for trial in result.trials] == [FINISHED] * len(result.trials)
     assert [trial.number for trial in first] == [0, 1, 2]
@@ -85,8 +86,8 @@ def test_a_study_trains_every_trial_and_notes_it(done):
     assert any("trial 2: finished" in line for line in lines)
 
 
-def test_the_front_is_repeated_with_another_seed(done):
-    result, _ = done
+def test_the_front_is_repeated_with_another_seed(finished_study):
+    result, _ = finished_study
     again = [trial for trial in result.trials if trial.repeats is not None]
     assert [trial.repeats for trial in again] == sorted(t.number for t in fronts.front(result.trials, "gmacs"))
     for trial in again:
@@ -94,8 +95,8 @@ def test_the_front_is_repeated_with_another_seed(done):
         assert trial.member == result.trials[trial.repeats].member
 
 
-def test_mlflow_has_one_parent_and_a_child_a_trial(done):
-    result, _ = done
+def test_mlflow_has_one_parent_and_a_child_a_trial(finished_study):
+    result, _ = finished_study
     client, parents, children = mlflow_runs(result.study)
     (parent,) = parents
     assert parent.info.run_id == result.mlflow_run_id
@@ -115,8 +116,8 @@ def test_mlflow_has_one_parent_and_a_child_a_trial(done):
         assert len(client.get_metric_history(run.info.run_id, COSTS["latency"])) == 1 + (trial.repeats is None)
 
 
-def test_the_front_is_read_from_mlflow_alone(done, tmp_path, capsys):
-    result, _ = done
+def test_the_front_is_read_from_mlflow_alone(finished_study, tmp_path, capsys):
+    result, _ = finished_study
     uri = tracking_uri(result.study.recipe)
     view = fronts.read_view("look", uri)
     assert view.study == result.study
@@ -135,8 +136,8 @@ def test_the_front_is_read_from_mlflow_alone(done, tmp_path, capsys):
     assert {"front.html", "front.png", "trials.csv", "progress.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_every_point_of_the_front_has_a_recipe_that_trains(done, tmp_path):
-    result, _ = done
+def test_every_point_of_the_front_has_a_recipe_that_trains(finished_study, tmp_path):
+    result, _ = finished_study
     client, (parent,), _ = mlflow_runs(result.study)
     names = {item.path for item in client.list_artifacts(parent.info.run_id, "recipes")}
     for trial in fronts.front(result.trials, "gmacs"):
@@ -150,8 +151,8 @@ def test_every_point_of_the_front_has_a_recipe_that_trains(done, tmp_path):
     assert not any(run.info.run_name == again.name for run in mlflow_runs(result.study)[2])
 
 
-def test_the_best_model_is_registered(done):
-    result, lines = done
+def test_the_best_model_is_registered(finished_study):
+    result, lines = finished_study
     client, _, _ = mlflow_runs(result.study)
     version = client.get_model_version_by_alias("look", "best")
     assert version.tags["trial"] == str(result.best.number)
@@ -159,8 +160,8 @@ def test_the_best_model_is_registered(done):
     assert any("has the alias best" in line for line in lines)
 
 
-def test_a_finished_study_is_not_repeated(done, capsys):
-    result, _ = done
+def test_a_finished_study_is_not_repeated(finished_study, capsys):
+    result, _ = finished_study
     with pytest.raises(StudyError, match="is a study already: go on with it, posmlp tune --resume look"):
         tune(result.study)
     before = [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]]
@@ -169,13 +170,13 @@ def test_a_finished_study_is_not_repeated(done, capsys):
     assert [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]] == before
 
 
-def test_what_a_study_and_its_trials_could_not_deliver_is_synced_with_one_call(done, capsys):
-    result, _ = done
+def test_what_a_study_and_its_trials_could_not_deliver_is_synced_with_one_call(finished_study, capsys):
+    result, _ = finished_study
     assert main(["sync", result.study.folder]) == 0
     assert capsys.readouterr().out.count(" delivered to MLflow run ") == 1 + len(result.trials)
 
 
-def test_a_study_leaves_nothing_behind(done):
+def test_a_study_leaves_nothing_behind(finished_study):
     actors, groups = alive()
     assert (actors, groups) == ([], [])
 
@@ -364,7 +365,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
-from pipelines.runs.record import checkpoints
+from pipelines.runs import checkpoints
 from pipelines.tuning.study import Study
 from pipelines.tuning.tune import tune
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from posmlp.learn.average import WeightAverage
 
 from posmlp import create_model
 from posmlp.config import OptimSection, TrainSection, load_recipe
 from posmlp.errors import UserError
-from posmlp.learn.average import WeightAverage
 from posmlp.learn.evaluation import Tally, video_scores
 from posmlp.learn.learner import Batch, ExplodedError, Learner, part_size
 from posmlp.learn.optim import build_optimizer, learning_rate

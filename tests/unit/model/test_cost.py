@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import posmlp
-from posmlp.model.backbone import BLOCKS
 from posmlp.model.cost import cost, count_macs, count_params, format_cost, measure
-from posmlp.model.spec import model_variant
+from posmlp.model.spec import BLOCKS, model_variant
 
 
 def counted_macs(model, frames, height, width):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from posmlp.model import cpu
-from posmlp.model.backbone import BLOCKS, Block, grid, padding_mask
+from posmlp.model.backbone import Block, grid, padding_mask
+from posmlp.model.spec import BLOCKS
 
 side = st.integers(1, 5)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posmlp.model.backbone import BLOCKS, Block, from_windows, padding_mask, to_windows, unit_window
+from posmlp.model.backbone import Block, from_windows, padding_mask, to_windows
 from posmlp.model.gates import PositionGate
+from posmlp.model.spec import BLOCKS, unit_window
 from tests.helpers import oracle
 
 KINDS = ("temporal", "spatial", "joint")

@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 import posmlp
 from benchmarks.plain import position_index
 from posmlp.model import cpu, gpu
-from posmlp.model.backbone import Stage, unit_window
+from posmlp.model.backbone import Stage
 from posmlp.model.gates import PositionGate
+from posmlp.model.spec import unit_window
 
 triton = pytest.importorskip("triton")
 from triton.runtime import interpreter  # noqa: E402

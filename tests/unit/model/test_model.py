@@ -11,8 +11,8 @@ from torch import nn
 
 import posmlp
 from benchmarks import plain
-from posmlp.model.backbone import BLOCKS, Block, Stage
-from posmlp.model.spec import model_variant
+from posmlp.model.backbone import Block, Stage
+from posmlp.model.spec import BLOCKS, model_variant
 
 MIXED = ("joint", "cascade_ts", "parallel", "spatial")
 

@@ -3,23 +3,18 @@
 import collections
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipelines.cli import main
-from pipelines.tuning.study import FINISHED, TOP1, StudyError, Trial
-from pipelines.tuning.supernet import agree, draw_members, score_members, supernet, supernet_recipe
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.learner import Learner
 from posmlp.model.spec import Architecture, Choices
 from tests.helpers.batches import make_batch
-from tune_spaces import load_space
 
 CHOICES = {
     "blocks": [["parallel", "cascade_ts", "cascade_st", "joint"], ["parallel", "joint"], ["spatial"], ["cascade_ts"]],
@@ -182,107 +177,3 @@ def test_training_goes_on_as_if_it_had_not_stopped(stop):
     assert again == losses
     for name, tensor in one.weights().items():
         assert torch.equal(tensor, second.weights()[name])
-
-
-# --- of a space --------------------------------------------------------------------------------------------------
-
-
-def test_the_supernet_of_a_space_holds_all_its_members():
-    recipe = load_recipe("demo")
-    space = load_space("same_width", recipe)
-    config = supernet_recipe(space, "same_width", recipe, "net")
-    choices = config.model.variant().choices
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        assert choices.contains(space.recipe(recipe, space.random(rng)).model.variant().architecture())
-    assert config.name == "net" and not config.tracking.log_model
-    assert config.model.variant().depths == recipe.model.variant().depths  # its own where the space has it
-    assert config.model.variant().groups == recipe.model.variant().groups
-    coarse = load_space("same_width", recipe)
-    coarse.dimensions["groups2"] = (1, 4)
-    assert supernet_recipe(coarse, "coarse", recipe, "net").model.groups == (4, 4, 8, 16)  # 8 is no choice there
-
-
-@pytest.mark.parametrize(
-    "space, message",
-    [
-        ("speed_accuracy", r"has model\.dims \[8, 16, 24, 32\], not None; members of a supernet may differ in"),
-        ("learning", "space learning has the range lr"),
-        ("widths", r"space widths: width 0\.5 has model\.dims"),
-    ],
-)
-def test_a_space_of_more_is_refused(space, message):
-    recipe = load_recipe("demo")
-    with pytest.raises(StudyError, match=message):
-        supernet_recipe(load_space(space, recipe), space, recipe, "net")
-
-
-def test_members_are_drawn_once_each_and_all_of_a_small_space():
-    recipe = load_recipe("demo")
-    some = [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=0)]
-    assert len({tuple(member.items()) for member in some}) == 50
-    assert some == [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=0)]
-    assert some != [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=1)]
-    whole = [member for member, _ in draw_members(load_space("depths", recipe), recipe, 1000, seed=0)]
-    assert len({tuple(member.items()) for member in whole}) == len(whole) == 108
-
-
-def test_agreement_is_that_of_the_ranks():
-    """Spearman's coefficient in closed form: 1 - 6 sum(d^2) / (n (n^2 - 1)); one pair of six out of order."""
-    trained = [(Trial(i, {}, state=FINISHED), accuracy, None) for i, accuracy in enumerate((0.1, 0.4, 0.2, 0.9))]
-    found = agree(trained, [0.3, 0.5, 0.6, 0.7])
-    assert found.spearman == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert found.kendall == pytest.approx((5 - 1) / 6)
-    assert "over 4 members" in str(found)
-    assert np.isnan(agree(trained, [0.5] * 4).spearman)
-
-
-# --- through Ray and MLflow --------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_a_space_is_trained_and_ranked(done, motion_set, tmp_path, capsys):
-    """Trained, scored and compared with a study; then scored again, without training; and what is wrong is told."""
-    from pipelines.inference.scoring import score_split
-    from pipelines.runs.record import checkpoints
-    from posmlp.video.manifest import read_split
-    from tests.helpers.small_runs import QUICK, recipe_for, run_of
-
-    study = done[0].study
-    recipe = recipe_for(tmp_path, motion_set, *QUICK, f"data.cache_dir={tmp_path}/cache")
-    lines = []
-    found = supernet(recipe, "block_types", "net", count=5, study=study.folder, echo=lines.append)
-    assert [member.number for member in found.members] == list(range(5)) and not found.bad
-    assert found.agreement.numbers == [t.number for t in done[0].trials if t.repeats is None and t.state == FINISHED]
-
-    # A member's accuracy is that of its own model, built alone and evaluated by itself.
-    about, contents = checkpoints.load(checkpoints.newest(found.run)[0], [checkpoints.WEIGHTS])
-    net = create_model(about.recipe().model.name, **about.recipe().model.overrides())
-    net.load_state_dict(contents[checkpoints.WEIGHTS])
-    manifest = read_split(recipe.data, "val")
-    for member in found.members[:2]:
-        config = load_space("block_types", recipe).recipe(about.recipe(), member.member)
-        config = config.model_copy(update={"model": config.model.model_copy(update={"choices": None})})
-        weights = net.member(config.model.variant().architecture()).state_dict()
-        scores = score_split(manifest, config, weights, lambda line: None)
-        right = scores.views.mean(1).argmax(1) == manifest.rows["label"].to_numpy()
-        assert member.metrics[TOP1] == pytest.approx(right.mean())
-
-    client, run = run_of(recipe)
-    assert run.info.run_id == found.mlflow_run_id and run.info.status == "FINISHED"
-    assert run.data.params["model.choices.depths"] == "[[1], [2], [1], [1]]"
-    names = {file.path for file in client.list_artifacts(run.info.run_id, "members")}
-    assert {f"members/{n}" for n in ("front.html", "front.png", "members.csv", "agreement.png", "recipes")} <= names
-    recipes = sorted((tmp_path / "net" / "members" / "recipes").iterdir())
-    assert recipes and load_recipe(str(recipes[0])).model.choices is None
-
-    options = [str(tmp_path / "recipe.yaml"), "--space", "block_types", "--name", "net", "--members", "3"]
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    assert main(["supernet", *options]) == 0
-    shown = capsys.readouterr().out
-    assert "net is trained already" in shown and "3 finished" in shown
-    assert main(["supernet", *options, "optim.lr=0.1"]) == 1
-    assert "was trained with another recipe" in capsys.readouterr().err
-    assert (
-        score_members(found.run, [Architecture(("joint",) * 4, (4, 8, 8, 16), (1, 2, 1, 1))], lambda _: None)[1] == []
-    )

@@ -17,7 +17,6 @@ from pipelines.planning.doctor import (
     versions,
 )
 from posmlp.config import RecipeError, load_recipe
-from tests.helpers.small_runs import QUICK, recipe_for
 
 GIB = 2**30
 HEAD = {"object_store_memory": GIB}
@@ -124,26 +123,6 @@ def test_labels_that_no_node_can_have_are_refused(labels):
 def test_an_override_without_a_recipe_is_told(capsys):
     assert main(["doctor", "scaling.workers=2"]) == 1
     assert "override 'scaling.workers=2' without a recipe" in capsys.readouterr().err
-
-
-# --- on Ray ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_the_doctor_tries_what_a_run_will_do(local_ray, motion_set, tmp_path, capsys):
-    recipe = recipe_for(tmp_path / "runs", motion_set, *QUICK)
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    assert main(["doctor", str(tmp_path / "recipe.yaml")]) == 0
-    shown = capsys.readouterr().out
-    assert "0 fail" in shown and "nodes that answer: 1 of 1" in shown and "32 videos, 8 classes" in shown
-    assert not list((tmp_path / "runs").iterdir())
-
-    (tmp_path / "file").write_text("")
-    wrong = [f"train.storage={tmp_path}/file/runs", f"data.val.path={tmp_path}/none.csv", "scaling.workers=16"]
-    wrong += ["train.global_batch=16"]
-    assert main(["doctor", str(tmp_path / "recipe.yaml"), *wrong]) == 1
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
-    assert [any(part in line for line in told) for part in ("train.storage", "none.csv", "room for")] == [True] * 3
 
 
 def test_what_a_probe_cannot_do_is_its_report(tmp_path, monkeypatch):

@@ -24,9 +24,9 @@ from pipelines.cli import main
 from pipelines.data import loader as ingest
 from pipelines.planning import plan
 from pipelines.planning.plan import DECODING, GPUS, NETWORK_DECODE, NETWORK_IN, NETWORK_OUT, STORE, Cluster, make_plan
-from pipelines.runs.record import checkpoints
+from pipelines.runs import checkpoints
+from pipelines.tracking import tracker as tracking
 from pipelines.tracking.journal import Journal, read
-from pipelines.tracking.tracker import tracker as tracking
 from pipelines.training.train import Report
 from pipelines.training.worker import Worker
 from posmlp import create_model

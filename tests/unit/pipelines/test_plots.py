@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from pipelines.tracking.tracker import plots as figures
+from pipelines.tracking import plots
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were made, each drawn in full all the same."""
-    made, png = [], figures.png
-    monkeypatch.setattr(figures, "png", lambda figure: (made.append(figure), png(figure))[1])
+    made, png = [], plots.png
+    monkeypatch.setattr(plots, "png", lambda figure: (made.append(figure), png(figure))[1])
     return made
 
 
@@ -23,7 +23,7 @@ def history(epochs, every=1):
 
 @pytest.mark.parametrize(("epochs", "every"), [(1, 1), (2, 1), (2, 2), (200, 5), (3, 9)])
 def test_curves_have_every_epoch_that_has_the_metric(drawn, epochs, every):
-    assert figures.learning_curves(history(epochs, every))[:4] == b"\x89PNG"
+    assert plots.learning_curves(history(epochs, every))[:4] == b"\x89PNG"
     lines = {line.get_label(): line for axes in drawn[0].axes for line in axes.get_lines()}
     assert list(lines["train/loss"].get_xdata()) == list(range(1, epochs + 1))
     for name in ("val/loss", "val/top1", "val/top5"):
@@ -36,7 +36,7 @@ def test_curves_have_every_epoch_that_has_the_metric(drawn, epochs, every):
 def test_a_confusion_picture_has_the_shares_of_each_true_class(drawn, classes):
     counts = np.random.default_rng(0).integers(0, 9, (classes, classes)).astype(float)
     counts[0] = 0  # a class without videos
-    assert figures.confusion(counts, [f"class {i}" for i in range(classes)])[:4] == b"\x89PNG"
+    assert plots.confusion(counts, [f"class {i}" for i in range(classes)])[:4] == b"\x89PNG"
     (image,) = drawn[0].axes[0].get_images()
     shown = np.asarray(image.get_array())
     np.testing.assert_allclose(shown[1:].sum(1), 1)
@@ -45,7 +45,7 @@ def test_a_confusion_picture_has_the_shares_of_each_true_class(drawn, classes):
 
 
 def test_few_classes_are_named_and_counted(drawn):
-    figures.confusion(np.array([[3.0, 1.0], [0.0, 7.0]]), ["left"])
+    plots.confusion(np.array([[3.0, 1.0], [0.0, 7.0]]), ["left"])
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["left", "1"]
     assert sorted(text.get_text() for text in axes.texts) == ["1", "3", "7"]
@@ -54,7 +54,7 @@ def test_few_classes_are_named_and_counted(drawn):
 def test_of_many_classes_the_worst_confusions_are_listed_first(drawn):
     counts = np.eye(50) * 10
     counts[4, 9], counts[7, 2] = 30, 10  # 75 % and 50 % of their classes
-    figures.confusion(counts, [f"price in ${i}$ {'x' * i * 2}" for i in range(50)])
+    plots.confusion(counts, [f"price in ${i}$ {'x' * i * 2}" for i in range(50)])
     (text,) = drawn[0].axes[1].texts
     lines = text.get_text().splitlines()[3:]
     assert [line.split()[0] for line in lines[::2]] == ["75%", "50%"]

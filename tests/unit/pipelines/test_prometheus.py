@@ -5,14 +5,14 @@ import re
 
 import pytest
 
-from pipelines.tracking.tracker import prometheus as gauges
+from pipelines.tracking import prometheus
 from tests.helpers.dashboard import dashboard, expressions, metrics_of
 
 
 def test_the_dashboard_draws_every_gauge_and_no_other():
-    defined = {*gauges.GAUGES, *(f"{name}_total" for name in gauges.COUNTERS)}
+    defined = {*prometheus.GAUGES, *(f"{name}_total" for name in prometheus.COUNTERS)}
     drawn = {name for name in metrics_of(expressions()) if name.startswith("ray_posmlp_")}
-    assert drawn == {f"ray_{gauges.PREFIX}{name}" for name in defined}
+    assert drawn == {f"ray_{prometheus.PREFIX}{name}" for name in defined}
 
 
 def test_the_dashboard_is_one_that_grafana_can_draw():
@@ -36,8 +36,8 @@ def test_the_dashboard_is_one_that_grafana_can_draw():
 
 def test_the_pace_is_that_since_it_was_last_shown(monkeypatch):
     shown = []
-    monkeypatch.setattr(gauges, "show", lambda run, **values: shown.append((run, values)))
-    pace = gauges.Pace("run", 8)
+    monkeypatch.setattr(prometheus, "show", lambda run, **values: shown.append((run, values)))
+    pace = prometheus.Pace("run", 8)
     pace.show(10.0, 5, 2.0)
     pace.show(14.0, 6, 5.0)
     assert shown[0] == ("run", {"clips_per_second": 4.0, "data_wait_fraction": pytest.approx(0.2)})

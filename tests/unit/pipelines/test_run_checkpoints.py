@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines.runs import checkpoints
 from pipelines.runs.checkpoints import ABOUT, STATE, WEIGHTS, About, DamagedError, UnwritableError
-from pipelines.runs.record import checkpoints
 from posmlp import storage
 from posmlp.config import load_recipe
 from posmlp.errors import UserError

@@ -10,11 +10,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipelines.data import loader as ingest
-from pipelines.data.loader import Split, chained, global_order, local_order, rows_per_step
+from pipelines.data.loader import Split, global_order, rows_per_step
 from posmlp.config import load_recipe
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
@@ -22,49 +20,6 @@ from posmlp.video.manifest import read_manifest
 
 def recipe(*overrides):
     return load_recipe("demo", ["model.frames=4", "model.image_size=32", "train.global_batch=6", *overrides])
-
-
-@given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 6), st.integers(0, 9))
-def test_validation_has_every_row_exactly_once(rows, per_worker, world, epoch):
-    config = recipe(f"train.global_batch={per_worker * world}", f"scaling.workers={world}")
-    order = global_order(rows, config, epoch, train=False, world=world)
-    parts = [local_order(order, config.train.global_batch, rank, world) for rank in range(world)]
-    assert len({part.shape for part in parts}) == 1
-    real = np.concatenate(parts)
-    assert sorted(real[real >= 0]) == list(range(rows))
-
-
-@given(st.integers(6, 200), st.integers(0, 9), st.integers(0, 9))
-def test_training_permutes_anew_each_epoch_and_drops_less_than_a_batch(rows, seed, epoch):
-    config = recipe(f"train.seed={seed}")
-    order = global_order(rows, config, epoch, train=True)
-    assert len(set(order)) == len(order) == rows // 6 * 6
-    assert np.array_equal(order, global_order(rows, config, epoch, train=True))
-    if rows > 20:
-        assert not np.array_equal(order, global_order(rows, config, epoch + 1, train=True))
-
-
-@given(st.sampled_from([1, 2, 3, 6]), st.integers(6, 100))
-def test_workers_share_each_global_batch(world, rows):
-    order = global_order(rows, recipe(), 0, train=True)
-    parts = [local_order(order, 6, rank, world) for rank in range(world)]
-    assert np.array_equal(np.concatenate(parts, axis=1).reshape(-1), order)
-
-
-@given(st.integers(1, 12), st.sampled_from([1, 2]), st.integers(1, 5), st.data())
-def test_uneven_shares_hold_each_row_once_and_keep_pairs(units, together, batches, data):
-    world, size = data.draw(st.integers(1, units)), units * together
-    order = np.arange(batches * size)
-    parts = [local_order(order, size, rank, world, together) for rank in range(world)]
-    (shape,) = {part.shape for part in parts}
-    assert shape == (batches, -(-units // world) * together)
-    for batch, rows in enumerate(zip(*parts, strict=True)):
-        together_again = np.concatenate(rows)
-        assert np.array_equal(together_again[together_again >= 0], order[batch * size : (batch + 1) * size])
-        for mine in rows:
-            pairs = mine.reshape(-1, together)
-            assert ((pairs >= 0).all(1) | (pairs < 0).all(1)).all() and (mine >= 0).any()
-            assert (pairs[pairs[:, 0] >= 0, -1] - pairs[pairs[:, 0] >= 0, 0] == together - 1).all()
 
 
 def clip_hash(clip):
@@ -171,30 +126,6 @@ def test_validation_has_every_view_of_every_video(local_ray, motion_set):
         assert batch.labels.tolist() == [row["label"]] * 6
         views, _ = load_clips(row["uri"], row["sample_id"], config, epoch=0, train=False)
         assert np.array_equal(batch.clips.numpy(), views)
-
-
-def test_plans_are_started_ahead_and_give_all_their_results():
-    started = []
-
-    def plan(name, length):
-        started.append(name)
-        yield from ((name, i) for i in range(length))
-
-    lengths = [4, 1, 5, 2]
-    results = chained((plan(n, length), length) for n, length in enumerate(lengths))
-    seen = [next(results), next(results), next(results)]
-    assert set(started) <= {0, 1}
-    seen += list(results)
-    assert seen == [(n, i) for n, length in enumerate(lengths) for i in range(length)]
-
-
-def test_an_error_in_a_later_plan_is_raised():
-    def bad():
-        raise ValueError("no clips")
-        yield
-
-    with pytest.raises(ValueError, match="no clips"):
-        list(chained(iter([(iter([1, 2]), 2), (bad(), 3)])))
 
 
 @pytest.mark.ray

@@ -1,0 +1,39 @@
+"""What the integration tests share: one local Ray, a trained run, and a study."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One Ray for all tests (two on a host disturb each other), with more CPUs than the machine may have."""
+    import ray
+
+    from pipelines.cluster.session import start_ray
+
+    start_ray(address="local", num_cpus=4)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished_run(local_ray, motion_set, tmp_path_factory):
+    """A run of 2 epochs on 2 workers: its recipe, its result, its printed lines, and who listened where meanwhile."""
+    from pipelines.training.train import train
+    from tests.helpers.small_runs import Ears, recipe_for
+
+    folder, lines = tmp_path_factory.mktemp("finished"), []
+    config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
+    with Ears() as ears:
+        result = train(config, lines.append)
+    return config, result, lines, ears.found
+
+
+@pytest.fixture(scope="session")
+def finished_study(local_ray, motion_set, tmp_path_factory):
+    """A finished study of three trials, its front repeated with a second seed; and the lines that it printed."""
+    from pipelines.tuning.tune import tune
+    from tests.helpers.small_runs import study_for
+
+    folder, lines = tmp_path_factory.mktemp("study"), []
+    study = study_for(folder, motion_set, "tracking.log_model=true", against="gmacs", repeats=2)
+    return tune(study, lines.append), lines

@@ -1,0 +1,114 @@
+"""The monitors of nodes that join, hang and are lost."""
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.helpers.ray_nodes import RayNodes
+from tests.helpers.waiting import until
+
+DRIVER = """
+import os, sys, time
+from pathlib import Path
+ours = os.fdopen(os.dup(1), "w", 1)
+os.dup2(2, 1)  # what Ray tells of lost nodes, sooner or later, is none of ours
+import ray
+from pipelines.tracking import node_monitors
+from pipelines.tracking.tracker import Tracker
+from posmlp.config import load_recipe
+folder = Path(sys.argv[1])
+ray.init(log_to_driver=False)
+config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
+tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl", echo=lambda line: print(line, file=ours))
+print("STARTED", tracker.run_id, file=ours)
+sys.stdin.readline()
+node_monitors.UNUSED_S = 0.4
+sys.stdin.readline()
+work = ray.remote(lambda: time.sleep(600)).remote()
+sys.stdin.readline()
+begun = time.monotonic()
+left = tracker.close("FINISHED")
+print("ENDED", left, time.monotonic() - begun, tracker.machine.is_alive(), file=ours)
+sys.stdin.readline()
+"""
+
+
+def go_on(driver):
+    driver.stdin.write("\n")
+    driver.stdin.flush()
+
+
+@pytest.mark.ray
+def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path, tmp_path_factory):
+    cluster = RayNodes(tmp_path_factory.mktemp("n"))
+    try:
+        cluster.add("one", "--num-cpus=1")
+        cluster.wait()
+        env = cluster.env | {"RAY_ADDRESS": cluster.address, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
+        command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        driver = subprocess.Popen(command, env=env, text=True, **pipes)
+        run_id = driver.stdout.readline().split()[1]
+
+        def count(name, key="cpu_utilization_percentage"):
+            """Values that a node has given, by its name; of the driver's machine by none."""
+            assert driver.poll() is None
+            ids = {group: id for id, group in known.items()}
+            part = f"{socket.gethostname()}-{ids[name][:6]}/" if name else ""
+            with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+                query = "SELECT COUNT(*), MAX(value) FROM metrics WHERE run_uuid = ? AND key = ?"
+                return connection.execute(query, (run_id, f"system/{part}{key}")).fetchone()
+
+        def samplers():
+            return [row for row in cluster.listing("actors") if row["state"] == "ALIVE"]
+
+        known = cluster.names()
+        until(lambda: count("one")[0] > 2 and count("head")[0] > 2)
+        total = psutil.virtual_memory()
+        for name in ("one", "head", None):
+            used = count(name, "system_memory_usage_percentage")[1]
+            assert used == pytest.approx(100 * total.used / total.total, abs=15)
+            assert count(name, "network_receive_megabytes")[0] and count(name, "disk_usage_percentage")[0]
+        cluster.add("two", "--num-cpus=1")  # joins later
+        cluster.wait()
+        known = cluster.names()
+        until(lambda: count("two")[0] > 2)
+        actors = {known[row["node_id"]]: row for row in samplers()}
+        assert set(actors) == {"one", "two"}  # none on the driver's own
+        assert not any(row["required_resources"] for row in actors.values())
+
+        os.kill(actors["one"]["pid"], signal.SIGSTOP)  # a node that hangs, and then is lost
+        before = count("two")[0]
+        until(lambda: count("two")[0] > before + 4)
+        cluster.kill("one")
+        os.kill(actors["one"]["pid"], signal.SIGKILL)
+        before = count("two")[0]
+        until(lambda: count("two")[0] > before + 4)  # what was on its way to MLflow has arrived
+        gone, before = count("one")[0], count("two")[0]
+        until(lambda: count("two")[0] > before + 4)
+        assert count("one")[0] == gone
+        go_on(driver)  # what is not used is left alone, until it is used
+        until(lambda: not samplers())
+        before = count("two")[0]
+        go_on(driver)
+        until(lambda: count("two")[0] > before)
+        (sampler,) = samplers()
+        os.kill(sampler["pid"], signal.SIGSTOP)  # a node that hangs as the run ends
+        before = count(None)[0]
+        until(lambda: count(None)[0] > before)
+        go_on(driver)
+        word, left, seconds, alive = driver.stdout.readline().split()  # nothing was echoed before
+        assert (word, left, alive) == ("ENDED", "0", "False") and float(seconds) < 4
+        os.kill(sampler["pid"], signal.SIGCONT)
+        until(lambda: not samplers())
+        out, _ = driver.communicate("\n", timeout=60)
+        assert driver.returncode == 0 and not out, out
+    finally:
+        driver.kill()
+        cluster.stop()

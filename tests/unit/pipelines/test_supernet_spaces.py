@@ -1,0 +1,59 @@
+"""The supernet of a search space: what it holds, which members are drawn, and how rankings agree."""
+
+import numpy as np
+import pytest
+
+from pipelines.tuning.study import FINISHED, StudyError, Trial
+from pipelines.tuning.supernet import agree, draw_members, supernet_recipe
+from posmlp.config import load_recipe
+from tune_spaces import load_space
+
+
+def test_the_supernet_of_a_space_holds_all_its_members():
+    recipe = load_recipe("demo")
+    space = load_space("same_width", recipe)
+    config = supernet_recipe(space, "same_width", recipe, "net")
+    choices = config.model.variant().choices
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        assert choices.contains(space.recipe(recipe, space.random(rng)).model.variant().architecture())
+    assert config.name == "net" and not config.tracking.log_model
+    assert config.model.variant().depths == recipe.model.variant().depths  # its own where the space has it
+    assert config.model.variant().groups == recipe.model.variant().groups
+    coarse = load_space("same_width", recipe)
+    coarse.dimensions["groups2"] = (1, 4)
+    assert supernet_recipe(coarse, "coarse", recipe, "net").model.groups == (4, 4, 8, 16)  # 8 is no choice there
+
+
+@pytest.mark.parametrize(
+    "space, message",
+    [
+        ("speed_accuracy", r"has model\.dims \[8, 16, 24, 32\], not None; members of a supernet may differ in"),
+        ("learning", "space learning has the range lr"),
+        ("widths", r"space widths: width 0\.5 has model\.dims"),
+    ],
+)
+def test_a_space_of_more_is_refused(space, message):
+    recipe = load_recipe("demo")
+    with pytest.raises(StudyError, match=message):
+        supernet_recipe(load_space(space, recipe), space, recipe, "net")
+
+
+def test_members_are_drawn_once_each_and_all_of_a_small_space():
+    recipe = load_recipe("demo")
+    some = [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=0)]
+    assert len({tuple(member.items()) for member in some}) == 50
+    assert some == [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=0)]
+    assert some != [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=1)]
+    whole = [member for member, _ in draw_members(load_space("depths", recipe), recipe, 1000, seed=0)]
+    assert len({tuple(member.items()) for member in whole}) == len(whole) == 108
+
+
+def test_agreement_is_that_of_the_ranks():
+    """Spearman's coefficient in closed form: 1 - 6 sum(d^2) / (n (n^2 - 1)); one pair of six out of order."""
+    trained = [(Trial(i, {}, state=FINISHED), accuracy, None) for i, accuracy in enumerate((0.1, 0.4, 0.2, 0.9))]
+    found = agree(trained, [0.3, 0.5, 0.6, 0.7])
+    assert found.spearman == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert found.kendall == pytest.approx((5 - 1) / 6)
+    assert "over 4 members" in str(found)
+    assert np.isnan(agree(trained, [0.5] * 4).spearman)

@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from posmlp.model import backbone, cpu
-from posmlp.model.backbone import BLOCKS, grid, unit_window
+from posmlp.model.backbone import grid
 from posmlp.model.cost import device_name, joint_gate, seconds
-from posmlp.model.gates import PositionGate, Window
-from posmlp.model.variants import Variant, model_variant
+from posmlp.model.gates import PositionGate
+from posmlp.model.spec import BLOCKS, Variant, Window, model_variant, unit_window
 
 PARTS = ("stem", "downsampling", "norms", "fc1", "gates", "fc2", "elementwise", "window order")
 Known = dict[tuple[int, int], str | None]  # part of an operation of the forward pass, by its thread and number there

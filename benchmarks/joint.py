@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from posmlp.model.backbone import Block, to_windows
 from posmlp.model.cost import device_name
-from posmlp.model.gates import Window
-from posmlp.model.variants import model_variant
+from posmlp.model.spec import Window, model_variant
 
 LARGEST = 1e9  # bytes
 

@@ -29,7 +29,7 @@ import posmlp
 from posmlp.model import cpu, gpu
 from posmlp.model.backbone import Block
 from posmlp.model.cost import device_name, peak_mb, seconds
-from posmlp.model.variants import model_variant
+from posmlp.model.spec import model_variant
 
 
 def check_equal(ours: nn.Module, plain: nn.Module, clip: Tensor) -> None:

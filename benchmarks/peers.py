@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import posmlp
 from posmlp.model.cost import count_macs, count_params, device_name, peak_mb, seconds
-from posmlp.model.variants import model_variant
+from posmlp.model.spec import model_variant
 
 
 def main() -> None:

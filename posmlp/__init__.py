@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posmlp.model.checkpoint import load_published
-    from posmlp.model.variants import create_model, list_models
+    from posmlp.model.create import create_model
+    from posmlp.model.spec import list_models
 
 __all__ = ["create_model", "list_models", "load_published"]
 
+_MODULES = {"create_model": "create", "list_models": "spec", "load_published": "checkpoint"}
+
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first used: a decoding process must not pay for PyTorch."""
+    """Import a public name on first use, so that a process that only decodes videos does not import PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "checkpoint" if name == "load_published" else "variants"
-    return getattr(import_module(f"posmlp.model.{module}"), name)
+    return getattr(import_module(f"posmlp.model.{_MODULES[name]}"), name)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from posmlp import storage
 from posmlp.errors import UserError
-from posmlp.model.variants import Variant, model_variant, suggest
+from posmlp.model.spec import Variant, model_variant, suggest
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from posmlp.config import Config, RecipeError, describe, set_value
 from posmlp.errors import UserError
-from posmlp.model.variants import suggest
+from posmlp.model.spec import suggest
 
 Value = str | int | float
 Member = Mapping[str, Value]  # a value for each dimension

@@ -1,7 +1,7 @@
 """PosMLP-Video: stem, four stages of gating blocks, head (arXiv:2407.02934, section 3).
 
 Read top to bottom: ``Unit`` (norm, fc1, gate, fc2), ``Block`` (how units combine), ``Stage`` (window order, blocks),
-``PosMLPVideo``. The variants are in ``variants.py``.
+``PosMLPVideo``. Block types and variants are plain data in ``spec.py``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posmlp.model import cpu
-from posmlp.model.gates import PositionGate, Window
-
-# A block is a sequence of residual steps; the units of one step run side by side on the same normalised input.
-BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "parallel": (("spatial", "temporal"),),  # the released block: x + PoSGU(x) + PoTGU(x)
-    "cascade_ts": (("temporal",), ("spatial",)),
-    "cascade_st": (("spatial",), ("temporal",)),
-    "joint": (("joint",),),  # PoSTGU
-    "spatial": (("spatial",),),  # the image model, and the ablation without time
-}
-
-
-def unit_window(kind: str, window: Window) -> Window:
-    """The window of a unit in a stage whose window is (t, h, w)."""
-    t, h, w = window
-    return {"temporal": (t, 1, 1), "spatial": (1, h, w), "joint": (t, h, w)}[kind]
+from posmlp.model.gates import PositionGate
+from posmlp.model.spec import BLOCKS, Window, unit_window
 
 
 def channel_norm(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
-from posmlp.model.gates import PositionGate, Window
+from posmlp.model.gates import PositionGate
+from posmlp.model.spec import Window
 
 State = dict[str, Tensor]
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from posmlp.model.backbone import BLOCKS, grid, unit_window
-from posmlp.model.gates import Window
-from posmlp.model.variants import Variant, create_model, model_variant
+from posmlp.model.backbone import grid
+from posmlp.model.create import create_model
+from posmlp.model.spec import Variant, Window, block_units, model_variant, unit_window
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
         (t, h, w), (frames_, height_, width_) = window, (frames, height, width)
         extent = min(t, frames_), min(h, height_), min(w, width_)  # as in Stage: a small input fills part of a window
         tokens = math.prod(extent) * math.prod(grid((frames, height, width), extent))
-        for unit in (unit for step in BLOCKS[block] for unit in step):
+        for unit in block_units(block):
             gate = tokens * dim * math.prod(unit_window(unit, extent))  # each token mixes a window
             if unit == "joint" and window[0] > 1:
                 gate = joint_gate(dim, groups, tokens, extent)

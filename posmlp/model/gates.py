@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from posmlp.model import gpu
+from posmlp.model.spec import Window
 
-Window = tuple[int, int, int]  # tokens along time, height, width
 MAPS_AT_ONCE = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # bytes of a joint window's maps: what caches hold, or memory
 
 

@@ -10,58 +10,16 @@ which has the only batch norms, is the same for all, so that no statistics need 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posmlp.model.backbone import BLOCKS, Block, PosMLPVideo, Stage, Unit, init_linear, unit_window
-from posmlp.model.gates import PositionGate, Window
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a member of a supernet has in each stage; the same as in ``Variant``."""
-
-    blocks: tuple[str, ...]
-    groups: tuple[int, ...]
-    depths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What each stage of an architecture can have; ``()`` for a stage stands for what the variant has there.
-
-    Attributes:
-        blocks, groups, depths: an entry a stage, each with the values to choose from.
-    """
-
-    blocks: tuple[tuple[str, ...], ...] = ((),) * 4
-    groups: tuple[tuple[int, ...], ...] = ((),) * 4
-    depths: tuple[tuple[int, ...], ...] = ((),) * 4
-
-    def around(self, own: Architecture) -> Choices:
-        """These choices, with ``own`` where there is none."""
-        return Choices(
-            tuple(values or (value,) for values, value in zip(self.blocks, own.blocks, strict=True)),
-            tuple(values or (value,) for values, value in zip(self.groups, own.groups, strict=True)),
-            tuple(values or (value,) for values, value in zip(self.depths, own.depths, strict=True)),
-        )
-
-    def has(self, architecture: Architecture) -> bool:
-        """Whether an architecture is one of these."""
-        pairs = zip(asdict(self).values(), asdict(architecture).values(), strict=True)
-        return all(value in values for every, chosen in pairs for values, value in zip(every, chosen, strict=True))
-
-    def draw(self, rng: np.random.Generator) -> Architecture:
-        """One of them, any as likely as another."""
-        chosen = {
-            key: tuple(values[rng.integers(len(values))] for values in getattr(self, key))
-            for key in ("blocks", "groups", "depths")
-        }
-        return Architecture(**chosen)
+from posmlp.model.backbone import Block, PosMLPVideo, Stage, Unit, init_linear
+from posmlp.model.gates import PositionGate
+from posmlp.model.spec import Architecture, Choices, Window, block_units, unit_window
 
 
 class Supernet(PosMLPVideo):
@@ -96,7 +54,7 @@ class Supernet(PosMLPVideo):
             "drop_path": drop_path,
         }
         for i, stage in enumerate(self.stages):
-            kinds = dict.fromkeys(u for block in choices.blocks[i] for step in BLOCKS[block] for u in step)
+            kinds = dict.fromkeys(u for block in choices.blocks[i] for u in block_units(block))
             for block in cast(Stage, stage).blocks:
                 units = {k: Unit(dims[i], 1, unit_window(k, windows[i])).apply(init_linear) for k in kinds}
                 for unit in units.values():

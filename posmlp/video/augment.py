@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posmlp.config import AugmentSection, Config
 from posmlp.errors import UserError
-from posmlp.model.variants import suggest
+from posmlp.model.spec import suggest
 from posmlp.video.randaugment import draw_steps, randaugment
 from posmlp.video.sampling import Box, random_resized_crop
 

@@ -1,31 +1,108 @@
-"""Named variants of the backbone, and ``create_model``. A variant is plain data; overrides are what differs from it."""
+"""Architectures as plain data: units, block types, variants and the checks on them. Imports neither PyTorch nor NumPy.
+
+``UNITS`` and ``BLOCKS`` are the tables to extend: a new block type is one more entry in ``BLOCKS``, a new unit kind one
+more entry in ``UNITS``. Everything else (model, cost, CPU and GPU paths, supernet, recipes) reads these tables.
+``posmlp.create_model`` builds a model from a ``Variant``.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from posmlp.errors import UserError
-from posmlp.model.backbone import BLOCKS, PosMLPVideo
-from posmlp.model.gates import Window
-from posmlp.model.supernet import Architecture, Choices, Supernet
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Window = tuple[int, int, int]  # tokens along time, height, width
 
 STAGES = 4
+
+# Unit kind -> the axes of the stage's window whose tokens the unit mixes: t (time), h (height), w (width).
+UNITS: dict[str, str] = {
+    "temporal": "t",  # PoTGU
+    "spatial": "hw",  # PoSGU
+    "joint": "thw",  # PoSTGU
+}
+
+# Block type -> its residual steps, in order. The units of one step share one normalised input; their outputs are added.
+BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "parallel": (("spatial", "temporal"),),  # the released block: x + PoSGU(x) + PoTGU(x)
+    "cascade_ts": (("temporal",), ("spatial",)),
+    "cascade_st": (("spatial",), ("temporal",)),
+    "joint": (("joint",),),
+    "spatial": (("spatial",),),  # the image model, and the ablation without time
+}
+
+
+def unit_window(kind: str, window: Window) -> Window:
+    """Window of a unit in a stage whose window is ``window``: 1 along each axis that the unit does not mix."""
+    t, h, w = (n if axis in UNITS[kind] else 1 for axis, n in zip("thw", window, strict=True))
+    return t, h, w
+
+
+def block_units(block: str) -> tuple[str, ...]:
+    """Unit kinds of a block type, in the order of its steps."""
+    return tuple(kind for step in BLOCKS[block] for kind in step)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Block type, group count and depth of each stage: one member of a supernet."""
+
+    blocks: tuple[str, ...]
+    groups: tuple[int, ...]
+    depths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values that each stage of a supernet can take. An empty tuple means the variant's own value.
+
+    Attributes:
+        blocks, groups, depths: one tuple of candidate values for each stage.
+    """
+
+    blocks: tuple[tuple[str, ...], ...] = ((),) * STAGES
+    groups: tuple[tuple[int, ...], ...] = ((),) * STAGES
+    depths: tuple[tuple[int, ...], ...] = ((),) * STAGES
+
+    def with_defaults(self, own: Architecture) -> Choices:
+        """These choices, with the value of ``own`` wherever a stage has none."""
+        return Choices(
+            tuple(values or (value,) for values, value in zip(self.blocks, own.blocks, strict=True)),
+            tuple(values or (value,) for values, value in zip(self.groups, own.groups, strict=True)),
+            tuple(values or (value,) for values, value in zip(self.depths, own.depths, strict=True)),
+        )
+
+    def contains(self, architecture: Architecture) -> bool:
+        """Whether every stage of an architecture uses one of these values."""
+        pairs = zip(asdict(self).values(), asdict(architecture).values(), strict=True)
+        return all(value in values for every, chosen in pairs for values, value in zip(every, chosen, strict=True))
+
+    def draw(self, rng: np.random.Generator) -> Architecture:
+        """Draw an architecture uniformly."""
+        chosen = {
+            key: tuple(values[rng.integers(len(values))] for values in getattr(self, key))
+            for key in ("blocks", "groups", "depths")
+        }
+        return Architecture(**chosen)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything that defines a model. A tuple has one entry a stage.
+    """Everything that defines a model. Each tuple has one entry per stage.
 
     Attributes:
         dims, depths, groups: channels, blocks and channel groups.
-        windows: an int or a pair (h, w) is a window over all frames of the clip, a triple (t, h, w) is explicit.
-        blocks: block types (``posmlp.model.backbone.BLOCKS``); a single one serves all stages.
-        frames, image_size: the clip that the windows and the cost are meant for; others work too.
-        choices: not one model but all of these, with shared weights (``posmlp.model.supernet``); the variant's own
-            blocks, groups and depths are what it runs as when it does not train.
+        windows: an int or a pair (h, w) is a window over all frames of the clip; a triple is (t, h, w).
+        blocks: block types, keys of ``BLOCKS``; a single string applies to all stages.
+        frames, image_size: the clip size that the windows and the cost refer to; the model accepts other sizes too.
+        choices: if given, the model is a supernet: all architectures of these choices with shared weights
+            (``posmlp.model.supernet``). In eval mode it runs as the variant's own blocks, groups and depths.
     """
 
     dims: tuple[int, ...]
@@ -41,11 +118,11 @@ class Variant:
     choices: Choices | None = None
 
     def architecture(self) -> Architecture:
-        """Blocks, groups and depths; of a checked variant."""
+        """Blocks, groups and depths of a variant that ``model_variant`` has checked."""
         return Architecture(cast(tuple[str, ...], self.blocks), self.groups, self.depths)
 
     def full_windows(self) -> list[Window]:
-        """The window (t, h, w) of each stage."""
+        """Window (t, h, w) of each stage."""
         windows: list[Window] = []
         for window in self.windows:
             spatial = (window, window) if isinstance(window, int) else tuple(window)
@@ -54,8 +131,8 @@ class Variant:
         return windows
 
 
-# s is the released Something-Something S/16. The release's b and l do not build (392 channels do not divide by 32
-# groups): b keeps the published depths and l deepens it, both with widths that divide.
+# s is the released Something-Something S/16. The release's b and l cannot be built, as 392 channels do not divide by 32
+# groups. Here b keeps the published depths and l is deeper; both have widths that divide.
 VARIANTS = {
     "tiny": Variant(
         dims=(16, 32, 48, 64),
@@ -69,16 +146,16 @@ VARIANTS = {
     "b": Variant(dims=(96, 192, 384, 768), depths=(4, 6, 15, 4)),
     "l": Variant(dims=(112, 224, 448, 896), depths=(4, 8, 21, 4)),
 }
-CLIP_LENGTHS = (8, 16, 32)
+CLIP_LENGTHS = (8, 16, 32)  # frames; each makes a model name such as s16
 
 
 def list_models() -> list[str]:
-    """Names that ``create_model`` takes: a variant, or a variant with its clip length, as in ``s16``."""
+    """Model names for ``create_model``: a variant, or a variant with a clip length such as ``s16``."""
     return [*VARIANTS, *(f"{v}{frames}" for v in VARIANTS if v != "tiny" for frames in CLIP_LENGTHS)]
 
 
 def model_variant(name: str, **overrides: Any) -> Variant:
-    """The checked plain data of a model; arguments and errors as for ``create_model``."""
+    """Return the checked ``Variant`` of a named model with overrides; arguments and errors as for ``create_model``."""
     if name not in list_models():
         raise UserError(f"unknown model {name!r}{suggest(name, list_models())}; known: {', '.join(list_models())}")
     base = name.rstrip("0123456789")
@@ -94,51 +171,29 @@ def model_variant(name: str, **overrides: Any) -> Variant:
     if isinstance(variant.blocks, str):
         variant = replace(variant, blocks=(variant.blocks,) * STAGES)
     if isinstance(variant.choices, Mapping):
-        variant = replace(variant, choices=choices_of(name, variant.choices))
+        variant = replace(variant, choices=parse_choices(name, variant.choices))
     if problems := find_problems(variant):
         raise UserError(f"model {name!r} cannot be built: " + "; ".join(problems))
     return variant
 
 
-def create_model(name: str, **overrides: Any) -> PosMLPVideo:
-    """Build a model with fresh weights.
-
-    Args:
-        name: one of ``list_models()``.
-        overrides: fields of ``Variant`` that differ from the named one, as plain data.
-
-    Returns:
-        A module from clips ``[B, 3, T, H, W]`` to logits ``[B, num_classes]``; ``features`` gives the stages' maps.
+def parse_choices(name: str, plain: Mapping[str, Any]) -> Choices:
+    """Turn plain data into ``Choices``; ``name`` is the model's, for error messages.
 
     Raises:
-        UserError: a ValueError; the name or an override is unknown, or the combination cannot be built.
-    """
-    variant = model_variant(name, **overrides)
-    keys = ("dims", "num_classes", "drop_path", "dropout")
-    same = {key: getattr(variant, key) for key in keys} | {"windows": variant.full_windows()}
-    own = variant.architecture()
-    if variant.choices:
-        return Supernet(variant.choices.around(own), own, **same)
-    return PosMLPVideo(**same, **asdict(own))
-
-
-def choices_of(name: str, plain: Mapping[str, Any]) -> Choices:
-    """Choices from plain data.
-
-    Raises:
-        UserError: they have another form.
+        UserError: a key is unknown, or a value is not one list per stage.
     """
     known = [f.name for f in fields(Choices)]
     if unknown := [key for key in plain if key not in known]:
         raise UserError(f"model {name!r} cannot be built: choices of {unknown} are not known; known: {known}")
     for key, stages in plain.items():
         if not isinstance(stages, list | tuple) or not all(isinstance(values, list | tuple) for values in stages):
-            raise UserError(f"model {name!r} cannot be built: choices of {key} {stages!r} must be a list a stage")
+            raise UserError(f"model {name!r} cannot be built: choices of {key} {stages!r} must be one list per stage")
     return Choices(**{key: tuple(tuple(values) for values in stages) for key, stages in plain.items()})
 
 
 def find_problems(variant: Variant) -> list[str]:
-    """What makes a variant impossible to build, one sentence each."""
+    """List the reasons why a variant cannot be built, one sentence each."""
     problems = []
     for key in ("dims", "depths", "groups", "windows", "blocks"):
         value = getattr(variant, key)
@@ -174,7 +229,7 @@ def find_problems(variant: Variant) -> list[str]:
 
 
 def choice_problems(variant: Variant, choices: Choices) -> list[str]:
-    """What makes choices around an otherwise right variant impossible, one sentence each."""
+    """List the reasons why choices do not fit a variant that is valid without them, one sentence each."""
     named = {"blocks": choices.blocks, "groups": choices.groups, "depths": choices.depths}
     problems = [
         f"choices of {key} have {len(stages)} entries, expected one for each of {STAGES} stages"
@@ -195,6 +250,6 @@ def choice_problems(variant: Variant, choices: Choices) -> list[str]:
 
 
 def suggest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """A hint such as `` (did you mean 's16'?)``, or nothing."""
+    """Return a hint such as `` (did you mean 's16'?)``, or an empty string if nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

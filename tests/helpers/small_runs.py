@@ -110,7 +110,7 @@ def active_uri(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-class Ears:
+class ListeningSockets:
     """Every socket on which this process or one below it accepts connections meanwhile: address and process."""
 
     def __init__(self):

@@ -19,13 +19,13 @@ def local_ray():
 def finished_run(local_ray, motion_set, tmp_path_factory):
     """A run of 2 epochs on 2 workers: its recipe, its result, its printed lines, and who listened where meanwhile."""
     from pipelines.training.train import train
-    from tests.helpers.small_runs import Ears, recipe_for
+    from tests.helpers.small_runs import ListeningSockets, recipe_for
 
     folder, lines = tmp_path_factory.mktemp("finished"), []
     config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
-    with Ears() as ears:
+    with ListeningSockets() as sockets:
         result = train(config, lines.append)
-    return config, result, lines, ears.found
+    return config, result, lines, sockets.found
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 
 from pipelines.tracking.uris import tracking_uri
 from pipelines.tuning.study import TOP1, full
-from tests.helpers.browser import keep, mlflow_server, open_browser
+from tests.helpers.browser import keep, open_browser
+from tests.helpers.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.browser]
 
@@ -17,11 +18,14 @@ COLUMNS = [f"metrics.`{TOP1}`", "metrics.`cost/latency_ms`", "metrics.`cost/gmac
 
 
 @pytest.fixture(scope="module")
-def server(finished_study):
+def server(finished_study, tmp_path_factory):
+    """Address of an MLflow server over what the study has written."""
     result, _ = finished_study
     store = tracking_uri(result.study.recipe).removeprefix("sqlite:///")
-    with mlflow_server(store, Path(store).parent / "mlartifacts") as url:
-        yield url
+    server = MlflowServer(tmp_path_factory.mktemp("server"), store, Path(store).parent / "mlartifacts")
+    server.start()
+    yield server.uri
+    server.kill()
 
 
 @pytest.fixture(scope="module")

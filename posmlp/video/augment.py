@@ -1,9 +1,9 @@
-"""From decoded clips to the model's input, on the training device: augment, normalise, mix.
+"""Model input from decoded clips, on the training device: augment, normalise, mix.
 
-A clip's random numbers come from its seed, which travels with it from where it was decoded; each augmentation has a
-stream of its own, so that switching one on does not change another's numbers. They are drawn on the CPU; what happens
-on the device is a pure function of them and the pixels of one clip or one pair. So the number of workers, and what else
-is in the batch, change nothing.
+A clip's random numbers come from its seed, which is set where the clip is decoded. Each augmentation has its own random
+stream, so switching one on does not change the numbers of another. Random numbers are drawn on the CPU. The work on the
+device is a pure function of these numbers and the pixels of one clip or one pair, so the result depends neither on the
+number of workers nor on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from torch import Tensor
 from posmlp.config import AugmentSection, Config
 from posmlp.errors import UserError
 from posmlp.model.spec import suggest
-from posmlp.video.randaugment import draw_steps, randaugment
+from posmlp.video.randaugment import draw_operations, randaugment
 from posmlp.video.sampling import Box, random_resized_crop
 
 if TYPE_CHECKING:
     from posmlp.learn.learner import Batch
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1; the release has 0.45 and 0.225 for all three
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1; the release uses 0.45 and 0.225 for all three channels
 STD = (0.229, 0.224, 0.225)
-ERASED_AREA = (0.02, 1 / 3)  # of the frame
+ERASED_AREA = (0.02, 1 / 3)  # as a share of the frame
 ERASED_RATIO = (0.3, 1 / 0.3)  # width : height
 
-Rngs = Sequence[np.random.Generator]  # one a clip
+Rngs = Sequence[np.random.Generator]  # one per clip
 
 
 def to_input(clips: Tensor, config: Config) -> Tensor:
-    """Model input of clips as they are, for evaluation.
+    """Model input for evaluation: clips without augmentation.
 
     Args:
-        clips: uint8 ``[B, T, H, W, 3]``, on the device that shall do the work.
+        clips: uint8 ``[B, T, H, W, 3]``, on the device that does the work.
         config: the recipe, for ``data.modality``.
 
     Returns:
-        float32 ``[B, 3, T, H, W]``, normalised; of the modality ``rgb_difference`` (TSN, arXiv:1608.00859, section 3.2)
-        every frame minus the one before, the first as the second.
+        float32 ``[B, 3, T, H, W]``, normalised. For modality ``rgb_difference`` (TSN, arXiv:1608.00859, section 3.2)
+        each frame minus the one before; the first difference is repeated to keep T frames.
     """
     return normalise(channels_first(clips).float().div_(255), config)
 
@@ -50,43 +50,43 @@ def to_input(clips: Tensor, config: Config) -> Tensor:
 def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tensor, Tensor]:
     """Model input and targets for training: flip, RandAugment, jitter, normalise, difference, erase, mix.
 
-    Colours change before frames are differenced; erasing and mixing act on the model's input, whatever the modality.
+    Colours change before frames are differenced. Erasing and mixing act on the model's input, for any modality.
 
     Args:
-        batch: the clips; the repeats of a video are adjacent (``data.repeats``), and so are the videos of a pair.
-        flipped: int64 ``[num_classes]``, a class's label after a flip (``flip_labels``).
+        batch: the clips. The ``data.repeats`` clips of a video are adjacent, and so are the two videos of a pair.
+        flipped: int64 ``[num_classes]``, the label of each class after a flip (``flip_labels``).
 
     Returns:
-        float32 ``[B, 3, T, H, W]`` as of ``to_input``, and float32 ``[B, num_classes]``: the share of each class.
-        Label smoothing is left to the loss; as it is linear, smoothing before or after mixing is the same.
+        float32 ``[B, 3, T, H, W]`` as from ``to_input``, and float32 ``[B, num_classes]``: the share of each class.
+        The loss does the label smoothing. Smoothing is linear, so its order relative to mixing makes no difference.
     """
     settings = config.augment
     streams = (np.random.default_rng(seed).spawn(5) for seed in batch.seeds.tolist())
-    flips, operations, colours, boxes, mixes = zip(*streams, strict=True)
+    flip_rngs, randaug_rngs, color_rngs, erase_rngs, mix_rngs = zip(*streams, strict=True)
 
     x, labels = channels_first(batch.clips), batch.labels
-    turned = [i for i, rng in enumerate(flips) if rng.random() < settings.flip]
-    if turned:
-        index = torch.tensor(turned, device=x.device)
+    mirrored = [i for i, rng in enumerate(flip_rngs) if rng.random() < settings.flip]
+    if mirrored:
+        index = torch.tensor(mirrored, device=x.device)
         x.index_copy_(0, index, x.index_select(0, index).flip(-1))
         labels = labels.index_copy(0, index, flipped[labels[index]])
     if settings.randaug_layers:
-        plans = [draw_steps(rng, settings.randaug_layers, settings.randaug_magnitude) for rng in operations]
-        x = randaugment(x, plans)
-    x = normalise(jitter(x, colours, settings), config)
+        operations = [draw_operations(rng, settings.randaug_layers, settings.randaug_magnitude) for rng in randaug_rngs]
+        x = randaugment(x, operations)
+    x = normalise(color_jitter(x, color_rngs, settings), config)
     targets = F.one_hot(labels, len(flipped)).float()
-    erase(x, boxes, settings.erasing)
+    random_erasing(x, erase_rngs, settings.erasing)
     if settings.mixup or settings.cutmix:
-        mix(x, targets, batch.weights.tolist(), mixes, settings, config.data.repeats)
+        mixup_or_cutmix(x, targets, batch.weights.tolist(), mix_rngs, settings, config.data.repeats)
     return x, targets
 
 
 def flip_labels(flip_classes: Mapping[str, str], classes: Sequence[str], num_classes: int) -> Tensor:
-    """A class's label after a flip: int64 ``[num_classes]``.
+    """The label of each class after a horizontal flip: int64 ``[num_classes]``.
 
     Args:
-        flip_classes: ``augment.flip_classes``; either class of an item becomes the other.
-        classes: the class names; where there are none, classes are called by their labels, ``"0"`` and so on.
+        flip_classes: ``augment.flip_classes``; a flip swaps the two classes of each item.
+        classes: the class names. If empty, the labels ``"0"``, ``"1"``, ... are the names.
 
     Raises:
         UserError: an unknown class, or a class with two partners.
@@ -105,12 +105,12 @@ def flip_labels(flip_classes: Mapping[str, str], classes: Sequence[str], num_cla
 
 
 def channels_first(clips: Tensor) -> Tensor:
-    """A copy, ``[B, T, H, W, 3]`` to ``[B, 3, T, H, W]``; cheaper of bytes than of floats."""
+    """Copy ``[B, T, H, W, 3]`` to ``[B, 3, T, H, W]``; cheaper for bytes than for floats."""
     return clips.permute(0, 4, 1, 2, 3).clone(memory_format=torch.contiguous_format)
 
 
 def normalise(x: Tensor, config: Config) -> Tensor:
-    """Values in 0..1 to the model's input, ``[B, 3, T, H, W]``; ``x`` is used up."""
+    """Model input from values in 0..1, ``[B, 3, T, H, W]``. Overwrites ``x``."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1, 1) for v in (MEAN, STD))
     x = x.sub_(mean).div_(std)
     if config.data.modality == "rgb_difference":
@@ -119,10 +119,10 @@ def normalise(x: Tensor, config: Config) -> Tensor:
     return x
 
 
-def jitter(x: Tensor, rngs: Rngs, config: AugmentSection) -> Tensor:
-    """Values in 0..1, colours changed: uint8 to float32, ``[B, 3, T, H, W]``.
+def color_jitter(x: Tensor, rngs: Rngs, config: AugmentSection) -> Tensor:
+    """Change the colours at random: uint8 ``[B, 3, T, H, W]`` to float32 in 0..1 of the same shape.
 
-    Brightness scales the values, contrast their distance from the clip's mean, saturation that from grey.
+    Brightness scales the values, contrast their distance from the clip's mean, saturation their distance from grey.
     """
     strengths = np.array([config.brightness, config.contrast, config.saturation])
     values = x.float().div_(255)
@@ -131,7 +131,7 @@ def jitter(x: Tensor, rngs: Rngs, config: AugmentSection) -> Tensor:
     factors = np.stack([1 + strengths * (2 * rng.random(3) - 1) for rng in rngs]).astype(np.float32)  # [B, 3]
     brightness, contrast, saturation = torch.from_numpy(factors).to(x.device).view(-1, 3, 1, 1, 1, 1).unbind(1)
     if config.brightness or config.contrast:
-        sums = x.sum((1, 2, 3, 4), keepdim=True)  # of integers: the same in any batch
+        sums = x.sum((1, 2, 3, 4), keepdim=True)  # integers: the sum is the same in any batch
         mean = brightness * (sums / (255 * x[0].numel())).float()
         values.mul_(brightness * contrast).add_(mean * (1 - contrast))
     if config.saturation:
@@ -141,33 +141,37 @@ def jitter(x: Tensor, rngs: Rngs, config: AugmentSection) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Brightness of RGB ``[B, 3, ...]`` as ``[B, 1, ...]`` (ITU-R BT.601)."""
+    """Luma (ITU-R BT.601) of RGB ``[B, 3, ...]``, as ``[B, 1, ...]``."""
     return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-def erase(x: Tensor, rngs: Rngs, probability: float) -> None:
-    """Random erasing (arXiv:1708.04896) in place, as MViT's: the same box of all frames is filled with N(0, 1), new for
-    each pixel of each frame."""
+def random_erasing(x: Tensor, rngs: Rngs, probability: float) -> None:
+    """Random erasing (arXiv:1708.04896) in place, as in MViT.
+
+    One box, the same in all frames, is filled with noise from N(0, 1), drawn for each pixel of each frame.
+    """
     channels, frames, height, width = x.shape[1:]
     for clip, rng in zip(x, rngs, strict=True):
         if rng.random() < probability:
             box = random_resized_crop(height, width, ERASED_AREA, ERASED_RATIO, rng)
             noise = rng.standard_normal((channels, frames, box.height, box.width), dtype=np.float32)
-            inside(clip, box).copy_(torch.from_numpy(noise))
+            crop(clip, box).copy_(torch.from_numpy(noise))
 
 
-def mix(x: Tensor, y: Tensor, weights: Sequence[float], rngs: Rngs, config: AugmentSection, repeats: int) -> None:
+def mixup_or_cutmix(
+    x: Tensor, y: Tensor, weights: Sequence[float], rngs: Rngs, config: AugmentSection, repeats: int
+) -> None:
     """Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of neighbouring videos, in place.
 
-    The videos of a pair are 2k and 2k + 1, and their clips go together in order; both take the same share of each
-    other, drawn from the first's numbers. Where both ways are on, each has half of the pairs. A pair with a clip that
-    does not count stays as it is.
+    Videos 2k and 2k + 1 are a pair, and their clips are matched in order. Both clips take the same share of each other,
+    drawn from the random stream of the first. If both methods are on, each is used for half of the pairs. A pair with a
+    clip that is padding stays unchanged.
 
     Args:
         x: ``[B, 3, T, H, W]``, B a multiple of ``2 * repeats``.
         y: ``[B, num_classes]``, the shares of the classes.
-        weights: of the B clips.
-        repeats: adjacent clips of one video.
+        weights: one per clip, 0 for padding.
+        repeats: how many adjacent clips one video has.
     """
     height, width = x.shape[-2:]
     for i, rng in enumerate(rngs):
@@ -180,10 +184,10 @@ def mix(x: Tensor, y: Tensor, weights: Sequence[float], rngs: Rngs, config: Augm
         kept = float(rng.beta(alpha, alpha))
         if cut:
             box = cut_box(height, width, 1 - kept, *centre)
-            one, other = inside(x[i], box), inside(x[j], box)
-            held = one.clone()
+            one, other = crop(x[i], box), crop(x[j], box)
+            copy_of_one = one.clone()
             one.copy_(other)
-            other.copy_(held)
+            other.copy_(copy_of_one)
             kept = 1 - box.height * box.width / (height * width)
         else:
             blend(x[i], x[j], kept)
@@ -191,22 +195,25 @@ def mix(x: Tensor, y: Tensor, weights: Sequence[float], rngs: Rngs, config: Augm
 
 
 def blend(one: Tensor, other: Tensor, kept: float) -> None:
-    """Each keeps a share of itself and takes the rest from the other, in place."""
+    """Blend two tensors in place: each keeps the share ``kept`` of itself and takes the rest from the other."""
     blended = torch.lerp(other, one, kept)
     other.lerp_(one, 1 - kept)
     one.copy_(blended)
 
 
 def cut_box(height: int, width: int, share: float, y: float, x: float) -> Box:
-    """A box of about that share of the frame, of the frame's shape, around (y, x) in 0..1; cut off at the border."""
+    """The box of CutMix: about ``share`` of the frame's area, with its aspect ratio, clipped at the border.
+
+    ``y`` and ``x`` are the centre, in 0..1.
+    """
     halves = (int(side * share**0.5) // 2 for side in (height, width))
     (top, bottom), (left, right) = (
-        (max(int(place * side) - half, 0), min(int(place * side) + half, side))
-        for place, side, half in zip((y, x), (height, width), halves, strict=True)
+        (max(int(centre * side) - half, 0), min(int(centre * side) + half, side))
+        for centre, side, half in zip((y, x), (height, width), halves, strict=True)
     )
     return Box(top, left, bottom - top, right - left)
 
 
-def inside(clip: Tensor, box: Box) -> Tensor:
-    """The box of all frames: a view ``[..., h, w]`` of ``[..., H, W]``."""
+def crop(clip: Tensor, box: Box) -> Tensor:
+    """A view of the box in all frames: ``[..., h, w]`` of ``[..., H, W]``."""
     return clip[..., box.top : box.top + box.height, box.left : box.left + box.width]

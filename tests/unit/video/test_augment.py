@@ -1,4 +1,4 @@
-"""What happens to pixels and labels on the device: against Pillow, closed forms, and the same batch in parts."""
+"""Augmentation on the device, against Pillow, closed forms, and the same batch split into micro-batches."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,16 @@ from PIL import Image, ImageEnhance, ImageOps
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.learner import Batch
-from posmlp.video.augment import MEAN, STD, flip_labels, jitter, to_input, to_train_input
-from posmlp.video.randaugment import MAPS, OPERATIONS, Step, affine, draw_steps, factor, randaugment
+from posmlp.video.augment import MEAN, STD, color_jitter, flip_labels, to_input, to_train_input
+from posmlp.video.randaugment import (
+    AFFINE_OPERATIONS,
+    OPERATIONS,
+    Operation,
+    affine_map,
+    draw_operations,
+    enhancement_factor,
+    randaugment,
+)
 
 OFF = ("data.modality=rgb", "augment.brightness=0", "augment.contrast=0", "augment.saturation=0")
 KINDS = {
@@ -28,13 +36,13 @@ CLASSES = torch.arange(10)  # no class turns into another
 
 
 def recipe(*overrides):
-    """The demo without its augmentation, and with overrides or what is named in ``KINDS``."""
+    """The demo recipe without its augmentation, plus overrides or augmentations named in ``KINDS``."""
     chosen = [override for kind in overrides for override in KINDS.get(kind, [kind])]
     return load_recipe("demo", [*OFF, "train.global_batch=24", *chosen])
 
 
 def make_batch(count=8, seed=0, frames=3, height=14, width=12):
-    """Clips with some structure: noise of few levels over a gradient."""
+    """Clips with some structure: noise with few levels over a gradient."""
     rng = np.random.default_rng(seed)
     clips = rng.integers(0, 60, (count, frames, height, width, 3)) + np.arange(width)[:, None] * (180 // width)
     return Batch(
@@ -46,7 +54,7 @@ def make_batch(count=8, seed=0, frames=3, height=14, width=12):
 
 
 def flat_batch(count, frames=2, height=8, width=8, seed=0):
-    """Clip i is all of level i % 256, and of class i % 10."""
+    """Clip i has the level i % 256 everywhere, and class i % 10."""
     levels = (torch.arange(count) % 256).byte().view(-1, 1, 1, 1, 1)
     seeds = torch.arange(count) + 1000 * seed
     clips = levels.expand(-1, frames, height, width, 3).contiguous()
@@ -58,7 +66,7 @@ def part(batch, start, stop):
 
 
 def levels(x):
-    """Model input back to 0..255."""
+    """Undo the normalisation: model input to 0..255."""
     std, mean = (torch.tensor(v).view(3, 1, 1, 1) for v in (STD, MEAN))
     return (x * std + mean) * 255
 
@@ -93,18 +101,18 @@ def test_without_augmentation_training_sees_what_evaluation_sees():
 # ---------------------------------------------------------------- RandAugment
 
 
-def pillow(image, step):
-    """The operation by Pillow, with the arguments that timm gives it at that strength."""
-    s, amount, enhance = step.strength, abs(step.strength), factor(step.strength)
+def pillow(image, operation):
+    """Apply the operation with Pillow, with the arguments that timm passes at that strength."""
+    s, amount, enhance = operation.strength, abs(operation.strength), enhancement_factor(operation.strength)
     width, height = image.size
     how = {"resample": Image.Resampling.BILINEAR, "fillcolor": (128, 128, 128)}
 
     def transform(*coefficients):
         return image.transform(image.size, Image.Transform.AFFINE, coefficients, **how)
 
-    match step.name:
+    match operation.name:
         case "autocontrast" | "equalize" | "invert":
-            return getattr(ImageOps, step.name)(image)
+            return getattr(ImageOps, operation.name)(image)
         case "posterize":
             bits = 4 - int(amount * 4)
             return ImageOps.posterize(image, bits) if bits else image.point([0] * 768)  # Pillow refuses 0
@@ -134,27 +142,27 @@ def pillow(image, step):
     strength=st.floats(-1, 1),
     seed=st.integers(0, 1000),
 )
-def test_operations_are_pillows(name, size, span, strength, seed):
-    """On a clip of two frames; what looks at the whole picture looks at both frames as one tall picture."""
+def test_operations_equal_pillows(name, size, span, strength, seed):
+    """On a clip of two frames. Operations that read the whole picture get both frames as one tall picture."""
     if min(size) < 3 and name == "sharpness":
         return  # Pillow smooths nothing smaller, and neither do we, but it blends in other steps
     rng = np.random.default_rng(seed)
     frames = rng.integers(min(span), max(span) + 1, (2, *size, 3)).astype(np.uint8)
-    step = Step(name, strength)
-    if name in (*MAPS, "sharpness"):
-        expected = np.stack([np.asarray(pillow(Image.fromarray(frame), step)) for frame in frames])
+    operation = Operation(name, strength)
+    if name in (*AFFINE_OPERATIONS, "sharpness"):
+        expected = np.stack([np.asarray(pillow(Image.fromarray(frame), operation)) for frame in frames])
     else:
-        expected = np.asarray(pillow(Image.fromarray(frames.reshape(-1, size[1], 3)), step)).reshape(frames.shape)
+        expected = np.asarray(pillow(Image.fromarray(frames.reshape(-1, size[1], 3)), operation)).reshape(frames.shape)
     clip = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).unsqueeze(0).contiguous()
-    got = randaugment(clip, [[step]])[0].permute(1, 2, 3, 0).numpy()
+    got = randaugment(clip, [[operation]])[0].permute(1, 2, 3, 0).numpy()
     off = np.abs(got.astype(int) - expected)
-    if name in MAPS:
-        off = off[:, ~at_the_border(affine(step, *size), *size)]
+    if name in AFFINE_OPERATIONS:
+        off = off[:, ~at_the_border(affine_map(operation, *size), *size)]
     assert off.max(initial=0) <= 1
 
 
 def at_the_border(coefficients, height, width):
-    """Pixels ``[H, W]`` that come from so near the frame's border that rounding decides whether from inside."""
+    """Pixels ``[H, W]`` whose source is so near the frame's border that rounding decides whether it is inside."""
     a, b, c, d, e, f = coefficients
     x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
     sources = ((a * x + b * y + c, width), (d * x + e * y + f, height))
@@ -164,18 +172,19 @@ def at_the_border(coefficients, height, width):
 def test_strengths_are_those_of_the_increasing_set():
     """Magnitude 0 changes least, 10 most."""
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 3, 1, 16, 16)
-    for name in ("rotate", "solarize", "solarize_add", "color", "contrast", "brightness", "sharpness", *MAPS):
-        assert torch.equal(randaugment(ramp.clone(), [[Step(name, 0.0)]]), ramp), name
-    assert len(randaugment(ramp.clone(), [[Step("posterize", 0.0)]]).unique()) == 16
-    assert not randaugment(ramp.clone(), [[Step("posterize", 1.0)]]).any()
-    assert torch.equal(randaugment(ramp.clone(), [[Step("solarize", 1.0)]]), 255 - ramp)
-    assert (factor(1.0), factor(-1.0)) == (1.9, pytest.approx(0.1))
+    others = ("rotate", "solarize", "solarize_add", "color", "contrast", "brightness", "sharpness")
+    for name in (*others, *AFFINE_OPERATIONS):
+        assert torch.equal(randaugment(ramp.clone(), [[Operation(name, 0.0)]]), ramp), name
+    assert len(randaugment(ramp.clone(), [[Operation("posterize", 0.0)]]).unique()) == 16
+    assert not randaugment(ramp.clone(), [[Operation("posterize", 1.0)]]).any()
+    assert torch.equal(randaugment(ramp.clone(), [[Operation("solarize", 1.0)]]), 255 - ramp)
+    assert (enhancement_factor(1.0), enhancement_factor(-1.0)) == (1.9, pytest.approx(0.1))
 
 
-def test_steps_follow_the_stated_distribution():
-    steps = [s for seed in range(2000) for s in draw_steps(np.random.default_rng(seed), 4, 7.0)]
-    applied = [s for s in steps if s is not None]
-    assert len(applied) / len(steps) == pytest.approx(0.5, abs=0.03)
+def test_operations_follow_the_stated_distribution():
+    drawn = [s for seed in range(2000) for s in draw_operations(np.random.default_rng(seed), 4, 7.0)]
+    applied = [s for s in drawn if s is not None]
+    assert len(applied) / len(drawn) == pytest.approx(0.5, abs=0.03)
     shares = np.unique([s.name for s in applied], return_counts=True)[1] / len(applied)
     assert len(shares) == 15
     assert shares == pytest.approx(1 / 15, abs=0.015)
@@ -183,14 +192,16 @@ def test_steps_follow_the_stated_distribution():
     assert np.abs(strengths).mean() == pytest.approx(0.7, abs=0.005)
     assert np.abs(strengths).std() == pytest.approx(0.05, abs=0.005)
     assert (strengths > 0).mean() == pytest.approx(0.5, abs=0.03)
-    extremes = [abs(s.strength) for seed in range(200) for s in draw_steps(np.random.default_rng(seed), 4, 10.0) if s]
+    extremes = [
+        abs(s.strength) for seed in range(200) for s in draw_operations(np.random.default_rng(seed), 4, 10.0) if s
+    ]
     assert max(extremes) == 1.0
 
 
 @given(st.integers(0, 2**63 - 1))
 def test_layers_and_magnitude_do_not_shift_each_others_draws(seed):
     def names(layers, magnitude):
-        return [s and s.name for s in draw_steps(np.random.default_rng(seed), layers, magnitude)]
+        return [s and s.name for s in draw_operations(np.random.default_rng(seed), layers, magnitude)]
 
     assert names(2, 9.0) == names(4, 3.0)[:2]
 
@@ -205,8 +216,8 @@ def test_layers_and_magnitude_do_not_shift_each_others_draws(seed):
     seed=st.integers(0, 2**31),
     bad=st.sets(st.integers(0, 7), max_size=2),
 )
-def test_two_workers_make_what_one_makes(chosen, repeats, seed, bad):
-    """Split between pairs of videos, a batch's parts are exactly the batch."""
+def test_two_workers_make_the_same_clips_as_one(chosen, repeats, seed, bad):
+    """A batch that is split between pairs of videos gives exactly the same clips."""
     config = recipe(f"data.repeats={repeats}", *chosen)
     batch = make_batch(8, seed)
     batch.weights[list(bad)] = 0
@@ -221,7 +232,7 @@ def test_two_workers_make_what_one_makes(chosen, repeats, seed, bad):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("difference", "flip")])
-def test_another_seed_is_another_clip(kind):
+def test_another_seed_gives_another_clip(kind):
     config, batch = recipe(kind), make_batch(16)
     other = Batch(batch.clips, batch.labels, batch.weights, batch.seeds + 1)
     assert not torch.equal(to_train_input(batch, config, CLASSES)[0], to_train_input(other, config, CLASSES)[0])
@@ -238,7 +249,7 @@ def test_equal_frames_stay_equal(chosen, seed):
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix", "erasing"])
 def test_one_augmentation_does_not_shift_anothers_numbers(kind):
-    """A flip and less contrast leave flat clips as they are, so what else is done must come out the same."""
+    """A flip and less contrast do not change flat clips, so the other augmentations must give the same result."""
     batch = flat_batch(16)
     alone = to_train_input(batch, recipe(kind), CLASSES)
     more = to_train_input(batch, recipe(kind, "flip", "augment.contrast=0.5"), CLASSES)
@@ -247,7 +258,7 @@ def test_one_augmentation_does_not_shift_anothers_numbers(kind):
 
 
 @pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
-def test_the_difference_of_what_is_mixed_is_what_is_mixed_of_differences(mixing):
+def test_mixing_commutes_with_the_frame_difference(mixing):
     batch, rest = make_batch(8), ("randaugment", "flip", mixing)
     rgb, _ = to_train_input(batch, recipe(*rest), CLASSES)
     difference, _ = to_train_input(batch, recipe(*rest, "difference"), CLASSES)
@@ -257,7 +268,7 @@ def test_the_difference_of_what_is_mixed_is_what_is_mixed_of_differences(mixing)
 # ---------------------------------------------------------------- flip
 
 
-def test_a_flip_mirrors_the_clip_and_turns_its_label():
+def test_a_flip_mirrors_the_clip_and_changes_its_label():
     batch = make_batch(400, frames=1, height=4, width=4)
     flipped = flip_labels({"2": "5"}, (), 10)
     plain = to_input(batch.clips, recipe())
@@ -290,7 +301,7 @@ def test_flip_classes_are_checked():
 
 
 class Fixed:
-    """Stands for a generator whose numbers are known."""
+    """A stub of a generator, with known numbers."""
 
     def random(self, count):
         return np.full(count, 0.75)
@@ -302,7 +313,7 @@ def test_each_colour_change_does_what_it_says():
     grey = (plain * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1, keepdim=True)
 
     def changed(**strengths):
-        return jitter(x, [Fixed()], recipe(*(f"augment.{k}={v}" for k, v in strengths.items())).augment)
+        return color_jitter(x, [Fixed()], recipe(*(f"augment.{k}={v}" for k, v in strengths.items())).augment)
 
     assert torch.equal(changed(), plain)
     torch.testing.assert_close(changed(brightness=0.2), plain * 1.1)
@@ -391,7 +402,7 @@ def test_mixed_shares_follow_the_beta_distribution(alpha):
     assert (x != x.flatten(2)[..., :1, None, None]).flatten(1).any(1).float().mean() > 0.8
 
 
-def test_with_both_half_of_the_pairs_are_cut():
+def test_with_both_methods_on_half_of_the_pairs_are_cut():
     batch = flat_batch(2000, frames=1, height=4, width=4)
     plain = to_input(batch.clips, recipe())
     x, _ = to_train_input(batch, recipe("augment.mixup=0.8", "augment.cutmix=1"), CLASSES)
@@ -402,7 +413,7 @@ def test_with_both_half_of_the_pairs_are_cut():
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 @pytest.mark.parametrize("bad", [2, 3])
-def test_what_does_not_count_is_mixed_into_nothing(kind, bad):
+def test_padding_is_not_mixed(kind, bad):
     batch, config = flat_batch(8), recipe(kind)
     mixed, shares = to_train_input(batch, config, CLASSES)
     batch.weights[bad] = 0

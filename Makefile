@@ -1,6 +1,8 @@
-# make demo: install and train the demo. make test: install what tests need and run them, those on Ray one after the
-# other; make test-all: also those that compile, take long, or kill and repeat what others have killed. make lint: ruff
-# and mypy.
+# make demo      install, and train the demo
+# make test      run the tests: unit tests in parallel, then integration tests (Ray, MLflow, PostgreSQL) one by one
+# make test-all  also run the slow tests: those that compile, train for long, or kill processes again and again
+# make lint      run ruff and mypy
+# make clean     delete .venv and what was built
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,8 +12,8 @@ demo: .venv/installed
 	$(BIN)/posmlp demo
 
 test: .venv/installed-test
-	$(BIN)/pytest -q -m "not ray and not slow" -n logical --maxprocesses 8
-	$(BIN)/pytest -q -m "ray and not slow"
+	$(BIN)/pytest -q -m "not slow" -n logical --maxprocesses 8 tests/unit
+	$(BIN)/pytest -q -m "not slow" tests/integration
 
 test-all: test
 	$(BIN)/pytest -q -m slow

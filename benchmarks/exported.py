@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.predict import find_checkpoint
-from pipelines.runs import trained_model
+from pipelines.runs.models import find_checkpoint, trained_model
 from posmlp.export import export, load
 from posmlp.model.cost import device_name
 from posmlp.video.augment import to_input

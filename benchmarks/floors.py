@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from posmlp.model import backbone, cpu
 from posmlp.model.backbone import grid
-from posmlp.model.cost import device_name, joint_gate, seconds
+from posmlp.model.cost import device_name, gate_macs, seconds
 from posmlp.model.gates import PositionGate
 from posmlp.model.spec import BLOCKS, Variant, Window, model_variant, unit_window
 
@@ -104,9 +104,7 @@ def least_work(variant: Variant, dtype: torch.dtype, train: bool, batch: int = 1
             found["elementwise"] += Work(bytes=(3 if train else 1) * x)  # adds to x; the gradient's way back
             for unit in step:
                 unit_extent = unit_window(unit, extent)
-                gate = tokens * dim * math.prod(unit_extent)
-                if unit == "joint" and extent[0] > 1:
-                    gate = joint_gate(dim, groups, tokens, extent)
+                gate = gate_macs(unit_window(unit, window), extent, dim, groups, tokens)
                 table = groups * math.prod(2 * n - 1 for n in unit_extent)
                 found["fc1"] += Work(
                     2 * passes * tokens * 2 * dim * dim,

@@ -26,9 +26,9 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.ingest import Split, global_order, object_store
-from pipelines.scan import ShardSettings, shard
-from pipelines.train import start_ray
+from pipelines.cluster.session import start_ray
+from pipelines.data.loader import Split, global_order, object_store
+from pipelines.data.scan import ShardSettings, shard
 from posmlp.config import Config, load_recipe
 from posmlp.model.cost import device_name
 from posmlp.video.clip import load_clips

@@ -76,8 +76,9 @@ def measure(folder: Path, kind: str, rows: int) -> dict[str, tuple[float, float]
     import ray
     import torch
 
-    from pipelines.ingest import Split, global_order, rows_per_block
-    from pipelines.train import check_data, fingerprint, start_ray
+    from pipelines.cluster.session import start_ray
+    from pipelines.data.loader import Split, global_order, rows_per_block
+    from pipelines.training.preflight import check_data, fingerprint
     from posmlp.config import load_recipe
     from posmlp.model.cost import peak_mb
     from posmlp.video.manifest import read_split

@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from pipelines.runs import trained_model
+from pipelines.runs.models import trained_model
 from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_split

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipelines.study import find_study, read_trials, space_of
+from pipelines.tuning.study import find_study, read_trials, space_of
 from posmlp.config import load_recipe
 from posmlp.video.motion import make_motion_set
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from order import validation_logits
 
-from pipelines.runs import read_record, run_folder
-from pipelines.train import train
+from pipelines.runs.record import read_record, run_folder
+from pipelines.training.train import train
 from posmlp.config import Config, load_recipe
 from posmlp.video.motion import make_motion_set
 
@@ -37,7 +37,7 @@ VARIANTS: dict[str, list[str]] = {  # what differs from the recipe, in the order
     NO_PRETRAINING: [],
     "no-mixup": ["augment.mixup=0"],
     "no-ema": ["optim.ema=null"],
-    "centre": ["data.whole=false"],
+    "centre": ["data.full_frame=false"],
     # Architectures start from random weights, to compare with NO_PRETRAINING; each would need drawn clips of its own.
     "no-pretraining-spatial": ["model.blocks=spatial"],
     "no-pretraining-joint": ["model.blocks=joint"],
@@ -47,7 +47,7 @@ VARIANTS: dict[str, list[str]] = {  # what differs from the recipe, in the order
     "no-pretraining-groups-x2": ["model.groups=[16, 16, 16, 32]"],
 }
 SETS: dict[str, dict[str, int]] = {"motion": {"train": 640, "val": 160}, "strokes": {"train": 2520, "val": 210}}
-DRAWN = ["train.global_batch=16", "data.whole=false", "augment.mixup=0", "optim.label_smoothing=0"]
+DRAWN = ["train.global_batch=16", "data.full_frame=false", "augment.mixup=0", "optim.label_smoothing=0"]
 PRETRAINING = {  # what differs from the recipe there: many clips, which stretching would blur
     "motion": [
         *DRAWN,

@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import SubFigure
 
-from pipelines.runs import trained_model
+from pipelines.runs.models import trained_model
 from posmlp.model.backbone import PosMLPVideo
-from posmlp.video.motion import CLASSES, render
+from posmlp.video.motion import MOTION_CLASSES, render_motion
 
 SCENE = 2081  # a seed whose shape stays inside the frame in all motions
 
@@ -26,8 +26,8 @@ def draw_motions(figure: SubFigure) -> None:
     """Each class as a strip of four moments of the same scene."""
     axes = figure.subplots(2, 4, gridspec_kw={"left": 0.02, "right": 0.98, "wspace": 0.06, "bottom": 0.02})
     figure.suptitle("eight motions: each of a pair is the other played backwards", fontsize=10, x=0.01, ha="left")
-    for k, (ax, name) in enumerate(zip(axes.T.flatten(), CLASSES, strict=True)):
-        clip = render(k, np.random.default_rng(SCENE))
+    for k, (ax, name) in enumerate(zip(axes.T.flatten(), MOTION_CLASSES, strict=True)):
+        clip = render_motion(k, np.random.default_rng(SCENE))
         moments = np.linspace(0, len(clip) - 1, 4).round().astype(int)
         ax.imshow(np.concatenate(list(clip[moments]), axis=1))
         ax.set_title(name, fontsize=8, pad=2)

@@ -292,7 +292,7 @@ def run_tune(args: argparse.Namespace) -> None:
     """A new study, or the rest of one; then its front."""
     from pydantic import ValidationError
 
-    from pipelines.study import Study, StudyError, explain, find_study
+    from pipelines.tuning.study import Study, StudyError, explain, find_study
 
     fields = ("space", "trials", "searcher", "against", "asha", "seed", "concurrent", "repeats")
     fields += ("budget_gmacs", "budget_ms", "budget_params")
@@ -315,9 +315,9 @@ def run_tune(args: argparse.Namespace) -> None:
             study = Study(name=name, recipe=recipe, **given)
         except ValidationError as error:
             raise StudyError(f"study {name}: {explain(error)}") from error
-    from pipelines import fronts
-    from pipelines.tracking import tracking_uri
-    from pipelines.tune import tune
+    from pipelines.tracking.uris import tracking_uri
+    from pipelines.tuning import pareto as fronts
+    from pipelines.tuning.tune import tune
 
     args.again = f"posmlp tune --resume {study.folder} goes on"
     start = time.perf_counter()
@@ -331,9 +331,9 @@ def run_tune(args: argparse.Namespace) -> None:
 
 
 def run_supernet(args: argparse.Namespace) -> None:
-    from pipelines import fronts
-    from pipelines.supernet import supernet
-    from pipelines.tracking import tracking_uri
+    from pipelines.tracking.uris import tracking_uri
+    from pipelines.tuning import pareto as fronts
+    from pipelines.tuning.supernet import supernet
 
     recipe = load_recipe(args.recipe, args.overrides)
     options = {"name": args.name, "count": args.members, "seed": args.seed, "study": args.study}
@@ -348,7 +348,7 @@ def run_supernet(args: argparse.Namespace) -> None:
 
 
 def run_front(args: argparse.Namespace) -> None:
-    from pipelines.fronts import read_view, write_views
+    from pipelines.tuning.pareto import read_view, write_views
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
     views = [read_view(name, uri) for name in args.studies]
@@ -357,10 +357,10 @@ def run_front(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from pipelines.predict import parse_views
+    from pipelines.inference.views import parse_views
 
     views = parse_views(args.views) if args.views else None  # before a slow import: a typo is told at once
-    from pipelines.evaluate import evaluate
+    from pipelines.inference.evaluate import evaluate
 
     options = {"split": args.split, "overrides": args.overrides, "workers": args.workers, "out": args.out}
     found = evaluate(args.subject, views, **options, echo=lambda line: print(line, flush=True))
@@ -369,7 +369,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Exit code 1 if a file could not be read."""
-    from pipelines.predict import parse_views, predict
+    from pipelines.inference.predict import predict
+    from pipelines.inference.views import parse_views
 
     bad = 0
     for found in predict(args.subject, args.files, args.top, parse_views(args.views) if args.views else None):
@@ -384,15 +385,15 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from pipelines.export import export
+    from pipelines.inference.export import export
 
     print(export(args.subject, args.out, int8=args.int8))
 
 
 def run_checkpoints(args: argparse.Namespace) -> int:
     """Exit code 1 if one is damaged."""
-    from pipelines import checkpoints
-    from pipelines.runs import find_run
+    from pipelines.runs import checkpoints
+    from pipelines.runs.record import find_run
 
     run = find_run(args.run_folder)
     found = checkpoints.find(run, check=True)
@@ -413,10 +414,10 @@ def run_checkpoints(args: argparse.Namespace) -> int:
 
 def run_sync(args: argparse.Namespace) -> int:
     """Exit code 1 if something is still to be delivered."""
-    from pipelines.runs import find_run
-    from pipelines.study import StudyError, find_study, read_trials, trial_folder
-    from pipelines.tracking import sync
-    from pipelines.train import journal_path
+    from pipelines.runs.record import find_run
+    from pipelines.tracking.delivery import sync
+    from pipelines.tracking.uris import journal_path
+    from pipelines.tuning.study import StudyError, find_study, read_trials, trial_folder
 
     left = 0
     for name in args.run_folders:
@@ -433,8 +434,8 @@ def run_sync(args: argparse.Namespace) -> int:
 
 def report(config, args: argparse.Namespace) -> None:
     """Train, then print the result."""
-    from pipelines.tracking import tracking_uri
-    from pipelines.train import train
+    from pipelines.tracking.uris import tracking_uri
+    from pipelines.training.train import train
 
     start = time.perf_counter()
     options = {"profile": args.profile, "allow_changes": args.allow_changes}
@@ -461,7 +462,7 @@ def report(config, args: argparse.Namespace) -> None:
 
 def see(uri: str) -> str:
     """How to open MLflow."""
-    from pipelines.tracking import without_secrets
+    from pipelines.tracking.uris import without_secrets
 
     uri = without_secrets(uri)
     if uri.startswith("sqlite:"):
@@ -474,7 +475,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.recipe and "=" in args.recipe:
         raise UserError(f"override {args.recipe!r} without a recipe; name one before it")
     config = load_recipe(args.recipe, args.overrides) if args.recipe else None
-    from pipelines.doctor import doctor, report
+    from pipelines.planning.doctor import doctor, report
 
     return int(not report(doctor(config, args.address)))
 
@@ -488,8 +489,8 @@ def run_motion(args: argparse.Namespace) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Exit code 1 if there is a bad video."""
-    from pipelines.scan import check
-    from pipelines.train import start_ray
+    from pipelines.cluster.session import start_ray
+    from pipelines.data.scan import check
 
     manifest = manifest_of(args, missing_ok=True)
     start_ray()
@@ -501,8 +502,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_shard(args: argparse.Namespace) -> None:
-    from pipelines.scan import ShardSettings, shard
-    from pipelines.train import start_ray
+    from pipelines.cluster.session import start_ray
+    from pipelines.data.scan import ShardSettings, shard
 
     manifest = manifest_of(args, missing_ok=False)
     settings = ShardSettings(args.rows_per_shard, args.short_side, args.keyframe_interval, args.timeout)
@@ -514,7 +515,7 @@ def run_shard(args: argparse.Namespace) -> None:
 
 
 def run_preview(args: argparse.Namespace) -> None:
-    from pipelines.preview import preview
+    from pipelines.data.preview import preview
 
     config = load_recipe(args.recipe, args.overrides)
     preview(config, args.out, train=args.split == "train", epoch=args.epoch, videos=args.videos)
@@ -533,7 +534,7 @@ def run_cost(args: argparse.Namespace) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from pipelines.plan import MFU, make_cluster, make_plan, table
+    from pipelines.planning.plan import MFU, make_cluster, make_plan, table
 
     machines = {"nodes": args.nodes, "gpus_per_node": args.gpus_per_node, "gpu": args.gpu, "tflops": args.tflops}
     more = ("decode_nodes", "gbit", "memory_gb", "store_share")

@@ -1,13 +1,17 @@
-"""The recipe: one typed, validated tree that says everything about a run.
+"""The recipe of a run: one typed, validated tree of all settings.
 
 A recipe is a YAML file (``posmlp/recipes/*.yaml`` or the user's own). ``load_recipe`` reads it, applies
-``key.path=value`` overrides and returns a frozen ``Config``. Unknown keys, wrong types and impossible combinations are
-refused with one ``RecipeError`` that lists every problem.
+``section.key=value`` overrides and returns a frozen ``Config``. Unknown keys, wrong types and impossible combinations
+raise one ``RecipeError`` that lists every problem. A key that was renamed is still read by its old name
+(``RENAMED_KEYS``). This module imports neither PyTorch nor NumPy, so that it is quick to import.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +23,12 @@ from posmlp.errors import UserError
 from posmlp.model.spec import Variant, model_variant, suggest
 
 RECIPES = Path(__file__).parent / "recipes"
+RENAMED_KEYS = {  # old name -> present name; recipes, overrides and stored configs may have either
+    "scaling.device_batch": "scaling.micro_batch",
+    "data.whole": "data.full_frame",
+}
+
+logger = logging.getLogger(__name__)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -28,17 +38,17 @@ Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be run; the message lists every problem, one a line."""
+    """A recipe is not valid. The message lists every problem, one per line."""
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
+    """Base class of the sections: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ChoicesSection(Section):
-    """What each stage can have, for a model that holds many (``posmlp.model.supernet``); none: what the model has."""
+    """What a supernet's stages can have (``posmlp.model.supernet``); without choices, a stage has the model's value."""
 
     blocks: tuple[tuple[str, ...], ...] = ((),) * 4
     groups: tuple[tuple[Positive, ...], ...] = ((),) * 4
@@ -46,10 +56,10 @@ class ChoicesSection(Section):
 
 
 class ModelSection(Section):
-    """Which backbone to build: a variant's name and what differs from it (see ``posmlp.create_model``)."""
+    """The backbone: a variant's name, and what differs from that variant (see ``posmlp.create_model``)."""
 
     name: str = "tiny"
-    num_classes: Positive | None = None  # None: as many as the data set has
+    num_classes: Positive | None = None  # None: the number of classes of the data set
     frames: Positive | None = None
     image_size: Positive | None = None
     dims: tuple[Positive, ...] | None = None
@@ -59,135 +69,135 @@ class ModelSection(Section):
     blocks: str | tuple[str, ...] | None = None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the classifier
-    choices: ChoicesSection | None = None  # train all of these at once, with shared weights (`posmlp supernet`)
-    weights: str | None = None  # where to start from: a run's folder, a checkpoint, or a file of weights
+    choices: ChoicesSection | None = None  # train a supernet: all of these with shared weights (`posmlp supernet`)
+    weights: str | None = None  # initial weights: a run's folder, a checkpoint, or a file of weights
 
     def overrides(self) -> dict[str, Any]:
-        """What ``posmlp.create_model(self.name, ...)`` takes."""
+        """Keyword arguments of ``posmlp.create_model(self.name, ...)``."""
         return self.model_dump(exclude={"name", "weights"}, exclude_none=True)
 
     def variant(self) -> Variant:
-        """The checked plain data of the model; its ``frames`` and ``image_size`` are those of the clips."""
+        """The model as checked plain data. Its ``frames`` and ``image_size`` are the size of a clip."""
         return model_variant(self.name, **self.overrides())
 
 
 class SplitSection(Section):
-    """One split of a data set: its list, and which of the list's rows to take. Paths may be URIs (``s3://...``)."""
+    """One split of a data set: its list of videos, and the rows of it to use. Paths may be URIs (``s3://...``)."""
 
     path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
-    root: str | None = None  # the folder that holds the videos; None: that of the list
-    where: dict[str, str] = {}  # keep the rows whose columns have these values
+    root: str | None = None  # folder of the videos; None: the list's folder
+    where: dict[str, str] = {}  # keep only the rows with these values in these columns
 
 
 class DataSection(Section):
-    """Where the videos are, and how a clip is cut from one."""
+    """Where the videos are, and how a clip is cut from a video."""
 
-    format: Format = "auto"  # of the lists; auto: a CSV file, a Parquet file or a class-per-folder tree
-    classes: str | None = None  # the file of class names, for formats that have one apart
-    template: str = "{:05d}.jpg"  # names of a frame folder's images, counted from 1 (ssv1)
+    format: Format = "auto"  # format of the lists; auto: a CSV file, a Parquet file or a class-per-folder tree
+    classes: str | None = None  # file of class names, for formats with a separate one
+    template: str = "{:05d}.jpg"  # file names of a frame folder's images, numbered from 1 (ssv1)
     train: SplitSection
     val: SplitSection
-    modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the one before
+    modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the previous one
     sampling: Literal["uniform", "dense"] = "uniform"
-    stride: Positive = 1  # frames between two samples; dense only
+    stride: Positive = 1  # video frames from one sampled frame to the next; dense only
     fps: Annotated[float, Field(gt=0)] | None = None  # sample as if every video had this frame rate
-    frame_order: Literal["ordered", "shuffled"] = "ordered"  # shuffled: a control that destroys motion
-    short_side: Positive | None = None  # frames are decoded at this short side; None: 8/7 of the image size
+    frame_order: Literal["ordered", "shuffled"] = "ordered"  # shuffled: a control experiment without motion
+    short_side: Positive | None = None  # pixels of decoded frames' short side; None: 8/7 of the image size
     crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)  # area of the training crop, as a share of the frame
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width : height of the training crop
-    whole: bool = False  # test clips show whole frames, squeezed to a square, where the middle alone would not do
-    repeats: Positive = 1  # training clips cut from a video each time it is decoded (repeated augmentation)
-    decoder: Literal["pyav", "decord"] = "pyav"  # decord: PyAV takes over where decord would be wrong
-    decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # a video that takes longer is bad
-    cache_dir: str | None = None  # keep every decoded frame here, so that each video is decoded once
-    max_bad_fraction: Fraction = 0.05  # share of an epoch's videos that may fail to decode
-    rows_per_block: Positive = 16  # videos decoded by one Ray Data task
+    full_frame: bool = False  # evaluate on the full frame, squeezed to a square, instead of on a square crop
+    repeats: Positive = 1  # training clips per decoded video (repeated augmentation)
+    decoder: Literal["pyav", "decord"] = "pyav"  # decord: PyAV decodes the videos that decord would decode wrongly
+    decode_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # seconds; a video that takes longer is bad
+    cache_dir: str | None = None  # store all decoded frames here, so that each video is decoded once
+    max_bad_fraction: Fraction = 0.05  # fail if a larger share of an epoch's videos cannot be decoded
+    rows_per_block: Positive = 16  # videos per Ray Data task
 
 
 class AugmentSection(Section):
-    """Augmentation on the device, the same for all frames of a clip; 0 switches a thing off."""
+    """Augmentation on the device, the same for all frames of a clip. 0 switches an augmentation off."""
 
-    flip: Fraction = 0.0  # probability of a horizontal flip; leave at 0 where direction tells the class
-    flip_classes: dict[str, str] = {}  # classes that a flip turns into another, as {left: right}; works both ways
-    brightness: Fraction = 0.0  # the largest relative change, of this and the next two
+    flip: Fraction = 0.0  # probability of a horizontal flip; keep 0 where direction determines the class
+    flip_classes: dict[str, str] = {}  # classes that a flip exchanges, as {left: right}
+    brightness: Fraction = 0.0  # largest relative change; so are contrast and saturation
     contrast: Fraction = 0.0
     saturation: Fraction = 0.0
-    randaug_layers: Annotated[int, Field(ge=0)] = 0  # RandAugment: operations a clip
+    randaug_layers: Annotated[int, Field(ge=0)] = 0  # RandAugment: operations per clip
     randaug_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
-    erasing: Fraction = 0.0  # probability that a random box is filled with noise
-    mixup: Annotated[float, Field(ge=0)] = 0.0  # Beta distribution's parameter; pairs of clips are blended
-    cutmix: Annotated[float, Field(ge=0)] = 0.0  # likewise; a box of one clip comes from the other
+    erasing: Fraction = 0.0  # probability of filling a random box with noise
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # parameter of the Beta distribution; blends pairs of clips
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # likewise; pastes a box of one clip into the other
 
 
 class OptimSection(Section):
-    """AdamW, linear warm-up, then cosine.
+    """AdamW with a learning rate that warms up linearly and then decays along a cosine.
 
-    Both rates hold for a global batch of ``lr_batch`` clips and are scaled in proportion to ``train.global_batch``;
-    without ``lr_batch`` they are taken as they are.
+    ``lr`` and ``min_lr`` are for a global batch of ``lr_batch`` clips, and scale in proportion to
+    ``train.global_batch``. Without ``lr_batch`` they are not scaled.
     """
 
-    lr: Annotated[float, Field(gt=0)] = 1e-3  # the peak
-    min_lr: Annotated[float, Field(ge=0)] = 1e-6
-    lr_batch: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] = 1e-3  # peak learning rate
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6  # learning rate at the end
+    lr_batch: Positive | None = None  # global batch that the rates are for
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest gradient norm
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weight average that is evaluated
+    clip_grad: Annotated[float, Field(gt=0)] | None = None  # clip the gradient to this 2-norm
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weights' EMA, which is evaluated and saved
 
 
 class TrainSection(Section):
-    """Length, batch and numerics of a run."""
+    """Length, batch size, numerics and checkpoints of a run."""
 
     epochs: Positive = 10
-    global_batch: Positive = 32  # clips a step over all workers
+    global_batch: Positive = 32  # clips per optimizer step, over all workers
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights and their sums stay in fp32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights and accumulations stay fp32
     compile: bool = False  # torch.compile
-    recompute: bool = False  # blocks compute their activations again in the backward pass: less memory, more time
-    sync_batch_norm: bool = True  # the stem's statistics are those of all workers' clips
-    deterministic: bool = False  # refuse operations that may differ between two runs
-    checkpoint_every_steps: Positive | None = None  # within an epoch; there is one after each epoch anyway
-    keep_last: Positive = 2  # newest checkpoints kept
-    keep_best: Annotated[int, Field(ge=0)] = 1  # and those of the highest val/top1
-    storage: str = "runs"  # the run's folder is storage/name; a path or a URI that all nodes share
+    recompute: bool = False  # activation checkpointing: compute activations again in the backward pass; saves memory
+    sync_batch_norm: bool = True  # the stem's batch statistics are over the clips of all workers
+    deterministic: bool = False  # fail on operations that may differ between two runs
+    checkpoint_every_steps: Positive | None = None  # within an epoch; each epoch ends with one anyway
+    keep_last: Positive = 2  # number of newest checkpoints to keep
+    keep_best: Annotated[int, Field(ge=0)] = 1  # number of checkpoints with the highest val/top1 to keep
+    storage: str = "runs"  # the run's folder is storage/name; a path or URI that all nodes share
 
 
 class EvalSection(Section):
     """Validation after each epoch."""
 
     every: Positive = 1  # epochs between validations; the last epoch is always validated
-    clips: Positive = 1  # clips of a video, at different times; predictions are averaged over all its views
-    crops: Literal[1, 3] = 1  # squares of a clip: the centre, or both ends of the longer side too
+    clips: Positive = 1  # clips per video, at different times; predictions average over all views
+    crops: Literal[1, 3] = 1  # square crops per clip: the centre; 3: and both ends of the longer side
 
 
 class ScalingSection(Section):
-    """How many training workers, and what each takes of the cluster."""
+    """Number of training workers, their resources, and the nodes that they and the decoders run on."""
 
     workers: Positive = 1
-    min_workers: Positive | None = None  # fewest to go on with while nodes come and go; None: all
+    min_workers: Positive | None = None  # fewest to train with when nodes are lost; None: all
     use_gpu: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: each worker holds a part of the weights and optimizer state
-    device_batch: Positive | None = None  # most clips on a device at once; a larger share is accumulated
-    max_failures: Annotated[int, Field(ge=0)] = 3  # times that dead workers are replaced
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights and optimizer state are sharded
+    micro_batch: Positive | None = None  # most clips per forward pass; gradients accumulate over a worker's share
+    max_failures: Annotated[int, Field(ge=0)] = 3  # number of times to replace lost workers
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    threads_per_worker: Positive | None = None  # PyTorch threads; None: the node's cores shared by its workers
-    train_on: dict[Label, LabelValue] = {}  # labels of the nodes that workers need, as in {ray.io/node-group: gpu}
-    wait_s: Annotated[float, Field(ge=0)] = 0.0  # most seconds to wait at the start for nodes that are still to come
-    decode_on: dict[Label, LabelValue] = {}  # labels of the nodes that decode first; others help where these are busy
+    threads_per_worker: Positive | None = None  # PyTorch threads; None: the node's cores, split among its workers
+    train_on: dict[Label, LabelValue] = {}  # labels of the nodes for workers, as in {ray.io/node-group: gpu}
+    wait_s: Annotated[float, Field(ge=0)] = 0.0  # most seconds to wait at the start for nodes to join
+    decode_on: dict[Label, LabelValue] = {}  # labels of the nodes that decode first; others help when busy
 
 
 class TrackingSection(Section):
-    """Where MLflow writes. None: ``MLFLOW_TRACKING_URI``, else SQLite in ``train.storage``."""
+    """Where and what to log with MLflow."""
 
-    uri: str | None = None
+    uri: str | None = None  # None: ``MLFLOW_TRACKING_URI`` if it is set, otherwise SQLite in ``train.storage``
     experiment: str = "posmlp"
-    log_model: bool = True  # store the final model in MLflow
+    log_model: bool = True  # store the trained model in MLflow
 
 
 class Config(Section):
-    """A whole run."""
+    """The whole recipe of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: ModelSection = ModelSection()
@@ -199,25 +209,33 @@ class Config(Section):
     scaling: ScalingSection = ScalingSection()
     tracking: TrackingSection = TrackingSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def read_old_names(cls, tree: Any) -> Any:
+        """Read keys by their old names too, see ``RENAMED_KEYS``."""
+        return current_keys(tree) if isinstance(tree, Mapping) else tree
+
     @model_validator(mode="after")
     def check_together(self) -> Config:
-        """Refuse what no single key shows to be impossible."""
+        """Refuse combinations of keys that cannot work together."""
         self.model.variant()
         problems = [
-            f"{key} {storage.without_password(value)}: leave user and password out; the environment has them"
+            f"{key} {storage.without_password(value)}: leave user and password out; they belong in the environment"
             for key, value in self.flat().items()
             if key != "tracking.uri" and isinstance(value, str) and storage.PASSWORD.match(value)
         ]
         if self.data.decoder == "decord" and self.data.cache_dir:
-            problems.append("data.decoder decord has no effect with data.cache_dir, which PyAV fills; drop one of them")
+            problems.append(
+                "data.decoder decord has no effect with data.cache_dir, which PyAV fills; remove one of them"
+            )
         if self.data.modality == "rgb_difference" and self.model.variant().frames < 2:
             problems.append("data.modality rgb_difference needs model.frames of at least 2")
-        if self.data.whole and self.eval.crops > 1:
-            problems.append(f"data.whole leaves one view of a clip's frames, not eval.crops {self.eval.crops}; use 1")
+        if self.data.full_frame and self.eval.crops > 1:
+            problems.append(f"data.full_frame leaves one crop of a clip, not eval.crops {self.eval.crops}; use 1")
         for key in ("crop_scale", "crop_ratio"):
             low, high = getattr(self.data, key)
             if not 0 < low <= high:
-                problems.append(f"data.{key} ({low}, {high}) must be two positive numbers, the smaller first")
+                problems.append(f"data.{key} ({low}, {high}) must be two positive numbers, the smaller one first")
         clips_per_step = self.data.repeats * self.scaling.workers
         if self.train.global_batch % clips_per_step:
             problems.append(
@@ -233,19 +251,21 @@ class Config(Section):
             problems.append(
                 f"scaling.min_workers {self.scaling.min_workers} is more than scaling.workers {self.scaling.workers}"
             )
-        if self.scaling.device_batch and self.scaling.device_batch % self.clips_together:
+        if self.scaling.micro_batch and self.scaling.micro_batch % self.clips_together:
             problems.append(
-                f"scaling.device_batch {self.scaling.device_batch} must divide by {self.clips_together}: the clips of "
+                f"scaling.micro_batch {self.scaling.micro_batch} must divide by {self.clips_together}: the clips of "
                 "a video (data.repeats), and with mixup or cutmix of two videos, stay together"
             )
         if self.train.precision == "fp16" and self.scaling.parallel == "fsdp":
-            problems.append("train.precision fp16 does not go with scaling.parallel fsdp; choose bf16 or ddp")
+            problems.append("train.precision fp16 does not work with scaling.parallel fsdp; use bf16 or ddp")
         if self.model.choices and (self.train.compile or self.scaling.parallel == "fsdp"):
             problems.append(
-                "model.choices goes neither with train.compile nor with scaling.parallel fsdp; leave them out"
+                "model.choices works neither with train.compile nor with scaling.parallel fsdp; leave them out"
             )
         if self.optim.min_lr > self.optim.lr:
-            problems.append(f"optim.min_lr {self.optim.min_lr:g} is more than optim.lr {self.optim.lr:g}, the peak")
+            problems.append(
+                f"optim.min_lr {self.optim.min_lr:g} is more than optim.lr {self.optim.lr:g}, the peak rate"
+            )
         if self.optim.warmup_epochs > self.train.epochs:
             problems.append(
                 f"optim.warmup_epochs {self.optim.warmup_epochs} is more than train.epochs {self.train.epochs}"
@@ -256,15 +276,15 @@ class Config(Section):
 
     @property
     def clips_together(self) -> int:
-        """Training clips that must be on one device together: a video's repeats, and the videos of a mixing pair."""
+        """Training clips that must be in one micro-batch: a video's repeats and, with mixup or cutmix, two videos."""
         return self.data.repeats * (2 if self.augment.mixup or self.augment.cutmix else 1)
 
     def flat(self) -> dict[str, Any]:
-        """Every key of the tree as ``section.key``."""
+        """All values by their full key, ``section.key``."""
         return flatten(self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
-        """The full effective recipe; ``load_recipe`` takes it back."""
+        """The full effective recipe as YAML; ``load_recipe`` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -272,18 +292,18 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply overrides.
 
     Args:
-        recipe: a YAML file, or the name of one in ``posmlp/recipes``.
-        overrides: ``section.key=value`` each; the value is YAML, so ``null``, ``[1, 2]`` and ``{a: b}`` work.
+        recipe: a YAML file, or the name of a file in ``posmlp/recipes``.
+        overrides: each is ``section.key=value``. The value is YAML, so ``null``, ``[1, 2]`` and ``{a: b}`` work.
 
     Raises:
-        RecipeError: no such recipe, not YAML, or not a valid ``Config``; lists every problem.
+        RecipeError: there is no such recipe, or it is not YAML or not a valid ``Config``; lists every problem.
     """
     path = Path(recipe)
     if not path.is_file():
         path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise RecipeError(f"no recipe {recipe}: neither a file nor one of {', '.join(known)}")
+        raise RecipeError(f"no recipe {recipe}: it is neither a file nor one of {', '.join(known)}")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -300,7 +320,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def set_key(tree: dict[str, Any], override: str) -> None:
-    """Apply one ``section.key=value`` to the tree, in place."""
+    """Apply one override, ``section.key=value``, to the tree, in place.
+
+    Raises:
+        RecipeError: the override has no key, its value is not YAML, or a section of the key is a value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise RecipeError(f"override {override!r}: expected section.key=value, as in train.epochs=20")
@@ -312,11 +336,17 @@ def set_key(tree: dict[str, Any], override: str) -> None:
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``section.key`` of the tree, in place; sections that are missing are made.
+    """Set ``section.key`` in the tree, in place. Missing sections are created; an old name sets the renamed key.
 
     Raises:
         RecipeError: a section of the key is a value.
     """
+    for old, new in RENAMED_KEYS.items():
+        if key == old:
+            warn_renamed(old, new)
+            key = new
+        if key == new and (holder := holder_of(tree, old)):
+            del holder[old.rpartition(".")[2]]  # the override replaces the tree's value, which has the old name
     *sections, last = key.split(".")
     for section in sections:
         if tree.get(section) is None:
@@ -327,9 +357,43 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
+def current_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's tree with renamed keys under their present names (``RENAMED_KEYS``).
+
+    Use it to compare a stored config with a present one. A key that is given by both names keeps both, and is refused
+    when the tree is validated.
+    """
+    current = dict(deepcopy(tree))
+    for old, new in RENAMED_KEYS.items():
+        if (holder := holder_of(current, old)) and not holder_of(current, new):
+            warn_renamed(old, new)
+            set_value(current, new, holder[old.rpartition(".")[2]])
+    return current
+
+
+def holder_of(tree: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """The part of the tree that directly holds ``section.key``; None if the tree does not have the key."""
+    *sections, last = key.split(".")
+    part: Any = tree
+    for section in sections:
+        part = part.get(section)
+        if not isinstance(part, dict):
+            return None
+    return part if last in part else None
+
+
+@cache  # once per process
+def warn_renamed(old: str, new: str) -> None:
+    """Log that a key has a new name."""
+    logger.warning("%s is now called %s; the old name is still read", old, new)
+
+
 def describe(problem: Any) -> str:
-    """One validation problem as a line: the key, what is wrong, and the value or a likely spelling."""
+    """Describe one validation problem in a line: the key, what is wrong, and the value or a likely spelling."""
     key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and "[" not in part)
+    if problem["type"] == "extra_forbidden" and key in RENAMED_KEYS:
+        new = RENAMED_KEYS[key]
+        return f"{key}: this is the old name of {new}, which is given too; keep {new} alone"
     if problem["type"] == "extra_forbidden":
         section: Any = Config
         for part in problem["loc"][:-1]:
@@ -343,7 +407,7 @@ def describe(problem: Any) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
+    """Flatten nested mappings into one; the keys are joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

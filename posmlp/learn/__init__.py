@@ -1,1 +1,1 @@
-"""The learning recipe: optimizer, schedule, and the train and eval steps. Nothing here needs Ray."""
+"""Training in plain PyTorch: optimizer, learning-rate schedule, training and evaluation steps. Needs no Ray."""

@@ -1,4 +1,4 @@
-"""What a model makes of labelled videos: scores of their views, and the figures that follow from them."""
+"""Predictions for labelled videos: combine the scores of a video's views, and compute the metrics."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from posmlp.metrics import VAL_CLASS_MEAN, VAL_CLIPS, VAL_LOSS, VAL_TOP1, VAL_TOP5
+
 
 def video_scores(view_scores: Tensor) -> Tensor:
-    """A video's prediction is the mean of its views' probabilities.
+    """Average the probabilities of each video's views.
 
     Args:
-        view_scores: float ``[videos, views, classes]``, logarithms of probabilities.
+        view_scores: float ``[videos, views, classes]``, log-probabilities.
 
     Returns:
-        float ``[videos, classes]``, logarithms: as these, small probabilities keep their order.
+        float ``[videos, classes]``, log-probabilities, in which small probabilities keep their order.
     """
     return view_scores.logsumexp(1) - math.log(view_scores.shape[1])
 
 
 @dataclass
-class Tally:
-    """Counts over videos; those of several workers add up.
+class ClassificationMetrics:
+    """Counts over videos, from which accuracies follow. Counts of several workers add up.
 
     Attributes:
-        confusion: float64 ``[classes, classes]``, videos by true (row) and predicted (column) class.
-        loss, top5: float64 scalars, sums over videos of the loss, and of hits among the five likeliest.
+        confusion: float64 ``[classes, classes]``, number of videos by true class (row) and predicted class (column).
+        loss: float64 scalar, sum of the videos' losses.
+        top5: float64 scalar, number of videos whose class is among the five likeliest.
     """
 
     confusion: Tensor
@@ -37,18 +40,18 @@ class Tally:
     top5: Tensor
 
     @classmethod
-    def empty(cls, classes: int) -> Tally:
-        """Nothing counted yet."""
+    def empty(cls, classes: int) -> ClassificationMetrics:
+        """Counts of no videos yet."""
         zero = torch.zeros((), dtype=torch.float64)
         return cls(torch.zeros(classes, classes, dtype=torch.float64), zero, zero.clone())
 
     def add(self, scores: Tensor, labels: Tensor, weights: Tensor) -> None:
-        """Count some videos.
+        """Count a batch of videos.
 
         Args:
-            scores: float ``[videos, classes]``, logarithms of probabilities.
+            scores: float ``[videos, classes]``, log-probabilities.
             labels: int64 ``[videos]``.
-            weights: ``[videos]``, 0 for a video that does not count, else 1.
+            weights: ``[videos]``, 1 for a video, 0 for padding.
         """
         counted = weights.cpu() > 0
         scores, labels = scores.cpu()[counted].double(), labels.cpu()[counted]
@@ -59,27 +62,27 @@ class Tally:
         self.loss += F.nll_loss(scores, labels, reduction="sum")
         self.top5 += (ranked == labels[:, None]).sum()
 
-    def over_workers(self) -> Tally:
-        """The sum of all workers' tallies. Every worker must call."""
+    def sum_over_workers(self) -> ClassificationMetrics:
+        """Sum the counts of all workers. Every worker must call."""
         if not dist.is_initialized():
             return self
         sums = torch.cat([self.confusion.flatten(), self.loss.view(1), self.top5.view(1)])
         dist.all_reduce(sums)
-        return Tally(sums[:-2].view_as(self.confusion), sums[-2], sums[-1])
+        return ClassificationMetrics(sums[:-2].view_as(self.confusion), sums[-2], sums[-1])
 
     @property
     def videos(self) -> int:
-        """Videos counted."""
+        """Number of videos counted."""
         return int(self.confusion.sum())
 
     def metrics(self) -> dict[str, float]:
-        """``val/*``: shares of the videos, and the mean of the classes' own shares, over classes that occur."""
+        """Compute the ``val/*`` metrics (``posmlp.metrics``); the class mean is over the classes that occur."""
         videos, of_class, hits = self.videos, self.confusion.sum(1), self.confusion.diag()
         present = of_class > 0
         return {
-            "val/loss": float(self.loss) / videos,
-            "val/top1": float(hits.sum()) / videos,
-            "val/top5": float(self.top5) / videos,
-            "val/class_mean": float((hits[present] / of_class[present]).mean()),
-            "val/clips": float(videos),
+            VAL_LOSS: float(self.loss) / videos,
+            VAL_TOP1: float(hits.sum()) / videos,
+            VAL_TOP5: float(self.top5) / videos,
+            VAL_CLASS_MEAN: float((hits[present] / of_class[present]).mean()),
+            VAL_CLIPS: float(videos),
         }

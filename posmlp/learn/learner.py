@@ -1,11 +1,16 @@
-"""One training step, one evaluation step, and the state that both need."""
+"""The training step (with gradient accumulation over micro-batches), the evaluation step, and the state to resume.
+
+The order of a training step: ``Learner.train_step`` sets the learning rate (``posmlp.learn.optim``), accumulates the
+gradients of all micro-batches (``Learner.backward``), refuses a step that exploded, clips the gradient, steps the
+optimizer and updates the EMA (``posmlp.learn.ema``).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,55 +26,29 @@ from torch.distributed.checkpoint.state_dict import (
 
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.learn.average import WeightAverage
+from posmlp.learn.ema import WeightEMA
 from posmlp.learn.optim import build_optimizer, learning_rate
-from posmlp.learn.parallel import average, gradients_summed, rank, total_norm, workers
+from posmlp.learn.parallel import gradient_sync, mean_over_workers, rank, total_norm, world_size
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import flip_labels, to_input, to_train_input
+from posmlp.video.batch import Batch
 
-EXPLODED = 10  # times the loss of a guess: no training comes back from there
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # as on one device, whatever the number of workers
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step works on.
-
-    The clips of one video are adjacent: in training its ``data.repeats`` clips, in validation its ``eval.clips`` x
-    ``eval.crops`` views.
-
-    Attributes:
-        clips: uint8 ``[B, T, H, W, 3]``, RGB.
-        labels: int64 ``[B]``.
-        weights: float32 ``[B]``, 1, or 0 where a clip only fills its place (a bad video, or padding of the last batch).
-        seeds: int64 ``[B]``, not negative; a clip's random numbers come from its seed (``posmlp.video.augment``).
-    """
-
-    clips: Tensor
-    labels: Tensor
-    weights: Tensor
-    seeds: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch with clips and labels on the device; weights and seeds are read on the CPU and stay there."""
-        clips, labels = (x.to(device, non_blocking=True) for x in (self.clips, self.labels))
-        return replace(self, clips=clips, labels=labels)
-
-    def parts(self, size: int) -> Iterator[Batch]:
-        """The batch in order, in parts of ``size`` clips; the last may be smaller."""
-        columns = (x.split(size) for x in (self.clips, self.labels, self.weights, self.seeds))
-        for part in zip(*columns, strict=True):
-            yield Batch(*part)
+MAX_LOSS_RATIO = 10  # a loss above this multiple of a random guess's does not come down again
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision; fp32 has no autocast
+# Checkpoints hold full tensors on the CPU, so that any number of workers can load them.
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ExplodedError(UserError):
-    """A step whose loss or gradient is no number, or far beyond that of a guess. The weights are those before it."""
+    """A training step's loss is not finite or far above a random guess's, or its gradient is not finite.
+
+    The weights are still those before the step.
+    """
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a training step found, the same on all workers.
+class StepResult:
+    """Loss and gradient norm of a training step, the same on all workers.
 
     Attributes:
         loss: mean over the global batch.
@@ -81,13 +60,13 @@ class Step:
 
 
 class Learner:
-    """A model in training: steps, schedule, weight average.
+    """A model in training, with its optimizer, learning-rate schedule and EMA.
 
     Args:
-        model: the backbone as it trains (``posmlp.learn.parallel.parallelise``), or a plain one.
+        model: the backbone, plain or wrapped for distributed training (``posmlp.learn.parallel.parallelise``).
         config: the whole recipe.
         steps_per_epoch: optimizer steps in an epoch.
-        classes: the class names, for ``augment.flip_classes``; none: classes are called by their labels.
+        classes: the class names, for ``augment.flip_classes``; if empty, a class's name is its label.
 
     Raises:
         UserError: ``augment.flip_classes`` does not fit the classes.
@@ -104,20 +83,21 @@ class Learner:
         self.flipped = flip_labels(config.augment.flip_classes, classes, self.classes).to(self.device)
         self.optimizer = build_optimizer(self.raw, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
-        self.ema = WeightAverage(self.raw, config.optim.ema) if config.optim.ema else None
+        self.ema = WeightEMA(self.raw, config.optim.ema) if config.optim.ema else None
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """The model has the weights that count, for a while: the average if there is one."""
-        return self.ema.in_place() if self.ema else nullcontext()
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """Context in which the model holds its evaluation weights (EMA if enabled)."""
+        return self.ema.applied() if self.ema else nullcontext()
 
-    def train_step(self, batch: Batch) -> Step:
-        """One optimizer step on this worker's share of a global batch, in parts of ``scaling.device_batch`` clips.
+    def train_step(self, batch: Batch) -> StepResult:
+        """Take one optimizer step on this worker's share of a global batch.
 
-        Dropout and drop path draw from (``train.seed``, step, worker) alone, the architecture of a supernet's step from
-        the first two.
+        Gradients are accumulated over micro-batches of at most ``scaling.micro_batch`` clips. The random numbers of
+        dropout and drop path depend on (``train.seed``, step, worker) alone, the architecture that a supernet trains
+        in this step on the first two.
 
         Raises:
-            ExplodedError: on all workers, and before the weights change.
+            ExplodedError: on all workers, before the weights change.
         """
         optim = self.config.optim
         self.model.train()
@@ -128,8 +108,8 @@ class Learner:
             self.raw.draw(self.config.train.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss, norm = self.backward(batch)
-        step = Step(*average([loss, norm]))
-        self.check(step)
+        result = StepResult(*mean_over_workers([loss, norm]))
+        self.check_finite(result)
         if optim.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), optim.clip_grad, norm)
         self.scaler.step(self.optimizer)
@@ -137,63 +117,73 @@ class Learner:
         self.step += 1
         if self.ema:
             self.ema.update()
-        return step
+        return result
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss; returns that loss on this worker and the gradients' 2-norm, scalars.
+        """Accumulate the gradients of the mean loss over micro-batches.
 
-        The mean is over the recipe's global batch, whatever fills this worker's share of it.
+        The mean is over the recipe's global batch, even where padding fills part of this worker's share.
+
+        Returns:
+            This worker's share of the loss, and the 2-norm of the gradient over all workers; scalars.
         """
-        share = self.config.train.global_batch / workers()
+        share = self.config.train.global_batch / world_size()
         count, loss = len(batch.labels), torch.zeros((), device=self.device)
-        size = part_size(count, self.config)
         done = 0
-        for part in batch.parts(size):
-            done += len(part.labels)
-            with gradients_summed(self.model, done == count):
-                clips, targets = to_train_input(part, self.config, self.flipped)
+        for micro_batch in batch.micro_batches(micro_batch_size(count, self.config)):
+            done += len(micro_batch.labels)
+            with gradient_sync(self.model, enabled=done == count):
+                clips, targets = to_train_input(micro_batch, self.config, self.flipped)
                 with autocast(self.device, self.config):
                     logits = self.model(clips).float()
                 smoothing = self.config.optim.label_smoothing
                 losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-                part_loss = (losses * part.weights.to(self.device, non_blocking=True)).sum() / share
-                self.scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
+                partial = (losses * micro_batch.weights.to(self.device, non_blocking=True)).sum() / share
+                self.scaler.scale(partial).backward()
+            loss += partial.detach()
         self.scaler.unscale_(self.optimizer)
         return loss, total_norm(self.model.parameters())
 
-    def check(self, step: Step) -> None:
-        """Refuse a step that would spoil the weights; in fp16 a gradient that overflows is only left out."""
-        limit = EXPLODED * max(1.0, math.log(self.classes))
-        overflow_only = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if step.loss <= limit and (math.isfinite(step.grad_norm) or overflow_only):  # false for NaN
+    def check_finite(self, result: StepResult) -> None:
+        """Raise ``ExplodedError`` for a step that would spoil the weights.
+
+        In fp16, an infinite gradient may only mean that the loss scale is too high: the scaler then skips the step.
+        """
+        guess = math.log(self.classes)  # loss of uniform probabilities
+        may_be_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        loss_ok = result.loss <= MAX_LOSS_RATIO * max(1.0, guess)  # false for NaN
+        if loss_ok and (math.isfinite(result.grad_norm) or may_be_overflow):
             return
         raise ExplodedError(
-            f"step {self.step} exploded: loss {step.loss:.4g} (a guess has {math.log(self.classes):.3g}), "
-            f"gradient norm {step.grad_norm:.4g}"
+            f"step {self.step} exploded: loss {result.loss:.4g} (a random guess has {guess:.3g}), "
+            f"gradient norm {result.grad_norm:.4g}"
         )
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """Logarithms of the class probabilities of a batch's views, float32 ``[videos, views, classes]``.
+        """Log-probabilities of the classes for each view of a batch, float32 ``[videos, views, classes]``.
 
-        The weights are used as they are; see ``averaged``.
+        Uses the model's current weights; call it inside ``evaluation_weights()`` to score with the EMA.
         """
         self.raw.eval()
         return score_views(self.raw, batch.clips, self.config)
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the weights that count, by name, on the CPU; empty on workers other than the first, which all must
-        call."""
-        with self.averaged():
-            whole = cast(dict[str, Tensor], get_model_state_dict(self.raw, options=WHOLE))
-            return {name: tensor.clone() for name, tensor in whole.items()}
+        """Copy the evaluation weights (EMA if enabled) to the CPU, by parameter name.
+
+        Every worker must call; the result is empty on all but the first.
+        """
+        with self.evaluation_weights():
+            full = cast(dict[str, Tensor], get_model_state_dict(self.raw, options=FULL_STATE))
+            return {name: tensor.clone() for name, tensor in full.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on besides ``weights()``, as tensors and plain data. All workers must call; the
-        first one's counts."""
+        """The training state to resume from, in addition to ``weights()``, as tensors and plain data.
+
+        Every worker must call; use the first one's result. With EMA, ``model`` holds the live weights.
+        """
         return {
-            "model": get_model_state_dict(self.raw, options=WHOLE) if self.ema else None,
+            "model": get_model_state_dict(self.raw, options=FULL_STATE) if self.ema else None,
             "optimizer": self.optimizer_state(),
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema else 0,
@@ -201,57 +191,67 @@ class Learner:
         }
 
     def optimizer_state(self) -> dict[str, Any] | None:
-        """None before the first step that counts: PyTorch would make one up, with a step more than was made."""
+        """The optimizer's state; None before the first applied step.
+
+        PyTorch would otherwise initialise a state that is one step ahead.
+        """
         if not self.optimizer.state:
             return None
-        return cast(dict[str, Any], get_optimizer_state_dict(self.raw, self.optimizer, options=WHOLE))
+        return cast(dict[str, Any], get_optimizer_state_dict(self.raw, self.optimizer, options=FULL_STATE))
 
     def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Continue from ``weights()`` and ``state_dict()``, of any number of workers.
+        """Resume from ``weights()`` and ``state_dict()``, saved by any number of workers.
 
-        What the recipe says of the optimizer holds, also where it was another then; a weight average that is new
-        starts from the weights.
+        The optimizer's hyperparameters are this recipe's, even where the saved state has others. Where EMA is enabled
+        but the saved run had none, the average starts from the weights.
         """
-        whole = StateDictOptions(full_state_dict=True)
-        own = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
-        set_model_state_dict(self.raw, dict[str, Any](state["model"] or weights), options=whole)
+        full = StateDictOptions(full_state_dict=True)
+        hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
+        set_model_state_dict(self.raw, dict[str, Any](state["model"] or weights), options=full)
         if self.ema:
-            self.ema = WeightAverage(self.raw, self.ema.decay)
+            self.ema = WeightEMA(self.raw, self.ema.decay)
             if state["model"]:
-                with self.ema.in_place():
-                    set_model_state_dict(self.raw, dict[str, Any](weights), options=whole)
+                with self.ema.applied():
+                    set_model_state_dict(self.raw, dict[str, Any](weights), options=full)
                 self.ema.updates = state["ema_updates"]
         if state["optimizer"]:
-            some = StateDictOptions(full_state_dict=True, strict=False)  # what no step has used has none
-            set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=some)
+            # Not strict: a parameter that no step has used, as in a supernet, has no state.
+            partial = StateDictOptions(full_state_dict=True, strict=False)
+            set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=partial)
             for name, parameter in self.raw.named_parameters():
                 if name not in state["optimizer"]["state"]:
                     self.optimizer.state.pop(parameter, None)
-            for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            for group, values in zip(self.optimizer.param_groups, hyperparameters, strict=True):
                 group.update(values)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
 
-def part_size(count: int, config: Config) -> int:
-    """Clips on the device at once, at most ``scaling.device_batch``: as equal parts as whole videos and pairs allow."""
-    parts = math.ceil(count / (config.scaling.device_batch or count))
-    return math.ceil(count / parts / config.clips_together) * config.clips_together
+def micro_batch_size(count: int, config: Config) -> int:
+    """Clips in a micro-batch when ``count`` clips are split into equal ones of at most ``scaling.micro_batch``.
+
+    The size is rounded up to a multiple of ``config.clips_together``: the clips of a video, and with mixup or cutmix
+    the videos of a pair, stay in one micro-batch.
+    """
+    micro_batches = math.ceil(count / (config.scaling.micro_batch or count))
+    return math.ceil(count / micro_batches / config.clips_together) * config.clips_together
 
 
 def autocast(device: torch.device, config: Config) -> AbstractContextManager[Any]:
-    """The precision that a recipe trains and scores in, ``train.precision``."""
-    dtype = PRECISIONS.get(config.train.precision)
+    """Autocast context for the recipe's ``train.precision``, in training and evaluation."""
+    dtype = AUTOCAST_DTYPES.get(config.train.precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def score_views(model: nn.Module, clips: Tensor, config: Config) -> Tensor:
-    """Logarithms of the class probabilities of videos' views, float32 ``[videos, views, classes]``.
+    """Log-probabilities of the classes for each view of each video, float32 ``[videos, views, classes]``.
 
     Args:
         model: in eval mode.
-        clips: uint8 ``[videos * views, T, H, W, 3]`` on the model's device, a video's views adjacent.
+        clips: uint8 ``[videos * views, T, H, W, 3]`` on the model's device; the views of a video are adjacent.
+        config: the recipe, for ``train.precision``, ``data.modality`` and the number of views, ``eval.clips`` x
+            ``eval.crops``.
     """
     with torch.no_grad(), autocast(clips.device, config):
         logits = cast(Tensor, model(to_input(clips, config)))

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule."""
+"""The optimizer and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from posmlp.config import OptimSection, TrainSection
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
-    """AdamW with no weight decay on 1-D parameters: biases, norms and token biases (the published recipe)."""
+    """Create AdamW without weight decay on 1-D parameters: biases, norms and token biases (the published recipe)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -21,11 +21,13 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
 
 
 def learning_rate(epoch: float, train: TrainSection, config: OptimSection) -> float:
-    """The rate at a moment of training: linear warm-up from 0, then half a cosine down to ``min_lr``.
+    """The learning-rate schedule: linear warm-up from 0, then half a cosine down to ``min_lr``.
 
     Args:
-        epoch: epochs done so far, with the part of the running one, e.g. 2.5.
-        train: for its length and its global batch, to which ``lr_batch`` scales both rates (arXiv:1706.02677).
+        epoch: position in training, in epochs with a fraction; 2.5 is half-way through the third epoch.
+        train: gives the number of epochs, and the global batch. With ``lr_batch``, both rates are scaled in proportion
+            to the global batch (arXiv:1706.02677).
+        config: the rates.
     """
     scale = train.global_batch / config.lr_batch if config.lr_batch else 1.0
     peak, floor = config.lr * scale, config.min_lr * scale

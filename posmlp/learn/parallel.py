@@ -1,5 +1,6 @@
-"""A model on its device and over several workers: DDP or FSDP2, batch norm of all workers' clips, recomputation,
-``torch.compile``. Nothing here needs Ray: only ``torch.distributed``, where it is initialised.
+"""Distributed training of a model: DDP or FSDP2, synchronised batch norm, activation recomputation, ``torch.compile``.
+
+Uses ``torch.distributed`` where it is initialised, and never Ray.
 """
 
 from __future__ import annotations
@@ -19,36 +20,39 @@ from posmlp.model.backbone import PosMLPVideo, Stage
 from posmlp.model.supernet import Supernet
 
 
-def workers() -> int:
-    """Number of workers that train together; 1 without ``torch.distributed``."""
+def world_size() -> int:
+    """Number of training workers; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This worker's number, from 0."""
+    """This worker's rank, from 0; 0 without ``torch.distributed``."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def average(values: Iterable[float | Tensor]) -> list[float]:
-    """Each number's mean over all workers. Every worker must call."""
+def mean_over_workers(values: Iterable[float | Tensor]) -> list[float]:
+    """Average each number over all workers. Every worker must call."""
     numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
-    if workers() > 1:
+    if world_size() > 1:
         dist.all_reduce(numbers)
-        numbers /= workers()
+        numbers /= world_size()
     return cast(list[float], numbers.tolist())
 
 
 def parallelise(model: PosMLPVideo, config: Config, device: torch.device) -> nn.Module:
-    """The model as it trains. Its parameters become the device's; weights must be loaded before.
+    """Move the model to the device and wrap it for training. Load its weights before: FSDP shards the parameters.
 
     Args:
-        model: all workers' have the same weights.
+        model: has the same weights on all workers.
         config: the recipe, for ``train.compile``, ``.recompute``, ``.sync_batch_norm`` and ``scaling.parallel``.
-        device: this worker's.
+        device: this worker's device.
+
+    Returns:
+        The model itself, with FSDP a sharded one, or ``DistributedDataParallel`` around it.
     """
-    several = workers() > 1
+    distributed = world_size() > 1
     model.to(device)
-    if several and config.train.sync_batch_norm:
+    if distributed and config.train.sync_batch_norm:
         if device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
@@ -59,30 +63,33 @@ def parallelise(model: PosMLPVideo, config: Config, device: torch.device) -> nn.
         cast(Stage, stage).recompute = config.train.recompute
     if config.train.compile:
         model.compile()
-    if not several:
+    if not distributed:
         return model
     if config.scaling.parallel == "fsdp":
-        mesh = dist.init_device_mesh(device.type, (workers(),))
+        mesh = dist.init_device_mesh(device.type, (world_size(),))
         for stage in model.stages:
             fully_shard(stage, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-    # A supernet's step leaves out what is not on its path.
+    # A supernet's step uses the drawn architecture's parameters alone.
     unused = isinstance(model, Supernet)
     return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
-def gradients_summed(model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """Whether a backward pass adds up the workers' gradients, or leaves that to a later one of the same step."""
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Context for one backward pass. Where disabled, gradients are not reduced over workers but accumulate locally.
+
+    With gradient accumulation only the last micro-batch of a step has it enabled.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-    elif isinstance(model, DistributedDataParallel) and not now:
+        model.set_requires_gradient_sync(enabled)
+    elif isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return nullcontext()
 
 
 class SumOverWorkers(torch.autograd.Function):
-    """The sum of all workers' tensors; its gradient is the sum of theirs."""
+    """Sum a tensor over all workers; the gradient is summed over all workers too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -98,11 +105,11 @@ class SumOverWorkers(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm3d):
-    """Batch norm over the clips of all workers, for devices that ``nn.SyncBatchNorm`` does not know (CPU)."""
+    """Batch norm over the clips of all workers, for devices that ``nn.SyncBatchNorm`` does not support (CPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, T, H, W]`` to the same."""
-        if not self.training or workers() == 1:
+        """Normalise ``[B, C, T, H, W]``; the shape stays."""
+        if not self.training or world_size() == 1:
             return super().forward(x)
         values = x.float()
         axes, count = (0, 2, 3, 4), SumOverWorkers.apply(torch.tensor(float(x.numel() // x.shape[1])))
@@ -120,6 +127,6 @@ class SyncBatchNorm(nn.BatchNorm3d):
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, a scalar; of all shards."""
+    """The 2-norm of all gradients together, over all shards; a scalar."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, dist.tensor.DTensor) else norm

@@ -223,6 +223,9 @@ def source_window(offsets: int, tokens: int, like: Window) -> Window | None:
     """The window with so many offsets and tokens: with the places of ``like`` if that fits, else square; or None."""
     candidates = [like, (tokens // math.prod(like[1:]), *like[1:])]
     if like[1:] != (1, 1):
+        if 1 in like[1:]:
+            t, h, w = (tokens // like[0] if axis and side > 1 else side for axis, side in enumerate(like))
+            candidates.append((t, h, w))  # a unit that mixes one of height and width
         sides = range(1, math.isqrt(tokens) + 1)
         candidates += [(tokens // n**2, n, n) for n in sides if tokens % n**2 == 0]
     fits = (w for w in candidates if math.prod(w) == tokens and math.prod(2 * n - 1 for n in w) == offsets)

@@ -23,6 +23,7 @@ from torch import nn
 
 from posmlp.model.backbone import grid
 from posmlp.model.create import create_model
+from posmlp.model.gates import map_window
 from posmlp.model.spec import Variant, Window, block_units, model_variant, unit_window
 
 
@@ -170,21 +171,28 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
         extent = min(t, frames_), min(h, height_), min(w, width_)  # as in Stage: a small input fills part of a window
         tokens = math.prod(extent) * math.prod(grid((frames, height, width), extent))
         for unit in block_units(block):
-            gate = tokens * dim * math.prod(unit_window(unit, extent))  # each token mixes a window
-            if unit == "joint" and window[0] > 1:
-                gate = joint_gate(dim, groups, tokens, extent)
+            gate = gate_macs(unit_window(unit, window), extent, dim, groups, tokens)
             macs += depth * (tokens * dim * 3 * dim + gate)  # fc1 and fc2, gate
     return macs + variant.dims[-1] * variant.num_classes
 
 
-def joint_gate(dim: int, groups: int, tokens: int, extent: Window) -> int:
-    """Multiply-accumulates of ``posmlp.model.gates.joint_product``: transforms, and products in space."""
-    t, h, w = extent
-    waves = 2 * t - 1
+def gate_macs(window: Window, extent: Window, dim: int, groups: int, tokens: int) -> int:
+    """Multiply-accumulates of a unit's gate, as ``PositionGate`` computes it.
+
+    Args:
+        window: the unit's, from ``unit_window``.
+        extent: tokens along time, height, width that a window of the input has.
+        dim, groups, tokens: channels, channel groups, and tokens of the stage's input, padding included.
+    """
+    window = map_window(window, extent)
+    t, h, w = (min(n, m) for n, m in zip(window, extent, strict=True))
+    if window[0] == 1 or window[1:] == (1, 1):
+        return tokens * dim * t * h * w  # each token is a sum over its window
+    components = 2 * t - 1  # of joint_product: spatial products, two transforms of the tokens, one of the tables
     return (
         dim * tokens * (4 * t - 3) * h * w // t
-        + 2 * dim * tokens * waves
-        + groups * waves**2 * (2 * h - 1) * (2 * w - 1)
+        + 2 * dim * tokens * components
+        + groups * components**2 * (2 * h - 1) * (2 * w - 1)
     )
 
 

@@ -9,7 +9,6 @@ number of workers nor on the rest of the batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from torch import Tensor
 from posmlp.config import AugmentSection, Config
 from posmlp.errors import UserError
 from posmlp.model.spec import suggest
+from posmlp.video.batch import Batch
 from posmlp.video.randaugment import draw_operations, randaugment
 from posmlp.video.sampling import Box, random_resized_crop
-
-if TYPE_CHECKING:
-    from posmlp.learn.learner import Batch
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1; the release uses 0.45 and 0.225 for all three channels
 STD = (0.229, 0.224, 0.225)

@@ -124,7 +124,7 @@ def choose_views(
 
 def choose_box(height: int, width: int, view: View, data: DataSection) -> Box:
     """The part of the pictures that a view shows."""
-    if view.rng is None and data.whole:
+    if view.rng is None and data.full_frame:
         return Box(0, 0, height, width)
     if view.rng is None:
         return square_crop(height, width, view.crop, view.crops)

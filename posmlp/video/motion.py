@@ -1,16 +1,19 @@
 """The embedded data set: drawn shapes in eight classes that only motion tells apart.
 
-A scene is one textured shape that moves, on a soft and slowly drifting background, often beside another that stands
-still. The classes are four pairs, and the second of a pair is the first played backwards: as drawn, nothing that
-forgets the order of the frames can tell the two apart.
+In each clip one textured shape moves over a soft, slowly drifting background. In half of the clips a second shape
+stands still. The classes are four pairs, and the second class of a pair is the first played backwards. So, as drawn, a
+model that ignores the order of frames cannot tell the two apart.
 
-Between pairs, size and angle in a frame taken at random tell nothing, and place only that a shape in a corner does not
-turn, as what turns goes round a point near the middle. Angles start anywhere and the picture wraps round (what leaves
-on one side returns on the other), so they are spread evenly at every moment; a shape that keeps its size has that of a
-random moment of an approach. A frame of known time says a little more: an approaching shape starts smaller than a
-receding one. There is no motion blur, because a blurred frame would show its direction.
+Across pairs, size and angle in a random frame tell nothing about the class. The position tells only that a shape in a
+corner does not rotate, because rotating shapes circle a point near the middle. Angles start anywhere and the picture
+wraps round (a shape that leaves on one side returns on the other), so angles and positions are uniform at every moment.
+A shape of constant size has the size of a random moment of an approach. A frame whose time is known tells a little
+more: an approaching shape starts smaller than a receding one. There is no motion blur, because a blurred frame would
+show its direction.
 
-A mirrored clip belongs to another class: train on this set without flips.
+A mirrored clip belongs to another class, so train on this set without flips.
+
+``posmlp.video.strokes`` draws a second set with longer motions; ``make_motion_set`` writes either.
 """
 
 import csv
@@ -28,89 +31,95 @@ import av
 import numpy as np
 
 from posmlp.errors import UserError
-from posmlp.video import strokes
+from posmlp.video.strokes import STROKE_CLASSES, render_stroke
 
-CLASSES: tuple[str, ...] = ("left", "right", "up", "down", "approach", "recede", "clockwise", "counterclockwise")
+MOTION_CLASSES: tuple[str, ...] = ("left", "right", "up", "down", "approach", "recede", "clockwise", "counterclockwise")
 SPLITS = ("train", "val")
-FRAMES = (20, 28)  # fewest and most frames of a clip in the set
-VERSION = 1  # raise it when a change alters the clips of a set
+FRAME_RANGE = (20, 28)  # fewest and most frames of a clip in the set
+SET_VERSION = 1  # increase it when a change alters the clips of a set
 
-TRAVEL = (0.25, 0.6)  # way of a moving shape over the clip, in frame sizes
+TRAVEL = (0.25, 0.6)  # distance that a moving shape covers in a clip, in frame sizes
 ZOOM = (1.6, 2.3)  # last size over first size of an approaching shape
-SPIN = (math.radians(120), math.radians(270))  # turn of a rotating shape over the clip
-ARM = (0.15, 0.25)  # from the point that it turns about to its centre, in frame sizes
-PIVOT = 0.15  # that point lies in a square of this size in the middle of the frame
-RADIUS = (0.12, 0.48)  # circumradius in frame sizes, at most; from 0.5 on, a shape would wrap into itself
-STRAY_DRIFT, STRAY_TURN, STRAY_AIM = 0.03, math.radians(8), math.radians(12)  # motion that is not the class's own
-CAMERA_DRIFT = 0.05  # way of the background over the clip, in frame sizes, at most
+SPIN = (math.radians(120), math.radians(270))  # rotation of a rotating shape in a clip
+ARM = (0.15, 0.25)  # distance from the pivot of a rotating shape to its centre, in frame sizes
+PIVOT = 0.15  # side of the central square that holds the pivot, in frame sizes
+RADIUS = (0.12, 0.48)  # range of the circumradius, in frame sizes; from 0.5 on, a shape would wrap into itself
+STRAY_DRIFT, STRAY_TURN, STRAY_AIM = 0.03, math.radians(8), math.radians(12)  # motion in addition to that of the class
+CAMERA_DRIFT = 0.05  # largest distance that the background drifts in a clip, in frame sizes
 RIM = 0.02  # width of the rim of a shape, in frame sizes
-SPOT_PLACE, SPOT_RADIUS = 0.3, 0.2  # in radii; inside every outline
+SPOT_PLACE, SPOT_RADIUS = 0.3, 0.2  # in radii; the spot lies inside every outline
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # read when a process first loads NumPy
-PART = ".part"  # ends the name of a file that is being written
-TURN = 2 * math.pi
+PART_SUFFIX = ".part"  # of a file that is being written
 
 
-def render(label: int, rng: np.random.Generator, *, size: int = 64, frames: int = 24) -> np.ndarray:
+def render_motion(label: int, rng: np.random.Generator, *, size: int = 64, frames: int = 24) -> np.ndarray:
     """Draw one clip: uint8 [T, H, W, 3], RGB.
 
-    `rng` is used alike for every class: one seed gives one scene whatever the label, and the two clips of a pair are
-    each other's exact reversal.
+    Every class draws the same numbers from `rng`: one seed gives one scene for any label, and the two clips of a pair
+    are exact reversals of each other.
+
+    Raises:
+        ValueError: `label` is not a class.
     """
-    if not 0 <= label < len(CLASSES):
-        raise ValueError(f"label {label} is not a motion class (0 to {len(CLASSES) - 1}: {', '.join(CLASSES)})")
+    if not 0 <= label < len(MOTION_CLASSES):
+        raise ValueError(
+            f"label {label} is not a motion class (0 to {len(MOTION_CLASSES) - 1}: {', '.join(MOTION_CLASSES)})"
+        )
     pair, backwards = divmod(label, 2)
     clip = _background(rng, size, frames)
-    bystander, stand = _Shape.draw(rng), _pose(0, rng, frames).held(0)
-    mover, path = _Shape.draw(rng), _pose(pair, rng, frames)
+    bystander, rest = _Shape.draw(rng), _draw_trajectory(0, rng, frames).frozen_at(0)
+    mover, trajectory = _Shape.draw(rng), _draw_trajectory(pair, rng, frames)
     if rng.random() < 0.5:
-        bystander.paint(clip, stand)
-    mover.paint(clip, path)
+        bystander.paint(clip, rest)
+    mover.paint(clip, trajectory)
     clip = _expose(clip, rng)
     return np.ascontiguousarray(clip[::-1]) if backwards else clip
 
 
 @dataclass(frozen=True)
-class _Pose:
-    """Where a shape is in each frame; all float32 [T]. Lengths are in frame sizes, y points down."""
+class _Trajectory:
+    """The pose of a shape in each frame; all float32 [T]. Lengths are in frame sizes, y points down."""
 
     x: np.ndarray
     y: np.ndarray
     radius: np.ndarray
     angle: np.ndarray  # radians, clockwise as seen on the screen
 
-    def held(self, frame: int) -> "_Pose":
-        """The pose of one frame, kept for the whole clip."""
-        return _Pose(*(np.full_like(value, value[frame]) for value in (self.x, self.y, self.radius, self.angle)))
+    def frozen_at(self, frame: int) -> "_Trajectory":
+        """The pose of one frame, for the whole clip."""
+        return _Trajectory(*(np.full_like(value, value[frame]) for value in (self.x, self.y, self.radius, self.angle)))
 
 
-def _pose(pair: int, rng: np.random.Generator, frames: int) -> _Pose:
-    """The path of a shape that moves left (pair 0) or up (1), approaches (2) or turns clockwise (3)."""
+def _draw_trajectory(pair: int, rng: np.random.Generator, frames: int) -> _Trajectory:
+    """Trajectory of a shape that moves left (pair 0) or up (1), approaches (2) or rotates clockwise (3)."""
     time = np.linspace(0, 1, frames, dtype=np.float32)
-    progress = time + rng.uniform(-0.6, 0.6) * np.sin(TURN * time) / TURN  # [T], 0 to 1, never falls: varied speed
+    progress = (
+        time + rng.uniform(-0.6, 0.6) * np.sin(math.tau * time) / math.tau
+    )  # [T], 0 to 1, never decreases: varied speed
     frozen = np.full_like(progress, progress[rng.integers(frames)])
 
-    x, y, angle = rng.random(), rng.random(), rng.uniform(0, TURN)
+    x, y, angle = rng.random(), rng.random(), rng.uniform(0, math.tau)
     if pair == 3:
         x, y = 0.5 + PIVOT * (x - 0.5), 0.5 + PIVOT * (y - 0.5)
     travel, aim = rng.uniform(*TRAVEL), rng.uniform(-STRAY_AIM, STRAY_AIM)
-    drift, drift_aim = rng.uniform(0, STRAY_DRIFT), rng.uniform(0, TURN)
+    drift, drift_aim = rng.uniform(0, STRAY_DRIFT), rng.uniform(0, math.tau)
     spin, stray_turn = rng.uniform(*SPIN), rng.uniform(-STRAY_TURN, STRAY_TURN)
-    arm, side = rng.uniform(*ARM) * (pair == 3), rng.uniform(0, TURN)
+    arm, side = rng.uniform(*ARM) * (pair == 3), rng.uniform(0, math.tau)
     zoom = math.log(rng.uniform(*ZOOM))
     smallest = rng.uniform(math.log(RADIUS[0]), math.log(RADIUS[1]) - zoom)
 
-    way, heading = (travel, aim - (math.pi, math.pi / 2)[pair]) if pair < 2 else (drift, drift_aim)
+    distance, heading = (travel, aim - (math.pi, math.pi / 2)[pair]) if pair < 2 else (drift, drift_aim)
     turned = (spin if pair == 3 else stray_turn) * progress
-    return _Pose(
-        x=x + way * math.cos(heading) * progress + arm * np.cos(side + turned),
-        y=y + way * math.sin(heading) * progress + arm * np.sin(side + turned),
+    return _Trajectory(
+        x=x + distance * math.cos(heading) * progress + arm * np.cos(side + turned),
+        y=y + distance * math.sin(heading) * progress + arm * np.sin(side + turned),
         radius=np.exp(smallest + zoom * (progress if pair == 2 else frozen)),
         angle=angle + turned,
     )
 
 
-_ANGLES = np.arange(1024) * TURN / 1024  # a power of two, so that wrapping an index is a bit mask
+_ANGLES = np.arange(1024) * math.tau / 1024  # a power of two: a bit mask wraps an index
 
 
 def _star(points: int, notch: float) -> np.ndarray:
@@ -138,14 +147,14 @@ _OUTLINES = np.stack(  # [kind, angle]: distance from centre to edge, 1 at most
         0.78 + 0.22 * np.cos(3 * _ANGLES),  # clover
     ]
 ).astype(np.float32)
-# [kind, angle]: distance to the edge over distance along the radius, less than 1 where the edge runs aslant.
+# [kind, angle]: distance to the edge / distance along the radius; below 1 where the edge is not at right angles to it.
 _SLANTS = 1 / np.hypot(1, (np.roll(_OUTLINES, -1, 1) - np.roll(_OUTLINES, 1, 1)) / (2 * _ANGLES[1] * _OUTLINES))
 _SLANTS = _SLANTS.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a shape looks like: an outline, two-coloured stripes and, off its centre, a spot that shows its angle."""
+    """Appearance of a shape: an outline, two-coloured stripes and an off-centre spot that shows its angle."""
 
     kind: int
     colours: np.ndarray  # [stripe, other stripe, spot, rim] x RGB, 0 to 1
@@ -158,60 +167,66 @@ class _Shape:
         saturation = np.array([*rng.uniform(0.55, 0.9, 3), 0.3])
         bright = rng.uniform(0.8, 1.0)
         value = np.array([bright, bright - rng.uniform(0.25, 0.45), 0.95, rng.choice([0.08, 0.95])])
-        kind, stripes, phase = int(rng.integers(len(_OUTLINES))), rng.uniform(0.7, 1.3), rng.uniform(0, TURN)
+        kind, stripes, phase = int(rng.integers(len(_OUTLINES))), rng.uniform(0.7, 1.3), rng.uniform(0, math.tau)
         return cls(kind, _rgb(hue, saturation, value), stripes, phase)
 
-    def paint(self, clip: np.ndarray, pose: _Pose) -> None:
+    def paint(self, clip: np.ndarray, pose: _Trajectory) -> None:
         """Paint the shape over `clip`, float32 [T, H, W, 3], anti-aliased by the distance to each edge."""
         size = clip.shape[1]
         grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-        x = _wrapped(grid - pose.x[:, None])[:, None, :]  # [T, 1, W], from the shape's centre
-        y = _wrapped(grid - pose.y[:, None])[:, :, None]  # [T, H, 1]
-        t, i, j = np.nonzero(x * x + y * y < (pose.radius[:, None, None] + 1 / size) ** 2)  # [N]: all that can change
+        x = _wrap(grid - pose.x[:, None])[:, None, :]  # [T, 1, W], from the shape's centre
+        y = _wrap(grid - pose.y[:, None])[:, :, None]  # [T, H, 1]
+        t, i, j = np.nonzero(
+            x * x + y * y < (pose.radius[:, None, None] + 1 / size) ** 2
+        )  # [N]: the pixels that can change
         x, y = x[t, 0, j], y[t, i, 0]
         cos, sin = np.cos(pose.angle) / pose.radius, np.sin(pose.angle) / pose.radius
-        x, y = cos[t] * x + sin[t] * y, cos[t] * y - sin[t] * x  # [N], on the shape itself, in radii
+        x, y = cos[t] * x + sin[t] * y, cos[t] * y - sin[t] * x  # [N], in the shape's own axes, in radii
         pixels = pose.radius[t] * size  # pixels in a radius
 
-        bearing = (np.arctan2(y, x) * (len(_ANGLES) / TURN)).astype(np.int32) & (len(_ANGLES) - 1)
-        # Pixels from the edge, positive inside; the area an edge leaves of a pixel is about 0.5 + this, cut to 0..1.
+        bearing = (np.arctan2(y, x) * (len(_ANGLES) / math.tau)).astype(np.int32) & (len(_ANGLES) - 1)
+        # Distance from the edge in pixels, positive inside. An edge covers about 0.5 + this of a pixel, clipped to 0..1.
         inside = (_OUTLINES[self.kind, bearing] - np.hypot(x, y)) * _SLANTS[self.kind, bearing] * pixels
         one, other, spot, rim = self.colours
-        colour = _blend(one, other, 0.5 + 1.5 * np.sin(TURN * self.stripes * x + self.phase))
+        colour = _blend(one, other, 0.5 + 1.5 * np.sin(math.tau * self.stripes * x + self.phase))
         colour = _blend(colour, spot, 0.5 + (SPOT_RADIUS - np.hypot(x - SPOT_PLACE, y)) * pixels)
         colour = _blend(colour, rim, 0.5 + RIM * size - inside)
         clip[t, i, j] = _blend(clip[t, i, j], colour, 0.5 + inside)
 
 
 def _blend(lower: np.ndarray, upper: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """Lay `upper` over `lower` ([N, 3] or [3]) where `cover` [N], clipped to 0..1, says so."""
+    """Blend `upper` over `lower` ([N, 3] or [3]) with opacity `cover` [N], clipped to 0..1."""
     return lower + np.clip(cover, 0, 1)[:, None] * (upper - lower)
 
 
-def _wrapped(offset: np.ndarray) -> np.ndarray:
-    """The shortest way on a circle of length 1: -0.5 to 0.5."""
+def _wrap(offset: np.ndarray) -> np.ndarray:
+    """The shortest signed distance on a circle of length 1: -0.5 to 0.5."""
     return offset - np.round(offset)
 
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Colours [N] of a smooth wheel (hue in turns) as float32 [N, 3], 0 to 1."""
-    wheel = 0.5 + 0.5 * np.cos(TURN * (hue[:, None] - np.array([0, 1, 2]) / 3))
+    """RGB colours of a smooth colour wheel (hue in turns, [N]): float32 [N, 3], 0 to 1."""
+    wheel = 0.5 + 0.5 * np.cos(math.tau * (hue[:, None] - np.array([0, 1, 2]) / 3))
     return (value[:, None] * (1 - saturation[:, None] * (1 - wheel))).astype(np.float32)
 
 
 def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
     """A soft coloured texture that drifts a little, as under a hand-held camera: float32 [T, H, W, 3], about 0 to 1.
 
-    It is a sum of waves, sum over k of Re tint_k exp(i (kx x + ky y - kt time)). Each factors into time and place, so
-    the whole clip is one small matrix product.
+    It is a sum of waves, sum over k of Re tint_k exp(i (kx x + ky y - kt time)). Each wave factors into time and
+    position, so the whole clip is one small matrix product.
     """
     waves = 6
-    cycles, heading, phase = rng.uniform(0.3, 3.0, waves), rng.uniform(0, TURN, waves), rng.uniform(0, TURN, waves)
-    kx, ky = TURN * cycles * np.cos(heading), TURN * cycles * np.sin(heading)
-    drift, aim = rng.uniform(0, CAMERA_DRIFT), rng.uniform(0, TURN)
+    cycles, heading, phase = (
+        rng.uniform(0.3, 3.0, waves),
+        rng.uniform(0, math.tau, waves),
+        rng.uniform(0, math.tau, waves),
+    )
+    kx, ky = math.tau * cycles * np.cos(heading), math.tau * cycles * np.sin(heading)
+    drift, aim = rng.uniform(0, CAMERA_DRIFT), rng.uniform(0, math.tau)
     kt = drift * (kx * math.cos(aim) + ky * math.sin(aim))
     tint = rng.normal(size=(waves, 1)) * 0.07 + rng.normal(size=(waves, 3)) * 0.03  # more grey than colour
-    tint = tint / np.sqrt(1 + cycles)[:, None] * np.exp(1j * phase)[:, None]  # the finer, the fainter, as in nature
+    tint = tint / np.sqrt(1 + cycles)[:, None] * np.exp(1j * phase)[:, None]  # finer waves are fainter, as in nature
     base = _rgb(rng.random(1), rng.uniform(0, 0.4, 1), rng.uniform(0.3, 0.75, 1))
 
     grid = np.arange(size) / size
@@ -222,7 +237,7 @@ def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
 
 
 def _expose(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Film float32 [T, H, W, 3]: the light changes over the clip, the sensor adds noise. uint8 [T, H, W, 3]."""
+    """Simulate a camera: the light changes over the clip, the sensor adds noise. float32 [T, H, W, 3] to uint8."""
     change = rng.uniform(-0.15, 0.15)
     light = rng.uniform(0.85, 1.1) + change * np.linspace(-1, 1, len(clip), dtype=np.float32)
     noise = rng.standard_normal(clip.shape[:3], dtype=np.float32) * rng.uniform(1, 6)  # grey: 4:2:0 keeps little else
@@ -231,20 +246,24 @@ def _expose(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_video(path: str | Path, clip: np.ndarray, fps: int = 12) -> None:
-    """Encode uint8 [T, H, W, 3] RGB as an H.264 MP4 (yuv420p). `path` appears only when the file is complete."""
+    """Encode uint8 [T, H, W, 3] RGB as an H.264 MP4 (yuv420p). `path` appears only when the file is complete.
+
+    Raises:
+        ValueError: another dtype or shape, no frames, or an odd height or width.
+    """
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or not len(clip):
         raise ValueError(f"a clip is uint8 [T, H, W, 3] with T > 0, not {clip.dtype} {list(clip.shape)}")
     _, height, width, _ = clip.shape
     if height % 2 or width % 2:
         raise ValueError(f"H.264 in yuv420p needs an even height and width, not {height}x{width}")
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")
     try:
         with av.open(str(part), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
-            # One clip, one file, byte for byte: x264's output depends on its number of threads and, in frames narrower
-            # than 64 pixels, with mbtree on, on what was in memory before. Without mbtree and B-frames it also spends
-            # its bits more evenly over time, so that the coding says less about which way time runs.
+            # The same clip must give the same bytes. x264's output depends on its number of threads and, with mbtree
+            # on and frames narrower than 64 pixels, on uninitialised memory. Without mbtree and B-frames it also
+            # spends its bits more evenly over time, so the encoding tells less about the direction of time.
             stream.options = {"crf": "20", "preset": "veryfast", "g": "12", "bf": "0", "x264-params": "mbtree=0"}
             stream.codec_context.thread_count = 1
             for image in clip:
@@ -255,9 +274,9 @@ def write_video(path: str | Path, clip: np.ndarray, fps: int = 12) -> None:
         part.unlink(missing_ok=True)
 
 
-SETS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {  # classes, and what draws a clip
-    "motion": (CLASSES, render),
-    "strokes": (strokes.CLASSES, strokes.render),
+EMBEDDED_SETS: dict[str, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {  # classes, function that draws a clip
+    "motion": (MOTION_CLASSES, render_motion),
+    "strokes": (STROKE_CLASSES, render_stroke),
 }
 
 
@@ -273,20 +292,24 @@ def make_motion_set(
 ) -> Path:
     """Write `train` + `val` labelled videos, `out`/train.csv and `out`/val.csv (path, label, class); return `out`.
 
-    `kind` is a key of `SETS`. Clip i of a split has label i mod the number of classes and its own random stream, so the
-    set is the same for any number of processes. A folder that already holds this very set is left as it is.
-    `out`/motion.json is written last: a folder without it is the rest of a killed run, and is drawn again. A folder
-    that holds anything else is refused.
+    `kind` is a key of `EMBEDDED_SETS`. Clip i of a split has label i mod the number of classes and its own random
+    stream, so the set is the same for any number of processes. A folder that already holds the same set is left
+    unchanged. `out`/motion.json is written last: a folder without it comes from a killed run, and is drawn again.
+
+    Raises:
+        UserError: an odd or too small size, a split without clips, or a folder that holds anything else.
     """
     if size < 16 or size % 2:
         raise UserError(f"size must be even and at least 16, not {size}")
     if train < 1 or val < 1:
         raise UserError(f"each split needs at least one clip, not train={train}, val={val}")
     out = Path(out)
-    classes, counts = SETS[kind][0], {"train": train, "val": val}
-    settings = {"version": VERSION, **counts, "size": size, "seed": seed} | ({} if kind == "motion" else {"kind": kind})
+    classes, counts = EMBEDDED_SETS[kind][0], {"train": train, "val": val}
+    settings = {"version": SET_VERSION, **counts, "size": size, "seed": seed} | (
+        {} if kind == "motion" else {"kind": kind}
+    )
     record = json.dumps(settings, indent=2) + "\n"
-    if _holds(out, classes, counts, record):
+    if _is_complete_set(out, classes, counts, record):
         return out
 
     (out / "motion.json").unlink(missing_ok=True)
@@ -296,13 +319,13 @@ def make_motion_set(
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "label", "class"])
             labels = [i % len(classes) for i in range(count)]
-            writer.writerows([_name(classes, split, i), label, classes[label]] for i, label in enumerate(labels))
+            writer.writerows([_clip_name(classes, split, i), label, classes[label]] for i, label in enumerate(labels))
 
     keys = [(split, i) for split, count in counts.items() for i in range(count)]
     write = partial(_write_clip, kind, out, size, seed)
-    workers = processes or min(os.cpu_count() or 1, len(keys) // 256)  # fewer clips do not repay starting a process
+    workers = processes or min(os.cpu_count() or 1, len(keys) // 256)  # starting a process costs more than fewer clips
     if workers > 1:
-        # One thread of OpenBLAS for each process: its threads wait for each other without ever giving up the processor.
+        # One OpenBLAS thread per process, because its threads wait for each other in a busy loop.
         before = os.environ.get(BLAS_THREADS)
         os.environ[BLAS_THREADS] = "1"
         try:
@@ -316,16 +339,16 @@ def make_motion_set(
         for key in keys:
             write(key)
 
-    for rest in out.rglob(f"*.mp4.*{PART}"):  # of a killed run
-        rest.unlink(missing_ok=True)
-    part = out / f"motion.json{PART}"
+    for leftover in out.rglob(f"*.mp4.*{PART_SUFFIX}"):  # of a killed run
+        leftover.unlink(missing_ok=True)
+    part = out / f"motion.json{PART_SUFFIX}"
     part.write_text(record)
     os.replace(part, out / "motion.json")
     return out
 
 
-def _holds(out: Path, classes: tuple[str, ...], counts: dict[str, int], record: str) -> bool:
-    """Whether `out` holds the complete set of `record`; raises if it holds something else."""
+def _is_complete_set(out: Path, classes: tuple[str, ...], counts: dict[str, int], record: str) -> bool:
+    """Whether `out` holds the complete set of `record`; raises UserError if it holds something else."""
     advice = "choose another folder, or delete this one"
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder")
@@ -333,23 +356,23 @@ def _holds(out: Path, classes: tuple[str, ...], counts: dict[str, int], record: 
     if recorded.exists() and recorded.read_text() != record:
         was, asked = (" ".join(text.split()) for text in (recorded.read_text(), record))
         raise UserError(f"{out} holds another motion set, {was} instead of {asked}: {advice}")
-    wanted = {_name(classes, split, i) for split, count in counts.items() for i in range(count)}
+    wanted = {_clip_name(classes, split, i) for split, count in counts.items() for i in range(count)}
     wanted |= {"motion.json", *(f"{split}.csv" for split in counts)}
-    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != PART}
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != PART_SUFFIX}
     if foreign := sorted(found - wanted):
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise UserError(f"{out} holds files that do not belong to this motion set ({names}): {advice}")
     return found == wanted
 
 
-def _name(classes: tuple[str, ...], split: str, index: int) -> str:
-    """Path of a clip in the set's folder."""
+def _clip_name(classes: tuple[str, ...], split: str, index: int) -> str:
+    """Path of a clip, relative to the set's folder."""
     return f"{split}/{classes[index % len(classes)]}_{index:05d}.mp4"
 
 
 def _write_clip(kind: str, out: Path, size: int, seed: int, key: tuple[str, int]) -> None:
-    """Draw and encode clip `key` = (split, index) of the set; its random stream depends on nothing else."""
-    (classes, draw), (split, index) = SETS[kind], key
+    """Draw and encode clip `key` = (split, index) of the set. Its random stream depends on `seed` and `key` alone."""
+    (classes, render), (split, index) = EMBEDDED_SETS[kind], key
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index)))
-    frames = int(rng.integers(*FRAMES, endpoint=True))
-    write_video(out / _name(classes, split, index), draw(index % len(classes), rng, size=size, frames=frames))
+    frames = int(rng.integers(*FRAME_RANGE, endpoint=True))
+    write_video(out / _clip_name(classes, split, index), render(index % len(classes), rng, size=size, frames=frames))

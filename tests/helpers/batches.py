@@ -2,7 +2,7 @@
 
 import torch
 
-from posmlp.learn.learner import Batch
+from posmlp.video.batch import Batch
 
 
 def make_batch(count=8, seed=0, classes=8):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pipelines.runs import checkpoints
-from pipelines.runs.checkpoints import About
+from pipelines.runs.checkpoints import CheckpointInfo
 from posmlp import create_model
 from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
@@ -24,7 +24,7 @@ def random_model(config, seed=0):
 def write_checkpoint(run, config, step=3, metrics=None, classes=CLASSES):
     """A checkpoint of a random model of the recipe; returns its folder and the model."""
     model = random_model(config, step)
-    about = About(step, 1, metrics or {}, list(classes), config.model_dump(mode="json"))
+    about = CheckpointInfo(step, 1, metrics or {}, list(classes), config.model_dump(mode="json"))
     return checkpoints.save(str(run), about, model.state_dict(), {}), model
 
 

@@ -21,7 +21,6 @@ from mlflow import MlflowClient
 
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_record
-from pipelines.tracking import prometheus
 from tests.helpers.dashboard import expressions, metrics_of
 from tests.helpers.ray_nodes import RAY, RayNodes, free_port
 from tests.helpers.small_runs import QUICK, recipe_for, run_of, with_broken

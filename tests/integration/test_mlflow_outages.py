@@ -80,7 +80,7 @@ def test_a_server_that_stops_in_mid_run_gets_every_metric_once_when_it_is_back(s
     tracker.log_file("loss.png", b"new")
     assert time.monotonic() - begun < 5  # nothing waits for MLflow
     until(lambda: lines)
-    tracker.courier.failures = 10_000  # as after days
+    tracker.delivery.failures = 10_000  # as after days
     server.start()
     for step in range(40, 45):
         tracker.log({"train/loss": 1 / step, "val/top1": step / 100}, step)
@@ -171,7 +171,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_end_of_a_run(server, tmp_path,
         assert time.monotonic() - begun < 4
     finally:
         os.killpg(server.process.pid, signal.SIGCONT)
-    tracker.courier.join(30)  # the call that hung comes to its end, and gives the journal back
+    tracker.delivery.join(30)  # the call that hung comes to its end, and gives the journal back
     assert sync(tmp_path, lines.append) == 0
     assert rows(server.database, tracker.run_id) == once(1)
     assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == "FINISHED"

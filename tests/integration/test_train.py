@@ -21,7 +21,7 @@ from pipelines.training.progress import advise
 from pipelines.training.train import train
 from posmlp.errors import UserError
 from posmlp.video.manifest import SCHEMA, Manifest, read_manifest
-from posmlp.video.motion import CLASSES
+from posmlp.video.motion import MOTION_CLASSES
 from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
 
 pytestmark = pytest.mark.ray
@@ -92,7 +92,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(finished_run):
     found = checkpoints.find(result.path, check=True)
     assert [f.about.epoch for f in found] == [1, 2]
     assert found[-1].about.metrics == result.metrics
-    assert list(found[-1].about.classes) == list(CLASSES)
+    assert list(found[-1].about.classes) == list(MOTION_CLASSES)
     _, about = trained_model(result.path)
     assert about.metrics["val/top1"] == max(f.about.metrics["val/top1"] for f in found)
 

@@ -53,7 +53,7 @@ def mlflow_runs(study):
 def alive():
     """The actors that belong to trials, and the placement groups, that are left."""
     here = ray.get_runtime_context().gcs_address
-    ours = ("Trainable", "TrialRun", "TrainController", "RayTrainWorker", "Mailbox", "Synchronization", "Dataset")
+    ours = ("Trainable", "TrialRun", "TrainController", "RayTrainWorker", "RunChannel", "Synchronization", "Dataset")
     actors = [a.class_name for a in list_actors(address=here, filters=[("state", "=", "ALIVE")], limit=1000)]
     groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
     return [name for name in actors if any(part in name for part in ours)], groups

@@ -60,7 +60,7 @@ def test_all_problems_are_listed_at_once():
 
 def test_whole_frames_have_one_view():
     with pytest.raises(RecipeError, match=r"data\.whole .* eval\.crops 3"):
-        load_recipe("demo", ["data.whole=true", "eval.crops=3"])
+        load_recipe("demo", ["data.full_frame=true", "eval.crops=3"])
 
 
 def test_a_missing_recipe_names_the_known_ones():

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from posmlp.learn.average import WeightAverage
 
 from posmlp import create_model
 from posmlp.config import OptimSection, TrainSection, load_recipe
 from posmlp.errors import UserError
-from posmlp.learn.evaluation import Tally, video_scores
-from posmlp.learn.learner import Batch, ExplodedError, Learner, part_size
+from posmlp.learn.ema import WeightEMA
+from posmlp.learn.evaluation import ClassificationMetrics, video_scores
+from posmlp.learn.learner import ExplodedError, Learner, micro_batch_size
 from posmlp.learn.optim import build_optimizer, learning_rate
 from posmlp.video.augment import to_input, to_train_input
+from posmlp.video.batch import Batch
 from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
@@ -84,7 +85,7 @@ def test_a_step_is_adamw_on_the_mean_loss():
 def metrics_of(learner, batch):
     """``val/*`` of one batch."""
     views = learner.config.eval.clips * learner.config.eval.crops
-    tally = Tally.empty(8)
+    tally = ClassificationMetrics.empty(8)
     tally.add(video_scores(learner.score(batch)), batch.labels[::views], batch.weights[::views])
     return tally.metrics()
 
@@ -120,7 +121,7 @@ def test_metrics_equal_a_plain_count():
 
 
 def test_the_mean_over_classes_leaves_out_classes_without_a_video():
-    tally = Tally.empty(3)
+    tally = ClassificationMetrics.empty(3)
     scores = torch.tensor([[0.7, 0.2, 0.1]] * 4).log()
     tally.add(scores, torch.tensor([0, 0, 0, 2]), torch.ones(4))
     assert tally.confusion.tolist() == [[3, 0, 0], [0, 0, 0], [1, 0, 0]]
@@ -195,7 +196,7 @@ def test_the_weight_average_follows_its_formula_and_is_what_counts():
         keep = min(0.3, (1 + t) / (10 + t))
         average = keep * average + (1 - keep) * learner.raw.head.bias.detach()
     live = learner.raw.head.bias.detach().clone()
-    with learner.averaged():
+    with learner.evaluation_weights():
         torch.testing.assert_close(learner.raw.head.bias, average)
     assert torch.equal(learner.raw.head.bias, live)
     torch.testing.assert_close(learner.weights()["head.bias"], average)
@@ -203,10 +204,10 @@ def test_the_weight_average_follows_its_formula_and_is_what_counts():
 
 def test_the_average_takes_in_buffers():
     model = torch.nn.BatchNorm1d(2)
-    average = WeightAverage(model, 0.5)
+    average = WeightEMA(model, 0.5)
     model(torch.tensor([[0.0, 1], [2, 5]]))
     average.update()
-    with average.in_place():
+    with average.applied():
         torch.testing.assert_close(model.running_mean, 0.9 * torch.tensor([0.1, 0.3]))  # keeps (1 + 0) / (10 + 0)
         assert model.num_batches_tracked == 1
 
@@ -243,8 +244,8 @@ def test_parts_fit_the_device_and_keep_videos_and_pairs_whole(videos, limit, mix
     together = repeats * (2 if mixup else 1)
     count, limit = videos * together, limit * together
     keys = [f"train.global_batch={count}", f"data.repeats={repeats}", f"augment.mixup={mixup}"]
-    config = load_recipe("demo", [*keys, f"scaling.device_batch={limit}"])
-    size = part_size(count, config)
+    config = load_recipe("demo", [*keys, f"scaling.micro_batch={limit}"])
+    size = micro_batch_size(count, config)
     assert size % together == 0
     assert together <= size <= limit
     assert math.ceil(count / size) == math.ceil(count / limit)

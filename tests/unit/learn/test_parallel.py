@@ -11,8 +11,9 @@ from torch import nn
 
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.learn.learner import Batch, Learner
+from posmlp.learn.learner import Learner
 from posmlp.learn.parallel import SyncBatchNorm, parallelise
+from posmlp.video.batch import Batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 STEPS = 4
@@ -38,7 +39,7 @@ def train(rank, world, overrides, state=None):
         learner.load_state_dict(*state)
     size, losses = 8 // world, []
     for step in range(learner.step, learner.step + STEPS):
-        losses.append(learner.train_step(list(global_batch(step).parts(size))[rank]).loss)
+        losses.append(learner.train_step(list(global_batch(step).micro_batches(size))[rank]).loss)
     return losses, learner.weights(), learner.state_dict()
 
 
@@ -110,7 +111,7 @@ def test_what_fills_a_share_counts_for_nothing():
         torch.manual_seed(0)
         learner = Learner(create_model(config.model.name, **config.model.overrides()), config, STEPS)
         freeze_statistics(learner.model)
-        (batch, *_) = global_batch(0).parts(clips)
+        (batch, *_) = global_batch(0).micro_batches(clips)
         batch.weights[6:] = 0
         loss, norm = learner.backward(batch)
         gradients.append((loss, norm, [p.grad for p in learner.model.parameters()]))
@@ -130,12 +131,12 @@ def freeze_statistics(model):
             module.training = False
 
 
-@pytest.mark.parametrize("device_batch", [2, 3, 8])
-def test_accumulated_gradients_are_those_of_the_whole_batch(device_batch):
+@pytest.mark.parametrize("micro_batch", [2, 3, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch):
     """In eval mode of the batch norms, which see only a part at a time."""
     gradients = []
-    for size in (None, device_batch):
-        config = load_recipe("demo", [*SMALL, f"scaling.device_batch={size or 'null'}"])
+    for size in (None, micro_batch):
+        config = load_recipe("demo", [*SMALL, f"scaling.micro_batch={size or 'null'}"])
         torch.manual_seed(0)
         model = create_model(config.model.name, **config.model.overrides())
         freeze_statistics(model)
@@ -148,7 +149,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(device_batch):
 def test_both_ways_of_two_workers_accumulate_alike(tmp_path):
     """Gradients are exchanged once a step, after the last part."""
     ddp, fsdp = (
-        on_two(tmp_path / kind, "scaling.device_batch=2", f"scaling.parallel={kind}") for kind in ("ddp", "fsdp")
+        on_two(tmp_path / kind, "scaling.micro_batch=2", f"scaling.parallel={kind}") for kind in ("ddp", "fsdp")
     )
     assert ddp[0] == pytest.approx(fsdp[0], rel=1e-5)
     assert distance(ddp[1], fsdp[1]) < 1e-3

@@ -22,7 +22,7 @@ from tests.helpers.videos import write_video
 VIDEO = [f"{data}_{model}" for data in ("k400", "ssv1", "ssv2") for model in ("s16", "s32", "b16", "b32")]
 IMAGE = ["in1k_s", "in1k_b"]
 COST = re.compile(r"^# cost: ([0-9.]+) M parameters, ([0-9.]+) GMACs an? (?:clip|image)$", re.MULTILINE)
-CPU = ["model.weights=null", "scaling.workers=1", "scaling.use_gpu=false", "scaling.device_batch=null"]
+CPU = ["model.weights=null", "scaling.workers=1", "scaling.use_gpu=false", "scaling.micro_batch=null"]
 
 # From the files in configs/ of github.com/zhouds1918/PosMLP_Video: BASE_LR, WARMUP_EPOCHS, NUM_CLASSES, views of a test
 # (README) and DROP_DEPTH_RATE of s16, s32, b16, b32. Two values are not the files': see the comments in the recipes.
@@ -80,7 +80,7 @@ def differing(one, other):
 def test_recipes_of_a_data_set_differ_in_the_model_alone(data):
     """And in what fits on a GPU. Values that a family shares are then right in all of it, or in none."""
     for other in ("s32", "b16", "b32"):
-        model = {"name", "model.name", "model.drop_path", "scaling.device_batch"}
+        model = {"name", "model.name", "model.drop_path", "scaling.micro_batch"}
         assert differing(f"{data}_s16", f"{data}_{other}") <= model | ({"model.weights"} if other[0] == "b" else set())
     assert differing("in1k_s", "in1k_b") == {"name", "model.name"}
 

@@ -11,10 +11,10 @@ import torch
 from pipelines.cli import main
 from pipelines.data.loader import global_order
 from posmlp.config import load_recipe
-from posmlp.learn.learner import Batch
 from posmlp.model.cost import count_macs
 from posmlp.model.spec import model_variant
 from posmlp.video.augment import to_train_input
+from posmlp.video.batch import Batch
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
 from posmlp.video.sampling import sample_seed

@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(untrained_run, tmp_path):
 
 
 def test_other_data_get_a_name_of_their_own(untrained_run):
-    config, about = untrained_run["config"], module.checkpoints.read_about(untrained_run["checkpoint"])
+    config, about = untrained_run["config"], module.checkpoints.read_info(untrained_run["checkpoint"])
     names = [
         module.name_of("val", config, about, overrides)
         for overrides in ([], ["data.cache_dir=x", "scaling.use_gpu=true"], ["data.val.path=a"], ["data.val.path=b"])

@@ -31,9 +31,10 @@ from pipelines.training.train import Report
 from pipelines.training.worker import Worker
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.learn.evaluation import Tally
-from posmlp.learn.learner import Batch, Learner
+from posmlp.learn.evaluation import ClassificationMetrics
+from posmlp.learn.learner import Learner
 from posmlp.model.cost import cost
+from posmlp.video.batch import Batch
 
 ROOT = Path(__file__).parents[3]
 RESULTS, SCALE = (ROOT / "docs/results.md").read_text(), (ROOT / "docs/scale.md").read_text()
@@ -113,7 +114,7 @@ def test_metrics_are_counted_as_they_are_sent():
     assert len(names(Worker.train_epoch)) == plan.TRAIN_METRICS
     assert len(names(Worker.speed)) == plan.SPEED_METRICS + 1  # perf/mfu
     assert len(names(Worker.epoch) - {"data/decoded_by_pyav"}) == plan.EPOCH_METRICS
-    tally = Tally.empty(2)
+    tally = ClassificationMetrics.empty(2)
     tally.add(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1))
     assert len(tally.metrics()) == plan.VAL_METRICS
     assert len(replace(cost("tiny", repeats=1, device="cpu"), peak_mb=1.0).metrics()) == plan.COST_METRICS
@@ -169,12 +170,12 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path, ema):
     learner = Learner(create_model(config.model.name, **config.model.overrides()), config, 4)
     clips, labels = torch.zeros(2, 8, 64, 64, 3, dtype=torch.uint8), torch.tensor([0, 1])
     learner.train_step(Batch(clips, labels, torch.ones(2), torch.tensor([1, 2])))
-    about = checkpoints.About(1, 0, {}, [], config.model_dump(mode="json"))
+    about = checkpoints.CheckpointInfo(1, 0, {}, [], config.model_dump(mode="json"))
     uri = checkpoints.save(str(tmp_path), about, learner.weights(), learner.state_dict())
     cluster = Cluster(1, 1, peak_from=plan.GIVEN)
     found = make_plan("demo", keys, cluster, videos=640, val_videos=160, decode_ms=1, video_kb=1)
     tensors = 5 * (found.tensors + 6)  # weights, their two moments and counters, the weights behind the average
-    written = checkpoints.read_about(uri).bytes
+    written = checkpoints.read_info(uri).bytes
     assert found.checkpoint_bytes < written < found.checkpoint_bytes + 400 * tensors  # the files' own tables
 
 
@@ -188,7 +189,7 @@ def test_bytes():
     assert k400("data.rows_per_block=1").block_bytes == 2 * found.clip_bytes
     assert found.gradient_bytes == 0  # within a node
     assert k400("train.global_batch=256", gpus=16).gradient_bytes == 2 * 15 / 16 * 4 * 13_639_939
-    sharded = k400("train.global_batch=512", "scaling.parallel=fsdp", "scaling.device_batch=16", gpus=16)
+    sharded = k400("train.global_batch=512", "scaling.parallel=fsdp", "scaling.micro_batch=16", gpus=16)
     assert sharded.gradient_bytes == (1 + 2 * 2) * 15 / 16 * 4 * 13_639_939
     assert found.limits()[GPUS] == pytest.approx(8 * 989e12 * plan.MFU / (6 * found.macs))
     assert found.limits(train=False)[GPUS] == pytest.approx(3 * found.limits()[GPUS])

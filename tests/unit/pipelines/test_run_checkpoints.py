@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.runs import checkpoints
-from pipelines.runs.checkpoints import ABOUT, STATE, WEIGHTS, About, DamagedError, UnwritableError
+from pipelines.runs.checkpoints import ABOUT, STATE, WEIGHTS, CheckpointInfo, DamagedError, UnwritableError
 from posmlp import storage
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
@@ -21,7 +21,7 @@ from posmlp.errors import UserError
 
 def about(step, top1=None):
     config = load_recipe("demo").model_dump(mode="json")
-    return About(step, step // 4, {} if top1 is None else {"val/top1": top1}, ["left", "right"], config)
+    return CheckpointInfo(step, step // 4, {} if top1 is None else {"val/top1": top1}, ["left", "right"], config)
 
 
 def save(run, step, top1=None):
@@ -112,8 +112,8 @@ def test_a_damaged_one_is_neither_the_newest_nor_the_best_that_stays(run):
 
 def test_a_finished_epoch_is_noted_in_place(run):
     save(run, 4)
-    written = checkpoints.read_about(checkpoints.place(run, 4))
-    checkpoints.describe_anew(run, replace(written, epoch=1, metrics={"val/top1": 0.5}, progress={"steps": 0}))
+    written = checkpoints.read_info(checkpoints.place(run, 4))
+    checkpoints.rewrite_info(run, replace(written, epoch=1, metrics={"val/top1": 0.5}, progress={"steps": 0}))
     found, contents = checkpoints.load(checkpoints.place(run, 4))
     assert (found.epoch, found.metrics, found.progress) == (1, {"val/top1": 0.5}, {"steps": 0})
     assert contents[STATE]["step"] == 4
@@ -200,6 +200,6 @@ def test_what_cannot_be_written_leaves_the_others_alone(tmp_path, monkeypatch):
 
 def test_a_recipe_of_another_version_is_refused_by_key(tmp_path):
     config = load_recipe("demo").model_dump(mode="json") | {"wings": 2}
-    written = checkpoints.save(str(tmp_path), About(1, 0, {}, [], config), {"x": torch.zeros(1)}, {})
+    written = checkpoints.save(str(tmp_path), CheckpointInfo(1, 0, {}, [], config), {"x": torch.zeros(1)}, {})
     with pytest.raises(UserError, match=r"another version of this project:\n  wings: unknown key"):
-        checkpoints.read_about(written).recipe()
+        checkpoints.read_info(written).recipe()

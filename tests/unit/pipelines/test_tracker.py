@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from pipelines.tracking import tracker as tracking
-from pipelines.tracking.delivery import Past, sync
+from pipelines.tracking.delivery import JournalState, sync
 from pipelines.tracking.journal import JournalInUse, read
 from pipelines.tracking.mlflow_client import shorten
 from pipelines.tracking.tracker import Tracker
@@ -110,7 +110,7 @@ def test_a_killed_writer_leaves_every_metric_once(tmp_path, lines):
     finally:
         process.kill()
         process.wait()
-    past = Past.of(journal)
+    past = JournalState.of(journal)
     with open(journal, "a") as file:
         file.write('{"op": "metrics", "ti')  # the kill came in the middle of a line
     tracker = start(tmp_path, lines, run_id=past.run_id)
@@ -180,7 +180,7 @@ def test_a_model_whose_upload_was_cut_off_becomes_one_model(tmp_path, lines, mon
 
 def test_a_bad_request_is_believed_only_when_it_comes_again(tmp_path, lines):
     tracker = start(tmp_path, lines)
-    client, courier = tracker.courier.client(), tracker.courier
+    client, delivery = tracker.delivery.client(), tracker.delivery
     calls = []
 
     class Cut:
@@ -193,7 +193,7 @@ def test_a_bad_request_is_believed_only_when_it_comes_again(tmp_path, lines):
                 raise MlflowException("connection cut", error_code=BAD_REQUEST)
             return client.log_batch(*args, **kwargs)
 
-    courier.connection = Cut()
+    delivery.connection = Cut()
     tracker.log({"train/loss": 1.0}, step=1)
     until(lambda: not tracker.journal.waiting())
     assert tracker.close("FINISHED") == 0
@@ -227,8 +227,8 @@ def test_another_run_of_the_same_name_has_a_journal_of_its_own(tmp_path, lines):
     assert second.epochs_logged() == 0
     assert second.close("FINISHED") == 0
     assert second.run_id != first.run_id
-    assert Past.of(tmp_path / "journal.jsonl").run_id == second.run_id
-    assert Past.of(tmp_path / f"journal.{first.run_id}.jsonl").run_id == first.run_id
+    assert JournalState.of(tmp_path / "journal.jsonl").run_id == second.run_id
+    assert JournalState.of(tmp_path / f"journal.{first.run_id}.jsonl").run_id == first.run_id
     assert sync(tmp_path, lines.append) == 0
 
 

@@ -10,8 +10,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
-from posmlp.learn.learner import Batch
 from posmlp.video.augment import MEAN, STD, color_jitter, flip_labels, to_input, to_train_input
+from posmlp.video.batch import Batch
 from posmlp.video.randaugment import (
     AFFINE_OPERATIONS,
     OPERATIONS,

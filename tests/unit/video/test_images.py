@@ -217,7 +217,7 @@ def trained(tree):
 def test_a_spatial_model_learns_from_images(trained):
     config, learner, _ = trained
     batch = collate(decoded(config, train=False))
-    with learner.averaged():
+    with learner.evaluation_weights():
         scores = learner.score(batch)
     assert scores.shape == (16, 1, 2)
     assert torch.equal(scores[:, 0].argmax(1), batch.labels)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from posmlp.video import motion
-from posmlp.video.motion import CLASSES, make_motion_set, render, write_video
+from posmlp.video.motion import MOTION_CLASSES, make_motion_set, render_motion, write_video
 
 SMALL = {"train": 16, "val": 8, "size": 32, "processes": 1}
 
@@ -47,8 +47,8 @@ def measure_motion(clip: np.ndarray) -> np.ndarray:
 def guess_label(clip: np.ndarray) -> int:
     """The class whose typical motion is nearest to the strongest measured one."""
     right, down, grow, clockwise = measure_motion(clip) / (0.4, 0.4, 0.65, 0.9)
-    strength = dict(zip(CLASSES, (-right, right, -down, down, grow, -grow, clockwise, -clockwise), strict=True))
-    return CLASSES.index(max(strength, key=strength.get))
+    strength = dict(zip(MOTION_CLASSES, (-right, right, -down, down, grow, -grow, clockwise, -clockwise), strict=True))
+    return MOTION_CLASSES.index(max(strength, key=strength.get))
 
 
 def decode(path: Path) -> tuple[np.ndarray, float]:
@@ -78,7 +78,7 @@ def small_set(tmp_path_factory) -> Path:
 
 def test_the_motion_in_the_pixels_is_that_of_the_class():
     labels = [i % 8 for i in range(64)]
-    clips = [render(label, np.random.default_rng([1, i])) for i, label in enumerate(labels)]
+    clips = [render_motion(label, np.random.default_rng([1, i])) for i, label in enumerate(labels)]
     right = np.mean([guess_label(clip) == label for clip, label in zip(clips, labels, strict=True)])
     # Played backwards, a clip belongs to the other class of its pair.
     reversed_right = np.mean([guess_label(clip[::-1]) == label ^ 1 for clip, label in zip(clips, labels, strict=True)])
@@ -87,15 +87,15 @@ def test_the_motion_in_the_pixels_is_that_of_the_class():
 
 def test_the_motion_survives_encoding(tmp_path):
     for label in range(8):
-        write_video(tmp_path / "clip.mp4", render(label, np.random.default_rng(label + 8)))
+        write_video(tmp_path / "clip.mp4", render_motion(label, np.random.default_rng(label + 8)))
         assert guess_label(decode(tmp_path / "clip.mp4")[0]) == label
 
 
 @pytest.mark.parametrize("label", range(0, 8, 2))
 def test_a_pair_differs_by_the_order_of_frames_alone(label):
     for seed in range(3):
-        first = render(label, np.random.default_rng(seed), size=32)
-        second = render(label + 1, np.random.default_rng(seed), size=32)
+        first = render_motion(label, np.random.default_rng(seed), size=32)
+        second = render_motion(label + 1, np.random.default_rng(seed), size=32)
         assert not np.array_equal(first, second)
         np.testing.assert_array_equal(first, second[::-1])
 
@@ -119,7 +119,7 @@ def test_the_first_frame_does_not_tell_where_the_shape_goes_or_how_it_turns(pair
 
 def draw_poses(pair: int, rng: np.random.Generator, frame: Callable[[], int], draws: int = 2000) -> np.ndarray:
     """[4, draws]: x, y, radius and angle of many shapes, each in frame number `frame()`."""
-    poses = [(motion._pose(pair, rng, 24), frame()) for _ in range(draws)]
+    poses = [(motion._draw_trajectory(pair, rng, 24), frame()) for _ in range(draws)]
     return np.array([(p.x[t] % 1, p.y[t] % 1, p.radius[t], p.angle[t] % (2 * np.pi)) for p, t in poses]).T
 
 
@@ -132,13 +132,13 @@ def same_law(a: np.ndarray, b: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("size, frames", [(16, 2), (33, 20), (96, 28)])
 def test_a_clip_is_bytes_of_the_asked_size(size, frames):
-    clip = render(5, np.random.default_rng(0), size=size, frames=frames)
+    clip = render_motion(5, np.random.default_rng(0), size=size, frames=frames)
     assert clip.shape == (frames, size, size, 3) and clip.dtype == np.uint8 and clip.flags.c_contiguous
 
 
 def test_the_same_scene_at_another_size():
     """Sizes, places and speeds are shares of the frame; only the noise differs."""
-    small, large = (render(6, np.random.default_rng(3), size=size).astype(np.float64) for size in (32, 64))
+    small, large = (render_motion(6, np.random.default_rng(3), size=size).astype(np.float64) for size in (32, 64))
     halved = large.reshape(24, 32, 2, 32, 2, 3).mean((2, 4))
     assert np.abs(small - halved).mean() < 8
 
@@ -146,7 +146,7 @@ def test_the_same_scene_at_another_size():
 def test_an_unknown_label_is_refused():
     for label in (-1, 8):
         with pytest.raises(ValueError, match=f"label {label} is not a motion class"):
-            render(label, np.random.default_rng(0))
+            render_motion(label, np.random.default_rng(0))
 
 
 # A file
@@ -154,7 +154,7 @@ def test_an_unknown_label_is_refused():
 
 def test_a_file_shows_the_drawn_pixels(tmp_path):
     for label in range(8):
-        clip = render(label, np.random.default_rng(label), frames=20 + label)
+        clip = render_motion(label, np.random.default_rng(label), frames=20 + label)
         write_video(tmp_path / "clip.mp4", clip, fps=10)
         seen, fps = decode(tmp_path / "clip.mp4")
         assert seen.shape == clip.shape and fps == 10
@@ -211,7 +211,7 @@ def test_a_set_is_balanced_and_described_by_its_tables(small_set):
         table = rows(small_set / f"{split}.csv")
         assert Counter(int(row["label"]) for row in table) == dict.fromkeys(range(8), count // 8)
         for row in table:
-            assert row["class"] == CLASSES[int(row["label"])] == Path(row["path"]).name.rsplit("_", 1)[0]
+            assert row["class"] == MOTION_CLASSES[int(row["label"])] == Path(row["path"]).name.rsplit("_", 1)[0]
             clip, _ = decode(small_set / row["path"])
             assert 20 <= len(clip) <= 28 and clip.shape[1:] == (32, 32, 3)
             seen.add(clip.tobytes())
@@ -286,4 +286,4 @@ def test_a_set_needs_clips_and_a_folder(tmp_path):
 
 def test_the_record_names_what_was_made(small_set):
     record = json.loads((small_set / "motion.json").read_text())
-    assert record == {"version": motion.VERSION, "train": 16, "val": 8, "size": 32, "seed": 0}
+    assert record == {"version": motion.SET_VERSION, "train": 16, "val": 8, "size": 32, "seed": 0}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from posmlp.video.motion import make_motion_set
-from posmlp.video.strokes import CLASSES, COMPASS, PATHS, _path, render
+from posmlp.video.strokes import COMPASS, PATHS, STROKE_CLASSES, _draw_path, render_stroke
 
 
 def headings(path: np.ndarray, strokes: int) -> list[str]:
@@ -24,14 +24,14 @@ def headings(path: np.ndarray, strokes: int) -> list[str]:
 @pytest.mark.parametrize("label", range(len(PATHS)))
 def test_a_path_goes_where_its_class_says(label):
     rng = np.random.default_rng(label)
-    wanted = CLASSES[label].split("-")
-    right = [headings(_path(label, rng, 400), len(wanted)) == wanted for _ in range(20)]
+    wanted = STROKE_CLASSES[label].split("-")
+    right = [headings(_draw_path(label, rng, 400), len(wanted)) == wanted for _ in range(20)]
     assert np.mean(right) > 0.7  # a start that is cut off can leave a stroke short
 
 
 @pytest.mark.parametrize("name, sign", [("clockwise", 1), ("counterclockwise", -1)])
 def test_a_circle_turns_as_its_class_says(name, sign):
-    steps = np.diff(_path(CLASSES.index(name), np.random.default_rng(0), 400), axis=0)
+    steps = np.diff(_draw_path(STROKE_CLASSES.index(name), np.random.default_rng(0), 400), axis=0)
     steps = steps[np.hypot(*steps.T) > 1e-9]
     turned = np.angle(np.exp(1j * np.diff(np.arctan2(steps[:, 1], steps[:, 0])))).sum()
     assert sign * turned > math.pi
@@ -40,7 +40,7 @@ def test_a_circle_turns_as_its_class_says(name, sign):
 def test_an_arm_that_goes_right_is_seen_to():
     found = []
     for seed in range(12):
-        clip = render(CLASSES.index("e"), np.random.default_rng(seed)).astype(float)
+        clip = render_stroke(STROKE_CLASSES.index("e"), np.random.default_rng(seed)).astype(float)
         change = (np.diff(clip, axis=0) ** 2).sum(-1)  # [T, H, W]
         places = (change * np.arange(64)).sum((1, 2)) / change.sum((1, 2))
         found.append(places[-8:].mean() > places[:8].mean())
@@ -48,20 +48,20 @@ def test_an_arm_that_goes_right_is_seen_to():
 
 
 def test_a_seed_makes_one_clip():
-    one, again, other = (render(9, np.random.default_rng(seed), size=32, frames=5) for seed in (3, 3, 4))
+    one, again, other = (render_stroke(9, np.random.default_rng(seed), size=32, frames=5) for seed in (3, 3, 4))
     assert one.shape == (5, 32, 32, 3) and one.dtype == np.uint8
     assert np.array_equal(one, again) and not np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("label", [-1, len(CLASSES)])
+@pytest.mark.parametrize("label", [-1, len(STROKE_CLASSES)])
 def test_an_unknown_label_is_refused(label):
     with pytest.raises(ValueError, match="not a class of strokes"):
-        render(label, np.random.default_rng(0))
+        render_stroke(label, np.random.default_rng(0))
 
 
 def test_the_set_has_every_class(tmp_path):
     make_motion_set(tmp_path, kind="strokes", train=42, val=2, size=32, processes=1)
     with open(tmp_path / "train.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == list(CLASSES)
+    assert [row["class"] for row in rows] == list(STROKE_CLASSES)
     assert all((tmp_path / row["path"]).stat().st_size for row in rows)

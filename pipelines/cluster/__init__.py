@@ -1,0 +1,1 @@
+"""The Ray cluster: session, capacity, and the private parts of Ray that we use."""

@@ -1,0 +1,1 @@
+"""Data sets on Ray Data: the data loader, check, shard, preview."""

@@ -1,0 +1,1 @@
+"""Before a run: find what would stop it, and estimate what it takes."""

@@ -1,0 +1,402 @@
+"""``posmlp doctor``: what would stop or slow a run, found before it starts.
+
+A task on every node reports what is installed there, and tries what a run will do: read and write the storage, decode a
+video. The driver tries MLflow. Each check is one line: ok, warn (it runs, but not well) or fail (it will not), with
+what to do.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+from mlflow import MlflowClient
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.cluster.capacity import bundle, has_labels, places
+from pipelines.cluster.session import start_ray
+from pipelines.data.loader import STORE_SHARE, decode_rows, rows_per_block
+from pipelines.runs.record import JOB_FOLDER
+from pipelines.tracking.mlflow_client import prepare_mlflow, shorten
+from pipelines.tracking.uris import scrub, tracking_uri, without_secrets
+from posmlp import storage
+from posmlp.config import Config
+from posmlp.errors import UserError
+from posmlp.video.clip import views_of
+from posmlp.video.manifest import read_split
+
+PACKAGES = ("ray", "torch", "mlflow", "av", "decord2", "numpy", "pyarrow")
+CONNECT_S = 10.0  # for the head to accept a connection
+ANSWER_S = 120.0  # for a node to start a process and answer
+SKEW_S = 2.0  # between clocks, from which times of different nodes cannot be compared
+BLOCKS = 4  # decoded ahead at least, for decoding and training to overlap
+MIB = 2**20
+UPLOAD_MIB = 50  # of source; more is data that went along by mistake
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        level: ``ok``; ``warn``: it runs, but not well; ``fail``: a run would end.
+        advice: what to do; empty if it is ok.
+    """
+
+    level: Literal["ok", "warn", "fail"]
+    what: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.what}" + (f"\n      -> {self.advice}" if self.advice else "")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster, as Ray and a task on it tell.
+
+    Attributes:
+        name: its address, with its node group if it has one.
+        resources: CPU, GPU, memory and object_store_memory (bytes).
+        report: what ``probe`` returned; empty if it did not answer.
+        trouble: why it did not.
+    """
+
+    id: str
+    name: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+    report: Mapping[str, Any]
+    trouble: str = ""
+
+
+def doctor(config: Config | None, address: str | None = None) -> Iterator[Finding]:
+    """Look at a cluster, and with a recipe at what it needs; findings come as they are made.
+
+    Args:
+        config: the recipe of the run to come.
+        address: of the cluster; None: as for ``posmlp train``.
+    """
+    place = address or os.environ.get("RAY_ADDRESS", "")
+    if not listens(place):  # Ray would try for many minutes
+        yield Finding("fail", f"Ray: nothing answers at {place}", "see RAY_ADDRESS, and `ray status` on the head")
+        return
+    try:
+        start_ray(**({"address": address} if address else {}))
+    except Exception as error:  # of a network, an authentication, or two versions that do not match
+        advice = "see RAY_ADDRESS and RAY_AUTH_MODE, and `ray status` on the head"
+        yield Finding("fail", f"Ray: {one_line(error)}", advice)
+        return
+    yield from check_upload(Path.cwd())
+    marker = storage.join(config.train.storage, f".doctor-{uuid.uuid4().hex}") if config else None
+    if marker:
+        yield from check_storage(marker)
+    row = yield from first_video(config) if config else None
+    try:
+        nodes = look_at_nodes(marker, row, config)
+    finally:
+        if marker:
+            clean(marker)
+    yield from check_nodes(nodes)
+    if config:
+        yield from check_room(nodes, config)
+    yield from check_stores(nodes, config)
+    yield from check_mlflow(config)
+
+
+def check_upload(folder: Path) -> Iterator[Finding]:
+    """How much of a job's working directory went to the cluster; nothing where this is no job."""
+    if JOB_FOLDER not in f"{folder}/":
+        return
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    small = sum(sizes.values()) < UPLOAD_MIB * MIB
+    largest = max(sizes, key=sizes.__getitem__).relative_to(folder)
+    what = f"the job's working directory: {len(sizes)} files, {sum(sizes.values()) / MIB:.1f} MiB"
+    advice = f"every change of it is uploaded anew; name what is not source in .rayignore (the largest is {largest})"
+    yield Finding("ok" if small else "warn", what, "" if small else advice)
+
+
+def listens(address: str) -> bool:
+    """Whether something accepts connections at ``HOST:PORT``; of an address of another form Ray knows."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+# --- on every node -----------------------------------------------------------------------------------------------
+
+
+def probe(marker: str | None, row: pa.Table | None, config: dict[str, Any] | None) -> dict[str, Any]:
+    """Ray task: what this node has, and what comes of a run's own actions.
+
+    Args:
+        marker: a file on the run's storage that the driver has written.
+        row: a manifest row to decode.
+    """
+    shm = "/dev/shm"
+    report: dict[str, Any] = {"versions": versions(), "storage": "", "video": ""}
+    report["shm"] = shutil.disk_usage(shm).total if os.path.isdir(shm) else 0
+    if marker:
+        try:
+            storage.read_bytes(marker)
+            mine = f"{marker}-{ray.get_runtime_context().get_node_id()}"
+            storage.write_bytes(mine, b"")
+            storage.remove(mine)
+        except (OSError, UserError) as error:
+            report["storage"] = one_line(error)
+    if row is not None and config is not None:
+        found = decode_rows(row, np.ones(len(row), bool), Config.model_validate(config), 0, False)
+        report["video"] = str(found["fatal"][0] or found["reason"][0])
+    return report
+
+
+def clock() -> float:
+    """Ray task: this node's time, seconds since 1970."""
+    return time.time()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that must be the same everywhere; ``none`` where one is missing."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def look_at_nodes(marker: str | None, row: pa.Table | None, config: Config | None) -> list[Node]:
+    """Every live node, probed at the same time."""
+    task = ray.remote(num_cpus=0, max_retries=0)(probe)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    there = [{"scheduling_strategy": NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)} for n in alive]
+    asked = [task.options(**place).remote(marker, row, config and config.model_dump()) for place in there]
+    ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
+    nodes = []
+    for node, place, answer in zip(alive, there, asked, strict=True):
+        report, trouble = {}, ""
+        try:
+            report = dict(ray.get(answer, timeout=0))
+            before = time.time()
+            theirs = ray.get(ray.remote(num_cpus=0)(clock).options(**place).remote(), timeout=ANSWER_S)
+            # What is off for certain: it was asked after ``before`` and answered before now.
+            report["skew"] = max(before - theirs, theirs - time.time(), 0.0)
+        except Exception as error:  # whatever keeps a node from answering
+            trouble = one_line(getattr(error, "cause", None) or error)
+        labels = node.get("Labels", {})
+        group = labels.get("ray.io/node-group", "")
+        name = node["NodeManagerAddress"] + (f" ({group})" if group else "")
+        nodes.append(Node(node["NodeID"], name, node["Resources"], labels, report, trouble))
+    return nodes
+
+
+def check_nodes(nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Who answers, with which versions, at which time, and whether storage and videos can be reached from there."""
+    own, answered = versions(), [node for node in nodes if node.report]
+    for node in nodes:
+        if not node.report:
+            yield Finding(
+                "fail",
+                f"node {node.name} does not answer: {node.trouble}",
+                "install this project there (cluster.yaml, setup_commands), or submit with --working-dir .",
+            )
+    kinds = "".join(f", {count:g} {kind}s" for kind in ("CPU", "GPU") if (count := total(nodes, kind)))
+    yield Finding("ok", f"Ray {own['ray']}, nodes that answer: {len(answered)} of {len(nodes)}{kinds}")
+    for node in answered:
+        theirs = node.report["versions"]
+        different = [f"{name} {theirs[name]} (here {own[name]})" for name in own if theirs[name] != own[name]]
+        if different:
+            yield Finding(
+                "fail",
+                f"node {node.name} has {', '.join(different)}",
+                "install the versions of constraints.txt everywhere",
+            )
+    for key, what, advice in (
+        (
+            "storage",
+            "train.storage",
+            "it must be storage that all nodes share, a mount or a URI (train.storage=s3://...)",
+        ),
+        (
+            "video",
+            "the first video",
+            "videos, and data.cache_dir, must be at the same place on every node, or at a URI",
+        ),
+    ):
+        for node in answered:
+            if node.report[key]:
+                yield Finding("fail", f"node {node.name}: {what}: {node.report[key]}", advice)
+    yield from check_clocks(answered)
+
+
+def check_clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
+    """How far the nodes' clocks are from the driver's."""
+    wrong = [node for node in nodes if node.report["skew"] > SKEW_S]
+    for node in wrong:
+        what = f"node {node.name}: its clock is {node.report['skew']:.0f} s off"
+        yield Finding("warn", what, "run an NTP client there: times of different nodes cannot be compared")
+    if nodes and not wrong:
+        yield Finding("ok", f"clocks agree within {SKEW_S:g} s")
+
+
+# --- what a recipe needs -----------------------------------------------------------------------------------------
+
+
+def check_storage(marker: str) -> Iterator[Finding]:
+    """The driver writes what the nodes are to find."""
+    place = storage.parent(marker)
+    if JOB_FOLDER in marker:
+        advice = "give an absolute path or a URI"
+        yield Finding("fail", f"train.storage {place} is the job's own folder, which Ray deletes after the job", advice)
+        return
+    try:
+        storage.write_bytes(marker, b"")
+        yield Finding("ok", f"train.storage {place} can be written from here")
+    except (OSError, UserError) as error:
+        yield Finding("fail", f"train.storage {place}: {one_line(error)}", "give a place that can be written")
+
+
+def clean(marker: str) -> None:
+    with suppress(OSError, UserError):  # where it was not written, that has been said
+        storage.remove(marker)
+
+
+def first_video(config: Config) -> Iterator[Finding]:
+    """Reads both lists; the generator's result is the first row of the training list."""
+    row = None
+    for split in ("train", "val"):
+        path = getattr(config.data, split).path
+        try:
+            manifest = read_split(config.data, split)
+        except (UserError, OSError) as error:
+            what = f"data.{split}.path {path}: {shorten(str(error), 300)}"
+            yield Finding("fail", what, "`posmlp data check` tells more")
+            continue
+        yield Finding("ok", f"data.{split}.path {path}: {len(manifest.rows)} videos, {len(manifest.classes)} classes")
+        row = manifest.rows.slice(0, 1) if row is None else row
+    return row
+
+
+def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
+    """Whether the workers fit, and what they leave for decoding."""
+    scaling = config.scaling
+    chosen = [node for node in nodes if has_labels(node.labels, scaling.train_on)]
+    if scaling.train_on and not chosen:
+        yield Finding(
+            "warn",
+            f"no node has the labels {dict(scaling.train_on)} of scaling.train_on now",
+            "where an autoscaler brings one, scaling.wait_s=900 waits for it",
+        )
+    there = places([(node.resources, node.labels) for node in nodes], scaling)
+    what = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle(scaling).items())
+    if there < scaling.workers:
+        yield Finding(
+            "fail" if chosen else "warn",
+            f"room for {there} of {scaling.workers} training workers of {what}",
+            "lower scaling.workers or scaling.cpus_per_worker, or add nodes (an autoscaler may bring them)",
+        )
+    else:
+        yield Finding("ok", f"room for {scaling.workers} training workers of {what}")
+    left = total(nodes, "CPU") - scaling.workers * scaling.cpus_per_worker
+    enough = left >= max(1.0, scaling.workers)
+    yield Finding(
+        "ok" if enough else "warn" if left >= 1 else "fail",
+        f"{left:g} CPUs are left for decoding",
+        "" if enough else "lower scaling.cpus_per_worker, or add CPU nodes; `posmlp plan` says how many",
+    )
+    if scaling.decode_on:
+        named = sum(has_labels(node.labels, scaling.decode_on) for node in nodes)
+        advice = "" if named else "decoding goes to any node then; label nodes with `ray start --labels`"
+        yield Finding("ok" if named else "warn", f"{named} nodes have the labels of scaling.decode_on", advice)
+
+
+def check_stores(nodes: Sequence[Node], config: Config | None) -> Iterator[Finding]:
+    """Object stores in memory and large enough for blocks decoded ahead."""
+    for node in nodes:
+        store = node.resources.get("object_store_memory", 0)
+        if node.report and node.report["shm"] < store:
+            sizes = f"/dev/shm has {node.report['shm'] / MIB:.0f} MiB, its object store {store / MIB:.0f} MiB"
+            advice = "the store then lies on a disk; start the container with a larger --shm-size"
+            yield Finding("warn", f"node {node.name}: {sizes}", advice)
+    stores = [node.resources["object_store_memory"] for node in nodes if node.resources.get("object_store_memory")]
+    if config and stores:
+        variant = config.model.variant()
+        block = rows_per_block(config, True) * views_of(config, True) * variant.frames * variant.image_size**2 * 3
+        room = STORE_SHARE * sum(stores) / config.scaling.workers
+        if room < BLOCKS * block:
+            rows = max(1, math.floor(config.data.rows_per_block * room / block / BLOCKS))
+            what = f"object stores have room for {room / block:.1f} blocks of {block / MIB:.0f} MiB a worker"
+            yield Finding("warn", what, f"lower data.rows_per_block to {rows}, or give Ray a larger object store")
+            return
+    if stores:
+        yield Finding("ok", f"object stores of {statistics.median(stores) / MIB:.0f} MiB a node (median)")
+
+
+def check_mlflow(config: Config | None) -> Iterator[Finding]:
+    """Whether the tracking server or database answers, and has the schema of this version."""
+    try:
+        uri = tracking_uri(config) if config else os.environ.get("MLFLOW_TRACKING_URI")
+    except UserError as error:
+        yield Finding("fail", str(error), "MLFLOW_TRACKING_URI=http://...")
+        return
+    if uri is None:
+        return
+    shown = without_secrets(uri)
+    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+        yield Finding("ok", f"MLflow: {shown} will be made")
+        return
+    prepare_mlflow()
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # of a network or a database, in their many kinds
+        reason = scrub(one_line(error), uri)
+        advice = "start it, or see tracking.uri, MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD"
+        if "out-of-date database schema" in str(error):
+            advice = "take a backup, then run `mlflow db upgrade URI`"
+        yield Finding("fail", f"MLflow at {shown}: {reason}", advice)
+        return
+    yield Finding("ok", f"MLflow at {shown} answers, and its schema is current")
+
+
+# --- small things ------------------------------------------------------------------------------------------------
+
+
+def total(nodes: Sequence[Node], kind: str) -> float:
+    """A resource over all nodes."""
+    return sum(node.resources.get(kind, 0) for node in nodes)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text, shortened."""
+    return shorten(" ".join(str(error).split()), 200)
+
+
+def report(findings: Iterator[Finding], echo: Callable[[str], None] = print) -> bool:
+    """Print findings as they come; whether none is ``fail``."""
+    levels = []
+    for finding in findings:
+        echo(str(finding))
+        levels.append(finding.level)
+    counts = ", ".join(f"{levels.count(level)} {level}" for level in ("ok", "warn", "fail"))
+    echo(f"\n{counts}")
+    return "fail" not in levels

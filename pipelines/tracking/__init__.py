@@ -1,0 +1,1 @@
+"""What runs record: MLflow, metrics, plots, Prometheus."""

@@ -1,0 +1,1 @@
+"""One training run: its driver, its workers, and the channel between them."""

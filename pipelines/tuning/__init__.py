@@ -1,0 +1,1 @@
+"""Studies: search a space of architectures, and find the Pareto front."""

@@ -1,0 +1,59 @@
+"""The exponential moving average (EMA) of a model's weights, which is evaluated and saved in place of the live ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class WeightEMA:
+    """The moving average of a model's parameters and buffers over the training steps.
+
+    Update t (from 0) keeps the share ``min(decay, (1 + t) / (10 + t))`` of the average, so that the first weights do
+    not dominate a short run (the rule of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``). Each worker
+    of a sharded model (FSDP2) averages its own shard.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.live = local_tensors(model)
+        self.average = [x.detach().clone() for x in self.live]
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the model's current weights to the average."""
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        floats = [(a, x) for a, x in zip(self.average, self.live, strict=True) if x.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [x for _, x in floats], 1 - keep)
+        for a, x in zip(self.average, self.live, strict=True):
+            if not x.is_floating_point():  # a counter
+                a.copy_(x)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context in which the model holds the average; on exit it gets its live weights back."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the values of the model and the average."""
+        for a, x in zip(self.average, self.live, strict=True):
+            held = x.clone()
+            x.copy_(a)
+            a.copy_(held)
+
+
+def local_tensors(model: nn.Module) -> list[Tensor]:
+    """All parameters and buffers; this worker's shard of those that are sharded."""
+    named: Mapping[str, Tensor] = model.state_dict()
+    return [x.to_local() if isinstance(x, DTensor) else x for x in named.values()]

@@ -1,0 +1,73 @@
+"""The names of all metrics that a run, a study or an evaluation logs.
+
+Metrics are plain dicts of floats under these names. They reach MLflow, a run's ``run.json`` and checkpoints, and the
+tables of a study, so a name must not change once it is here. Shares and accuracies are 0 to 1.
+"""
+
+from __future__ import annotations
+
+# Progress ---------------------------------------------------------------------------------------------------------
+EPOCH = "epoch"  # finished epochs, from 1. Written by the training workers with the metrics of each epoch.
+
+# Validation after an epoch, over all videos of the split (posmlp.learn.evaluation.ClassificationMetrics) --------------
+VAL = "val/"  # prefix
+VAL_LOSS = "val/loss"  # mean cross-entropy of a video's prediction, nats
+VAL_TOP1 = "val/top1"  # share of videos whose likeliest class is right
+VAL_TOP5 = "val/top5"  # share of videos whose class is among the five likeliest
+VAL_CLASS_MEAN = "val/class_mean"  # mean of the classes' own top-1, over the classes that occur
+VAL_CLIPS = "val/clips"  # number of videos that were scored; each counts once, whatever its number of views
+
+# Training in an epoch (the training workers) -------------------------------------------------------------------------
+TRAIN_LOSS = "train/loss"  # mean over the steps, nats. Every epoch has it.
+TRAIN_GRAD_NORM = "train/grad_norm"  # mean 2-norm of the gradient before it is clipped
+TRAIN_WORKERS = "train/workers"  # number of training workers
+TRAIN_LR = "train/lr"  # learning rate of the last step
+
+# Speed of training in an epoch (the training workers) ----------------------------------------------------------------
+PERF_STEPS_PER_S = "perf/steps_per_s"
+PERF_CLIPS_PER_S = "perf/clips_per_s"  # over all workers
+PERF_TFLOPS = "perf/tflops"  # achieved over all workers: 6 operations for each multiply-accumulate of a forward pass
+PERF_MFU = "perf/mfu"  # share of the devices' peak; left out where the peak is not known
+PERF_MEMORY_MB = "perf/memory_mb"  # peak of the first worker, 10^6 bytes: of its GPU, or of its process on a CPU
+PERF_DATA_WAIT_FRAC = "perf/data_wait_frac"  # share of the epoch's time spent waiting for clips, mean over workers
+PERF_FIRST_BATCH_S = "perf/first_batch_s"  # seconds until the epoch's first batch: the decoders start
+PERF_EPOCH_S = "perf/epoch_s"  # seconds of the training part of the epoch
+
+# Data in an epoch (the training workers) -----------------------------------------------------------------------------
+DATA_BAD = "data/bad"  # number of videos that could not be decoded
+DATA_DECODED_BY_PYAV = (
+    "data/decoded_by_pyav"  # number of videos where PyAV replaced decord; of data.decoder decord only
+)
+DATA_OBJECT_STORE_MB = "data/object_store_mb"  # largest use of the cluster's object store that was seen, 2^20 bytes
+DATA_SPILLED_MB = "data/spilled_mb"  # moved from the object store to disk in the epoch, 2^20 bytes
+
+# Cost of a model for one clip (posmlp.model.cost; a run logs it once, at its start) ----------------------------------
+COST = "cost/"  # prefix
+COST_PARAMS_M = "cost/params_m"  # parameters, in millions
+COST_GMACS = "cost/gmacs"  # multiply-accumulates, in 10^9
+COST_LATENCY_MS = "cost/latency_ms"  # median of a forward pass of one clip
+COST_CLIPS_PER_S = "cost/clips_per_s"  # of forward passes in batches
+COST_PEAK_MB = "cost/peak_mb"  # peak memory of such a pass on top of weights and clips, 10^6 bytes; where it is known
+
+# What a study trades against top-1, by the word that a command line has for it
+COSTS = {"latency": COST_LATENCY_MS, "gmacs": COST_GMACS, "params": COST_PARAMS_M}
+
+# A study (its driver, in the study's own MLflow run; the step is the number of finished trials) ---------------------
+STUDY_FINISHED = "study/finished"  # number of finished trials
+STUDY_HYPERVOLUME = "study/hypervolume"  # of the Pareto front of top-1 and a cost, as a share of the largest cost
+STUDY_BEST_TOP1 = "study/best_top1"  # highest val/top1 of a trial
+PUBLISHED_LATENCY_MS = "published.latency_ms/"  # prefix; a published variant's name follows: its cost/latency_ms
+
+# A supernet (the scoring of its members, in the supernet's MLflow run) -----------------------------------------------
+SUPERNET_BEST_TOP1 = "supernet/best_top1"  # highest top-1 of a member with the shared weights
+SUPERNET_SPEARMAN = "supernet/spearman"  # rank correlation of members' top-1: shared weights, and trained alone
+SUPERNET_KENDALL = "supernet/kendall"  # likewise, Kendall's tau
+
+# `posmlp evaluate` (in the run's MLflow run, at the checkpoint's step): the prefix, then loss, top1, top5, class_mean
+# and videos (the number of videos) ------------------------------------------------------------------------------------
+TEST = "test/"  # of the validation split
+TEST_TRAIN = "test_train/"  # of the training split
+
+# Machines: MLflow's own names behind this prefix, such as system/cpu_utilization_percentage (the driver samples them
+# every 10 s), and system/NODE/... of each node of a cluster -----------------------------------------------------------
+SYSTEM = "system/"

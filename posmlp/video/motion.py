@@ -25,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import tau
 from pathlib import Path
 
 import av
@@ -63,9 +64,8 @@ def render_motion(label: int, rng: np.random.Generator, *, size: int = 64, frame
         ValueError: `label` is not a class.
     """
     if not 0 <= label < len(MOTION_CLASSES):
-        raise ValueError(
-            f"label {label} is not a motion class (0 to {len(MOTION_CLASSES) - 1}: {', '.join(MOTION_CLASSES)})"
-        )
+        names = ", ".join(MOTION_CLASSES)
+        raise ValueError(f"label {label} is not a motion class (0 to {len(MOTION_CLASSES) - 1}: {names})")
     pair, backwards = divmod(label, 2)
     clip = _background(rng, size, frames)
     bystander, rest = _Shape.draw(rng), _draw_trajectory(0, rng, frames).frozen_at(0)
@@ -94,18 +94,16 @@ class _Trajectory:
 def _draw_trajectory(pair: int, rng: np.random.Generator, frames: int) -> _Trajectory:
     """Trajectory of a shape that moves left (pair 0) or up (1), approaches (2) or rotates clockwise (3)."""
     time = np.linspace(0, 1, frames, dtype=np.float32)
-    progress = (
-        time + rng.uniform(-0.6, 0.6) * np.sin(math.tau * time) / math.tau
-    )  # [T], 0 to 1, never decreases: varied speed
+    progress = time + rng.uniform(-0.6, 0.6) * np.sin(tau * time) / tau  # [T], 0 to 1, never decreases: varied speed
     frozen = np.full_like(progress, progress[rng.integers(frames)])
 
-    x, y, angle = rng.random(), rng.random(), rng.uniform(0, math.tau)
+    x, y, angle = rng.random(), rng.random(), rng.uniform(0, tau)
     if pair == 3:
         x, y = 0.5 + PIVOT * (x - 0.5), 0.5 + PIVOT * (y - 0.5)
     travel, aim = rng.uniform(*TRAVEL), rng.uniform(-STRAY_AIM, STRAY_AIM)
-    drift, drift_aim = rng.uniform(0, STRAY_DRIFT), rng.uniform(0, math.tau)
+    drift, drift_aim = rng.uniform(0, STRAY_DRIFT), rng.uniform(0, tau)
     spin, stray_turn = rng.uniform(*SPIN), rng.uniform(-STRAY_TURN, STRAY_TURN)
-    arm, side = rng.uniform(*ARM) * (pair == 3), rng.uniform(0, math.tau)
+    arm, side = rng.uniform(*ARM) * (pair == 3), rng.uniform(0, tau)
     zoom = math.log(rng.uniform(*ZOOM))
     smallest = rng.uniform(math.log(RADIUS[0]), math.log(RADIUS[1]) - zoom)
 
@@ -119,7 +117,7 @@ def _draw_trajectory(pair: int, rng: np.random.Generator, frames: int) -> _Traje
     )
 
 
-_ANGLES = np.arange(1024) * math.tau / 1024  # a power of two: a bit mask wraps an index
+_ANGLES = np.arange(1024) * tau / 1024  # a power of two: a bit mask wraps an index
 
 
 def _star(points: int, notch: float) -> np.ndarray:
@@ -167,7 +165,7 @@ class _Shape:
         saturation = np.array([*rng.uniform(0.55, 0.9, 3), 0.3])
         bright = rng.uniform(0.8, 1.0)
         value = np.array([bright, bright - rng.uniform(0.25, 0.45), 0.95, rng.choice([0.08, 0.95])])
-        kind, stripes, phase = int(rng.integers(len(_OUTLINES))), rng.uniform(0.7, 1.3), rng.uniform(0, math.tau)
+        kind, stripes, phase = int(rng.integers(len(_OUTLINES))), rng.uniform(0.7, 1.3), rng.uniform(0, tau)
         return cls(kind, _rgb(hue, saturation, value), stripes, phase)
 
     def paint(self, clip: np.ndarray, pose: _Trajectory) -> None:
@@ -176,19 +174,17 @@ class _Shape:
         grid = (np.arange(size, dtype=np.float32) + 0.5) / size
         x = _wrap(grid - pose.x[:, None])[:, None, :]  # [T, 1, W], from the shape's centre
         y = _wrap(grid - pose.y[:, None])[:, :, None]  # [T, H, 1]
-        t, i, j = np.nonzero(
-            x * x + y * y < (pose.radius[:, None, None] + 1 / size) ** 2
-        )  # [N]: the pixels that can change
+        t, i, j = np.nonzero(x * x + y * y < (pose.radius[:, None, None] + 1 / size) ** 2)  # [N]: pixels it may change
         x, y = x[t, 0, j], y[t, i, 0]
         cos, sin = np.cos(pose.angle) / pose.radius, np.sin(pose.angle) / pose.radius
         x, y = cos[t] * x + sin[t] * y, cos[t] * y - sin[t] * x  # [N], in the shape's own axes, in radii
         pixels = pose.radius[t] * size  # pixels in a radius
 
-        bearing = (np.arctan2(y, x) * (len(_ANGLES) / math.tau)).astype(np.int32) & (len(_ANGLES) - 1)
-        # Distance from the edge in pixels, positive inside. An edge covers about 0.5 + this of a pixel, clipped to 0..1.
+        bearing = (np.arctan2(y, x) * (len(_ANGLES) / tau)).astype(np.int32) & (len(_ANGLES) - 1)
+        # Pixels from the edge, positive inside. An edge pixel is covered by about 0.5 + this, clipped to 0..1.
         inside = (_OUTLINES[self.kind, bearing] - np.hypot(x, y)) * _SLANTS[self.kind, bearing] * pixels
         one, other, spot, rim = self.colours
-        colour = _blend(one, other, 0.5 + 1.5 * np.sin(math.tau * self.stripes * x + self.phase))
+        colour = _blend(one, other, 0.5 + 1.5 * np.sin(tau * self.stripes * x + self.phase))
         colour = _blend(colour, spot, 0.5 + (SPOT_RADIUS - np.hypot(x - SPOT_PLACE, y)) * pixels)
         colour = _blend(colour, rim, 0.5 + RIM * size - inside)
         clip[t, i, j] = _blend(clip[t, i, j], colour, 0.5 + inside)
@@ -206,7 +202,7 @@ def _wrap(offset: np.ndarray) -> np.ndarray:
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
     """RGB colours of a smooth colour wheel (hue in turns, [N]): float32 [N, 3], 0 to 1."""
-    wheel = 0.5 + 0.5 * np.cos(math.tau * (hue[:, None] - np.array([0, 1, 2]) / 3))
+    wheel = 0.5 + 0.5 * np.cos(tau * (hue[:, None] - np.array([0, 1, 2]) / 3))
     return (value[:, None] * (1 - saturation[:, None] * (1 - wheel))).astype(np.float32)
 
 
@@ -217,13 +213,9 @@ def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
     position, so the whole clip is one small matrix product.
     """
     waves = 6
-    cycles, heading, phase = (
-        rng.uniform(0.3, 3.0, waves),
-        rng.uniform(0, math.tau, waves),
-        rng.uniform(0, math.tau, waves),
-    )
-    kx, ky = math.tau * cycles * np.cos(heading), math.tau * cycles * np.sin(heading)
-    drift, aim = rng.uniform(0, CAMERA_DRIFT), rng.uniform(0, math.tau)
+    cycles, heading, phase = rng.uniform(0.3, 3.0, waves), rng.uniform(0, tau, waves), rng.uniform(0, tau, waves)
+    kx, ky = tau * cycles * np.cos(heading), tau * cycles * np.sin(heading)
+    drift, aim = rng.uniform(0, CAMERA_DRIFT), rng.uniform(0, tau)
     kt = drift * (kx * math.cos(aim) + ky * math.sin(aim))
     tint = rng.normal(size=(waves, 1)) * 0.07 + rng.normal(size=(waves, 3)) * 0.03  # more grey than colour
     tint = tint / np.sqrt(1 + cycles)[:, None] * np.exp(1j * phase)[:, None]  # finer waves are fainter, as in nature
@@ -305,9 +297,9 @@ def make_motion_set(
         raise UserError(f"each split needs at least one clip, not train={train}, val={val}")
     out = Path(out)
     classes, counts = EMBEDDED_SETS[kind][0], {"train": train, "val": val}
-    settings = {"version": SET_VERSION, **counts, "size": size, "seed": seed} | (
-        {} if kind == "motion" else {"kind": kind}
-    )
+    settings: dict[str, int | str] = {"version": SET_VERSION, **counts, "size": size, "seed": seed}
+    if kind != "motion":
+        settings["kind"] = kind
     record = json.dumps(settings, indent=2) + "\n"
     if _is_complete_set(out, classes, counts, record):
         return out

@@ -1,7 +1,7 @@
 """Drawn clips of strokes, to pretrain on before a small set of gestures: an arm draws a path in the air.
 
 A path is one straight stroke, two or three strokes at right angles that turn to the same side (each in eight
-directions), or a circle. So a class is a sequence of motions, while each class of ``posmlp.video.motion`` is one motion.
+directions), or a circle. So a class is a sequence of motions; a class of ``posmlp.video.motion`` is a single motion.
 Strokes are slightly bent and tilted and vary in speed, and the arm may rest before and after. The arm leaves the
 picture where its path does. The camera shakes, and light and colours vary as between rooms, day and night.
 """
@@ -9,6 +9,7 @@ picture where its path does. The camera shakes, and light and colours vary as be
 from __future__ import annotations
 
 import math
+from math import tau
 
 import numpy as np
 
@@ -32,7 +33,7 @@ TREMBLE = 0.006  # standard deviation of the finger tip's position in a frame, i
 SHAKE = 0.5 / 64  # largest standard deviation of the camera's movement between two frames, in frame sizes
 ROAM = 1 / 8  # largest distance of the camera from its start, in frame sizes
 GRAIN = (40, 16, 6, 2)  # cell sizes of the background's textures, in pixels of a 64-pixel frame
-# Half the width of an arm at distances from the finger tip, in frame sizes: tip, finger, knuckles, hand, wrist, forearm.
+# Half the width of an arm along it, both in frame sizes: finger tip, finger, knuckles, hand, wrist, forearm.
 ALONG = np.array([0, 0.02, 0.10, 0.13, 0.25, 0.32, 1.5])
 HALF_WIDTH = np.array([0.012, 0.018, 0.02, 0.06, 0.065, 0.045, 0.055])
 SKIN = np.array([0.75, 0.55, 0.42])
@@ -64,15 +65,15 @@ def _draw_path(label: int, rng: np.random.Generator, frames: int) -> np.ndarray:
     start, rest = rng.uniform(*REST, 2)
     progress = np.clip((np.linspace(0, 1, frames) - start) / (1 - rest - start), 0, 1)  # [T]
     if label >= len(PATHS):
-        turn = rng.uniform(0.8, 1.2) * math.tau * (1 if STROKE_CLASSES[label] == "clockwise" else -1)
-        angle = rng.uniform(0, math.tau) + turn * progress
+        turn = rng.uniform(0.8, 1.2) * tau * (1 if STROKE_CLASSES[label] == "clockwise" else -1)
+        angle = rng.uniform(0, tau) + turn * progress
         width = rng.uniform(0.8, 1.25)
         return rng.uniform(*CIRCLE_RADIUS) * np.stack([width * np.cos(angle), np.sin(angle)], axis=1)
     times = np.cumsum(rng.uniform(0.6, 1.4, len(PATHS[label])))
     times = np.concatenate([[0], times / times[-1]])
     length, path = rng.uniform(*LENGTH), np.zeros((frames, 2))
     for direction, begin, end in zip(PATHS[label], times, times[1:], strict=False):
-        angle = direction * math.tau / 8 + rng.uniform(-TILT, TILT)
+        angle = direction * tau / 8 + rng.uniform(-TILT, TILT)
         done, ease = np.clip((progress - begin) / (end - begin), 0, 1), rng.random()
         done = (1 - ease) * done + ease * (0.5 - 0.5 * np.cos(math.pi * done))
         chord, bow = np.array([math.cos(angle), math.sin(angle)]), np.array([-math.sin(angle), math.cos(angle)])
@@ -82,12 +83,13 @@ def _draw_path(label: int, rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 def _draw_arm(tip: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """An arm with its finger tip at ``tip`` [T, 2]: its colours [T, H, W, 3] and the share of each pixel that it covers,
-    [T, H, W, 1]; both float32."""
+    """An arm with its finger tip at ``tip`` [T, 2].
+
+    Returns:
+        float32 [T, H, W, 3], its colours, and float32 [T, H, W, 1], the share of each pixel that it covers.
+    """
     scale = rng.uniform(0.6, 1.9)
-    angle = (
-        math.pi / 2 + 0.2 - (rng.uniform(0, 1.2) if rng.random() < 0.7 else rng.uniform(0, math.tau))
-    )  # tip to elbow
+    angle = math.pi / 2 + 0.2 - (rng.uniform(0, 1.2) if rng.random() < 0.7 else rng.uniform(0, tau))  # tip to elbow
     angles = angle + np.cumsum(rng.normal(0, 0.03, len(tip)))
     cos, sin = (f(angles).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
@@ -96,7 +98,7 @@ def _draw_arm(tip: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.
     along, aside = x * cos + y * sin, y * cos - x * sin  # [T, H, W], from the tip
     half = np.interp(along, ALONG * scale, HALF_WIDTH * scale).astype(np.float32)
     inside = np.where(along < 0, HALF_WIDTH[0] * scale - np.hypot(along, aside), half - np.abs(aside))
-    stripes = rng.uniform(0.1, 0.4) * np.sin(math.tau * (along * rng.uniform(1, 4) + rng.random()))
+    stripes = rng.uniform(0.1, 0.4) * np.sin(tau * (along * rng.uniform(1, 4) + rng.random()))
     shade = 1 + stripes + rng.uniform(-4, 4) * aside  # light from one side
     colour = SKIN * rng.uniform(0.3, 1.25) + rng.uniform(-0.12, 0.12, 3)
     cover = np.clip(0.5 + inside * size, 0, 1)
@@ -104,8 +106,7 @@ def _draw_arm(tip: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.
 
 
 def _draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Textures of several cell sizes, smooth or in squares: float32 [N, N, 3], larger than a frame so that the camera
-    can move over it."""
+    """Textures of several cell sizes, smooth or in squares: float32 [N, N, 3], with room for the camera to move."""
     side = size + 2 * math.ceil(ROAM * size)
     strength = rng.uniform(0, 0.4)
     picture = np.full((side, side, 3), rng.uniform(0.15, 0.85), np.float32)

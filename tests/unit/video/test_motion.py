@@ -1,4 +1,4 @@
-"""The embedded data set. What a class means is measured from pixels, by a method that knows nothing of drawing."""
+"""The embedded data set. The motion of a class is measured from pixels alone, independent of the drawing code."""
 
 import csv
 import json
@@ -19,13 +19,13 @@ SMALL = {"train": 16, "val": 8, "size": 32, "processes": 1}
 
 
 def measure_motion(clip: np.ndarray) -> np.ndarray:
-    """Motion over the clip, [4]: to the right and down in frame sizes, log of growth, clockwise turn in radians.
+    """Motion over the clip, [4]: to the right and down in frame sizes, log of growth, clockwise rotation in radians.
 
-    Least-squares optical flow: every pixel asks that its brightness be carried along, -d/dt = (d/dx, d/dy) . flow, by
-    the one flow (right + grow x - turn y, down + grow y + turn x) around the centre of what changes.
+    Least-squares optical flow: each pixel gives one equation of constant brightness, -d/dt = (d/dx, d/dy) . flow, for
+    the common flow (right + grow x - turn y, down + grow y + turn x) around the centre of the pixels that change.
     """
     video = clip.astype(np.float64)
-    for axis in (1, 1, 2, 2):  # smooth a little, and on a torus, as the picture is
+    for axis in (1, 1, 2, 2):  # smooth a little, on a torus like the picture
         video = (np.roll(video, 1, axis) + 2 * video + np.roll(video, -1, axis)) / 4
     video /= video.mean((1, 2), keepdims=True)  # undo changes of light
     size = video.shape[1]
@@ -100,8 +100,8 @@ def test_a_pair_differs_by_the_order_of_frames_alone(label):
         np.testing.assert_array_equal(first, second[::-1])
 
 
-def test_a_random_frame_has_the_same_place_size_and_angle_in_every_class():
-    """All but the place of what turns, which is near the middle."""
+def test_a_random_frame_has_the_same_position_size_and_angle_in_every_class():
+    """The exception is the position of rotating shapes, which are near the middle."""
     rng = np.random.default_rng(0)
     samples = [draw_poses(pair, rng, lambda: rng.integers(24)) for pair in range(4)]
     for pair in range(1, 4):
@@ -111,7 +111,7 @@ def test_a_random_frame_has_the_same_place_size_and_angle_in_every_class():
 
 @pytest.mark.parametrize("pair", range(4))
 def test_the_first_frame_does_not_tell_where_the_shape_goes_or_how_it_turns(pair):
-    """The last frame is the first one of the other class of the pair. Only the size of what approaches may differ."""
+    """The last frame is the first frame of the other class of the pair. Only an approaching shape may differ in size."""
     rng = np.random.default_rng(pair)
     first, last = (draw_poses(pair, rng, lambda t=t: t) for t in (0, -1))
     assert [same_law(a, b) for a, b in zip(first, last, strict=True)] == [True, True, pair != 2, True]
@@ -137,7 +137,7 @@ def test_a_clip_is_bytes_of_the_asked_size(size, frames):
 
 
 def test_the_same_scene_at_another_size():
-    """Sizes, places and speeds are shares of the frame; only the noise differs."""
+    """Sizes, positions and speeds are relative to the frame; only the noise differs."""
     small, large = (render_motion(6, np.random.default_rng(3), size=size).astype(np.float64) for size in (32, 64))
     halved = large.reshape(24, 32, 2, 32, 2, 3).mean((2, 4))
     assert np.abs(small - halved).mean() < 8
@@ -184,7 +184,7 @@ def test_an_odd_size_is_refused(tmp_path, height, width):
 @pytest.mark.parametrize(
     "clip", [np.zeros((4, 32, 32, 3)), np.zeros((32, 32, 3), np.uint8), np.zeros((0, 32, 32, 3), np.uint8)]
 )
-def test_what_is_not_a_clip_is_refused(tmp_path, clip):
+def test_an_array_that_is_not_a_clip_is_refused(tmp_path, clip):
     with pytest.raises(ValueError, match="a clip is uint8"):
         write_video(tmp_path / "clip.mp4", clip)
 
@@ -220,7 +220,7 @@ def test_a_set_is_balanced_and_described_by_its_tables(small_set):
     assert len(tree(small_set)) == 24 + 3
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(small_set, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_processes(small_set, tmp_path):
     again = make_motion_set(tmp_path / "again", **{**SMALL, "processes": 2})
     assert tree(again) == tree(small_set)
 
@@ -233,12 +233,12 @@ def test_a_larger_set_begins_with_the_smaller_and_another_seed_gives_another(sma
             assert larger[name] == content != other[name]
 
 
-def test_a_set_that_is_there_is_left_alone(small_set, monkeypatch):
+def test_a_complete_set_is_left_unchanged(small_set, monkeypatch):
     monkeypatch.setattr(motion, "write_video", None)  # would fail if called
     assert make_motion_set(str(small_set), **SMALL) == small_set
 
 
-def test_a_killed_run_is_made_good(small_set, tmp_path, monkeypatch):
+def test_a_set_of_a_killed_run_is_completed(small_set, tmp_path, monkeypatch):
     folder, calls = tmp_path / "set", []
 
     def killed(path, clip, fps=12):
@@ -254,7 +254,7 @@ def test_a_killed_run_is_made_good(small_set, tmp_path, monkeypatch):
     assert not (folder / "motion.json").exists()
     assert tree(make_motion_set(folder, **SMALL)) == tree(small_set)
 
-    os.remove(folder / rows(folder / "train.csv")[3]["path"])  # and so is a set that lost a file
+    os.remove(folder / rows(folder / "train.csv")[3]["path"])  # also a set that lost a file
     assert tree(make_motion_set(folder, **SMALL)) == tree(small_set)
 
 

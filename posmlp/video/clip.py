@@ -1,4 +1,4 @@
-"""From a manifest row to the clips that a step is made of: which frames, which box, at which size."""
+"""The clips of a video, from its manifest row: which frames, which box, at which size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from posmlp.config import Config, DataSection
 from posmlp.errors import UserError
-from posmlp.video.cache import CachedVideo, cache_path, store, unwritable
-from posmlp.video.decode import MOST_FRAMES, DecodeError, Decoder, Frames, VideoInfo
+from posmlp.video.cache import CachedVideo, cache_path, cache_write_error, write_cache_file
+from posmlp.video.decode import MAX_FRAMES, DecodeError, Decoder, Frames, VideoInfo
 from posmlp.video.isolated import IsolatedVideo, call_isolated, open_isolated
 from posmlp.video.sampling import (
     Box,
@@ -33,12 +33,12 @@ from posmlp.video.sampling import (
 
 @dataclass(frozen=True)
 class View:
-    """One clip of a video before it is decoded.
+    """One clip of a video, before the video is decoded.
 
     Attributes:
-        indices: int64 ``[T]``, numbers of frames.
-        rng: for the choices still to be made, those of a training clip's box and order; None for a test view.
-        crop, crops: which of a test view's squares.
+        indices: int64 ``[T]``, frame numbers.
+        rng: for the remaining random choices of a training clip, its box and frame order; None for a validation view.
+        crop, crops: the number of a validation view's square, and how many squares there are.
     """
 
     indices: NDArray[np.int64]
@@ -47,8 +47,8 @@ class View:
     crops: int = 1
 
 
-def views_of(config: Config, train: bool) -> int:
-    """Clips that ``load_clips`` cuts from a video, V."""
+def views_per_video(config: Config, train: bool) -> int:
+    """The number of clips that ``load_clips`` returns for a video, V."""
     return config.data.repeats if train else config.eval.clips * config.eval.crops
 
 
@@ -57,16 +57,16 @@ def load_clips(
 ) -> tuple[Frames, Decoder]:
     """All views of one video, decoded once. Every random choice derives from ``(train.seed, epoch, sample_id, view)``.
 
-    For training, view ``r`` of ``data.repeats`` draws frames at random and one random box for them all. For
-    validation, view ``clip * eval.crops + crop`` takes the frames and the square of that clip and crop, and nothing
-    depends on the seed or the epoch. With ``data.frame_order == "shuffled"`` a clip has the same frames and box as
-    the ordered one, in a random order (for validation, always the same one for a sample and view).
+    In training, each of the ``data.repeats`` views draws its frames at random and one random box for all of them. In
+    validation, view ``clip * eval.crops + crop`` has the frames of that clip and the square of that crop, independent
+    of seed and epoch. With ``data.frame_order == "shuffled"`` a clip has the same frames and box as the ordered clip,
+    in random order (in validation, always the same order for a sample and view).
 
     Args:
-        uri, sample_id, images: of the manifest's row; images is its ``frames``.
+        uri, sample_id, images: from the manifest row; ``images`` is its ``frames``.
 
     Returns:
-        uint8 ``[V, T, H, W, 3]`` RGB with ``T = model.frames`` and ``H = W = model.image_size``; and what decoded them.
+        uint8 ``[V, T, H, W, 3]`` RGB with ``T = model.frames`` and ``H = W = model.image_size``; and the decoder used.
 
     Raises:
         DecodeError: the video cannot be read.
@@ -77,19 +77,19 @@ def load_clips(
     with open_frames(uri, images, data, data.short_side or -(-size * 8 // 7)) as (video, read):
         info = video.info
         if data.fps is not None and info.times is None:
-            raise DecodeError(uri, "data.fps needs frame times, which a frame folder has not; leave data.fps out")
+            raise DecodeError(uri, "data.fps needs frame times, but a frame folder has none; leave data.fps out")
         views = list(choose_views(uri, info, variant.frames, sample_id, config, epoch, train))
-        wanted, places = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
+        wanted, positions = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
         pictures = read(wanted.tolist())
         clips = np.empty((len(views), variant.frames, size, size, 3), np.uint8)
-        for number, (view, place) in enumerate(zip(views, np.split(places, len(views)), strict=True)):
+        for number, (view, order) in enumerate(zip(views, np.split(positions, len(views)), strict=True)):
             box = choose_box(pictures.shape[1], pictures.shape[2], view, data)
-            if data.frame_order == "shuffled":  # drawn last: the other choices stay those of the ordered clip
-                place = place[(view.rng or sample_rng(0, 0, sample_id, number)).permutation(len(place))]
-            used, back = np.unique(place, return_inverse=True)  # short videos repeat frames: each is resized once
+            if data.frame_order == "shuffled":  # drawn last, so that frames and box are those of the ordered clip
+                order = order[(view.rng or sample_rng(0, 0, sample_id, number)).permutation(len(order))]
+            used, inverse = np.unique(order, return_inverse=True)  # short videos repeat frames: resize each once
             boxed = pictures[used, box.top : box.top + box.height, box.left : box.left + box.width]
-            clips[number] = resize(boxed, size)[back]
-        return clips, video.info.decoder  # known only now: PyAV takes over where decord fails
+            clips[number] = resize(boxed, size)[inverse]
+        return clips, video.info.decoder  # known only now, because PyAV takes over where decord fails
 
 
 def choose_views(
@@ -98,14 +98,14 @@ def choose_views(
     """The views of a video, each of ``count`` frames.
 
     Raises:
-        DecodeError: the frames' times cannot be true.
+        DecodeError: the frame times are implausible.
     """
     data = config.data
     numbers = np.arange(info.frames)
     if data.fps is not None and info.times is not None:
-        if info.times[-1] * data.fps > MOST_FRAMES:
+        if info.times[-1] * data.fps > MAX_FRAMES:
             seconds = info.times[-1]
-            raise DecodeError(uri, f"its frames are said to last {seconds:.0f} s, which cannot be; mend or remove it")
+            raise DecodeError(uri, f"its frame times span {seconds:.0f} s, which is implausible; repair or remove it")
         numbers = fps_indices(info.times, data.fps)
 
     def pick(rng: np.random.Generator | None, clip: int = 0, clips: int = 1) -> NDArray[np.int64]:
@@ -123,7 +123,7 @@ def choose_views(
 
 
 def choose_box(height: int, width: int, view: View, data: DataSection) -> Box:
-    """The part of the pictures that a view shows."""
+    """The box of the frames that a view shows."""
     if view.rng is None and data.full_frame:
         return Box(0, 0, height, width)
     if view.rng is None:
@@ -145,7 +145,7 @@ def resize(frames: Frames, size: int) -> Frames:
 def open_frames(
     uri: str, images: int | None, data: DataSection, short_side: int
 ) -> Iterator[tuple[IsolatedVideo | CachedVideo, Callable[[list[int]], Frames]]]:
-    """A video and a function that reads its frames at the short side: from its file, or from the cache."""
+    """Open a video, or its cache file. Yields it and a function that reads frames, scaled to the short side."""
     if data.cache_dir is None:
         with open_isolated(uri, images, data.decoder, timeout_s=data.decode_timeout_s) as video:
             yield video, lambda indices: video.read(indices, short_side)
@@ -154,49 +154,49 @@ def open_frames(
     path: Path = call_isolated(uri, cache_path, uri, images, short_side, data.cache_dir, timeout_s=limit)
     try:
         cached = CachedVideo(path)
-    except OSError:  # not there yet, or cut short when the machine stopped
-        with alone(path):
+    except OSError:  # it does not exist yet, or is incomplete because a machine stopped
+        with cache_file_lock(path):
             try:
-                cached = CachedVideo(path)  # another has decoded it meanwhile
+                cached = CachedVideo(path)  # another process has decoded it meanwhile
             except OSError:
-                cached = decode_into(path, uri, images, short_side, limit)
+                cached = decode_to_cache(path, uri, images, short_side, limit)
     yield cached, cached.read
 
 
-def decode_into(path: Path, uri: str, images: int | None, short_side: int, limit: float) -> CachedVideo:
-    """Decode a whole video into its file of the cache, within ``limit`` seconds."""
+def decode_to_cache(path: Path, uri: str, images: int | None, short_side: int, limit: float) -> CachedVideo:
+    """Decode a whole video into its cache file, within ``limit`` seconds."""
     temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
         with open_isolated(uri, images, timeout_s=limit) as video:
-            video.run(store, short_side, temporary)
+            video.run(write_cache_file, short_side, temporary)
         temporary.replace(path)
     except OSError as error:
-        raise unwritable(path, error) from error
-    finally:  # here, as the other process may have been killed
+        raise cache_write_error(path, error) from error
+    finally:  # in this process, because the decoding process may have been killed
         with contextlib.suppress(OSError):
             temporary.unlink()
     try:
         return CachedVideo(path)
     except OSError as error:
-        raise UserError(f"{path}: a decoded video that was just written cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot read the cache file that was just written ({error})") from error
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """All of this machine's processes that want this file of the cache made wait for each other.
+def cache_file_lock(path: Path) -> Iterator[None]:
+    """Lock a cache file, so that only one process of this machine writes it.
 
-    The kernel frees the lock of a process that dies. Where a file system has no locks, nobody waits.
+    The kernel frees the lock of a process that dies. On a file system without locks, no process waits.
     """
     lock = path.with_suffix(".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("w")
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise cache_write_error(path, error) from error
     with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
-        finally:  # those that wait have it open, and find the file made
+        finally:  # waiting processes have the lock file open, and find the cache file complete
             lock.unlink(missing_ok=True)

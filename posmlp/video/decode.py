@@ -47,7 +47,7 @@ CONTAINERS = (
 )
 SEEK_GAP = 4  # frames between two wanted ones above which a seek pays
 TOO_LARGE = "it needs more memory than a decoder may take; scale the video down"
-MOST_FRAMES = 10**7  # of a video: four days at 30 a second; a damaged file, or a hostile one, may claim years
+MAX_FRAMES = 10**7  # of a video: four days at 30 a second; a damaged file, or a hostile one, may claim years
 KEPT_BYTES = 2**28  # of decoded frames that are kept while a stream is counted
 IMAGE_CODECS = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}  # by a file's first two bytes
 
@@ -256,8 +256,8 @@ class Video:
             untimed |= packet.pts is None
             pts = -1 if packet.pts is None else packet.pts
             found.append((pts, packet.is_keyframe))
-            if packets > MOST_FRAMES:
-                raise DecodeError(self.uri, f"more than {MOST_FRAMES} frames; cut it into shorter videos")
+            if packets > MAX_FRAMES:
+                raise DecodeError(self.uri, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
         if not found:
             raise DecodeError(
                 self.uri, "no frames in the video stream; fetch the file again, or remove it from the manifest"

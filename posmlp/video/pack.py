@@ -1,4 +1,4 @@
-"""A video as the bytes that a shard keeps: its file as it is, or encoded anew for fast random access."""
+"""The bytes of a video in a shard: its file unchanged, or re-encoded for fast random access."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from posmlp import storage
 from posmlp.video.decode import ImageFolder, Video
 
-FOLDER_FPS = 12  # of frame folders, which do not say; Something-Something's
-PRESET, CRF = "veryfast", 20  # of x264; at this rate factor a network sees no loss (visually, 18 is transparent)
+FOLDER_FPS = 12  # for frame folders, which have no frame rate; that of Something-Something
+PRESET, CRF = "veryfast", 20  # of x264; this rate factor costs a network no accuracy (18 is visually lossless)
 
 
 def pack(video: Video | ImageFolder, short_side: int | None, keyframe_interval: int | None) -> dict[str, object]:
-    """A good video's bytes and what is known of them; runs in the decoding process.
+    """The bytes and properties of a video that decodes without errors. Runs in the decoding process.
 
     Args:
-        short_side: encode the video anew at this short side (never upscaled); None keeps its size.
-        keyframe_interval: encode it anew with a key frame every so many frames. None, without ``short_side``: the file
-            stays as it is, but a frame folder always becomes a video.
+        short_side: re-encode the video at this short side (never upscaled); None keeps its size.
+        keyframe_interval: re-encode it with a key frame every N frames. If both are None, the file stays unchanged,
+            except that a frame folder always becomes a video.
 
     Returns:
         ``data: bytes``, ``num_frames, height, width`` (as shown) ``: int``, ``fps: float | None``, ``codec: str``,
@@ -51,10 +51,10 @@ def pack(video: Video | ImageFolder, short_side: int | None, keyframe_interval: 
 
 
 def encode(video: Video | ImageFolder, short_side: int | None, keyframe_interval: int) -> tuple[bytes, int, int]:
-    """H.264 in MP4, upright, without sound; every frame keeps its time. Returns the file, height and width.
+    """Encode as H.264 in MP4, upright, without sound; every frame keeps its time. Returns the file, height and width.
 
-    Key frames come at a fixed interval and nothing refers across them. Sides are made even, as H.264's 4:2:0 needs.
-    The same input gives the same bytes: one thread, no dates.
+    Key frames come at a fixed interval and no frame refers to one across them. Sides are rounded down to even numbers,
+    as H.264's 4:2:0 needs. The same input gives the same bytes, because x264 runs one thread and writes no dates.
     """
     times = video.info.times
     if times is None:
@@ -63,7 +63,7 @@ def encode(video: Video | ImageFolder, short_side: int | None, keyframe_interval
     file = io.BytesIO()
     height = width = 0
     with av.open(file, "w", format="mp4", options={"fflags": "bitexact"}) as container:
-        # without mbtree, whose vector code reads memory that nobody wrote: the bytes would differ from run to run
+        # without mbtree: its vector code reads uninitialised memory, so the bytes would differ between runs
         x264 = f"keyint={keyframe_interval}:min-keyint={keyframe_interval}:scenecut=0:open-gop=0:threads=1:mbtree=0"
         stream = container.add_stream("libx264", rate=Fraction(video.info.fps or FOLDER_FPS).limit_denominator(1001))
         stream.options = {"preset": PRESET, "crf": str(CRF), "x264-params": x264}

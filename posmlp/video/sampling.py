@@ -1,4 +1,4 @@
-"""Which frames and which rectangle of a video become a clip: pure functions of sizes and a random generator."""
+"""Choice of the frames and the rectangle of a clip: pure functions of sizes and a random generator."""
 
 import hashlib
 import math
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDING_S = 1.5e-3  # a frame's time and the first one's may each be rounded to a millisecond (Matroska, FLV)
+ROUNDING_S = 1.5e-3  # times of a frame and of the first frame may each be rounded to a millisecond (Matroska, FLV)
 
 
 class Box(NamedTuple):
@@ -20,17 +20,17 @@ class Box(NamedTuple):
 
 
 def sample_rng(seed: int, epoch: int, sample_id: str, view: int = 0) -> np.random.Generator:
-    """The generator of one sample's random choices.
+    """The generator for the random choices of one sample.
 
-    It depends on the four values alone (a BLAKE2b hash of them), so a clip is the same whatever the number of workers,
-    their order, or where a run resumes.
+    It depends on the four values alone (through a BLAKE2b hash), so a clip does not depend on the number or order of
+    workers, or on where a run resumes.
     """
-    key = f"{seed}/{epoch}/{view}/{sample_id}"  # numbers first: whatever the id holds, no two keys look alike
+    key = f"{seed}/{epoch}/{view}/{sample_id}"  # numbers first, so that keys differ for any id
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "big"))
 
 
 def sample_seed(seed: int, epoch: int, sample_id: str, view: int = 0) -> int:
-    """63 bits that seed what happens to a clip after it is decoded, apart from ``sample_rng``'s choices before."""
+    """63-bit seed of a clip's augmentation after decoding, independent of the choices from ``sample_rng``."""
     key = f"after/{seed}/{epoch}/{view}/{sample_id}"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -40,20 +40,20 @@ def uniform_indices(
 ) -> NDArray[np.int64]:
     """One frame from each of ``count`` equal segments of the video (Temporal Segment Networks, arXiv:1608.00859).
 
-    With ``rng`` a random frame of each segment. Without it the segment's centre, or, where several clips of a video
-    are tested, the centre of the ``clip``-th of ``clips`` equal parts of each segment. A video with fewer frames than
-    ``count`` repeats frames. Places are rounded down to whole frames.
+    With ``rng``, a random frame of each segment. Without it, the centre of the segment, or with several ``clips`` per
+    video the centre of the ``clip``-th of ``clips`` equal parts of each segment. A video with fewer frames than
+    ``count`` repeats frames. Positions are rounded down to whole frames.
 
     Returns:
-        int64 ``[T]`` with ``T = count``, never decreasing, each in ``[0, num_frames)``.
+        int64 ``[T]`` with ``T = count``, non-decreasing, each in ``[0, num_frames)``.
 
     Raises:
         ValueError: ``num_frames`` or ``count`` is below 1, or ``clip`` is not one of ``clips``.
     """
-    _check(num_frames=num_frames, count=count)
+    _check_positive(num_frames=num_frames, count=count)
     _check_clip(clip, clips)
-    place = (clip + 0.5) / clips if rng is None else rng.random(count)  # inside the segment, as a share of it
-    indices = ((np.arange(count) + place) * num_frames / count).astype(np.int64)
+    offset = (clip + 0.5) / clips if rng is None else rng.random(count)  # within the segment, as a share of it
+    indices = ((np.arange(count) + offset) * num_frames / count).astype(np.int64)
     return np.minimum(indices, num_frames - 1)  # rounding can reach num_frames
 
 
@@ -62,18 +62,18 @@ def dense_indices(
 ) -> NDArray[np.int64]:
     """``count`` frames, ``stride`` apart, from one window of the video (I3D, arXiv:1705.07750; SlowFast, 1812.03982).
 
-    The window starts at random with ``rng``. Without it, it lies in the video's middle, or, where several clips are
-    tested, the windows of the ``clips`` are spread evenly from the video's first frame to its last (starts rounded to
-    the nearest frame). A video shorter than the window is read from its first frame, and its last frame repeats (as in
-    SlowFast), which adds no jump as looping would.
+    With ``rng``, the window starts at random. Without it, the window is in the middle of the video, or with several
+    ``clips`` per video their windows are spread evenly from the first frame to the last (starts rounded to the nearest
+    frame). A video shorter than the window is read from its first frame, and its last frame repeats (as in SlowFast);
+    looping would add a jump.
 
     Returns:
-        int64 ``[T]`` with ``T = count``, never decreasing, each in ``[0, num_frames)``.
+        int64 ``[T]`` with ``T = count``, non-decreasing, each in ``[0, num_frames)``.
 
     Raises:
         ValueError: ``num_frames``, ``count`` or ``stride`` is below 1, or ``clip`` is not one of ``clips``.
     """
-    _check(num_frames=num_frames, count=count, stride=stride)
+    _check_positive(num_frames=num_frames, count=count, stride=stride)
     _check_clip(clip, clips)
     spare = max(num_frames - ((count - 1) * stride + 1), 0)
     if rng is not None:
@@ -84,22 +84,22 @@ def dense_indices(
 
 
 def fps_indices(times: NDArray[np.float64], fps: float) -> NDArray[np.int64]:
-    """The frames of a video as if it had ``fps`` frames a second (SlowFast's target fps, arXiv:1812.03982).
+    """The frame numbers of a video resampled to ``fps`` frames per second (SlowFast's target fps, arXiv:1812.03982).
 
-    At each moment 0, 1/fps, 2/fps, ... the frame that is shown then, also where the frame rate varies; the last frame
-    is shown as long as frames are on average. Sampling then picks from what is returned instead of from all frames.
+    For each moment 0, 1/fps, 2/fps, ... this is the frame on screen then, also where the frame rate varies. The last
+    frame lasts as long as frames do on average. Sampling then chooses from the result instead of from all frames.
 
     Args:
-        times: ``[N]``, rising: seconds from the first frame to each.
-        fps: frames a second wanted.
+        times: ``[N]``, increasing: seconds from the first frame to each frame.
+        fps: the target frame rate, in frames per second.
 
     Returns:
-        int64 ``[M]``, never decreasing, from 0 up; M is the video's duration times ``fps``, rounded, at least 1.
+        int64 ``[M]``, non-decreasing, from 0 up; M is the video's duration times ``fps``, rounded, at least 1.
 
     Raises:
-        ValueError: no times, or ``fps`` is not positive.
+        ValueError: ``times`` is empty, or ``fps`` is not positive.
     """
-    _check(num_frames=len(times))
+    _check_positive(num_frames=len(times))
     if not fps > 0:
         raise ValueError(f"fps must be positive, not {fps}")
     if len(times) == 1:
@@ -112,22 +112,22 @@ def fps_indices(times: NDArray[np.float64], fps: float) -> NDArray[np.int64]:
 def random_resized_crop(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A box of random area, shape and place (Inception, arXiv:1409.4842; the same rule as torchvision's).
+    """A box of random area, aspect ratio and position (Inception, arXiv:1409.4842; same rule as torchvision's).
 
     Args:
-        scale: least and greatest area, as a share of the frame.
-        ratio: least and greatest width : height.
+        scale: smallest and largest area, as a share of the frame.
+        ratio: smallest and largest width : height.
 
     Returns:
-        A box of at least 1x1 pixel inside the frame. When ten draws do not fit, the largest centred box with an allowed
-        ratio, whose area may then lie outside ``scale``.
+        A box of at least 1x1 pixel inside the frame. If ten draws do not fit, the largest centred box with an allowed
+        ratio; its area may be outside ``scale``.
 
     Raises:
-        ValueError: ``height`` or ``width`` is below 1, or a range is not positive and rising.
+        ValueError: ``height`` or ``width`` is below 1, or a range is not positive and increasing.
     """
-    _check(height=height, width=width)
+    _check_positive(height=height, width=width)
     if not (0 <= scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
-        raise ValueError(f"crop ranges must be positive (least, greatest), not scale {scale}, ratio {ratio}")
+        raise ValueError(f"crop ranges must be positive (smallest, largest), not scale {scale}, ratio {ratio}")
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -139,15 +139,17 @@ def random_resized_crop(
 
 
 def square_crop(height: int, width: int, crop: int = 0, crops: int = 1) -> Box:
-    """The largest square, in the centre; of three ``crops`` the ``crop``-th from one end of the longer side to the
-    other (SlowFast's three-crop testing, arXiv:1812.03982).
+    """The largest square in the frame.
+
+    With one crop it is centred. With three, the ``crop``-th is at the start, centre or end of the longer side
+    (SlowFast's three-crop testing, arXiv:1812.03982).
 
     Raises:
-        ValueError: ``height`` or ``width`` is below 1, or ``crops`` is neither 1 nor 3, or ``crop`` not one of them.
+        ValueError: ``height`` or ``width`` is below 1, ``crops`` is neither 1 nor 3, or ``crop`` is not one of them.
     """
-    _check(height=height, width=width)
+    _check_positive(height=height, width=width)
     if crops not in (1, 3) or not 0 <= crop < crops:
-        raise ValueError(f"crops must be 1 or 3 and crop below it, not crop {crop} of {crops}")
+        raise ValueError(f"crops must be 1 or 3 and crop must be less, not crop {crop} of {crops}")
     side = min(height, width)
     if crops == 1 or crop == 1:
         return _centred(height, width, side, side)
@@ -160,10 +162,10 @@ def _centred(height: int, width: int, h: int, w: int) -> Box:
 
 def _check_clip(clip: int, clips: int) -> None:
     if not 0 <= clip < clips:
-        raise ValueError(f"clip must be one of clips, not {clip} of {clips}")
+        raise ValueError(f"clip must be from 0 to clips - 1, not {clip} of {clips}")
 
 
-def _check(**sizes: int) -> None:
+def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")

@@ -1,4 +1,4 @@
-"""The cache of decoded videos: the same pixels, decoded once, and never half a file."""
+"""The cache of decoded videos: the same pixels, decoded once, and never an incomplete file."""
 
 import os
 import subprocess
@@ -10,19 +10,19 @@ import pytest
 from posmlp.config import DataSection, SplitSection
 from posmlp.errors import UserError
 from posmlp.video import clip
-from posmlp.video.cache import CachedVideo, cache_path, store
+from posmlp.video.cache import CachedVideo, cache_path, write_cache_file
 from posmlp.video.clip import open_frames
 from posmlp.video.decode import DecodeError, Video, open_video
 from tests.helpers.videos import numbers, picture, write_video
 
 
 def cached(uri, short_side, folder, images=None):
-    """All frames, by way of the cache."""
+    """All frames, read through the cache."""
     path = cache_path(str(uri), images, short_side, str(folder))
     try:
         video = CachedVideo(path)
     except OSError:
-        store(open_video(str(uri), images), short_side, path)
+        write_cache_file(open_video(str(uri), images), short_side, path)
         video = CachedVideo(path)
     return video.read(range(video.info.frames))
 
@@ -43,7 +43,7 @@ def test_the_cache_gives_the_same_pixels(tmp_path, short_side, width, degrees):
     options = {"g": "6", "bf": "3", "x264-params": "open-gop=1"}
     path = write_video(tmp_path / "v.mp4", width, 72, options=options, prepare=turn)
     file = cache_path(path, None, short_side, str(tmp_path / "cache"))
-    store(Video(path), short_side, file)
+    write_cache_file(Video(path), short_side, file)
     for indices in ([3, 17, 39], [39], [5, 5, 4], range(40)):
         frames = CachedVideo(file).read(indices)
         assert type(frames) is np.ndarray
@@ -52,10 +52,10 @@ def test_the_cache_gives_the_same_pixels(tmp_path, short_side, width, degrees):
         np.testing.assert_array_equal(frames, Video(path).read(wanted.tolist(), short_side)[back])
 
 
-def test_what_is_known_of_a_video_is_kept(tmp_path):
+def test_the_properties_of_a_video_are_kept(tmp_path):
     times = [0, 10, 50, 51, 400]
     path = write_video(tmp_path / "v.mkv", count=5, options={"bf": "2"}, times=times, rate=30)
-    store(Video(path), 30, tmp_path / "v.arrow")
+    write_cache_file(Video(path), 30, tmp_path / "v.arrow")
     info = CachedVideo(tmp_path / "v.arrow").info
     np.testing.assert_array_equal(info.times, Video(path).info.times)
     assert (info.frames, info.codec, info.fps) == (5, "h264", pytest.approx(10))
@@ -72,14 +72,14 @@ def test_a_folder_of_pictures_is_cached_too(tmp_path):
     assert CachedVideo(path).info.times is None
 
 
-def test_each_short_side_and_count_has_a_file_of_its_own(video, tmp_path):
+def test_each_short_side_has_its_own_file(video, tmp_path):
     assert cached(video, 30, tmp_path).shape[1:3] == (30, 40)
     assert cached(video, 20, tmp_path).shape[1:3] == (20, 27)
     assert cached(video, None, tmp_path).shape[1:3] == (120, 160)
     assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"] * 3
 
 
-def test_a_replaced_video_is_decoded_anew(tmp_path):
+def test_a_replaced_video_is_decoded_again(tmp_path):
     path = write_video(tmp_path / "v.mp4")
     old = cached(path, 30, tmp_path / "cache")
     stat = os.stat(path)
@@ -106,21 +106,21 @@ def test_a_cache_file_cut_short_is_written_again(video, tmp_path, left):
 
 def test_two_that_write_the_same_file_do_no_harm(video, tmp_path):
     path = cache_path(video, None, 30, str(tmp_path))
-    store(Video(video), 30, path)
+    write_cache_file(Video(video), 30, path)
     before = CachedVideo(path)
-    store(Video(video), 30, path)
+    write_cache_file(Video(video), 30, path)
     np.testing.assert_array_equal(before.read(range(40)), CachedVideo(path).read(range(40)))
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_unusable_cache_folder_is_told_plainly(video, tmp_path):
+def test_an_unusable_cache_folder_is_an_error_that_names_the_key(video, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: cannot write .* \(File exists\); see data\.cache_dir"):
         cached(video, 30, tmp_path / "file")
 
 
 @pytest.mark.parametrize(("uri", "words"), [("gone.mp4", "is missing"), ("memory://b/gone.mp4", "is missing")])
-def test_a_missing_video_is_told_as_without_the_cache(tmp_path, uri, words):
+def test_a_missing_video_gives_the_same_error_as_without_the_cache(tmp_path, uri, words):
     with pytest.raises(DecodeError, match=words):
         cached(uri, 30, tmp_path)
 
@@ -145,14 +145,14 @@ import sys, time
 from posmlp.config import DataSection, SplitSection
 from posmlp.video import clip
 
-decode = clip.decode_into
+decode = clip.decode_to_cache
 
 def slow(*args):
     print("decoded", flush=True)
     time.sleep(3)
     return decode(*args)
 
-clip.decode_into = slow
+clip.decode_to_cache = slow
 split = SplitSection(path="unused")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -176,7 +176,7 @@ def test_processes_that_want_the_same_video_decode_it_once(video, tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"]
 
 
-def test_an_unusable_folder_crosses_the_child_as_it_is(video, tmp_path):
+def test_the_error_of_an_unusable_folder_passes_through_the_decoding_process(video, tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match=r"cannot write .* see data\.cache_dir"),

@@ -1,4 +1,4 @@
-"""Clips: the right frames and the same box for all of them, decided by seed, epoch, sample and view alone."""
+"""Clips: the right frames and one box for all of them, which depend on seed, epoch, sample and view alone."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import torch
 
 from posmlp.config import Config
 from posmlp.video import clip
-from posmlp.video.clip import load_clips, resize, views_of
+from posmlp.video.clip import load_clips, resize, views_per_video
 from posmlp.video.decode import DecodeError, Video
 from tests.helpers.videos import BITS, number, numbers, picture, scramble, write_video
 
@@ -67,7 +67,7 @@ def test_a_training_clip_depends_on_seed_epoch_sample_and_view_alone(video, tmp_
     options = options | {"cache_dir": str(tmp_path) if cached else None}
     config = make_config(**options)
     first = views(video, config)
-    assert first.shape == (views_of(config, True), 8, 32, 32, 3)
+    assert first.shape == (views_per_video(config, True), 8, 32, 32, 3)
     assert first.dtype == np.uint8
     assert first.flags.c_contiguous
     others = [
@@ -156,7 +156,7 @@ def test_a_validation_clip_is_centred_and_always_the_same(video):
     np.testing.assert_array_equal(first[0], expected.permute(0, 2, 3, 1).numpy())
 
 
-def test_validation_clips_share_out_the_time(square):
+def test_validation_clips_are_spread_over_the_time(square):
     found = [numbers(one) for one in views(square, make_config(4, clips=2), train=False)]
     assert found == [[2, 12, 22, 32], [7, 17, 27, 37]]  # the centres of the two halves of four segments
     dense = views(square, make_config(4, clips=3, sampling="dense", stride=2), train=False)
@@ -190,7 +190,7 @@ def test_a_whole_frame_reaches_from_end_to_end(tmp_path):
 
 def test_clips_and_crops_are_numbered_crop_first(square, video):
     both = views(video, make_config(clips=2, crops=3), train=False)
-    assert len(both) == views_of(make_config(clips=2, crops=3), False) == 6
+    assert len(both) == views_per_video(make_config(clips=2, crops=3), False) == 6
     np.testing.assert_array_equal(both[[1, 4]], views(video, make_config(clips=2), train=False))
     assert len({one.tobytes() for one in both}) == 6
     alike = views(square, make_config(clips=2, crops=3), train=False)  # a square has one crop
@@ -273,13 +273,13 @@ def test_a_frame_folder_has_no_rate(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "used"), [("v.mp4", "decord"), ("v.avi", "pyav")])
-def test_what_decoded_is_told(tmp_path, name, used):
+def test_the_decoder_used_is_returned(tmp_path, name, used):
     path = write_video(tmp_path / name)
     assert load_clips(path, "s", make_config(decoder="decord"), epoch=0, train=True)[1] == used
     assert load_clips(path, "s", make_config(decoder="pyav"), epoch=0, train=True)[1] == "pyav"
 
 
-def test_a_decoder_that_fails_halfway_is_not_told_to_have_decoded(video, monkeypatch):
+def test_a_decoder_that_fails_halfway_is_not_returned(video, monkeypatch):
     @contextlib.contextmanager
     def open_here(uri, images, decoder, timeout_s):
         opened = Video(uri, decoder)
@@ -322,7 +322,7 @@ def test_a_video_shorter_than_the_clip(tmp_path, count, options):
         ("text.mp4", lambda path: path.write_text("hello\n" * 100), "not a video"),
     ],
 )
-def test_a_bad_file_is_told_by_name_and_reason(tmp_path, name, make, words, cached):
+def test_the_error_of_a_bad_file_has_its_name_and_the_reason(tmp_path, name, make, words, cached):
     path = tmp_path / name
     make(path)
     with pytest.raises(DecodeError, match=words) as caught:
@@ -338,24 +338,24 @@ def test_a_failure_leaves_nothing_in_the_cache(tmp_path):
     assert not list(tmp_path.glob("cache/*"))
 
 
-def store_and_die(video, short_side, path):
+def write_half_and_die(video, short_side, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"half a video")
     os.abort()
 
 
 def test_a_decoder_that_dies_leaves_nothing_in_the_cache(video, tmp_path, monkeypatch):
-    monkeypatch.setattr(clip, "store", store_and_die)
+    monkeypatch.setattr(clip, "write_cache_file", write_half_and_die)
     with pytest.raises(DecodeError, match="crashes the decoder"):
         views(video, make_config(cache_dir=str(tmp_path / "cache")))
     assert not list(tmp_path.glob("cache/*"))
 
 
-def test_times_that_cannot_be_are_told(video, monkeypatch):
-    """A damaged time may claim that a video lasts for years: that many frames fit into no memory."""
+def test_implausible_times_are_refused(video, monkeypatch):
+    """A damaged time may claim that a video lasts for years; its frame numbers would not fit in memory."""
     info = Video(video).info
     times = np.append(info.times[:-1], 1e12)
     config = make_config(fps=30)
-    with pytest.raises(DecodeError, match="cannot be"):
+    with pytest.raises(DecodeError, match="which is implausible"):
         list(clip.choose_views(video, replace(info, times=times), 8, "s", config, 0, True))
     assert len(list(clip.choose_views(video, info, 8, "s", config, 0, True))) == 1

@@ -167,19 +167,19 @@ def test_frames_do_not_fill_the_shared_memory(tmp_path):
 
 def test_frames_without_end_do_not_fill_the_cache(tmp_path, monkeypatch):
     video = Video(write_video(tmp_path / "v.mp4"))
-    monkeypatch.setattr(cache, "MOST_BYTES", 40 * 12 * 8 * 3)
-    cache.store(video, 8, tmp_path / "fits.arrow")
-    monkeypatch.setattr(cache, "MOST_BYTES", 40 * 12 * 8 * 3 - 1)
+    monkeypatch.setattr(cache, "MAX_FILE_BYTES", 40 * 12 * 8 * 3)
+    cache.write_cache_file(video, 8, tmp_path / "fits.arrow")
+    monkeypatch.setattr(cache, "MAX_FILE_BYTES", 40 * 12 * 8 * 3 - 1)
     with pytest.raises(DecodeError, match="leave out data"):
-        cache.store(video, 8, tmp_path / "large.arrow")
+        cache.write_cache_file(video, 8, tmp_path / "large.arrow")
     assert not (tmp_path / "large.arrow").exists()
 
 
 def test_too_many_frames_are_not_counted_to_the_end(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4")
-    monkeypatch.setattr(decode, "MOST_FRAMES", 40)
+    monkeypatch.setattr(decode, "MAX_FRAMES", 40)
     Video(path).close()
-    monkeypatch.setattr(decode, "MOST_FRAMES", 39)
+    monkeypatch.setattr(decode, "MAX_FRAMES", 39)
     with pytest.raises(DecodeError, match="more than 39 frames"):
         Video(path)
 

@@ -111,7 +111,7 @@ def test_a_random_frame_has_the_same_position_size_and_angle_in_every_class():
 
 @pytest.mark.parametrize("pair", range(4))
 def test_the_first_frame_does_not_tell_where_the_shape_goes_or_how_it_turns(pair):
-    """The last frame is the first frame of the other class of the pair. Only an approaching shape may differ in size."""
+    """The last frame is the first of the other class of the pair. Only an approaching shape may differ in size."""
     rng = np.random.default_rng(pair)
     first, last = (draw_poses(pair, rng, lambda t=t: t) for t in (0, -1))
     assert [same_law(a, b) for a, b in zip(first, last, strict=True)] == [True, True, pair != 2, True]

@@ -1,4 +1,4 @@
-"""Frame indices, crops and the per-sample generator: ranges for any input, and what the rules promise."""
+"""Frame indices, crops and the per-sample generator: valid ranges for any input, and the documented rules."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_uniform_clips_take_the_centre_of_their_part_of_each_segment(num_frames,
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8))
 def test_uniform_clips_together_are_one_longer_clip(count, clips, part):
-    """With whole frames for every part, the clips interleave to the clip of all parts' centres."""
+    """If every part has whole frames, the interleaved clips are the one clip of all parts' centres."""
     num_frames = count * clips * (2 * part - 1)
     together = [uniform_indices(num_frames, count, None, clip, clips) for clip in range(clips)]
     merged = np.stack(together, axis=1).ravel()
@@ -192,7 +192,7 @@ UNITS = st.sampled_from([0.0, 1e-6, 1 / 90000, 1e-3])
 
 
 def constant(fps, count, unit, start=0.0):
-    """Times of frames of a constant rate, as a stream stores them, from the first one on."""
+    """Times of frames at a constant rate, as a stream stores them, relative to the first frame."""
     times = start + np.arange(count) / fps
     if unit:
         times = np.round(times / unit) * unit
@@ -206,7 +206,7 @@ def test_the_videos_own_rate_takes_every_frame(fps, count, unit, start):
 
 
 @given(RATES, st.integers(1, 600), st.integers(1, 6), UNITS, st.floats(0, 1))
-def test_a_whole_part_of_the_rate_takes_every_so_many_frames(fps, parts, divisor, unit, start):
+def test_a_whole_part_of_the_rate_takes_every_nth_frame(fps, parts, divisor, unit, start):
     times = constant(fps, parts * divisor, unit, start)
     np.testing.assert_array_equal(fps_indices(times, fps / divisor), np.arange(parts) * divisor)
 
@@ -279,7 +279,7 @@ def test_the_seed_stays_the_same_over_releases():
 
 
 def test_the_generator_stays_the_same_over_releases():
-    """A change here changes every training clip: resumed runs would no longer see what they would have seen."""
+    """A change here changes every training clip, so resumed runs would differ from uninterrupted ones."""
     assert sample_rng(7, 3, "walk/é 1.mp4", 2).integers(1000, size=4).tolist() == [708, 285, 914, 658]
 
 

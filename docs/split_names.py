@@ -1,4 +1,4 @@
-"""Griffe extension of the documentation site: reads ``a, b: text`` in a docstring's section as an entry for each name."""
+"""Griffe extension of the documentation site: reads ``a, b: text`` in a docstring section as an entry per name."""
 
 import re
 

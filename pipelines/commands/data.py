@@ -1,0 +1,169 @@
+"""``posmlp data motion|check|shard|preview``: make, check, pack and look at data sets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from pipelines.commands.options import Verbs, add_recipe, add_verb, not_negative, positive, positive_float
+from posmlp.config import Format, load_recipe
+from posmlp.errors import UserError
+
+if TYPE_CHECKING:
+    from posmlp.video.manifest import Manifest
+
+
+def add_verbs(verbs: Verbs) -> None:
+    data = verbs.add_parser("data", help="make, check, pack and look at data sets")
+    verbs = data.add_subparsers(required=True, metavar="WHAT")
+    add_motion(verbs)
+    add_check(verbs)
+    add_shard(verbs)
+    add_preview(verbs)
+
+
+def add_motion(verbs: Verbs) -> None:
+    motion = add_verb(verbs, "motion", run_motion, "make the embedded data set: 8 classes that only motion separates")
+    motion.add_argument(
+        "--out", type=Path, default=Path("data/motion"), help="folder for the data set (default: %(default)s)"
+    )
+    motion.add_argument(
+        "--kind",
+        choices=["motion", "strokes"],
+        default="motion",
+        help="motion: 8 classes of moving shapes; strokes: 42 classes of drawn paths (default: %(default)s)",
+    )
+    motion.add_argument("--train", type=int, default=640, help="number of training clips (default: %(default)s)")
+    motion.add_argument("--val", type=int, default=160, help="number of validation clips (default: %(default)s)")
+    motion.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
+    motion.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: %(default)s)")
+
+
+def run_motion(args: argparse.Namespace) -> None:
+    from posmlp.video.motion import make_motion_set
+
+    folder = make_motion_set(args.out, kind=args.kind, train=args.train, val=args.val, size=args.size, seed=args.seed)
+    print(f"{args.train} training and {args.val} validation clips: {folder}/train.csv, {folder}/val.csv")
+
+
+def add_manifest(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a list of videos, as ``data.*`` does in a recipe."""
+    verb.add_argument("manifest", help="list of videos, or a folder with one subfolder per class; a path or a URI")
+    verb.add_argument("--out", required=True, help="folder for the results; a path or a URI")
+    verb.add_argument(
+        "--format", choices=get_args(Format), default="auto", help="format of the list (default: %(default)s)"
+    )
+    verb.add_argument("--root", help="folder that holds the videos (default: the folder of the list)")
+    verb.add_argument("--classes", help="file of class names, for formats that have one")
+    verb.add_argument(
+        "--template", default="{:05d}.jpg", help="file names of a frame folder's images (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="use only the rows whose column has this value; may be given several times",
+    )
+
+
+def read_listed(args: argparse.Namespace, missing_ok: bool) -> Manifest:
+    """Read the manifest that the arguments of ``add_manifest`` name.
+
+    Raises:
+        UserError: ``--where`` is malformed, or the list is.
+    """
+    from posmlp.video.manifest import read_manifest
+
+    where = {}
+    for item in args.where:
+        column, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--where {item!r}: expected COLUMN=VALUE")
+        where[column] = value
+    options = {key: getattr(args, key) for key in ("format", "root", "classes", "template")}
+    return read_manifest(args.manifest, where, **options, missing_ok=missing_ok)
+
+
+def add_timeout(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--timeout",
+        type=positive_float,
+        default=300.0,
+        help="seconds after which a video counts as bad (default: %(default)g)",
+    )
+
+
+def add_check(verbs: Verbs) -> None:
+    check = add_verb(verbs, "check", run_check, "decode every video of a list and report the bad ones")
+    add_manifest(check)
+    add_timeout(check)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Return exit code 1 if there is a bad video."""
+    from pipelines.cluster.session import start_ray
+    from pipelines.data.scan import check
+
+    manifest = read_listed(args, missing_ok=True)
+    start_ray()
+    result = check(manifest, args.out, args.timeout)
+    print(result.summary, end="")
+    good = f" and good.parquet (a list of the good ones; its root is {manifest.root})" if result.has_list else ""
+    print(f"{args.out} has report.parquet, summary.txt{good}")
+    return int(result.bad > 0)
+
+
+def add_shard(verbs: Verbs) -> None:
+    shard = add_verb(
+        verbs,
+        "shard",
+        run_shard,
+        "pack the videos of a list into Parquet files",
+        after_interrupt="the same command resumes after the last finished shard",
+    )
+    add_manifest(shard)
+    shard.add_argument("--rows-per-shard", type=positive, default=256, help="videos per file (default: %(default)s)")
+    shard.add_argument(
+        "--short-side", type=positive, metavar="PIXELS", help="encode the videos again with this short side"
+    )
+    shard.add_argument(
+        "--keyframe-interval",
+        type=positive,
+        metavar="FRAMES",
+        help="encode the videos again with a key frame every FRAMES frames",
+    )
+    add_timeout(shard)
+
+
+def run_shard(args: argparse.Namespace) -> None:
+    from pipelines.cluster.session import start_ray
+    from pipelines.data.scan import ShardSettings, shard
+
+    manifest = read_listed(args, missing_ok=False)
+    settings = ShardSettings(args.rows_per_shard, args.short_side, args.keyframe_interval, args.timeout)
+    start_ray()
+    result = shard(manifest, args.out, settings)
+    print(f"{result.videos} videos in {result.shards} shards, {result.bytes / 1e6:.1f} MB; train on {result.manifest}")
+    if result.bad:
+        print(f"{result.bad} videos could not be packed; bad.parquet in the same folder lists them")
+
+
+def add_preview(verbs: Verbs) -> None:
+    preview = add_verb(verbs, "preview", run_preview, "draw a batch as the model sees it")
+    add_recipe(preview, "augment.flip=0.5")
+    preview.add_argument(
+        "--out", type=Path, default=Path("preview.png"), help="file for the picture (default: %(default)s)"
+    )
+    preview.add_argument("--split", choices=("train", "val"), default="train", help="split (default: %(default)s)")
+    preview.add_argument("--epoch", type=not_negative, default=0, help="epoch, counted from 0 (default: %(default)s)")
+    preview.add_argument("--videos", type=positive, default=8, help="number of videos to draw (default: %(default)s)")
+
+
+def run_preview(args: argparse.Namespace) -> None:
+    from pipelines.data.preview import preview
+
+    config = load_recipe(args.recipe, args.overrides)
+    preview(config, args.out, train=args.split == "train", epoch=args.epoch, videos=args.videos)
+    print(args.out)

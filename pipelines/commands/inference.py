@@ -1,0 +1,79 @@
+"""``posmlp evaluate``, ``posmlp predict`` and ``posmlp export``: trained models at work."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipelines.commands.options import Verbs, add_overrides, add_trained_model, add_verb, add_views, positive
+
+
+def add_verbs(verbs: Verbs) -> None:
+    add_evaluate(verbs)
+    add_predict(verbs)
+    add_export(verbs)
+
+
+def add_evaluate(verbs: Verbs) -> None:
+    evaluate = add_verb(verbs, "evaluate", run_evaluate, "test a trained model on a split, with several views a video")
+    add_trained_model(evaluate)
+    add_views(evaluate)
+    add_overrides(evaluate, "data.val.path=test.csv")
+    evaluate.add_argument("--split", choices=("val", "train"), default="val", help="split (default: %(default)s)")
+    evaluate.add_argument(
+        "--workers", type=positive, help="number of workers (default: scaling.workers of the recipe)"
+    )
+    evaluate.add_argument("--out", help="folder for the results, a path or a URI (default: RUN/evaluations/NAME)")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from pipelines.inference.views import parse_views
+
+    views = parse_views(args.views) if args.views else None  # before a slow import: a typo is reported at once
+    from pipelines.inference.evaluate import evaluate
+
+    result = evaluate(args.model, views, split=args.split, overrides=args.overrides, workers=args.workers, out=args.out)
+    print(f"\n{result}")
+
+
+def add_predict(verbs: Verbs) -> None:
+    predict = add_verb(verbs, "predict", run_predict, "print the most likely classes of videos")
+    add_trained_model(predict)
+    add_views(predict)
+    predict.add_argument(
+        "files", nargs="+", metavar="FILE", help="a video, an image or a folder of frames; a path or a URI"
+    )
+    predict.add_argument("--top", type=positive, default=5, help="classes printed per file (default: %(default)s)")
+    predict.add_argument("--json", action="store_true", help="print one line of JSON per file")
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Return exit code 1 if a file could not be read."""
+    from pipelines.inference.predict import predict
+    from pipelines.inference.views import parse_views
+
+    unreadable = 0
+    for prediction in predict(args.model, args.files, args.top, parse_views(args.views) if args.views else None):
+        unreadable += bool(prediction.error)
+        if args.json:
+            print(prediction.json(), flush=True)
+        elif prediction.error:
+            print(f"posmlp: {prediction.file}: {prediction.error}", file=sys.stderr, flush=True)
+        else:
+            print(prediction, flush=True)
+    return int(unreadable > 0)
+
+
+def add_export(verbs: Verbs) -> None:
+    export = add_verb(verbs, "export", run_export, "write a trained model as one file that runs without this project")
+    add_trained_model(export)
+    export.add_argument(
+        "--out", metavar="FILE", help="FILE.pt2 for PyTorch or FILE.onnx, a path or a URI (default: RUN.pt2)"
+    )
+    export.add_argument("--int8", action="store_true", help="store the weights of linear layers in 8 bits (ONNX only)")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from pipelines.inference.export import export
+
+    print(export(args.model, args.out, int8=args.int8))

@@ -1,0 +1,121 @@
+"""Arguments that several verbs share, and how a verb is added."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Handler = Callable[[argparse.Namespace], int | None]
+Verbs = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
+
+RESUME_HINT = "the same command resumes from the last checkpoint"
+
+
+def add_verb(
+    verbs: Verbs,
+    name: str,
+    run: Handler,
+    help: str,
+    *,
+    after_interrupt: str = "there is nothing to resume",
+    description: str = "",
+) -> argparse.ArgumentParser:
+    """Add a verb to the command line.
+
+    Args:
+        run: its handler; the result is the exit code, None for 0.
+        help: one line for ``posmlp --help``.
+        after_interrupt: what a user is told after Ctrl-C.
+        description: a longer text for the verb's own help.
+    """
+    text = description or help[:1].upper() + help[1:] + "."
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=text)
+    add_verbosity(verb)
+    verb.set_defaults(run=run, after_interrupt=after_interrupt)
+    return verb
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add ``--quiet`` and ``--verbose``, which are valid before and after the verb."""
+    either = parser.add_mutually_exclusive_group()
+    for option, level, text in (
+        ("--quiet", "WARNING", "print results and warnings, but no progress"),
+        ("--verbose", "DEBUG", "print more, with times and module names"),
+    ):
+        either.add_argument(
+            option, action="store_const", const=level, dest="log_level", default=argparse.SUPPRESS, help=text
+        )
+
+
+def add_recipe(verb: argparse.ArgumentParser, example: str, *, required: bool = True) -> None:
+    """Add the recipe and its overrides."""
+    text = "recipe: a YAML file, or a name that `posmlp recipes` lists"
+    verb.add_argument("recipe", nargs=None if required else "?", help=text)
+    add_overrides(verb, example)
+
+
+def add_overrides(verb: argparse.ArgumentParser, example: str) -> None:
+    """Add overrides of recipe keys."""
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"optional: recipe keys to change, for example {example}"
+    )
+
+
+def add_train_options(verb: argparse.ArgumentParser) -> None:
+    """Add the options of verbs that train one model."""
+    verb.add_argument("--profile", action="store_true", help="trace a few steps with torch.profiler, into MLflow")
+    verb.add_argument(
+        "--allow-changes", action="store_true", help="resume although the recipe differs from the run's first one"
+    )
+
+
+def add_trained_model(verb: argparse.ArgumentParser) -> None:
+    """Add the argument that names a trained model."""
+    verb.add_argument(
+        "model", metavar="RUN|CHECKPOINT", help="name or folder of a run (its best checkpoint), or a checkpoint folder"
+    )
+
+
+def add_views(verb: argparse.ArgumentParser) -> None:
+    """Add the views of a video that are averaged."""
+    verb.add_argument(
+        "--views",
+        metavar="CLIPSxCROPS",
+        help="views of each video, for example 4x3 (default: eval.clips x eval.crops of the recipe)",
+    )
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Parse a number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def mlflow_hint(uri: str) -> str:
+    """Return the line that tells how to open MLflow, without secrets."""
+    from pipelines.tracking.uris import without_secrets
+
+    uri = without_secrets(uri)
+    if uri.startswith("sqlite:"):
+        uri = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
+    return f"see it in MLflow:  {uri}"

@@ -1,0 +1,88 @@
+"""``posmlp demo`` and ``posmlp train``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.commands.options import (
+    RESUME_HINT,
+    Verbs,
+    add_overrides,
+    add_recipe,
+    add_train_options,
+    add_verb,
+    mlflow_hint,
+)
+from posmlp import metrics as names
+from posmlp.config import Config, load_recipe
+
+if TYPE_CHECKING:
+    from pipelines.training.train import RunResult
+
+BAD_VIDEOS_SHOWN = 10
+
+
+def add_verbs(verbs: Verbs) -> None:
+    add_demo(verbs)
+    add_train(verbs)
+
+
+def add_demo(verbs: Verbs) -> None:
+    demo = add_verb(
+        verbs, "demo", run_demo, "make the embedded data set and train a small model on it", after_interrupt=RESUME_HINT
+    )
+    add_overrides(demo, "train.epochs=5")
+    add_train_options(demo)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Make the data set, train, print the result."""
+    from posmlp.video.motion import make_motion_set
+
+    config = load_recipe("demo", args.overrides)
+    start = time.perf_counter()
+    folder = make_motion_set(Path(config.data.train.path).parent)
+    print(f"embedded data set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+    train_and_print(config, args)
+
+
+def add_train(verbs: Verbs) -> None:
+    train = add_verb(verbs, "train", run_train, "train one model from a recipe", after_interrupt=RESUME_HINT)
+    add_recipe(train, "train.epochs=20")
+    add_train_options(train)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    train_and_print(load_recipe(args.recipe, args.overrides), args)
+
+
+def train_and_print(config: Config, args: argparse.Namespace) -> None:
+    """Train, then print the result."""
+    from pipelines.tracking.uris import tracking_uri
+    from pipelines.training.train import train
+
+    start = time.perf_counter()
+    result = train(config, profile=args.profile, allow_changes=args.allow_changes)
+    print(f"\n{format_result(result, time.perf_counter() - start)}\n\n  {mlflow_hint(tracking_uri(config))}")
+
+
+def format_result(result: RunResult, seconds: float) -> str:
+    """Format a finished run as a table, with its bad videos below."""
+    metrics = result.metrics
+    rows = [
+        ("validation top-1", f"{metrics[names.VAL_TOP1]:.1%} of {metrics[names.VAL_CLIPS]:.0f} videos"),
+        ("validation top-5", f"{metrics[names.VAL_TOP5]:.1%}"),
+        ("mean over classes", f"{metrics[names.VAL_CLASS_MEAN]:.1%}"),
+        ("throughput", f"{metrics[names.PERF_CLIPS_PER_S]:.1f} clips/s"),
+        ("time", f"{seconds:.0f} s, with start-up"),
+        ("bad videos", str(len(result.bad))),
+        ("run", f"{result.path} (MLflow {result.mlflow_run_id})"),
+    ]
+    lines = [f"  {name:<18}{value}" for name, value in rows]
+    lines += [f"    {video.uri}: {video.reason}" for video in result.bad[:BAD_VIDEOS_SHOWN]]
+    if len(result.bad) > BAD_VIDEOS_SHOWN:
+        lines.append(f"    ... and {len(result.bad) - BAD_VIDEOS_SHOWN} more in the run's quarantine.json")
+    return "\n".join(lines)

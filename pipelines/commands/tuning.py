@@ -1,0 +1,170 @@
+"""``posmlp tune``, ``posmlp supernet`` and ``posmlp front``: architecture search."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from pipelines.commands.options import (
+    RESUME_HINT,
+    Verbs,
+    add_recipe,
+    add_verb,
+    mlflow_hint,
+    not_negative,
+    positive,
+    positive_float,
+)
+from posmlp.config import load_recipe
+
+COSTS = ("latency", "gmacs", "params")
+# The settings of a study that the command line can set, by the names of their options.
+SETTINGS = (
+    *("space", "trials", "searcher", "against", "asha", "seed", "concurrent", "repeats"),
+    *("budget_gmacs", "budget_ms", "budget_params"),
+)
+CHANGEABLE = {"trials", "concurrent", "repeats"}  # on resume
+
+
+def add_verbs(verbs: Verbs) -> None:
+    add_tune(verbs)
+    add_supernet(verbs)
+    add_front(verbs)
+
+
+def add_tune(verbs: Verbs) -> None:
+    tune = add_verb(
+        verbs,
+        "tune",
+        run_tune,
+        "search a space: train members of it and draw the Pareto front",
+        after_interrupt="posmlp tune --resume STUDY resumes it",
+    )
+    add_recipe(tune, "train.epochs=10 (for every trial)", required=False)
+    tune.add_argument("--space", help="search space: a module of tune_spaces, or a Python file")
+    tune.add_argument("--name", help="name of the study (default: RECIPE-SPACE)")
+    tune.add_argument("--resume", metavar="STUDY", help="resume a study, given by its folder or its name below runs/")
+    tune.add_argument("--trials", type=positive, help="number of trials to train (default: 20)")
+    tune.add_argument(
+        "--searcher", choices=("grid", "random", "tpe", "nsga2"), help="how members are chosen (default: tpe)"
+    )
+    tune.add_argument("--against", choices=COSTS, help="cost to minimise next to the accuracy (default: none)")
+    tune.add_argument(
+        "--asha", action="store_true", default=None, help="stop weak trials early (successive halving, ASHA)"
+    )
+    tune.add_argument("--seed", type=not_negative, help="seed of the search (default: 0)")
+    tune.add_argument(
+        "--concurrent", type=positive, help="trials that run at a time (default: as many as the cluster has room for)"
+    )
+    tune.add_argument(
+        "--repeats", type=positive, help="seeds with which each member of the front is trained (default: 1)"
+    )
+    tune.add_argument("--budget-gmacs", type=positive_float, metavar="X", help="reject models above X GMACs per clip")
+    tune.add_argument(
+        "--budget-ms", type=positive_float, metavar="X", help="reject models above X milliseconds per clip, as measured"
+    )
+    tune.add_argument(
+        "--budget-params", type=positive_float, metavar="X", help="reject models above X million parameters"
+    )
+
+
+def run_tune(args: argparse.Namespace) -> None:
+    """Run a new study, or resume one; then print its Pareto front."""
+    from pydantic import ValidationError
+
+    from pipelines.tuning.study import Study, StudyError, explain, find_study
+
+    given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
+    if args.resume:
+        refused = ["RECIPE"] * bool(args.recipe) + ["--name"] * bool(args.name)
+        refused += [f"--{key.replace('_', '-')}" for key in sorted(given.keys() - CHANGEABLE)]
+        if refused or args.overrides:
+            raise StudyError(
+                "--resume continues the study with the settings that it was started with; only --trials, --concurrent "
+                f"and --repeats may be given, not {', '.join(refused) or 'overrides'}"
+            )
+        study, _ = find_study(args.resume)
+        study = study.model_copy(update=given)
+    else:
+        if not args.recipe or not args.space:
+            raise StudyError("give a recipe and --space, or --resume STUDY; see posmlp tune --help")
+        recipe = load_recipe(args.recipe, args.overrides)
+        name = args.name or f"{recipe.name}-{Path(args.space).stem}"
+        try:
+            study = Study(name=name, recipe=recipe, **given)
+        except ValidationError as error:
+            raise StudyError(f"study {name}: {explain(error)}") from error
+    from pipelines.tracking.uris import tracking_uri
+    from pipelines.tuning import pareto
+    from pipelines.tuning.tune import tune
+
+    args.after_interrupt = f"posmlp tune --resume {study.folder} resumes it"
+    start = time.perf_counter()
+    result = tune(study, resume=bool(args.resume))
+    seconds = time.perf_counter() - start
+    print(f"\n{pareto.describe(result.study.name, result.trials, result.study.against or 'gmacs')}\n")
+    print(
+        f"  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
+    )
+    print(f"  {mlflow_hint(tracking_uri(study.recipe))}")
+
+
+def add_supernet(verbs: Verbs) -> None:
+    supernet = add_verb(
+        verbs,
+        "supernet",
+        run_supernet,
+        "train a whole space at once with shared weights, and rank its members",
+        after_interrupt=RESUME_HINT,
+    )
+    add_recipe(supernet, "train.epochs=100")
+    supernet.add_argument(
+        "--space", required=True, help="search space: same_width, or another one without widths or learning settings"
+    )
+    supernet.add_argument("--name", help="name of the run (default: RECIPE-SPACE-supernet)")
+    supernet.add_argument("--members", type=positive, default=100, help="most members to score (default: %(default)s)")
+    supernet.add_argument(
+        "--seed", type=not_negative, default=0, help="seed of the choice of members (default: %(default)s)"
+    )
+    supernet.add_argument(
+        "--study", help="compare with the trials of this study, given by its folder or its name below runs/"
+    )
+
+
+def run_supernet(args: argparse.Namespace) -> None:
+    from pipelines.tracking.uris import tracking_uri
+    from pipelines.tuning import pareto
+    from pipelines.tuning.supernet import supernet
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
+    print(f"\n{pareto.describe(Path(result.run).name, result.members, 'gmacs')}")
+    if result.agreement:
+        print(f"\n{result.agreement}")
+    for video in result.bad:
+        print(f"  not scored: {video.uri}: {video.reason}")
+    print(f"\n  {result.run}/members has front.html, members.csv and the front's recipes; so has MLflow")
+    print(f"  {mlflow_hint(tracking_uri(recipe))}")
+
+
+def add_front(verbs: Verbs) -> None:
+    front = add_verb(verbs, "front", run_front, "draw the Pareto front of studies, from MLflow alone")
+    front.add_argument("studies", nargs="+", metavar="STUDY", help="names of studies; several are drawn in one figure")
+    front.add_argument(
+        "--against", choices=COSTS, default="gmacs", help="cost on the other axis (default: %(default)s)"
+    )
+    front.add_argument(
+        "--out", type=Path, default=Path("front"), help="folder for figures and tables (default: %(default)s)"
+    )
+    front.add_argument("--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)")
+
+
+def run_front(args: argparse.Namespace) -> None:
+    from pipelines.tuning.pareto import read_view, write_views
+
+    uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    studies = [read_view(name, uri) for name in args.studies]
+    print(write_views(studies, args.against, args.out))
+    print(f"\n{args.out} has front.html, front.png, trials.csv and the recipes of the fronts")

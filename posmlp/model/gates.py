@@ -2,13 +2,13 @@
 
     gate(u, v)[m] = (sum_n P[m, n] u[n] + b[m]) * v[m]        P[m, n] = table[offset from token n to token m]
 
-``m`` and ``n`` run over the tokens of a window (t, h, w). Each of S channel groups has its own table, with one entry for
-each of the (2t-1)(2h-1)(2w-1) offsets; ``b`` is one bias per token. A window of (t, 1, 1) makes the temporal unit PoTGU,
-(1, h, w) the spatial unit PoSGU, (t, h, w) the joint unit PoSTGU (arXiv:2407.02934, section 3).
+``m`` and ``n`` run over the tokens of a window (t, h, w). Each of S channel groups has its own table, with one entry
+for each of the (2t-1)(2h-1)(2w-1) offsets; ``b`` is one bias per token. A window of (t, 1, 1) makes the temporal unit
+PoTGU, (1, h, w) the spatial unit PoSGU, (t, h, w) the joint unit PoSTGU (arXiv:2407.02934, section 3).
 
 Tokens are stored in *window order* and *channels first*, ``[C, B, W, T, N]``: channel, clip, window, time step in the
-window, position (row-major in h, w) in the window. Each channel group, each half of a projection and each window is then
-a contiguous block, so gates and linear layers are plain matrix products on views, without a copy. (``posmlp.model.cpu``
+window, position in the frame (row-major). Each channel group, each half of a projection and each window is then a
+contiguous block, so gates and linear layers are plain matrix products on views, without a copy. (``posmlp.model.cpu``
 uses the same axes in another memory order.)
 """
 

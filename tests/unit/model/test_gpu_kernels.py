@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import posmlp
 from benchmarks.plain import position_index
-from posmlp.model import cpu, gpu
+from posmlp.model import cpu, gpu, spec
 from posmlp.model.backbone import Stage
 from posmlp.model.gates import PositionGate
 from posmlp.model.spec import unit_window
@@ -236,6 +236,17 @@ def test_a_compiled_stage_has_one_graph_and_the_same_results(kind, served):
         torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item())
     assert len(served) == 2 * eager > 0
     torch._dynamo.reset()
+
+
+def test_units_that_mix_one_side_of_a_frame_equal_the_reference(served, monkeypatch):
+    for unit, axes in {"rows": "w", "columns": "h", "time_rows": "tw"}.items():
+        monkeypatch.setitem(spec.UNITS, unit, axes)
+    monkeypatch.setitem(spec.BLOCKS, "axial", (("rows", "columns"), ("time_rows",)))
+    stage, x, weight = random_stage("axial", (3, 5, 2))
+    exact = gradients(copy.deepcopy(stage).double(), x.double(), weight.double())
+    for actual, truth in zip(gradients(stage, x, weight), exact, strict=True):
+        assert (actual.double() - truth).norm() <= 2e-5 * (truth.norm() + 1e-3 * exact[0].norm())
+    assert served
 
 
 def test_ddp_has_the_same_gradients(tmp_path):

@@ -1,4 +1,4 @@
-"""A new block type is one entry in ``spec.BLOCKS`` and a new unit kind one entry in ``spec.UNITS``; all else follows."""
+"""A new block type is one entry in ``spec.BLOCKS``, a new unit kind one in ``spec.UNITS``; the rest follows."""
 
 import copy
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.floors import least_work
-from posmlp import create_model
+from posmlp import create_model, load_published
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Learner
 from posmlp.model import cpu, spec
 from posmlp.model.backbone import from_windows, padding_mask, to_windows
 from posmlp.model.cost import count_macs
 from posmlp.model.gates import PositionGate
-from posmlp.model.spec import Architecture, model_variant, unit_window
+from posmlp.model.spec import model_variant, unit_window
 from tests.helpers import oracle
 from tests.helpers.batches import make_batch
 
@@ -85,26 +85,23 @@ def test_its_arithmetic_is_counted(blocks, size):
     assert floor == 2 * (count_macs(variant) - variant.dims[-1] * variant.num_classes)
 
 
+@pytest.mark.parametrize("supernet", [False, True])
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_a_recipe_trains_it_alone_and_in_a_supernet(blocks):
+def test_a_recipe_trains_it_alone_and_in_a_supernet(blocks, supernet):
     keys = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
-    choice = f"[parallel, {blocks}]"
-    for more in ([], [f"model.choices={{blocks: [{choice}, {choice}, {choice}, {choice}]}}"]):
-        config = load_recipe("demo", [*keys, "optim.warmup_epochs=0", f"model.blocks={blocks}", *more])
-        torch.manual_seed(0)
-        model = create_model(config.model.name, **config.model.overrides())
-        learner = Learner(model, config, 5, ())
-        if more:
-            variant = config.model.variant()
-            model.draw = lambda *seed, model=model, own=variant.architecture(): setattr(model, "drawn", own)
-            member = model.member(Architecture((blocks,) * 4, variant.groups, variant.depths))
-            alone = create_model(config.model.name, **config.model.overrides() | {"choices": None})
-            assert member.state_dict().keys() == alone.state_dict().keys()
-        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        learner.train_step(make_batch(config, 8))
-        trained = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-        for kind in spec.block_units(blocks):
-            assert any(f".units.{kind}.gate.table" in name for name in trained), kind
+    keys += [f"model.blocks={blocks}", "optim.warmup_epochs=0"]
+    config = load_recipe("demo", keys)
+    alone = create_model(config.model.name, **config.model.overrides())
+    if supernet:
+        config = load_recipe("demo", [*keys, "model.choices={groups: [[1, 4], [], [], []]}"])
+    model = create_model(config.model.name, **config.model.overrides())
+    if supernet:
+        assert model.member(model.own).state_dict().keys() == alone.state_dict().keys()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Learner(model, config, steps_per_epoch=5).train_step(make_batch())
+    trained = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    for kind in spec.block_units(blocks):
+        assert any(f".units.{kind}.gate.table" in name for name in trained), kind
 
 
 @settings(max_examples=40)
@@ -129,8 +126,6 @@ def test_a_gate_of_a_new_kind_equals_the_formula(kind, window, size, seed):
 
 
 def test_weights_for_other_windows_are_resized_along_the_axes_that_a_unit_mixes():
-    from posmlp import load_published
-
     small, large = (create_model("tiny", blocks="axial", windows=windows) for windows in ((4, 4, 4, 2), (8, 4, 4, 2)))
     report = load_published(large, small.state_dict())
     assert any("window (1, 4, 1) resized to (1, 8, 1)" in text for text in report.adapted)

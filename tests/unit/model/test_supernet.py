@@ -140,7 +140,7 @@ def test_impossible_choices_are_told(choices, message):
     "override, message",
     [
         ("model.choices.deths=[[1],[1],[1],[1]]", r"model.choices.deths: unknown key \(did you mean 'depths'\?\)"),
-        ("train.compile=true", "model.choices goes neither with train.compile nor with scaling.parallel fsdp"),
+        ("train.compile=true", "model.choices works neither with train.compile nor with scaling.parallel fsdp"),
         ("model.choices.groups=[[3],[],[],[]]", "16 channels do not divide by 3 groups"),
     ],
 )

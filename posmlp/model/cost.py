@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from posmlp.metrics import COST_CLIPS_PER_S, COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, COST_PEAK_MB
 from posmlp.model.backbone import grid
 from posmlp.model.create import create_model
 from posmlp.model.gates import map_window
@@ -73,11 +74,11 @@ class Cost:
     def metrics(self) -> dict[str, float]:
         """The numbers under the names that trackers and searches use; what could not be measured is left out."""
         values = {
-            "cost/params_m": self.params / 1e6,
-            "cost/gmacs": self.macs / 1e9,
-            "cost/latency_ms": self.latency_ms,
-            "cost/clips_per_s": self.clips_per_s,
-            "cost/peak_mb": self.peak_mb,
+            COST_PARAMS_M: self.params / 1e6,
+            COST_GMACS: self.macs / 1e9,
+            COST_LATENCY_MS: self.latency_ms,
+            COST_CLIPS_PER_S: self.clips_per_s,
+            COST_PEAK_MB: self.peak_mb,
         }
         return {key: value for key, value in values.items() if value is not None}
 

@@ -1,9 +1,27 @@
 """Recipes: what is accepted, and how wrong ones are refused."""
 
+import json
+import logging
+import subprocess
+import sys
+
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from posmlp.config import RECIPES, RecipeError, load_recipe
+import posmlp
+from pipelines.training.preflight import changed_keys
+from posmlp.config import (
+    RECIPES,
+    RENAMED_KEYS,
+    Config,
+    RecipeError,
+    current_keys,
+    flatten,
+    load_recipe,
+    set_value,
+    warn_renamed,
+)
 
 RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -59,7 +77,7 @@ def test_all_problems_are_listed_at_once():
 
 
 def test_whole_frames_have_one_view():
-    with pytest.raises(RecipeError, match=r"data\.whole .* eval\.crops 3"):
+    with pytest.raises(RecipeError, match=r"data\.full_frame .* eval\.crops 3"):
         load_recipe("demo", ["data.full_frame=true", "eval.crops=3"])
 
 
@@ -107,3 +125,144 @@ def test_a_password_in_a_place_is_refused_and_not_shown():
         load_recipe("demo", [f"{key}=s3://me:hushhush@bucket/x" for key in places])
     assert all(f"{key} s3://bucket/x: leave user and password out" in str(caught.value) for key in places)
     assert "hushhush" not in str(caught.value)
+
+
+# Renamed keys -------------------------------------------------------------------------------------------------------
+
+OLD_VALUES = {"scaling.device_batch": 4, "data.whole": True}
+
+
+def value_of(config, key):
+    return config.flat()[key]
+
+
+def demo_with(*pairs):
+    """The demo's full recipe as plain data, as ``run.json`` has it, with keys replaced by others."""
+    tree = load_recipe("demo").model_dump(mode="json")
+    for old, new in RENAMED_KEYS.items():
+        section, key = new.split(".")
+        del tree[section][key]
+        assert old in OLD_VALUES
+    for name, value in pairs:
+        section, key = name.split(".")
+        tree[section][key] = value
+    return tree
+
+
+@pytest.fixture
+def notices(caplog):
+    """The notices so far, as if none had been given in this process."""
+    warn_renamed.cache_clear()
+    caplog.set_level(logging.INFO)
+    yield lambda: [r.getMessage() for r in caplog.records if r.name == "posmlp.config" and r.levelname == "WARNING"]
+    warn_renamed.cache_clear()
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_recipe_with_an_old_key_is_read(old, new, tmp_path, notices):
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump(demo_with((old, OLD_VALUES[old]))))
+    for _ in range(2):
+        config = load_recipe(path)
+        assert value_of(config, new) == OLD_VALUES[old]
+    assert old not in config.to_yaml()
+    assert notices() == [f"{old} is now called {new}; the old name is still read"]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_an_override_of_an_old_key_is_read(old, new, notices):
+    assert value_of(load_recipe("demo", [f"{old}={json.dumps(OLD_VALUES[old])}"]), new) == OLD_VALUES[old]
+    assert notices() == [f"{old} is now called {new}; the old name is still read"]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_stored_config_with_an_old_key_is_read(old, new, notices):
+    """As run.json, checkpoint.json and study.json hold it, also where its value is the default."""
+    assert value_of(Config.model_validate(demo_with((old, OLD_VALUES[old]))), new) == OLD_VALUES[old]
+    default = value_of(load_recipe("demo"), new)
+    assert Config.model_validate(demo_with((old, default))) == load_recipe("demo")
+    assert len(notices()) == 1
+
+
+def test_a_config_with_present_keys_gives_no_notice(notices):
+    config = load_recipe("demo", ["scaling.micro_batch=4", "data.full_frame=true"])
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    assert Config.model_validate(config) == config
+    assert notices() == []
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+@pytest.mark.parametrize("tree_has", ["old", "new"])
+@pytest.mark.parametrize("override_has", ["old", "new"])
+def test_an_override_replaces_the_value_whatever_name_either_has(old, new, tree_has, override_has, tmp_path):
+    names = {"old": old, "new": new}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(demo_with((names[tree_has], OLD_VALUES[old]))))
+    other = value_of(load_recipe("demo"), new)
+    assert other != OLD_VALUES[old]
+    assert value_of(load_recipe(path, [f"{names[override_has]}={json.dumps(other)}"]), new) == other
+    stored = demo_with((names[tree_has], OLD_VALUES[old]))
+    set_value(stored, names[override_has], other)
+    assert value_of(Config.model_validate(stored), new) == other
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_both_names_at_once_are_refused(old, new, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(demo_with((old, OLD_VALUES[old]), (new, OLD_VALUES[old]), ("train.epochs", 0))))
+    with pytest.raises(RecipeError, match=rf"{old}: this is the old name of {new}, which is given too") as error:
+        load_recipe(path)
+    assert "train.epochs" in str(error.value), "all problems at once"
+    with pytest.raises(ValidationError):
+        Config.model_validate(demo_with((old, OLD_VALUES[old]), (new, OLD_VALUES[old])))
+
+
+def test_a_stored_config_with_old_keys_compares_equal():
+    stored = demo_with(*OLD_VALUES.items())
+    before = json.dumps(stored)
+    config = load_recipe("demo", [f"{key}={json.dumps(value)}" for key, value in OLD_VALUES.items()])
+    assert flatten(current_keys(stored)) == config.flat()
+    assert json.dumps(stored) == before, "the record itself stays"
+
+
+def test_a_run_of_before_resumes_without_a_change():
+    stored = demo_with(*OLD_VALUES.items())
+    config = load_recipe("demo", [f"{key}={json.dumps(value)}" for key, value in OLD_VALUES.items()])
+    assert changed_keys({"config": stored, "lists": {}}, config, {}) == {}
+    changed = changed_keys({"config": stored, "lists": {}}, load_recipe("demo"), {})
+    assert set(changed) == {"data.full_frame"}, "scaling.* does not matter to what is learned"
+
+
+@pytest.mark.parametrize("tree", [{}, {"scaling": None}, {"scaling": 3}, {3: 4}, {"scaling": {3: 4}}])
+def test_renaming_leaves_invalid_trees_to_the_validation(tree):
+    assert current_keys(tree) == tree
+    with pytest.raises(ValidationError):
+        Config.model_validate(tree)
+
+
+def test_an_old_key_below_a_renamed_one_is_refused_like_the_new():
+    for key in ("scaling.device_batch", "scaling.micro_batch"):
+        with pytest.raises(RecipeError, match=r"scaling\.micro_batch: .*valid integer"):
+            load_recipe("demo", [f"{key}.x=3"])
+
+
+# Imports ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_config_is_cheap_to_import():
+    code = "import sys, posmlp.config, posmlp; posmlp.__version__; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "posmlp.config" in loaded
+    assert not {"torch", "numpy", "pyarrow", "ray", "mlflow", "fsspec"} & set(loaded)
+
+
+def test_the_version_is_that_of_the_distribution(monkeypatch):
+    import importlib.metadata
+
+    assert posmlp.__version__ == importlib.metadata.version("posmlp-video")
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert posmlp.__version__ == "0+unknown"

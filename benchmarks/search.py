@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 
 from pipelines.tuning.study import find_study, read_trials, space_of
 from posmlp.config import load_recipe
+from posmlp.metrics import PERF_DATA_WAIT_FRAC, PERF_EPOCH_S
 from posmlp.video.motion import make_motion_set
 
 POSMLP = [sys.executable, "-m", "pipelines.cli"]
@@ -41,9 +42,9 @@ def parts(folder: Path) -> tuple[float, float]:
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     training = waiting = 0.0
     for run in client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]):
-        if "perf/epoch_s" not in run.data.metrics:
+        if PERF_EPOCH_S not in run.data.metrics:
             continue  # the study's own run
-        histories = [client.get_metric_history(run.info.run_id, f"perf/{k}") for k in ("epoch_s", "data_wait_frac")]
+        histories = [client.get_metric_history(run.info.run_id, k) for k in (PERF_EPOCH_S, PERF_DATA_WAIT_FRAC)]
         for seconds, share in zip(*histories, strict=True):
             training += seconds.value
             waiting += seconds.value * share.value

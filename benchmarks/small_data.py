@@ -27,6 +27,7 @@ from order import validation_logits
 from pipelines.runs.record import read_record, run_folder
 from pipelines.training.train import train
 from posmlp.config import Config, load_recipe
+from posmlp.metrics import VAL_TOP1
 from posmlp.video.motion import make_motion_set
 
 FULL, CONTROL = "full", "full, frames shuffled"
@@ -84,7 +85,7 @@ def finish(config: Config) -> str:
         start = time.perf_counter()
         result = train(config, echo=lambda line: print(line, flush=True))
         seconds = time.perf_counter() - start
-        print(f"== {config.name}: {result.metrics['val/top1']:.1%} in {seconds:.0f} s", flush=True)
+        print(f"== {config.name}: {result.metrics[VAL_TOP1]:.1%} in {seconds:.0f} s", flush=True)
     return folder
 
 
@@ -117,7 +118,7 @@ def run_of(variant: str, source: str, target: str, seed: int, manifest: str, ove
 def top1(run: str) -> float | None:
     """Validation top-1 of a finished run's last epoch."""
     record = read_record(run)
-    return record["metrics"]["val/top1"] if record and record["metrics"] else None
+    return record["metrics"][VAL_TOP1] if record and record["metrics"] else None
 
 
 def shuffled_top1(run: str) -> float:

@@ -30,6 +30,7 @@ from torch import Tensor
 from posmlp import storage
 from posmlp.config import Config, describe
 from posmlp.errors import UserError
+from posmlp.metrics import VAL_TOP1
 
 FOLDER = "checkpoints"
 WEIGHTS, STATE, ABOUT = "weights.safetensors", "state.pt", "checkpoint.json"
@@ -264,8 +265,8 @@ def newest(run: str) -> tuple[str | None, list[DamagedError]]:
 
 def best(found: Sequence[CheckpointEntry], count: int) -> list[CheckpointEntry]:
     """Those with the highest ``val/top1``, the best first; of equals the newer."""
-    rated = [f for f in found if f.about and "val/top1" in f.about.metrics]
-    rated.sort(key=lambda f: (f.about.metrics["val/top1"], f.about.step) if f.about else (), reverse=True)
+    rated = [f for f in found if f.about and VAL_TOP1 in f.about.metrics]
+    rated.sort(key=lambda f: (f.about.metrics[VAL_TOP1], f.about.step) if f.about else (), reverse=True)
     return rated[:count]
 
 

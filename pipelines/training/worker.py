@@ -36,6 +36,25 @@ from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
 from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import mean_over_workers, parallelise
+from posmlp.metrics import (
+    DATA_BAD,
+    DATA_DECODED_BY_PYAV,
+    DATA_OBJECT_STORE_MB,
+    DATA_SPILLED_MB,
+    EPOCH,
+    PERF_CLIPS_PER_S,
+    PERF_DATA_WAIT_FRAC,
+    PERF_EPOCH_S,
+    PERF_FIRST_BATCH_S,
+    PERF_MEMORY_MB,
+    PERF_MFU,
+    PERF_STEPS_PER_S,
+    PERF_TFLOPS,
+    TRAIN_GRAD_NORM,
+    TRAIN_LOSS,
+    TRAIN_LR,
+    TRAIN_WORKERS,
+)
 from posmlp.model.cost import cost, count_macs, peak_flops
 from posmlp.video.batch import Batch
 
@@ -205,9 +224,9 @@ class Worker:
             rows += self.val_split.count
             self.collect_bad()
         if config.data.decoder == "decord":
-            metrics["data/decoded_by_pyav"] = float(self.progress.taken_over)
+            metrics[DATA_DECODED_BY_PYAV] = float(self.progress.taken_over)
         bad = [BadVideo(**video) for video in self.progress.bad]
-        metrics |= {"data/bad": float(len(bad)), "epoch": float(epoch + 1)}
+        metrics |= {DATA_BAD: float(len(bad)), EPOCH: float(epoch + 1)}
         if bad:
             self.tell("bad", videos=bad)
         check_bad(bad, rows, config)
@@ -263,15 +282,15 @@ class Worker:
         used, spilled = watch()
         (waited_share,) = mean_over_workers([waited / seconds])
         metrics = {
-            "train/loss": progress.loss / steps,
-            "train/grad_norm": progress.grad_norm / max(1, progress.norms),
-            "train/workers": float(self.world),
-            "train/lr": learner.optimizer.param_groups[0]["lr"],
-            "perf/data_wait_frac": waited_share,
-            "perf/first_batch_s": first,
-            "perf/epoch_s": seconds,
-            "data/object_store_mb": max(store, used),
-            "data/spilled_mb": spilled - spilled_before,
+            TRAIN_LOSS: progress.loss / steps,
+            TRAIN_GRAD_NORM: progress.grad_norm / max(1, progress.norms),
+            TRAIN_WORKERS: float(self.world),
+            TRAIN_LR: learner.optimizer.param_groups[0]["lr"],
+            PERF_DATA_WAIT_FRAC: waited_share,
+            PERF_FIRST_BATCH_S: first,
+            PERF_EPOCH_S: seconds,
+            DATA_OBJECT_STORE_MB: max(store, used),
+            DATA_SPILLED_MB: spilled - spilled_before,
         }
         return metrics | self.speed((steps - began) / seconds)
 
@@ -289,13 +308,13 @@ class Worker:
         clips = steps_per_s * self.config.train.global_batch
         flops = clips * 6 * self.macs
         metrics = {
-            "perf/steps_per_s": steps_per_s,
-            "perf/clips_per_s": clips,
-            "perf/tflops": flops / 1e12,
-            "perf/memory_mb": memory_mb(self.learner.device),
+            PERF_STEPS_PER_S: steps_per_s,
+            PERF_CLIPS_PER_S: clips,
+            PERF_TFLOPS: flops / 1e12,
+            PERF_MEMORY_MB: memory_mb(self.learner.device),
         }
         if peak := peak_flops(self.learner.device, self.config.train.precision):
-            metrics["perf/mfu"] = flops / self.world / peak
+            metrics[PERF_MFU] = flops / self.world / peak
         return metrics
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:

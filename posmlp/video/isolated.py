@@ -1,7 +1,7 @@
-"""Decoding in a child process: a video that crashes FFmpeg, hangs it or never ends costs itself and nothing else.
+"""Decoding in a child process: a video that crashes FFmpeg, hangs it or never ends makes only itself fail.
 
-Each process that decodes has one child, started at the first video and again after one that had to be killed. Pixels
-come back through shared memory, so that the child's copy of them is the only one.
+Each process that decodes has one child process. It starts with the first video, and again after it had to be killed.
+Pixels are returned through shared memory, without a copy.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from posmlp.errors import UserError
 from posmlp.video.decode import TOO_LARGE, DecodeError, Decoder, Frames, ImageFolder, Video, VideoInfo, open_video
 
 MEMORY_LIMIT = 6 * 2**30  # bytes of a child's address space; an 8K stream takes about 3
-FRAMES_LIMIT = 2 * 2**30  # bytes of frames that it may hand over: they lie in shared memory, which that does not count
+FRAMES_LIMIT = 2 * 2**30  # bytes of frames it may return: they are in shared memory, which MEMORY_LIMIT does not count
 START_TIMEOUT_S = 60.0
 
-_child: Child | None = None
+_child: DecodingProcess | None = None
 
 
 @contextlib.contextmanager
 def open_isolated(
     uri: str, images: int | None = None, decoder: Decoder = "pyav", *, timeout_s: float
 ) -> Iterator[IsolatedVideo]:
-    """``posmlp.video.decode.open_video`` in the child process, to be closed at the end of a ``with``.
+    """Open a video in the child process (``posmlp.video.decode.open_video``), and close it at the end of the ``with``.
 
     Args:
-        timeout_s: seconds that everything done to this video may take.
+        timeout_s: limit in seconds for all work on this video together.
 
     Raises:
-        DecodeError: it cannot be read, crashes the decoder, or takes longer than ``timeout_s``; also from every method
-            of what is returned.
+        DecodeError: the video cannot be read, crashes the decoder, or takes longer than ``timeout_s``. Every method of
+            the returned video may raise it too.
     """
     video = IsolatedVideo(uri, images, decoder, timeout_s)
     try:
@@ -55,19 +55,24 @@ def open_isolated(
 
 
 def call_isolated(uri: str, function: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
-    """``function(*args)``, of a module, in the child process; ``uri`` is what an error is told of.
+    """Call ``function(*args)`` in the child process.
+
+    Args:
+        uri: the video that an error names.
+        function: a function at the top level of a module.
+        timeout_s: limit in seconds.
 
     Raises:
         DecodeError: it takes too long, or the process dies.
     """
-    return child().call(uri, "call", (function, *args), time.monotonic() + timeout_s, timeout_s)
+    return decoding_process().call(uri, "call", (function, *args), time.monotonic() + timeout_s, timeout_s)
 
 
 class IsolatedVideo:
     """A video that is open in the child process; see ``posmlp.video.decode.Video``.
 
     Attributes:
-        info: what is known of the video.
+        info: properties of the video.
     """
 
     def __init__(self, uri: str, images: int | None, decoder: Decoder, timeout_s: float) -> None:
@@ -80,12 +85,15 @@ class IsolatedVideo:
             self._open("pyav")  # decord may crash or hang where PyAV does not
 
     def _open(self, decoder: Decoder) -> None:
-        self._child = child()
+        self._process = decoding_process()
         self._deadline = time.monotonic() + self._timeout_s
         self.info: VideoInfo = self._call("open", self._uri, self._images, decoder)
 
     def read(self, indices: Sequence[int], short_side: int | None = None) -> Frames:
-        """Some frames, uint8 ``[len(indices), H, W, 3]``, in shared memory: valid until the child's next video."""
+        """Read frames by number: uint8 ``[len(indices), H, W, 3]``.
+
+        They lie in shared memory and are valid until the child's next video.
+        """
         try:
             shape, self.info = self._call("read", indices, short_side)
         except DecodeError:
@@ -93,34 +101,37 @@ class IsolatedVideo:
                 raise
             self._open("pyav")
             shape, self.info = self._call("read", indices, short_side)
-        return self._child.pixels(shape)
+        return self._process.pixels(shape)
 
     def verify(self) -> tuple[int, int]:
-        """Decode every frame; returns height and width in pixels, as shown."""
+        """Decode every frame. Returns the height and width in pixels after rotation."""
         size: tuple[int, int] = self._call("verify")
         return size
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(video, *args)`` in the child; a function of a module, and what can be pickled."""
+        """Call ``function(video, *args)`` in the child.
+
+        The function must be at the top level of a module. Arguments and result must pickle.
+        """
         return self._call("run", function, *args)
 
     def close(self) -> None:
-        """Let the child forget the video."""
-        if self._child.alive():
+        """Close the video in the child."""
+        if self._process.alive():
             with contextlib.suppress(DecodeError):
                 self._call("close")
 
     def _call(self, command: str, *args: Any) -> Any:
-        return self._child.call(self._uri, command, args, self._deadline, self._timeout_s)
+        return self._process.call(self._uri, command, args, self._deadline, self._timeout_s)
 
 
-class Child:
-    """The process, a channel to it and memory shared with it."""
+class DecodingProcess:
+    """The child process, a channel to it, and memory shared with it."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
         folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self.memory = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the child lives
+        self.memory = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open while the child lives
         self.map: mmap.mmap | None = None
         ours, theirs = socket.socketpair()
         code = f"from posmlp.video.isolated import serve; serve({theirs.fileno()}, {self.memory.fileno()})"
@@ -143,15 +154,15 @@ class Child:
             raise UserError(f"the decoding process does not start on {socket.gethostname()}: {' '.join(command)}")
 
     def alive(self) -> bool:
-        """Whether it can take another video."""
+        """Whether the process still runs."""
         return self.process.poll() is None
 
     def call(self, uri: str, command: str, args: tuple[Any, ...], deadline: float, timeout_s: float) -> Any:
-        """Run one command; kills the process when it does not answer in time."""
-        left = deadline - time.monotonic()
+        """Run one command; kill the process if it does not answer in time."""
+        remaining = deadline - time.monotonic()
         try:
-            self.channel.send((max(left, 0.0), command, args))
-            if left <= 0 or not self.channel.poll(left):
+            self.channel.send((max(remaining, 0.0), command, args))
+            if remaining <= 0 or not self.channel.poll(remaining):
                 self.kill()
                 raise DecodeError(
                     uri,
@@ -161,7 +172,7 @@ class Child:
             failed, answer = self.channel.recv()
         except (EOFError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)  # for its own exit code
+                self.process.wait(1)  # to get its exit code
             self.kill()
             code = self.process.returncode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -171,32 +182,32 @@ class Child:
         return answer
 
     def pixels(self, shape: tuple[int, ...]) -> Frames:
-        """The pixels that the child has written."""
+        """The pixels that the child has written to shared memory."""
         size = int(np.prod(shape))
         if self.map is None or len(self.map) < size:
             self.map = mmap.mmap(self.memory.fileno(), os.fstat(self.memory.fileno()).st_size)
         return np.frombuffer(self.map, np.uint8, size).reshape(shape)
 
     def kill(self) -> None:
-        """End the process at once, and let go of its memory."""
+        """Kill the process and release its memory."""
         self.map = None
         self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot be killed
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a dead disk cannot be killed
             self.process.wait(5)
         self.channel.close()
         self.memory.close()
 
 
-def child() -> Child:
-    """The child of this process."""
+def decoding_process() -> DecodingProcess:
+    """The child of this process, started if there is none."""
     global _child
-    if _child is None or _child.owner != os.getpid() or not _child.alive():  # after a fork it is the parent's
-        _child = Child()
+    if _child is None or _child.owner != os.getpid() or not _child.alive():  # after a fork, _child is the parent's
+        _child = DecodingProcess()
     return _child
 
 
 @atexit.register
-def _end() -> None:
+def _kill_at_exit() -> None:
     if _child is not None and _child.owner == os.getpid():
         _child.kill()
 
@@ -205,26 +216,26 @@ def _end() -> None:
 
 
 def serve(channel_fd: int, memory_fd: int) -> None:
-    """Do what the parent asks, until it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    """Run the parent's commands until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is no reason to fill the disk
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # core dumps of crashes would fill the disk
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")  # should memory run out all the same, the kernel is to end this process and no other
+        score.write("1000")  # if memory still runs out, the kernel kills this process first
     channel = Connection(channel_fd)
-    worker = _Worker(memory_fd)
+    commands = _Commands(memory_fd)
     channel.send("ready")
     while True:
         try:
             seconds, command, args = channel.recv()
         except EOFError:
             os._exit(0)
-        # Should the parent die meanwhile, nobody kills this process if it hangs: the alarm does.
+        # If the parent dies, nothing else would kill this process when it hangs, so the alarm does.
         signal.setitimer(signal.ITIMER_REAL, seconds + 5)
         try:
-            answer = False, worker.do(command, args)
+            answer = False, commands.run_command(command, args)
         except (DecodeError, UserError) as error:
             answer = True, error
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -234,8 +245,8 @@ def serve(channel_fd: int, memory_fd: int) -> None:
             os._exit(0)
 
 
-class _Worker:
-    """The commands."""
+class _Commands:
+    """The commands that the parent can send, one method each."""
 
     def __init__(self, memory_fd: int) -> None:
         self.memory_fd = memory_fd
@@ -243,8 +254,8 @@ class _Worker:
         self.uri = ""
         self.video: Video | ImageFolder
 
-    def do(self, command: str, args: tuple[Any, ...]) -> Any:
-        """Whatever else goes wrong, in a decoder or for want of memory, is the video's misfortune too."""
+    def run_command(self, command: str, args: tuple[Any, ...]) -> Any:
+        """Run one command. Any other error, in a decoder or out of memory, becomes a DecodeError of the video."""
         try:
             return getattr(self, command)(*args)
         except (DecodeError, UserError):
@@ -252,8 +263,8 @@ class _Worker:
         except MemoryError as error:
             raise DecodeError(self.uri, TOO_LARGE) from error
         except Exception as error:
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            reason = f"the decoder fails ({words}); re-encode the video, or remove it"
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = f"the decoder fails ({cause}); re-encode the video, or remove it"
             raise DecodeError(self.uri, reason) from error
 
     def open(self, uri: str, images: int | None, decoder: Decoder) -> VideoInfo:
@@ -284,7 +295,7 @@ class _Worker:
                 self.uri, f"its frames take {size / 1e9:.1f} GB; lower data.short_side or the views, or remove it"
             )
         if self.map is None or len(self.map) < size:
-            try:  # a file that is only made longer would kill the process where the memory behind it is full
+            try:  # allocate now: writing to a file that was only made longer kills the process when memory is full
                 getattr(os, "posix_fallocate", lambda fd, _, size: os.ftruncate(fd, size))(self.memory_fd, 0, size)
             except OSError as error:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""Decoding: the frame asked for is the frame delivered, in any format and at any size; failures say what is wrong."""
+"""Decoding returns the requested frame, in any format and at any size; errors say what is wrong."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posmlp.video.decode import DecodeError, Video, open_video, scaled
+from posmlp.video.decode import DecodeError, Video, open_video, scaled_size
 from tests.helpers.videos import by_pyav, noisy, number, numbers, picture, write_video
 
 X265 = "log-level=none:pools=1:frame-threads=1"
@@ -42,7 +42,7 @@ def read(path, indices, short_side=None, decoder="pyav"):
 
 
 def remux(source, target, shift=0, start=0, muxer=None):
-    """The same packets from number ``start`` on, their times moved by ``shift`` units."""
+    """The same packets from number ``start`` on, with their times shifted by ``shift`` units."""
     with av.open(str(source)) as old, av.open(str(target), "w", options=muxer or {}) as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
@@ -199,7 +199,7 @@ def test_any_frames_of_any_structure(tmp_path_factory, gop, bframes, params, cou
 
 @pytest.mark.parametrize("params", ["b-pyramid=normal:bframes=7", "b-pyramid=none:bframes=3", "open-gop=1:bframes=5"])
 @pytest.mark.parametrize("gop", ["6", "12", "250"])
-def test_skipping_what_nothing_refers_to_changes_no_pixel(tmp_path, params, gop):
+def test_skipping_unreferenced_frames_changes_no_pixel(tmp_path, params, gop):
     moving = np.random.default_rng(0).integers(0, 256, (72, 400, 3), np.uint8)
     place = iter(range(0, 400, 3))
 
@@ -265,7 +265,7 @@ def test_other_streams_do_not_disturb(tmp_path, name, decoder):
 
 @pytest.mark.parametrize(("codec", "pix_fmt"), [("mpeg4", "yuv420p"), ("mjpeg", "yuvj420p"), ("libx264", "yuv420p")])
 def test_an_avi_file_need_not_have_a_frame_for_every_tick(tmp_path, codec, pix_fmt):
-    """Recorders drop frames; the header counts them nevertheless."""
+    """Recorders drop frames, but the header still counts them."""
     ticks = np.cumsum([0, *np.random.default_rng(0).choice([1, 1, 3, 5], 39)]).tolist()
     with av.open(str(tmp_path / "v.avi"), "w") as container:
         stream = container.add_stream(codec, rate=10)
@@ -333,7 +333,7 @@ def test_a_video_cut_from_another_has_the_frames_that_decode(tmp_path, codec, na
 @pytest.mark.parametrize("name", ["v.ts", "v.mpg", "v.h264"])
 @pytest.mark.parametrize("size", [(108, 72), (54, 72), (216, 144)])
 def test_files_joined_end_to_end_are_one_video(tmp_path, name, size):
-    """Times begin anew, and the size may change: all frames get the first one's."""
+    """Times start again, and the size may change: all frames get the size of the first."""
     codec = "mpeg2video" if name == "v.mpg" else "libx264"
     content = b""
     for width, height in ((108, 72), size):
@@ -398,7 +398,7 @@ def test_odd_sizes(tmp_path, size, decoder):
     assert frames.shape == (2, height, width, 3)
     assert np.abs(frames.astype(int) - by_pyav(path)[[0, 2]]).max() <= 2
     small = read(path, [0, 2], 16, decoder)
-    assert small.shape == (2, *scaled(height, width, 16), 3)
+    assert small.shape == (2, *scaled_size(height, width, 16), 3)
 
 
 def test_a_very_large_video(tmp_path):
@@ -410,7 +410,7 @@ def test_a_very_large_video(tmp_path):
 
 @given(st.integers(1, 9000), st.integers(1, 9000), st.integers(1, 9000) | st.none())
 def test_the_short_side_is_met_the_aspect_kept_and_nothing_upscaled(height, width, short_side):
-    h, w = scaled(height, width, short_side)
+    h, w = scaled_size(height, width, short_side)
     if short_side is None or short_side >= min(height, width):
         assert (h, w) == (height, width)
     else:
@@ -496,7 +496,7 @@ def test_a_name_is_never_taken_for_a_protocol(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["v.avi", "v.txt", "v", "v.jpg"])
-def test_the_content_tells_the_format_and_not_the_name(video, tmp_path, name):
+def test_the_format_follows_the_content_and_not_the_name(video, tmp_path, name):
     (tmp_path / name).symlink_to(video)
     for decoder in ("pyav", "decord"):
         assert numbers(read(tmp_path / name, [5, 30], decoder=decoder)) == [5, 30]
@@ -544,7 +544,7 @@ def test_a_folder_is_as_long_as_the_manifest_says(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_a_bad_picture_is_told_by_its_own_name(tmp_path, content):
+def test_the_error_of_a_bad_picture_has_its_own_name(tmp_path, content):
     video = open_video(write_pictures(tmp_path / "v", ".jpg"), 5)
     (tmp_path / "v" / "00003.jpg").write_bytes(content)
     with pytest.raises(DecodeError, match=r"00003\.jpg: the (picture|file) is (damaged|empty)"):
@@ -578,7 +578,7 @@ DAMAGED = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Each video of ``DAMAGED`` as it was before the damage."""
+    """Each video of ``DAMAGED``, before the damage."""
     folder = tmp_path_factory.mktemp("whole")
     return {
         name: open(write_video(folder / name, codec=codec, options=options, change=noisy, rate=2, **more), "rb").read()
@@ -587,7 +587,7 @@ def whole(tmp_path_factory):
 
 
 def check_reason(error):
-    """One line that a person understands."""
+    """The error is one line that a person understands."""
     text = str(error)
     assert text.startswith(f"{error.uri}: ")
     assert "\n" not in text
@@ -597,7 +597,7 @@ def check_reason(error):
 
 
 def check_right_or_refused(path, truth):
-    """All frames as before the damage, or a reason; returns whether it was refused."""
+    """All frames equal those before the damage, or an error has a reason. Returns whether the video was refused."""
     try:
         video = Video(str(path))
         frames = video.read(range(video.info.frames))
@@ -652,7 +652,7 @@ def write_sound(path):
 
 
 def write_cover(path):
-    """Sound with a cover picture, which FFmpeg shows as a video stream."""
+    """Sound with a cover picture, which FFmpeg presents as a video stream."""
     with av.open(str(path), "w") as container:
         sound = container.add_stream("aac", rate=44100, layout="mono")
         cover = container.add_stream("mjpeg", rate=1)
@@ -714,7 +714,7 @@ def test_a_whole_video_whose_header_lies_about_its_length_decodes(tmp_path, name
     ],
 )
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
-def test_a_bad_file_is_told_by_name_and_reason(tmp_path, name, make, words, decoder):
+def test_the_error_of_a_bad_file_has_its_name_and_the_reason(tmp_path, name, make, words, decoder):
     path = tmp_path / name
     make(path)
     with pytest.raises(DecodeError, match=words) as caught:
@@ -725,7 +725,7 @@ def test_a_bad_file_is_told_by_name_and_reason(tmp_path, name, make, words, deco
 
 @pytest.fixture
 def no_root():
-    """Nobody's rights for a while, as root may read everything."""
+    """Run without root's rights, because root may read everything."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -744,7 +744,7 @@ def test_a_file_without_permission(tmp_path, no_root):
 
 
 @pytest.mark.parametrize("uri", ["memory://bucket/gone.mp4", "nothing://bucket/v.mp4", "v.parquet#1", "\0.mp4"])
-def test_what_cannot_be_fetched(uri):
+def test_a_remote_file_that_cannot_be_read(uri):
     with pytest.raises(DecodeError, match=r"cannot be opened|is missing") as caught:
         Video(uri)
     check_reason(caught.value)

@@ -1,4 +1,4 @@
-"""Videos made to do harm: each costs itself, within its limits of memory and time, and reads no other file."""
+"""Videos made to do harm: each fails alone, within its limits of memory and time, and reads no other file."""
 
 import contextlib
 import http.server
@@ -24,7 +24,7 @@ from tests.helpers.videos import write_video
 
 
 def png(path, width, height, rows):
-    """A black picture of so many rows of pixels, whatever its header claims."""
+    """A black picture with ``rows`` rows of pixels and any header."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -44,7 +44,7 @@ def gif(path, width, height):
 
 
 def with_samples(path, count, size=1):
-    """An MP4 whose tables claim ``count`` frames of ``size`` bytes; the file stays as small as it is."""
+    """An MP4 whose tables claim ``count`` frames of ``size`` bytes; the file stays small."""
     write_video(path, count=4)
     content = bytearray(path.read_bytes())
     place = content.index(b"stsz") + 8
@@ -57,7 +57,7 @@ def with_samples(path, count, size=1):
 
 
 def claims_size(path):
-    """A video whose stream says that its pictures are 30000 pixels high and wide."""
+    """A video whose stream declares pictures 30000 pixels high and wide."""
     write_video(path, codec="mjpeg", pix_fmt="yuvj420p", count=4)
     content = path.read_bytes()
     start = b"\xff\xc0\x00\x11\x08"
@@ -68,7 +68,7 @@ def claims_size(path):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """Rows of a manifest: ``uri`` and ``frames``, by what is wrong with them."""
+    """Manifest rows (``uri`` and ``frames``), by their defect."""
     folder = tmp_path_factory.mktemp("hostile")
     endless = str(folder / "endless.mp4")
     os.mkfifo(endless)
@@ -106,19 +106,19 @@ def test_each_is_one_bad_row_within_its_limits(hostile, tmp_path):
 
 
 def shared_memory():
-    """Bytes that the decoding process has for pixels."""
-    return os.fstat(isolated.child().memory.fileno()).st_blocks * 512
+    """Bytes of shared memory that the decoding process has for pixels."""
+    return os.fstat(isolated.decoding_process().memory.fileno()).st_blocks * 512
 
 
 def memory(process):
-    """What Linux tells of a process's memory, in bytes."""
+    """The memory figures of a process in bytes, from Linux, by name."""
     with open(f"/proc/{process}/status") as status:
         lines = (line.split() for line in status if line.startswith("Vm"))
         return {name.rstrip(":"): int(size) * 1024 for name, size, _ in lines}
 
 
 class Peak:
-    """The most memory that any decoding process of this one has had meanwhile."""
+    """Peak memory of the decoding processes of this process while the block runs."""
 
     def __init__(self):
         self.peak, self.over = 0, threading.Event()
@@ -140,7 +140,7 @@ class Peak:
 
 
 def limits(video):
-    """What the decoding process may take, as the kernel has it."""
+    """The resource limits of the decoding process, from the kernel."""
     with open("/proc/self/oom_score_adj") as score:
         first = int(score.read())
     return first, resource.getrlimit(resource.RLIMIT_AS)[0], resource.getrlimit(resource.RLIMIT_CORE)[0]
@@ -152,7 +152,7 @@ def test_the_kernel_knows_the_limits(tmp_path):
 
 
 def test_frames_do_not_fill_the_shared_memory(tmp_path):
-    """Small files whose pictures are large: refused before the memory is taken."""
+    """Small files with large pictures are refused before memory is allocated."""
     first = png(tmp_path / "00001.png", 12000, 12000, 12000)
     for number in range(2, 6):
         os.symlink(first, tmp_path / f"{number:05d}.png")
@@ -188,7 +188,7 @@ def test_too_many_frames_are_not_counted_to_the_end(tmp_path, monkeypatch):
 
 
 class Ear:
-    """A server that writes down what it is asked for."""
+    """A server that records its requests."""
 
     def __init__(self):
         asked = self.asked = []
@@ -217,7 +217,7 @@ DASH = (
 
 
 def test_a_playlist_reads_no_other_file(tmp_path):
-    """A file is called a video, and FFmpeg would open what it names: another's video, or a server within."""
+    """A file with a video's name, whose content would make FFmpeg open another file or an internal server."""
     (tmp_path / "root").mkdir()
     secret, ear = write_video(tmp_path / "secret.ts"), Ear()
     write_video(tmp_path / "root" / "beside.ts")

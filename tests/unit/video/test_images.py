@@ -1,4 +1,4 @@
-"""Images as clips of one frame: pictures of any kind, a spatial model trained on them, a video model from it."""
+"""Images as clips of one frame: any kind of picture, a spatial model trained on them, a video model built on it."""
 
 import io
 
@@ -34,7 +34,7 @@ def encoded(picture, kind, **options):
 
 
 def shown(path):
-    """What is decoded of an image."""
+    """Decode an image."""
     return open_video(str(path), 1).read([0])[0].astype(int)
 
 
@@ -62,7 +62,7 @@ def test_a_picture_is_upright_as_pillow_shows_it(tmp_path, kind, orientation, or
 
 
 @pytest.mark.parametrize("exif", [b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0" + bytes(30)])
-def test_damaged_exif_data_cost_nothing(tmp_path, exif):
+def test_damaged_exif_data_are_ignored(tmp_path, exif):
     (tmp_path / "a.jpg").write_bytes(encoded(smooth(), "JPEG", exif=b"Exif\0\0" + exif))
     assert shown(tmp_path / "a.jpg").shape == (80, 120, 3)
 
@@ -87,7 +87,7 @@ def test_kinds_of_pictures(tmp_path, kind, mode, options, tolerance):
     assert np.abs(shown(tmp_path / "a.JPEG") - expected).mean() <= tolerance
 
 
-def test_what_follows_a_picture_does_not_matter(tmp_path):
+def test_bytes_after_a_picture_are_ignored(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(smooth(), "JPEG") + bytes(99) + b"more")
     assert shown(tmp_path / "a.jpg").shape == (80, 120, 3)
 
@@ -113,7 +113,7 @@ COLOURS = {"n01": (200, 60, 40), "n02": (40, 60, 200)}
 
 
 def write_tree(root, count=8):
-    """Two classes that differ in colour; some sizes, and noise."""
+    """Two classes that differ in colour, with several sizes and noise."""
     for name, colour in COLOURS.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -176,7 +176,7 @@ def test_images_of_a_store(tree):
         system.rm("/images", recursive=True)
 
 
-def test_bad_images_are_told_and_count_for_nothing(tmp_path):
+def test_bad_images_are_reported_and_not_counted(tmp_path):
     root = write_tree(tmp_path / "images", count=2)
     (root / "n01/0.JPEG").write_bytes(b"<html>")
     (root / "n02/1.png").write_bytes((root / "n02/1.png").read_bytes()[:500])
@@ -186,7 +186,7 @@ def test_bad_images_are_told_and_count_for_nothing(tmp_path):
 
 
 def test_small_crops_are_cut_from_the_whole_image(tmp_path):
-    """Fine stripes are seen in them, which scaling down beforehand would blur to grey."""
+    """Fine stripes stay visible; scaling down beforehand would blur them to grey."""
     stripes = np.zeros((500, 500, 3), np.uint8)
     stripes[:, ::2] = 255
     (tmp_path / "a").mkdir()
@@ -204,7 +204,7 @@ def test_small_crops_are_cut_from_the_whole_image(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tree):
-    """A spatial model and its losses, trained on the folder with every augmentation there is."""
+    """A spatial model and its losses, trained on the folder with every augmentation."""
     overrides = ["optim.lr=5e-3", "optim.lr_batch=null", "optim.warmup_epochs=1", "train.epochs=12", "optim.ema=0.5"]
     config = recipe(tree, *overrides, "augment.erasing=0.5", "augment.brightness=0.2", "data.crop_scale=[0.5, 1]")
     torch.manual_seed(0)

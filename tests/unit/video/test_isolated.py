@@ -1,4 +1,4 @@
-"""The child process: whatever a video does to its decoder, it costs that video alone, and the next one decodes."""
+"""The child process: a video that breaks its decoder fails alone, and the next one decodes."""
 
 import contextlib
 import mmap
@@ -56,12 +56,12 @@ def check_serves(video):
         (abort, r"crashes the decoder \(SIGABRT\)"),
         (segfault, r"crashes the decoder \(SIGSEGV\)"),
         (leave, r"crashes the decoder \(exit code 3\)"),
-        (eat_memory, "more memory than a decoder may take"),
+        (eat_memory, "more memory than a decoder may use"),
         (fail, r"the decoder fails \(RuntimeError: two lines\)"),
         (unsendable, r"crashes the decoder \(exit code 1\)"),
     ],
 )
-def test_a_decoder_that_fails_costs_its_video_alone(video, function, words):
+def test_a_decoder_failure_fails_its_video_alone(video, function, words):
     with pytest.raises(DecodeError, match=words) as caught, open_isolated(video, timeout_s=30) as opened:
         opened.run(function)
     assert caught.value.uri == video
@@ -99,7 +99,7 @@ def test_an_error_of_the_user_stays_one(video):
     check_serves(video)
 
 
-def test_an_error_of_the_caller_does_not_cost_the_child(video):
+def test_an_error_of_the_caller_does_not_kill_the_child(video):
     with open_isolated(video, timeout_s=30) as opened:
         before = opened.run(process_id)
     with pytest.raises(ZeroDivisionError), open_isolated(video, timeout_s=30):
@@ -111,7 +111,7 @@ def test_an_error_of_the_caller_does_not_cost_the_child(video):
         assert opened.verify() == (72, 108)
 
 
-def test_what_cannot_be_sent_is_the_callers_error(video):
+def test_an_argument_that_does_not_pickle_is_the_callers_error(video):
     with pytest.raises((AttributeError, pickle.PicklingError, TypeError)), open_isolated(video, timeout_s=30) as opened:
         opened.run(lambda video: None)
     check_serves(video)
@@ -119,14 +119,14 @@ def test_what_cannot_be_sent_is_the_callers_error(video):
 
 def test_a_child_killed_between_two_videos_is_replaced(video):
     check_serves(video)
-    isolated.child().process.kill()
-    isolated.child().process.wait()
+    isolated.decoding_process().process.kill()
+    isolated.decoding_process().process.wait()
     check_serves(video)
 
 
 def test_a_child_that_dies_with_a_video_open(video):
     with open_isolated(video, timeout_s=30) as opened:
-        isolated.child().process.kill()
+        isolated.decoding_process().process.kill()
         with pytest.raises(DecodeError, match=r"crashes the decoder \(SIGKILL\)"):
             opened.read([0])
         with pytest.raises(DecodeError, match="crashes the decoder"):
@@ -165,7 +165,7 @@ def test_shared_memory_grows_with_the_videos(tmp_path):
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
-def test_the_child_tells_what_decoded(tmp_path, video, decoder):
+def test_the_child_reports_the_decoder_used(tmp_path, video, decoder):
     with open_isolated(video, decoder=decoder, timeout_s=30) as opened:
         assert numbers(opened.read([0, 30])) == [0, 30]
         assert opened.info.decoder == decoder
@@ -196,7 +196,7 @@ def decode_many(video, queue):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_have_a_child_each(video, method):
     check_serves(video)
-    ours = isolated.child().process.pid
+    ours = isolated.decoding_process().process.pid
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     processes = [context.Process(target=decode_many, args=(video, queue)) for _ in range(2)]
@@ -210,7 +210,8 @@ def test_processes_have_a_child_each(video, method):
     children = {pid for _, pid in answers}
     assert len(children) == 2
     assert ours not in children
-    assert isolated.child().process.pid == ours  # the end of a forked process does not end its parent's child
+    # A forked process that ends leaves its parent's child alive.
+    assert isolated.decoding_process().process.pid == ours
     check_serves(video)
     assert wait_until_gone(children, 5)
 
@@ -254,17 +255,17 @@ def start_parent(*args):
 def test_no_child_outlives_its_killed_parent_for_long(video):
     children = []
     for work in ("hang", "spin", "idle"):
-        parent, child = start_parent(video, "2", work)  # which itself would end its child after 2 s
+        parent, child = start_parent(video, "2", work)  # which would kill its child after 2 s
         time.sleep(0.2)
         assert runs(child)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         children.append(child)
-    assert wait_until_gone(children[2:], 2)  # it notices at once
+    assert wait_until_gone(children[2:], 2)  # it notices immediately
     assert wait_until_gone(children, 2 + 6)
 
 
-def test_a_process_that_ends_takes_its_child_along(video):
+def test_a_process_that_ends_ends_its_child(video):
     parent, child = start_parent(video, "30", "nothing")
     assert parent.wait(30) == 0
     assert wait_until_gone([child], 2)

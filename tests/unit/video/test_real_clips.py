@@ -1,4 +1,4 @@
-"""Real files of public projects: each is decoded as plain sequential decoding does, or refused for the right reason."""
+"""Real files of public projects: each gives the frames of plain sequential decoding, or the right error."""
 
 from pathlib import Path
 

@@ -1,12 +1,13 @@
-"""Operations that wait on disk for a receiver that may be slow, away or gone.
+"""A journal on disk that buffers MLflow operations until they are delivered.
 
-A journal ``journal.jsonl`` holds one operation a line and is only ever appended to. Beside it lie
+MLflow may be slow, down or gone. A journal ``journal.jsonl`` holds one operation per line
+(``pipelines.tracking.operations``) and is only ever appended to. Next to it lie
 
-- ``journal.done``: how far the receiver got, replaced atomically;
-- ``journal.rejected``: operations that the receiver refused, with its reason, for a human;
-- ``journal.files/``: files that operations carry, until they are delivered.
+- ``journal.done``: how far delivery got, replaced atomically;
+- ``journal.rejected``: operations that MLflow refused, each with the reason, for a human to read;
+- ``journal.files/``: the files of operations that carry one, until they are delivered.
 
-One process at a time holds a journal, by a lock that the kernel gives back when the process dies, however it dies.
+One process at a time holds a journal. The lock is the kernel's, which releases it however the process ends.
 """
 
 from __future__ import annotations
@@ -14,19 +15,31 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.tracking.operations import (
+    LogFile,
+    LogMetrics,
+    LogModel,
+    OpenRun,
+    Operation,
+    Unreadable,
+    from_json,
+    to_json,
+)
 from posmlp.errors import UserError
+from posmlp.metrics import SYSTEM, TRAIN_LOSS
 
-Op = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class JournalInUse(UserError):
@@ -35,61 +48,74 @@ class JournalInUse(UserError):
 
 @dataclass(eq=False)
 class Entry:
-    """One operation that waits.
+    """One operation of a journal.
 
     Attributes:
-        start, end: the bytes of its line in the file; None while the disk does not take it.
+        start, end: byte offsets of its line in the file; None while the line is only in memory.
     """
 
-    op: Op
+    operation: Operation
     start: int | None = None
     end: int | None = None
 
+    @property
+    def file(self) -> str:
+        """Path of the file that the operation carries, below ``Journal.files_folder``; empty if it carries none."""
+        return self.operation.file if isinstance(self.operation, LogFile | LogModel) else ""
 
-def read(path: Path) -> Iterator[Entry]:
-    """The whole lines of a journal. One that cannot be read (a disk that lost power) is ``{"op": "unreadable"}``."""
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """Yield the entries of a journal file. A line that is not an operation becomes ``Unreadable``.
+
+    A last line without a line break is left out: its writer was killed while writing it.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+    """
     start = 0
     with open(path, "rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):  # torn: the writer died in the middle of it
+            if not line.endswith(b"\n"):
                 return
-            op = None
+            operation = None
             with suppress(ValueError):
-                op = json.loads(line)
-            if not isinstance(op, dict) or "op" not in op:
-                op = {"op": "unreadable", "line": line.decode(errors="replace")}
-            yield Entry(op, start, start + len(line))
+                operation = from_json(json.loads(line))
+            yield Entry(operation or Unreadable(line.decode(errors="replace")), start, start + len(line))
             start += len(line)
 
 
 class Journal:
-    """The operations of one file that are still to be delivered.
+    """The pending operations of one journal file.
 
-    Any thread may append; one thread delivers. A disk that does not take a line or a file is told of once and stops
-    nobody: lines are then kept in memory and written when the disk takes them again.
+    Any thread may append; one thread delivers. If the disk is full or not writable, one warning is logged and the run
+    continues: lines stay in memory and are written as soon as the disk accepts them again.
 
     Attributes:
-        queue: what waits, in order.
-        aside: what was put off, to be tried again when nothing else waits.
-        changed: notified when something was appended or delivered; its lock guards the above.
+        path: the journal file.
+        files_folder: the files of operations that carry one.
+        rejected_path: the file of refused operations.
+        queue: entries to deliver, in order.
+        postponed: entries that failed and are retried when the queue is empty.
+        changed: notified after every append and every delivery; its lock guards the attributes above.
     """
 
-    def __init__(self, path: Path, echo: Callable[[str], None]):
-        """Open, or create, with what an earlier process left undelivered.
+    def __init__(self, path: Path):
+        """Open the journal, or create it, and load the entries that an earlier process did not deliver.
 
         Raises:
             JournalInUse: another process holds it.
         """
-        self.path, self.echo = path, echo
-        self.state, self.rejected = path.with_suffix(".done"), path.with_suffix(".rejected")
-        self.files = path.with_suffix(".files")
+        self.path = path
+        self.progress_path, self.rejected_path = path.with_suffix(".done"), path.with_suffix(".rejected")
+        self.files_folder = path.with_suffix(".files")
         self.changed = threading.Condition()
         self.queue: deque[Entry] = deque()
-        self.aside: list[Entry] = []
-        self.unwritten: deque[Entry] = deque()
-        self.carried: Counter[str] = Counter()  # waiting operations for each file of theirs
-        self.offset = self.size = 0
-        self.told = False
+        self.postponed: list[Entry] = []
+        self.unwritten: deque[Entry] = deque()  # entries that are only in memory
+        self.file_uses: Counter[str] = Counter()  # number of pending entries per carried file
+        self.offset = 0  # bytes of the journal file before the first entry of the queue
+        self.size = 0  # bytes of the journal file
+        self.warned = False
         self.handle = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +123,7 @@ class Journal:
             self.lock()
             self.load()
         except OSError as error:
-            self.tell(error)
+            self.warn_unwritable(error)
 
     def lock(self) -> None:
         try:
@@ -105,174 +131,221 @@ class Journal:
         except BlockingIOError as error:
             os.close(self.handle)
             raise JournalInUse(
-                f"{self.path} is in use: a run that is still going delivers it by itself, or another sync is at it"
+                f"{self.path} is in use: either its run is still active and delivers it, or another `posmlp sync` does"
             ) from error
         except OSError:
-            pass  # a file system without locks: then nobody is kept out
+            pass  # the file system has no locks: continue without one
 
     def load(self) -> None:
-        """Queue the lines that are not ticked off, and cut off a torn last one."""
-        note: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # none yet, or torn by a power cut: deliver all of it again
-            note = json.loads(self.state.read_text())
-        aside = set(note.get("aside", []))
-        self.offset = note.get("offset", 0)
-        for entry in read(self.path):
+        """Queue the entries that are not delivered yet. Cut off an incomplete last line."""
+        progress: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # missing, or damaged by a power cut: deliver everything again
+            progress = json.loads(self.progress_path.read_text())
+        postponed = set(progress.get("aside", []))
+        self.offset = progress.get("offset", 0)
+        for entry in read_entries(self.path):
             assert entry.start is not None and entry.end is not None
             self.size = entry.end
-            if entry.start >= self.offset or entry.start in aside:
-                (self.aside if entry.start in aside else self.queue).append(entry)
-                self.carried[entry.op.get("file", "")] += 1
+            if entry.start >= self.offset or entry.start in postponed:
+                (self.postponed if entry.start in postponed else self.queue).append(entry)
+                self.file_uses[entry.file] += 1
         os.ftruncate(self.handle, self.size)
 
-    def append(self, op: Op, *, sync: bool = True) -> None:
-        """Queue an operation and write it down.
+    def append(self, operation: Operation, *, durable: bool = True) -> None:
+        """Queue an operation and write it to the file.
 
         Args:
-            sync: force it to the disk, so that it also survives a power cut, not only the end of the process.
+            durable: force the line to the disk (fsync), so that it also survives a power cut and not only the end of
+                the process.
         """
         with self.changed:
-            entry = Entry(op)
+            entry = Entry(operation)
             self.queue.append(entry)
             self.unwritten.append(entry)
-            self.carried[op.get("file", "")] += 1
-            self.write(sync)
+            self.file_uses[entry.file] += 1
+            self.write_pending(durable)
             self.changed.notify_all()
 
-    def append_file(self, op: Op, name: str, content: bytes | Path) -> None:
-        """Queue an operation that carries a file or folder: bytes, or a path, which is moved here.
+    def append_file(self, operation: LogFile | LogModel, name: str, content: bytes | Path) -> None:
+        """Queue an operation that carries a file or a folder.
 
-        The same ``name`` again replaces the content of the operations that still wait with it: the latest counts.
-        The operation's ``file`` is the path below ``files``; its last part is that of ``name``.
+        Args:
+            operation: its ``file`` is set here: a path below ``files_folder`` whose last part is that of ``name``.
+            name: the same name again replaces the content for all pending operations with that name.
+            content: bytes, or the path of a file or folder, which is moved into ``files_folder``.
         """
         with self.changed:
             file = f"{hashlib.sha1(name.encode()).hexdigest()[:12]}/{Path(name).name}"
-            target = self.files / file
-            fresh = target.with_name(f"{target.name}.new")
+            target = self.files_folder / file
+            temporary = target.with_name(f"{target.name}.new")
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(content, bytes):
-                    fresh.write_bytes(content)
+                    temporary.write_bytes(content)
                 else:
-                    remove(fresh)
-                    shutil.move(content, fresh)
-                if fresh.is_dir():  # only a file is replaced in one step
-                    remove(target)
-                fresh.replace(target)
+                    remove_path(temporary)
+                    shutil.move(content, temporary)
+                if temporary.is_dir():  # a folder cannot be replaced atomically, only a file can
+                    remove_path(target)
+                temporary.replace(target)
             except OSError as error:
                 with suppress(OSError):
-                    remove(fresh)
-                self.tell(error)
+                    remove_path(temporary)
+                self.warn_unwritable(error)
                 return
-            self.append(op | {"file": file})
+            self.append(replace(operation, file=file))
 
-    def write(self, sync: bool) -> None:
-        """Bring to the disk what it has not taken yet, in order."""
+    def write_pending(self, durable: bool) -> None:
+        """Write the lines that are only in memory, in order, until one fails."""
         while self.unwritten:
             entry = self.unwritten[0]
-            line = json.dumps(entry.op).encode() + b"\n"
+            line = json.dumps(to_json(entry.operation)).encode() + b"\n"
             try:
                 if os.write(self.handle, line) < len(line):
-                    raise OSError("the disk took only a part of it")
-                if sync:
+                    raise OSError("the disk took only a part of the line")
+                if durable:
                     os.fsync(self.handle)
             except OSError as error:
-                with suppress(OSError):  # no torn line in the middle
+                with suppress(OSError):  # remove the incomplete line
                     os.ftruncate(self.handle, self.size)
-                self.tell(error)
+                self.warn_unwritable(error)
                 return
             entry.start, entry.end = self.size, self.size + len(line)
             self.size = entry.end
             self.unwritten.popleft()
 
-    def tell(self, error: OSError) -> None:
-        if not self.told:
-            self.told = True
-            with suppress(OSError):  # the terminal may be gone, too
-                self.echo(
-                    f"{self.path} cannot be written ({error.strerror or error}); the run goes on, but what MLflow does "
-                    "not take at once waits in memory only, and files are not logged"
-                )
+    def warn_unwritable(self, error: OSError) -> None:
+        """Log once that the journal cannot be written."""
+        if not self.warned:
+            self.warned = True
+            logger.warning(
+                "%s cannot be written (%s). The run continues, but operations that MLflow does not accept at once are "
+                "kept in memory only, and files are not logged.",
+                self.path,
+                error.strerror or error,
+            )
 
-    def waiting(self) -> int:
-        """Operations that are not delivered."""
+    def pending_count(self) -> int:
+        """Return the number of operations that are not delivered."""
         with self.changed:
-            return len(self.queue) + len(self.aside)
+            return len(self.queue) + len(self.postponed)
 
-    def superseded(self, entry: Entry) -> bool:
-        """Whether a later operation carries the same file."""
+    def is_superseded(self, entry: Entry) -> bool:
+        """Return whether another pending operation carries the same file."""
         with self.changed:
-            return "file" in entry.op and self.carried[entry.op["file"]] > 1
+            return bool(entry.file) and self.file_uses[entry.file] > 1
 
-    def done(self, entry: Entry, *, keep_file: bool = False) -> None:
-        """Tick off: the queue's first entry, or one that was put aside."""
+    def mark_done(self, entry: Entry, *, keep_file: bool = False) -> None:
+        """Remove an entry: the first one of the queue, or a postponed one.
+
+        Args:
+            keep_file: keep the file that it carries, although no other pending operation needs it.
+        """
         with self.changed:
             if self.queue and entry is self.queue[0]:
-                self.pop()
+                self.pop_first()
             else:
-                self.aside.remove(entry)
-            self.note()
-            file = entry.op.get("file", "")
-            self.carried[file] -= 1
-            if file and not self.carried[file] and not keep_file:
-                with suppress(OSError):  # it only takes up space
-                    remove((self.files / file).parent)
+                self.postponed.remove(entry)
+            self.write_progress()
+            self.file_uses[entry.file] -= 1
+            if entry.file and not self.file_uses[entry.file] and not keep_file:
+                with suppress(OSError):  # a file that stays only takes up space
+                    remove_path((self.files_folder / entry.file).parent)
             self.changed.notify_all()
 
-    def put_aside(self, entry: Entry) -> None:
-        """Put the queue's first entry off."""
+    def postpone(self, entry: Entry) -> None:
+        """Move the first entry of the queue to the postponed ones."""
         with self.changed:
-            self.pop()
-            self.aside.append(entry)
-            self.note()
+            self.pop_first()
+            self.postponed.append(entry)
+            self.write_progress()
             self.changed.notify_all()
 
-    def reject(self, entry: Entry, reason: str, part: Op | None = None) -> None:
-        """Write down what the receiver refused, an entry or the ``part`` of it. It still has to be ticked off."""
+    def reject(self, operation: Operation, reason: str) -> None:
+        """Write a refused operation to ``rejected_path``. Its entry must still be marked as done."""
         try:
-            with open(self.rejected, "a") as file:
-                file.write(json.dumps((part or entry.op) | {"reason": reason}) + "\n")
+            with open(self.rejected_path, "a") as file:
+                file.write(json.dumps(to_json(operation) | {"reason": reason}) + "\n")
         except OSError as error:
-            self.tell(error)
+            self.warn_unwritable(error)
 
-    def pop(self) -> None:
+    def pop_first(self) -> None:
         entry = self.queue.popleft()
         if entry.end is None:
             self.unwritten.remove(entry)
         else:
             self.offset = entry.end
 
-    def note(self) -> None:
-        """Write down how far the receiver got. No fsync: what is delivered twice for a lost note is merged there."""
-        text = json.dumps({"offset": self.offset, "aside": [e.start for e in self.aside if e.start is not None]})
-        fresh = self.state.with_suffix(".done.new")
+    def write_progress(self) -> None:
+        """Write how far delivery got. Without fsync: if a power cut loses it, MLflow ignores what it gets twice."""
+        postponed = [entry.start for entry in self.postponed if entry.start is not None]
+        text = json.dumps({"offset": self.offset, "aside": postponed})
+        temporary = self.progress_path.with_suffix(".done.new")
         try:
-            fresh.write_text(text)
-            fresh.replace(self.state)
+            temporary.write_text(text)
+            temporary.replace(self.progress_path)
         except OSError as error:
-            self.tell(error)
+            self.warn_unwritable(error)
 
     def close(self) -> None:
-        """Give the file back, with a last try to write what the disk did not take."""
+        """Write what is only in memory, if the disk accepts it now, and release the lock."""
         with self.changed:
-            self.write(sync=True)
+            self.write_pending(durable=True)
             if self.handle >= 0:
                 os.close(self.handle)
                 self.handle = -1
-            self.told = True  # nobody waits for what comes later
+            self.warned = True  # later failures concern nobody
 
 
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+@dataclass
+class JournalState:
+    """The state of a run according to its journal.
+
+    Attributes:
+        run_id: the MLflow run; None if no line of the journal names one.
+        uri: the tracking URI without secrets; None likewise.
+        last_epoch: the last epoch whose metrics are in the journal; 0 for none.
+        next_system_step: the MLflow step for the next system metrics.
+        opened_offline: a driver opened the journal while MLflow did not answer.
+    """
+
+    run_id: str | None = None
+    uri: str | None = None
+    last_epoch: int = 0
+    next_system_step: int = 0
+    opened_offline: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> JournalState:
+        """Read a journal file. If it is missing or cannot be read, the state is that of a new run."""
+        state = cls()
+        with suppress(OSError):
+            for entry in read_entries(path):
+                state.apply(entry.operation)
+        return state
+
+    def apply(self, operation: Operation) -> None:
+        match operation:
+            case OpenRun(uri, run_id, offline):
+                self.run_id, self.uri, self.opened_offline = run_id, uri, self.opened_offline or offline
+            case LogMetrics(step=step, values=values, run_id=None):
+                if TRAIN_LOSS in values:  # every epoch has it
+                    self.last_epoch = max(self.last_epoch, step)
+                if any(name.startswith(SYSTEM) for name in values):
+                    self.next_system_step = step + 1
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def move_away(path: Path, mark: str) -> None:
-    """Rename a journal and what lies beside it, ``journal.jsonl`` to ``journal.MARK.jsonl``, to make room."""
+def archive_journal(path: Path, label: str) -> None:
+    """Rename a journal and the files next to it from ``journal.*`` to ``journal.LABEL.*``, to make room for another."""
     for suffix in (".done", ".rejected", ".files", path.suffix):
         old = path.with_suffix(suffix)
         if old.exists():
-            old.rename(path.with_name(f"{path.stem}.{mark}{suffix}"))
+            old.rename(path.with_name(f"{path.stem}.{label}{suffix}"))

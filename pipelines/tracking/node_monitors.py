@@ -1,41 +1,53 @@
-"""CPU, memory, disk, network and GPU of the driver's machine and of the cluster's other nodes, by MLflow's monitors."""
+"""System metrics: CPU, memory, disk, network and GPU of the driver's node and of the cluster's other nodes.
+
+MLflow's own monitors do the measuring. The names are MLflow's, behind the prefix ``system/`` or, for a node of a
+cluster, ``system/NODE/``.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
+from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_NODE_ID, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
-from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-ANSWER_S = 2.0  # for all nodes to answer, once
-UNUSED_S = 60.0  # after which a node of which nothing is used is left alone
-LOOK_S = 0.1  # between two looks at whether the run ends
+from pipelines.cluster.ray_internals import available_resources_per_node
+from posmlp.metrics import SYSTEM
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_INTERVAL_S = 10.0  # between two samples; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it
+ANSWER_TIMEOUT_S = 2.0  # for the answers of all nodes together
+UNUSED_S = 60.0  # a node without tasks and actors is sampled for this long
+POLL_S = 0.1  # between two checks whether the run ends
 
 
-class Machine:
-    """The machine that this process is on: a thread's in the driver, or an actor on another node."""
+class NodeMonitor:
+    """Measures the node of this process: in a thread of the driver, or as an actor on another node."""
 
     def __init__(self) -> None:
-        self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        for gpu in (GPUMonitor, ROCMMonitor):
-            with suppress(Exception):  # raises what it likes where there is no such GPU
-                self.monitors.append(gpu())
+        self.monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        for gpu_monitor in (GPUMonitor, ROCMMonitor):
+            with suppress(Exception):  # without such a GPU the constructor raises, and not always the same type
+                self.monitors.append(gpu_monitor())
                 break
 
     def sample(self) -> dict[str, float]:
-        """MLflow's names and values, as of now; what went over the network, since this began."""
+        """Return the current value of each of MLflow's metrics. Network traffic counts from the monitor's start."""
         values: dict[str, float] = {}
         for monitor in self.monitors:
             monitor.collect_metrics()
@@ -44,85 +56,147 @@ class Machine:
         return values
 
 
-class Nodes:
-    """An actor on each node of the cluster but the driver's, which takes no CPU to speak of; on one machine, none.
+class ClusterMonitor:
+    """Measures the other nodes of a cluster with a ``NodeMonitor`` actor on each. The actors reserve no CPU.
 
-    An actor keeps an autoscaler from ending its node, and so would any task now and then. So nodes are sampled while
-    something of them is used, and left alone after a minute of which that is not so.
+    An actor, or a task now and then, keeps an autoscaler from removing its node. So a node has an actor only while
+    something else uses the node, and for ``UNUSED_S`` seconds after that.
+
+    Attributes:
+        samplers: the actor of each watched node, by node id.
+        requests: the sample that each node still owes. A node that hangs gets no second request.
+        last_used: when each live node last had tasks or actors, in seconds of ``time.monotonic``.
     """
 
     def __init__(self) -> None:
         self.samplers: dict[str, ActorHandle] = {}
-        self.asked: dict[str, ray.ObjectRef] = {}  # a node that hangs is asked once
-        self.used: dict[str, float] = {}  # when something of each was last used; the nodes that are there
+        self.requests: dict[str, ray.ObjectRef] = {}
+        self.last_used: dict[str, float] = {}
 
-    def watch(self) -> list[dict[str, Any]]:
-        """Start actors where nodes have come, and forget those that have gone; returns the live nodes."""
+    def update_samplers(self) -> list[dict[str, Any]]:
+        """Start actors on nodes that joined or are used again, drop the unused and the lost. Returns the live nodes."""
         alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-        available = available_resources_per_node() if len(alive) > 1 else {}
-        now, before = time.monotonic(), self.used
-        self.used = {}
+        available = available_resources_per_node() if len(alive) > 1 else None
+        now, before = time.monotonic(), self.last_used
+        self.last_used = {}
         for node in alive:
             id = node["NodeID"]
-            self.used[id] = now if in_use(node["Resources"], available.get(id, {})) else before.get(id, now)
-        wanted = {id for id, used in self.used.items() if now - used < UNUSED_S} if len(alive) > 1 else set()
-        wanted -= {ray.get_runtime_context().get_node_id()} if wanted else set()
+            is_used = in_use(node["Resources"], (available or {}).get(id, {}))
+            self.last_used[id] = now if is_used else before.get(id, now)
+        wanted: set[str] = set()
+        if available is not None:  # there are other nodes, and this Ray reports what they do
+            own = ray.get_runtime_context().get_node_id()
+            wanted = {id for id, used in self.last_used.items() if now - used < UNUSED_S} - {own}
         for id in self.samplers.keys() - wanted:
-            self.forget(id)
+            self.drop(id)
+        monitor_class: Any = ray.remote(NodeMonitor)
         for id in wanted - self.samplers.keys():
-            there = NodeAffinitySchedulingStrategy(id, soft=False)
-            self.samplers[id] = ray.remote(num_cpus=0, scheduling_strategy=there)(Machine).remote()
+            on_node = NodeAffinitySchedulingStrategy(id, soft=False)
+            self.samplers[id] = monitor_class.options(num_cpus=0, scheduling_strategy=on_node).remote()
         return alive
 
-    def sample(self, own: Mapping[str, float], ending: threading.Event) -> dict[str, float]:
-        """``NODE/METRIC`` and its value, for every node that answers now, where there are several.
+    def sample(self, own: Mapping[str, float], stopping: threading.Event) -> dict[str, float]:
+        """Return ``NODE/METRIC`` and its value for each node that answers in time; nothing if there is only one node.
 
         Args:
-            own: of the driver's machine.
-            ending: once it is set, no answer is waited for.
+            own: values of the driver's node.
+            stopping: once it is set, the call no longer waits for answers.
         """
-        alive = self.watch()
+        alive = self.update_samplers()
         if len(alive) < 2:
             return {}
-        new = [id for id in self.samplers if id not in self.asked]
-        self.asked |= {id: self.samplers[id].sample.remote() for id in new}
-        deadline, waiting = time.monotonic() + ANSWER_S, [self.asked[id] for id in new]
-        while waiting and time.monotonic() < deadline and not ending.is_set():
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S, fetch_local=False)
-        found = {ray.get_runtime_context().get_node_id(): own}
-        for id, answer in [*self.asked.items()]:
-            if not ray.wait([answer], timeout=0)[0]:
+        new = [id for id in self.samplers if id not in self.requests]
+        self.requests |= {id: self.samplers[id].sample.remote() for id in new}
+        deadline, waiting = time.monotonic() + ANSWER_TIMEOUT_S, [self.requests[id] for id in new]
+        while waiting and time.monotonic() < deadline and not stopping.is_set():
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S, fetch_local=False)
+        samples = {ray.get_runtime_context().get_node_id(): own}
+        for id, request in [*self.requests.items()]:
+            if not ray.wait([request], timeout=0)[0]:
                 continue
-            del self.asked[id]
+            del self.requests[id]
             try:
-                found[id] = ray.get(answer, timeout=ANSWER_S)
-            except Exception:  # of a node that is lost, or cannot import this: if it is there next time, it is new
-                self.forget(id)
-        called = names(alive)
-        return {f"{called[id]}/{key}": value for id, values in found.items() for key, value in values.items()}
+                samples[id] = ray.get(request, timeout=ANSWER_TIMEOUT_S)
+            except Exception:  # the node is lost or cannot import this module; it gets a new actor if it is alive
+                self.drop(id)
+        names = node_names(alive)
+        return {f"{names[id]}/{key}": value for id, values in samples.items() for key, value in values.items()}
 
-    def forget(self, id: str) -> None:
-        """An actor ends with the last that is known of it."""
+    def drop(self, id: str) -> None:
+        """Forget a node. Its actor ends, because this was the last reference to it."""
         self.samplers.pop(id, None)
-        self.asked.pop(id, None)
+        self.requests.pop(id, None)
 
     def close(self) -> None:
-        """End all actors, without waiting for them."""
+        """End all actors without waiting for them."""
         self.samplers.clear()
-        self.asked.clear()
+        self.requests.clear()
+
+
+class SystemMetrics(threading.Thread):
+    """Samples the driver's node and, in a cluster, all nodes, and logs the values at a fixed interval.
+
+    MLflow's own thread for this ends when MLflow once does not answer. This one only needs ``log``.
+    """
+
+    def __init__(
+        self, log: Callable[[Mapping[str, float], int], None], first_step: int, cluster: ClusterMonitor | None
+    ):
+        """
+        Args:
+            log: takes the values by metric name, and their MLflow step.
+            first_step: step of the first sample.
+            cluster: the other nodes; None to sample only the driver's node.
+        """
+        super().__init__(daemon=True, name="system-metrics")
+        self.log, self.step = log, first_step
+        self.interval = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or DEFAULT_INTERVAL_S
+        node = MLFLOW_SYSTEM_METRICS_NODE_ID.get()
+        self.prefix = f"{SYSTEM}{node}/" if node else SYSTEM
+        self.node, self.cluster = NodeMonitor(), cluster
+        self.warned = False
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self.stopping.wait(self.interval):
+                self.sample()
+            self.sample()
+        except Exception as error:  # from a GPU driver or psutil; the run must not fail for its system metrics
+            logger.warning("System metrics end here: %s", error)
+        finally:
+            if self.cluster:
+                self.cluster.close()
+
+    def sample(self) -> None:
+        own = self.node.sample()
+        values = {self.prefix + key: value for key, value in own.items()}
+        if self.cluster and not self.stopping.is_set():
+            try:
+                values |= {SYSTEM + key: value for key, value in self.cluster.sample(own, self.stopping).items()}
+            except Exception as error:  # the cluster does not answer; the driver's own values are still good
+                if not self.warned:
+                    self.warned = True
+                    logger.warning("System metrics of the other nodes are missing: %s", error)
+        self.log(values, self.step)
+        self.step += 1
+
+    def stop(self) -> None:
+        """Take a last sample of the driver's node and end the thread."""
+        self.stopping.set()
+        self.join(timeout=5.0)
 
 
 def in_use(total: Mapping[str, float], available: Mapping[str, float]) -> bool:
-    """Whether tasks or actors have some of a node's CPUs, GPUs and the like; what objects take does not count."""
-    return any(available.get(name, 0.0) < count for name, count in total.items() if name != "object_store_memory")
+    """Return whether tasks or actors hold resources of a node. Memory of the object store does not count."""
+    return any(available.get(name, 0.0) < amount for name, amount in total.items() if name != "object_store_memory")
 
 
-def names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What each node is called, by its id: its group, where it has one, and its host; a part of its id where others
-    are called so too."""
-    called = {}
+def node_names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return a name for each node id: ``GROUP-HOST`` or ``HOST``, and the start of the id if two nodes share a name."""
+    names = {}
     for node in nodes:
         group = node.get("Labels", {}).get("ray.io/node-group", "")
-        called[node["NodeID"]] = "-".join(filter(None, (group, node["NodeManagerHostname"])))
-    counts = Counter(called.values())
-    return {id: name if counts[name] == 1 else f"{name}-{id[:6]}" for id, name in called.items()}
+        names[node["NodeID"]] = "-".join(filter(None, (group, node["NodeManagerHostname"])))
+    counts = Counter(names.values())
+    return {id: name if counts[name] == 1 else f"{name}-{id[:6]}" for id, name in names.items()}

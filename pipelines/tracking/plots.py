@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG."""
+"""Plots of a run, as PNG."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-NAMED = 40  # classes up to which each has its name at the axis
-COUNTED = 20  # and each cell its number
-AXIS_NAME, LISTED_NAME = 40, 56  # characters of a class name
-LISTED = 32  # confusions that are listed where the axes have no names
+from posmlp.metrics import EPOCH, TRAIN_LOSS, VAL_LOSS, VAL_TOP1, VAL_TOP5
+
+MAX_NAMED_CLASSES = 40  # up to this number the axes have class names
+MAX_NUMBERED_CLASSES = 20  # up to this number each cell has its count
+AXIS_NAME_LENGTH, LIST_NAME_LENGTH = 40, 56  # characters of a class name
+MAX_LISTED_CONFUSIONS = 32  # in the list next to a matrix without class names
 
 
 def learning_curves(history: Sequence[Mapping[str, float]]) -> bytes:
-    """Loss and accuracy over the epochs.
+    """Plot loss and accuracy over the epochs.
 
     Args:
-        history: metrics of each epoch; ``val/*`` may be missing in some.
+        history: metrics of each epoch; some epochs may have no ``val/`` metrics.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for axes, names in ((loss, ("train/loss", "val/loss")), (accuracy, ("val/top1", "val/top5"))):
+    for axes, names in ((loss, (TRAIN_LOSS, VAL_LOSS)), (accuracy, (VAL_TOP1, VAL_TOP5))):
         for name in names:
-            points = np.array([(m["epoch"], m[name]) for m in history if name in m]).reshape(-1, 2)
+            points = np.array([(m[EPOCH], m[name]) for m in history if name in m]).reshape(-1, 2)
             axes.plot(*points.T, label=name, marker="o" if len(points) < 20 else "")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -37,60 +39,60 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> bytes:
     loss.set_ylabel("loss")
     accuracy.set_ylabel("share of videos")
     accuracy.set_ylim(0, 1.02)
-    return png(figure)
+    return to_png(figure)
 
 
-def confusion(counts: NDArray[np.float64], classes: Sequence[str]) -> bytes:
-    """Which class is taken for which; of many classes, the most frequent confusions are listed beside it.
+def confusion_matrix(counts: NDArray[np.float64], classes: Sequence[str]) -> bytes:
+    """Plot a confusion matrix. With many classes, list the most frequent confusions next to it.
 
     Args:
-        counts: ``[classes, classes]``, videos by true (row) and predicted (column) class.
-        classes: their names; the rest are called by their labels.
+        counts: ``[classes, classes]``, number of videos per true (row) and predicted (column) class.
+        classes: class names; classes without one are named by their labels.
     """
     n = len(counts)
     names = [*classes, *map(str, range(len(classes), n))]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side, many = min(12.0, 3.5 + 0.4 * n), n > NAMED
+    side, many = min(12.0, 3.5 + 0.4 * n), n > MAX_NAMED_CLASSES
     figure = Figure(figsize=(side + (6 if many else 1), side), layout="constrained")
-    axes, *beside = figure.subplots(1, 2, width_ratios=[2, 1]) if many else [figure.subplots()]
-    # Cells of two pixels are seen only if they are not pale: of many classes a share of 10 % has a third of the colour.
+    axes, *list_axes = figure.subplots(1, 2, width_ratios=[2, 1]) if many else [figure.subplots()]
+    # With many classes a cell is two pixels wide and must not be pale: a share of 10 % gets a third of the full colour.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5 if many else 1.0, vmin=0, vmax=1))
     figure.colorbar(image, ax=axes, label="share of the class", shrink=0.5)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    if beside:
-        list_confusions(beside[0], shares, names)
+    if list_axes:
+        list_confusions(list_axes[0], shares, names)
     else:
-        labels = [shown(name, AXIS_NAME) for name in names]
+        labels = [display_name(name, AXIS_NAME_LENGTH) for name in names]
         axes.set_xticks(range(n), labels, rotation=90)
         axes.set_yticks(range(n), labels)
-    if n <= COUNTED:
+    if n <= MAX_NUMBERED_CLASSES:
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour)
-    return png(figure)
+    return to_png(figure)
 
 
 def list_confusions(axes: Axes, shares: NDArray[np.float64], names: Sequence[str]) -> None:
-    """The largest shares beside the diagonal, as text in place of a plot."""
+    """Write the largest off-diagonal shares as text into the axes, the largest first."""
     wrong = shares * ~np.eye(len(shares), dtype=bool)
-    lines = ["Most frequent confusions:", "share of the true class (label), and what it is taken for", ""]
-    for place in np.argsort(-wrong, axis=None, kind="stable")[:LISTED]:
-        row, column = divmod(int(place), len(shares))
+    lines = ["Most frequent confusions:", "share of the true class (label), predicted class (label)", ""]
+    for index in np.argsort(-wrong, axis=None, kind="stable")[:MAX_LISTED_CONFUSIONS]:
+        row, column = divmod(int(index), len(shares))
         if wrong[row, column]:
-            lines.append(f"{wrong[row, column]:4.0%}  {shown(names[row], LISTED_NAME)} ({row})")
-            lines.append(f"      {shown(names[column], LISTED_NAME)} ({column})")
+            lines.append(f"{wrong[row, column]:4.0%}  {display_name(names[row], LIST_NAME_LENGTH)} ({row})")
+            lines.append(f"      {display_name(names[column], LIST_NAME_LENGTH)} ({column})")
     axes.axis("off")
     axes.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8.5, linespacing=1.3)
 
 
-def shown(name: str, length: int) -> str:
-    """A class name in a picture: cut, as the whole name is in the tables, and its dollar signs no formula."""
+def display_name(name: str, length: int) -> str:
+    """Cut a class name to ``length`` characters and escape dollar signs, which Matplotlib would read as a formula."""
     return (name if len(name) <= length else name[: length - 3] + "...").replace("$", r"\$")
 
 
-def png(figure: Figure) -> bytes:
-    """A figure's bytes."""
+def to_png(figure: Figure) -> bytes:
+    """Render a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

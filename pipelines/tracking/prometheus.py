@@ -1,8 +1,9 @@
-"""What a run shows of itself while it goes on: Ray exports it from every node, in the form that Prometheus reads.
+"""Prometheus metrics of a live run. Ray exports them from every node.
 
-Ray puts ``ray_`` before the names, and exports a gauge for about 20 seconds after it was last set. So whoever knows a
-value sets it again and again while it holds, and what has ended, or hangs, vanishes by itself. The driver shows how far
-the run is, its first worker how fast it trains; ``deploy/grafana.json`` draws both.
+Ray adds ``ray_`` to the names, and exports a gauge for about 20 seconds after it was last set. So a process must
+publish a value again and again while the value holds, and the values of a run that ended or hangs disappear by
+themselves. The driver publishes the progress of the run; the first training worker publishes its speed.
+``deploy/grafana.json`` draws both.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from ray.util.metrics import Counter, Gauge
 
 PREFIX = "posmlp_"
 GAUGES = {
-    "epoch": "Epochs that have ended",
-    "val_top1": "Top-1 of the last validation, 0 to 1",
-    "bad_videos": "Different videos that could not be decoded, of the epochs that have ended",
-    "clips_per_second": "Training clips a second over all workers, in the last seconds",
-    "data_wait_fraction": "Share of the last seconds in which the first worker waited for clips",
-    "train_loss": "Mean training loss of the running epoch so far",
+    "epoch": "Number of finished epochs",
+    "val_top1": "Top-1 accuracy of the last validation, 0 to 1",
+    "bad_videos": "Number of distinct videos of the finished epochs that could not be decoded",
+    "clips_per_second": "Training clips per second over all workers, in the last seconds",
+    "data_wait_fraction": "Share of the last seconds that the first worker waited for clips",
+    "train_loss": "Mean training loss of the current epoch so far",
 }
-COUNTERS = {"decode_errors": "Times that a video could not be decoded"}
+COUNTERS = {"decode_errors": "Number of failed attempts to decode a video"}
 
 
-def show(run: str, **values: float) -> None:
-    """Set some of a run's gauges; Ray must be up. It costs microseconds."""
+def publish(run: str, **values: float) -> None:
+    """Set gauges of a run, by their names in ``GAUGES``. Ray must be initialised. Costs microseconds."""
     for name, value in values.items():
         gauge(name).set(value, {"run": run})
 
 
-def count(run: str, name: str, times: int = 1) -> None:
-    """Add to one of a run's counters, which Ray exports until the node's Ray ends."""
-    counter(name).inc(times, {"run": run})
+def increment(run: str, name: str, amount: int = 1) -> None:
+    """Add to a counter of a run. Ray exports it until Ray ends on this node."""
+    counter(name).inc(amount, {"run": run})
 
 
 @cache
@@ -46,23 +47,30 @@ def counter(name: str) -> Counter:
 
 
 @dataclass
-class Pace:
-    """Shows how fast an epoch goes now: over the time since it was last shown.
+class ThroughputGauge:
+    """Publishes the throughput and the data wait of a running epoch, each over the time since the last call.
 
     Attributes:
-        clips: in a step.
-        seconds, steps, waited: of the epoch until it was last shown.
+        run: name of the run.
+        clips_per_step: clips per training step, over all workers.
+        seconds, steps, waited: totals of the epoch at the last call.
     """
 
     run: str
-    clips: int
+    clips_per_step: int
     seconds: float = 0.0
     steps: int = 0
     waited: float = 0.0
 
-    def show(self, seconds: float, steps: int, waited: float) -> None:
-        """As of now in the epoch: its seconds, the steps done in them, and the seconds waited for clips."""
+    def publish(self, seconds: float, steps: int, waited: float) -> None:
+        """Publish the values since the last call.
+
+        Args:
+            seconds: since the epoch started.
+            steps: training steps in this time.
+            waited: seconds of this time that the worker waited for clips.
+        """
         passed = seconds - self.seconds
-        rate, share = (steps - self.steps) * self.clips / passed, (waited - self.waited) / passed
-        show(self.run, clips_per_second=rate, data_wait_fraction=share)
+        clips_per_second = (steps - self.steps) * self.clips_per_step / passed
+        publish(self.run, clips_per_second=clips_per_second, data_wait_fraction=(waited - self.waited) / passed)
         self.seconds, self.steps, self.waited = seconds, steps, waited

@@ -1,4 +1,4 @@
-"""Where MLflow writes, and URIs without their secrets."""
+"""The tracking URI, URIs without secrets, and the path of the journal."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from posmlp.errors import UserError
 
 
 def tracking_uri(config: Config) -> str:
-    """The recipe's URI, else ``MLFLOW_TRACKING_URI``, else SQLite in ``train.storage``.
+    """The recipe's ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file in ``train.storage``.
 
     Raises:
-        UserError: the storage is remote, where no SQLite file can lie.
+        UserError: neither is set, and the storage is remote, where SQLite does not work.
     """
     if uri := config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     if "://" in str(config.train.storage):
         raise UserError(
-            f"train.storage {config.train.storage} is not on this machine, so MLflow's database cannot lie in it; "
+            f"train.storage {config.train.storage} is not on this machine, so it cannot hold MLflow's SQLite file; "
             "set tracking.uri (or MLFLOW_TRACKING_URI) to an MLflow server, or to sqlite:////a/local/path/mlflow.db"
         )
     return f"sqlite:///{Path(config.train.storage).resolve() / 'mlflow.db'}"
 
 
 def without_secrets(uri: str) -> str:
-    """A tracking URI without its user, password and query, to be written and printed."""
+    """A tracking URI without user, password and query, safe to store and print."""
     if uri.startswith(("sqlite:", "file:")):
         return uri.partition("?")[0]
     return re.sub(r"^([\w+.-]+://).*@", r"\1", uri).partition("?")[0]
 
 
 def scrub(text: str, uri: str) -> str:
-    """Text, with the tracking URI's secrets taken out."""
+    """Remove the secrets of a tracking URI from a text."""
     text = text.replace(uri, without_secrets(uri))
     if (found := re.match(r"^[\w+.-]+://(.*)@", uri)) and not uri.startswith("sqlite:"):
         text = text.replace(found[1], "***")
     return text
 
 
-def refuse_strangers(config: Config) -> None:
-    """The recipe of a checkpoint may be someone else's, so it does not choose who is sent this user's password.
+def refuse_foreign_server(config: Config) -> None:
+    """Check that a checkpoint's recipe does not send this user's MLflow password to a foreign server.
+
+    The recipe may come from someone else, so it must not choose who gets the password.
 
     Raises:
         UserError: there is a password for MLflow, and the recipe names another server than ``MLFLOW_TRACKING_URI``.
@@ -57,18 +59,18 @@ def refuse_strangers(config: Config) -> None:
     known = read_mlflow_creds()
     if known.username or known.password or MLFLOW_TRACKING_TOKEN.get():
         raise UserError(
-            f"the checkpoint's recipe logs to {without_secrets(uri)}, which would be sent your password for MLflow; if "
-            f"that is your server, say tracking.uri={without_secrets(uri)}, else tracking.uri=null"
+            f"the checkpoint's recipe logs to {without_secrets(uri)}, which would get your password for MLflow; if "
+            f"that is your server, add tracking.uri={without_secrets(uri)}, else add tracking.uri=null"
         )
 
 
-def without_password(config: Config) -> Config:
-    """The recipe as it may be stored: a password in ``tracking.uri`` is left out."""
+def recipe_without_password(config: Config) -> Config:
+    """The recipe without the user and password of ``tracking.uri``, safe to store."""
     uri = config.tracking.uri and without_secrets(config.tracking.uri)
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
 
 
 def journal_path(run: str) -> Path:
-    """Where what MLflow shall get is kept until it has it: on this machine, with the run if that is here too."""
+    """Path of the local journal that buffers MLflow writes: in the run's folder; below ``runs`` if that is remote."""
     folder = Path("runs", run.rstrip("/").rpartition("/")[2]).resolve() if storage.is_remote(run) else Path(run)
     return folder / "tracking" / "journal.jsonl"

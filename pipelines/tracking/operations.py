@@ -1,0 +1,150 @@
+"""The operations of a tracking journal: what a run asks MLflow to do, one dataclass per kind.
+
+Each operation is one line of JSON in the journal. ``to_json`` and ``from_json`` are the only code that knows the keys
+of these lines. Journals outlive the process that wrote them, so the keys must not change.
+
+An operation without ``run_id`` is for the journal's own MLflow run; with one it is for another run, such as a trial of
+a study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """Set the run's status to RUNNING. Every driver appends one when it opens the journal.
+
+    Attributes:
+        uri: the MLflow tracking URI, without secrets.
+        run_id: the MLflow run of this journal.
+        offline: MLflow did not answer, so the driver could not ask which epochs MLflow already has.
+    """
+
+    uri: str
+    run_id: str
+    offline: bool
+
+
+@dataclass(frozen=True)
+class LogMetrics:
+    """Log one set of metrics.
+
+    Attributes:
+        time: milliseconds since 1970.
+        step: MLflow's step, such as the number of finished epochs.
+        values: a value per metric name.
+    """
+
+    time: int
+    step: int
+    values: Mapping[str, float]
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class SetTags:
+    """Set tags of a run."""
+
+    tags: Mapping[str, str]
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """Set the final status and the end time of a run.
+
+    Attributes:
+        status: FINISHED, FAILED or KILLED.
+        time: milliseconds since 1970.
+    """
+
+    status: str
+    time: int
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """Store a file as an artifact of the run.
+
+    Attributes:
+        path: path of the artifact in the run, such as ``recipes/trial-003.yaml``.
+        file: path of the content below the journal's ``files_folder``; the journal sets it.
+    """
+
+    path: str
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class LogModel:
+    """Store a folder that ``mlflow.pytorch.save_model`` wrote as the run's logged model.
+
+    Attributes:
+        time: milliseconds since 1970.
+        file: path of the folder below the journal's ``files_folder``; the journal sets it.
+    """
+
+    time: int
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A line of the journal that is not an operation, for example after a power cut. It is rejected, not delivered."""
+
+    line: str
+
+
+Operation = OpenRun | LogMetrics | SetTags | EndRun | LogFile | LogModel | Unreadable
+
+
+def to_json(operation: Operation) -> dict[str, Any]:
+    """Return the operation as plain data, with the keys of a journal line in their order."""
+    match operation:
+        case OpenRun(uri, run_id, offline):
+            return {"op": "open", "uri": uri, "run_id": run_id, "blind": offline}
+        case LogMetrics(time, step, values, None):
+            return {"op": "metrics", "time": time, "step": step, "values": dict(values)}
+        case LogMetrics(time, step, values, run_id):
+            return {"op": "metrics of", "of": run_id, "time": time, "step": step, "values": dict(values)}
+        case SetTags(tags, run_id):
+            return {"op": "tags", "tags": dict(tags)} | _other_run(run_id)
+        case EndRun(status, time, run_id):
+            return {"op": "status", "status": status, "time": time} | _other_run(run_id)
+        case LogFile(path, file):
+            return {"op": "file", "path": path, "file": file}
+        case LogModel(time, file):
+            return {"op": "model", "time": time, "file": file}
+        case Unreadable(line):
+            return {"op": "unreadable", "line": line}
+
+
+def from_json(tree: Any) -> Operation | None:
+    """Return the operation of a parsed journal line, or None if it is not one."""
+    match tree:
+        case {"op": "open", "uri": str(uri), "run_id": str(run_id), "blind": bool(offline)}:
+            return OpenRun(uri, run_id, offline)
+        case {"op": "metrics", "time": int(time), "step": int(step), "values": dict(values)}:
+            return LogMetrics(time, step, values)
+        case {"op": "metrics of", "of": str(run_id), "time": int(time), "step": int(step), "values": dict(values)}:
+            return LogMetrics(time, step, values, run_id)
+        case {"op": "tags", "tags": dict(tags)}:
+            return SetTags(tags, tree.get("of"))
+        case {"op": "status", "status": str(status), "time": int(time)}:
+            return EndRun(status, time, tree.get("of"))
+        case {"op": "file", "path": str(path), "file": str(file)}:
+            return LogFile(path, file)
+        case {"op": "model", "time": int(time), "file": str(file)}:
+            return LogModel(time, file)
+        case {"op": "unreadable", "line": str(line)}:
+            return Unreadable(line)
+    return None
+
+
+def _other_run(run_id: str | None) -> dict[str, str]:
+    return {} if run_id is None else {"of": run_id}

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and how wrong ones are refused."""
+"""Recipes: valid ones are read, invalid ones are refused with a clear message, renamed keys keep working."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def test_shipped_recipes_are_valid_and_round_trip(name, tmp_path):
     assert load_recipe(copy) == config
 
 
-def test_overrides_reach_every_depth_and_parse_as_yaml():
+def test_overrides_set_nested_keys_and_parse_as_yaml():
     config = load_recipe(
         "demo", ["train.epochs=7", "data.train.where={group: A}", "model.windows=[8, [4, 4], [2, 4, 4], 2]", "name=x-1"]
     )
@@ -76,7 +76,7 @@ def test_all_problems_are_listed_at_once():
     assert all(key in str(error.value) for key in ("train.epochs", "optim.lr", "data.tran"))
 
 
-def test_whole_frames_have_one_view():
+def test_full_frames_have_one_crop():
     with pytest.raises(RecipeError, match=r"data\.full_frame .* eval\.crops 3"):
         load_recipe("demo", ["data.full_frame=true", "eval.crops=3"])
 
@@ -87,7 +87,7 @@ def test_a_missing_recipe_names_the_known_ones():
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "", "name: [unclosed"])
-def test_files_that_are_no_recipe_are_refused(tmp_path, text):
+def test_files_that_are_not_a_recipe_are_refused(tmp_path, text):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=r"r\.yaml"):
@@ -119,7 +119,7 @@ def test_yaml_runs_no_code(tmp_path, tag):
     assert not made.exists()
 
 
-def test_a_password_in_a_place_is_refused_and_not_shown():
+def test_a_password_in_a_path_is_refused_and_not_printed():
     places = ["train.storage", "model.weights", "data.train.path", "data.val.root", "data.classes", "data.cache_dir"]
     with pytest.raises(RecipeError) as caught:
         load_recipe("demo", [f"{key}=s3://me:hushhush@bucket/x" for key in places])
@@ -194,7 +194,7 @@ def test_a_config_with_present_keys_gives_no_notice(notices):
 @pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
 @pytest.mark.parametrize("tree_has", ["old", "new"])
 @pytest.mark.parametrize("override_has", ["old", "new"])
-def test_an_override_replaces_the_value_whatever_name_either_has(old, new, tree_has, override_has, tmp_path):
+def test_an_override_replaces_the_value_under_either_name(old, new, tree_has, override_has, tmp_path):
     names = {"old": old, "new": new}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(demo_with((names[tree_has], OLD_VALUES[old]))))
@@ -225,12 +225,12 @@ def test_a_stored_config_with_old_keys_compares_equal():
     assert json.dumps(stored) == before, "the record itself stays"
 
 
-def test_a_run_of_before_resumes_without_a_change():
+def test_a_run_with_old_keys_resumes_without_a_reported_change():
     stored = demo_with(*OLD_VALUES.items())
     config = load_recipe("demo", [f"{key}={json.dumps(value)}" for key, value in OLD_VALUES.items()])
     assert changed_keys({"config": stored, "lists": {}}, config, {}) == {}
     changed = changed_keys({"config": stored, "lists": {}}, load_recipe("demo"), {})
-    assert set(changed) == {"data.full_frame"}, "scaling.* does not matter to what is learned"
+    assert set(changed) == {"data.full_frame"}, "scaling.* does not change the result"
 
 
 @pytest.mark.parametrize("tree", [{}, {"scaling": None}, {"scaling": 3}, {3: 4}, {"scaling": {3: 4}}])

@@ -1,4 +1,4 @@
-"""Optimizer, schedule and steps."""
+"""Optimizer, learning-rate schedule, training and evaluation steps, EMA, resume."""
 
 import math
 
@@ -83,14 +83,14 @@ def test_a_step_is_adamw_on_the_mean_loss():
 
 
 def metrics_of(learner, batch):
-    """``val/*`` of one batch."""
+    """The ``val/*`` metrics of one batch."""
     views = learner.config.eval.clips * learner.config.eval.crops
-    tally = ClassificationMetrics.empty(8)
-    tally.add(video_scores(learner.score(batch)), batch.labels[::views], batch.weights[::views])
-    return tally.metrics()
+    counts = ClassificationMetrics.empty(8)
+    counts.add(video_scores(learner.score(batch)), batch.labels[::views], batch.weights[::views])
+    return counts.metrics()
 
 
-def test_clips_of_weight_zero_do_not_train_and_do_not_count():
+def test_padding_clips_do_not_train_and_are_not_counted():
     batch = make_batch()
     weights = batch.weights.clone()
     weights[5:] = 0
@@ -120,20 +120,20 @@ def test_metrics_equal_a_plain_count():
     assert found["val/loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_mean_over_classes_leaves_out_classes_without_a_video():
-    tally = ClassificationMetrics.empty(3)
+def test_the_class_mean_ignores_classes_without_videos():
+    counts = ClassificationMetrics.empty(3)
     scores = torch.tensor([[0.7, 0.2, 0.1]] * 4).log()
-    tally.add(scores, torch.tensor([0, 0, 0, 2]), torch.ones(4))
-    assert tally.confusion.tolist() == [[3, 0, 0], [0, 0, 0], [1, 0, 0]]
-    assert tally.metrics()["val/top1"] == 0.75
-    assert tally.metrics()["val/class_mean"] == 0.5
+    counts.add(scores, torch.tensor([0, 0, 0, 2]), torch.ones(4))
+    assert counts.confusion.tolist() == [[3, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert counts.metrics()["val/top1"] == 0.75
+    assert counts.metrics()["val/class_mean"] == 0.5
 
 
 @pytest.mark.parametrize(("clips", "crops"), [(1, 1), (2, 1), (2, 3)])
 def test_the_views_of_a_video_are_averaged_as_probabilities(clips, crops):
     learner, views = make_learner(f"eval.clips={clips}", f"eval.crops={crops}"), clips * crops
     with torch.no_grad():
-        learner.raw.head.weight.mul_(30)  # sure of itself, so that averages of logits would rank otherwise
+        learner.raw.head.weight.mul_(30)  # confident predictions: averaging logits would rank the classes differently
     batch = make_batch(6 * views)
     labels, weights = torch.tensor([0, 3, 5, 1, 7, 2]), torch.tensor([1.0, 1, 0, 1, 1, 0])
     found = metrics_of(
@@ -161,7 +161,7 @@ def test_the_learner_flips_classes_by_name():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_learning_goes_on_from_its_state_bit_for_bit(tmp_path, precision):
+def test_training_resumes_bit_for_bit(tmp_path, precision):
     overrides = ("optim.ema=0.9", "model.drop_path=0.3", "model.dropout=0.2", f"train.precision={precision}")
     straight, resumed = make_learner(*overrides), make_learner(*overrides)
     for i in range(4):
@@ -178,7 +178,7 @@ def test_learning_goes_on_from_its_state_bit_for_bit(tmp_path, precision):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_step_does_not_depend_on_random_numbers_drawn_before_it():
+def test_a_step_does_not_depend_on_random_numbers_drawn_before():
     losses = []
     for seed in (1, 2):
         learner = make_learner("model.drop_path=0.5")
@@ -188,7 +188,7 @@ def test_a_step_does_not_depend_on_random_numbers_drawn_before_it():
     assert learner.train_step(make_batch()).loss != losses[0]
 
 
-def test_the_weight_average_follows_its_formula_and_is_what_counts():
+def test_the_ema_follows_its_formula_and_gives_the_evaluation_weights():
     learner = make_learner("optim.ema=0.3", "optim.warmup_epochs=0")
     average = learner.raw.head.bias.detach().clone()
     for t in range(6):
@@ -202,7 +202,7 @@ def test_the_weight_average_follows_its_formula_and_is_what_counts():
     torch.testing.assert_close(learner.weights()["head.bias"], average)
 
 
-def test_the_average_takes_in_buffers():
+def test_the_ema_includes_buffers():
     model = torch.nn.BatchNorm1d(2)
     average = WeightEMA(model, 0.5)
     model(torch.tensor([[0.0, 1], [2, 5]]))
@@ -229,7 +229,7 @@ def test_a_step_that_explodes_leaves_the_weights_alone(what, expected):
     assert learner.step == 1
 
 
-def test_in_fp16_an_overflowing_gradient_is_left_out_and_the_scale_halved():
+def test_in_fp16_a_step_that_overflows_is_skipped_and_halves_the_loss_scale():
     learner = make_learner("train.precision=fp16", "optim.warmup_epochs=0", "optim.weight_decay=0")
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = learner.raw.head.bias.detach().clone()
@@ -239,7 +239,7 @@ def test_in_fp16_an_overflowing_gradient_is_left_out_and_the_scale_halved():
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.sampled_from([(1, 0), (2, 0), (1, 0.8), (2, 0.8)]))
-def test_parts_fit_the_device_and_keep_videos_and_pairs_whole(videos, limit, mixing):
+def test_micro_batches_fit_the_limit_and_keep_videos_and_pairs_together(videos, limit, mixing):
     repeats, mixup = mixing
     together = repeats * (2 if mixup else 1)
     count, limit = videos * together, limit * together
@@ -258,7 +258,7 @@ def after_two_steps(*overrides):
     return learner
 
 
-def test_a_changed_optimizer_holds_when_learning_goes_on():
+def test_changed_hyperparameters_apply_on_resume():
     before = after_two_steps()
     learner = make_learner("optim.weight_decay=0.3", "optim.betas=[0.8, 0.9]")
     learner.load_state_dict(before.weights(), before.state_dict())
@@ -270,7 +270,7 @@ def test_a_changed_optimizer_holds_when_learning_goes_on():
 
 
 @pytest.mark.parametrize(("then", "now"), [((), ("optim.ema=0.9",)), (("optim.ema=0.9",), ())])
-def test_a_weight_average_can_come_and_go(then, now):
+def test_ema_can_be_switched_on_or_off_on_resume(then, now):
     before, learner = after_two_steps(*then), make_learner(*now)
     learner.load_state_dict(before.weights(), before.state_dict())
     live = before.raw.state_dict()
@@ -279,7 +279,7 @@ def test_a_weight_average_can_come_and_go(then, now):
     learner.train_step(make_batch(seed=2))
 
 
-def test_learning_goes_on_in_another_precision():
+def test_training_resumes_in_another_precision():
     before = after_two_steps()
     learner = make_learner("train.precision=fp16")
     learner.load_state_dict(before.weights(), before.state_dict())
@@ -287,7 +287,7 @@ def test_learning_goes_on_in_another_precision():
     assert learner.step == 3
 
 
-def test_fp16_goes_on_exactly_from_before_the_first_step_that_counted():
+def test_fp16_resumes_exactly_from_before_the_first_applied_step():
     straight, resumed = make_learner("train.precision=fp16"), make_learner("train.precision=fp16")
     straight.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
     straight.train_step(make_batch())  # overflows

@@ -1,4 +1,4 @@
-"""Several workers train as one does: the same losses and weights at the same global batch (gloo, two processes)."""
+"""Two workers (gloo, two processes) give the same losses and weights as one, at the same global batch."""
 
 import math
 import os
@@ -30,7 +30,7 @@ def global_batch(seed):
 
 
 def train(rank, world, overrides, state=None):
-    """Some steps on a worker's share, from the start or from a state; returns losses, weights and state."""
+    """Train a worker's share for ``STEPS`` steps, from scratch or resumed; returns losses, weights and state."""
     config = load_recipe("demo", [*SMALL, f"scaling.workers={world}", *overrides])
     torch.manual_seed(0)
     model = create_model(config.model.name, **config.model.overrides())
@@ -54,14 +54,14 @@ def worker(rank, world, folder, overrides, state):
 
 
 def on_two(folder, *overrides, state=None):
-    """``train`` on two workers; the first one's result."""
+    """Run ``train`` on two workers; returns the result of rank 0."""
     folder.mkdir()
     mp.spawn(worker, (2, str(folder), overrides, state), nprocs=2)
     return torch.load(folder / "result.pt", weights_only=True)
 
 
 def distance(one, other, overrides=()):
-    """How far two sets of weights are apart, as a share of how far training has moved them."""
+    """Distance of two sets of weights, relative to how far training has moved them."""
     assert one.keys() == other.keys()
     start = create_weights(overrides)
     return norm_of(one, other) / norm_of(one, start)
@@ -95,16 +95,16 @@ def test_two_workers_train_as_one(tmp_path, overrides):
     one = train(0, 1, overrides)
     two = on_two(tmp_path / "two", *overrides)
     assert two[0] == pytest.approx(one[0], rel=1e-5)
-    # where a gradient is close to 0, rounding alone decides on AdamW's first steps
+    # where a gradient is close to 0, rounding alone decides AdamW's first steps
     assert distance(two[1], one[1], overrides) < 1e-3
-    # each goes on from the other's state; from then on rounding grows with every step
+    # each resumes from the other's state; from then on rounding errors grow with every step
     ahead = on_two(tmp_path / "more", *overrides, state=one[1:])[0], train(0, 1, overrides, state=two[1:])[0]
     assert ahead[0][0] == pytest.approx(ahead[1][0], rel=1e-4)
     assert ahead[0] == pytest.approx(ahead[1], rel=1e-2)
 
 
-def test_what_fills_a_share_counts_for_nothing():
-    """Where the global batch does not divide by the workers; in eval mode of the batch norms, which see all clips."""
+def test_padding_does_not_change_the_gradient():
+    """For a global batch that does not divide by the workers. Batch norms are in eval mode, as they see all clips."""
     gradients = []
     for clips in (6, 8):
         config = load_recipe("demo", [*SMALL, "train.global_batch=6"])
@@ -118,8 +118,8 @@ def test_what_fills_a_share_counts_for_nothing():
     torch.testing.assert_close(*gradients)
 
 
-def test_without_synchronised_statistics_they_do_not(tmp_path):
-    """The test above can fail."""
+def test_without_sync_batch_norm_two_workers_differ_from_one(tmp_path):
+    """Shows that ``test_two_workers_train_as_one`` can fail."""
     losses = on_two(tmp_path / "two", "train.sync_batch_norm=false")[0]
     assert losses != pytest.approx(train(0, 1, ())[0], rel=1e-5)
 
@@ -132,8 +132,8 @@ def freeze_statistics(model):
 
 
 @pytest.mark.parametrize("micro_batch", [2, 3, 8])
-def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch):
-    """In eval mode of the batch norms, which see only a part at a time."""
+def test_accumulated_gradients_equal_those_of_the_whole_batch(micro_batch):
+    """Batch norms are in eval mode, as they see one micro-batch at a time."""
     gradients = []
     for size in (None, micro_batch):
         config = load_recipe("demo", [*SMALL, f"scaling.micro_batch={size or 'null'}"])
@@ -146,15 +146,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
-def test_both_ways_of_two_workers_accumulate_alike(tmp_path):
-    """Gradients are exchanged once a step, after the last part."""
+def test_ddp_and_fsdp_accumulate_gradients_alike(tmp_path):
+    """Gradients are reduced once per step, in the backward pass of the last micro-batch."""
     ddp, fsdp = (
         on_two(tmp_path / kind, "scaling.micro_batch=2", f"scaling.parallel={kind}") for kind in ("ddp", "fsdp")
     )
     assert ddp[0] == pytest.approx(fsdp[0], rel=1e-5)
     assert distance(ddp[1], fsdp[1]) < 1e-3
     whole = on_two(tmp_path / "whole")
-    assert whole[0] != pytest.approx(ddp[0], rel=1e-5)  # batch norm sees other parts
+    assert whole[0] != pytest.approx(ddp[0], rel=1e-5)  # batch norm sees larger batches
     assert whole[0] == pytest.approx(ddp[0], rel=0.1)
 
 
@@ -176,7 +176,7 @@ def norm_case(kind):
     return layer, torch.randn(4, 3, 2, 5, 5) * 3 + 100
 
 
-def test_synchronised_batch_norm_is_batch_norm_of_all_clips(tmp_path):
+def test_sync_batch_norm_equals_batch_norm_over_all_clips(tmp_path):
     """Output, gradient and running statistics against ``nn.BatchNorm3d`` on the whole batch."""
     mp.spawn(norm_worker, (str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
@@ -216,7 +216,7 @@ def test_half_precision_learns_to_the_same_loss(precision):
 
 @pytest.mark.slow
 def test_compiled_training_is_eager_training():
-    small = "model.depths=[1, 1, 1, 1]"  # compiling takes its time
+    small = "model.depths=[1, 1, 1, 1]"  # compilation is slow
     eager, compiled = (train(0, 1, (small, f"train.compile={on}")) for on in ("false", "true"))
     assert compiled[0] == pytest.approx(eager[0], rel=1e-4)
     assert eager[1].keys() == compiled[1].keys()

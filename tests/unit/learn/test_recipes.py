@@ -1,4 +1,4 @@
-"""The recipes of the published set-up: each costs what it declares and takes a step on rows of its own format."""
+"""The recipes of the paper: each costs what it declares, and trains a step on rows of its data format."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from pipelines.data.loader import collate, decode_rows
 from posmlp.config import RECIPES, load_recipe
 from posmlp.learn.learner import Learner
 from posmlp.model.cost import count_macs, count_params
-from posmlp.video.clip import views_of
+from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import read_split
 from tests.helpers.videos import write_video
 
@@ -184,7 +184,7 @@ def decoded(manifest, count, config, train):
     assert [*columns["reason"], *columns["fatal"]] == [""] * 2 * count
     variant = config.model.variant()
     size = (variant.frames, variant.image_size, variant.image_size, 3)
-    assert columns["clip"].shape == (count, views_of(config, train), *size)
+    assert columns["clip"].shape == (count, views_per_video(config, train), *size)
     return collate(columns)
 
 

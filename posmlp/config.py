@@ -288,6 +288,23 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def list_recipes() -> list[str]:
+    """Return the names of the recipes in ``posmlp/recipes``, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Return the file of a recipe that is given by its path or its name.
+
+    Raises:
+        RecipeError: it is neither a file nor the name of one in ``posmlp/recipes``.
+    """
+    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    raise RecipeError(f"no recipe {recipe}: it is neither a file nor one of {', '.join(list_recipes())}")
+
+
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply overrides.
 
@@ -298,12 +315,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         RecipeError: there is no such recipe, or it is not YAML or not a valid ``Config``; lists every problem.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise RecipeError(f"no recipe {recipe}: it is neither a file nor one of {', '.join(known)}")
+    path = find_recipe(recipe)
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -6,8 +6,8 @@ tables of a study, so a name must not change once it is here. Shares and accurac
 
 from __future__ import annotations
 
-# Progress ---------------------------------------------------------------------------------------------------------
-EPOCH = "epoch"  # finished epochs, from 1. Written by the training workers with the metrics of each epoch.
+# Progress (the training workers) -------------------------------------------------------------------------------------
+EPOCH = "epoch"  # number of finished epochs, from 1; logged with the metrics of each epoch
 
 # Validation after an epoch, over all videos of the split (posmlp.learn.evaluation.ClassificationMetrics) --------------
 VAL = "val/"  # prefix
@@ -15,7 +15,7 @@ VAL_LOSS = "val/loss"  # mean cross-entropy of a video's prediction, nats
 VAL_TOP1 = "val/top1"  # share of videos whose likeliest class is right
 VAL_TOP5 = "val/top5"  # share of videos whose class is among the five likeliest
 VAL_CLASS_MEAN = "val/class_mean"  # mean of the classes' own top-1, over the classes that occur
-VAL_CLIPS = "val/clips"  # number of videos that were scored; each counts once, whatever its number of views
+VAL_CLIPS = "val/clips"  # number of videos that were scored; a video counts once, however many views it has
 
 # Training in an epoch (the training workers) -------------------------------------------------------------------------
 TRAIN_LOSS = "train/loss"  # mean over the steps, nats. Every epoch has it.
@@ -24,20 +24,18 @@ TRAIN_WORKERS = "train/workers"  # number of training workers
 TRAIN_LR = "train/lr"  # learning rate of the last step
 
 # Speed of training in an epoch (the training workers) ----------------------------------------------------------------
-PERF_STEPS_PER_S = "perf/steps_per_s"
+PERF_STEPS_PER_S = "perf/steps_per_s"  # optimizer steps per second
 PERF_CLIPS_PER_S = "perf/clips_per_s"  # over all workers
 PERF_TFLOPS = "perf/tflops"  # achieved over all workers: 6 operations for each multiply-accumulate of a forward pass
 PERF_MFU = "perf/mfu"  # share of the devices' peak; left out where the peak is not known
 PERF_MEMORY_MB = "perf/memory_mb"  # peak of the first worker, 10^6 bytes: of its GPU, or of its process on a CPU
 PERF_DATA_WAIT_FRAC = "perf/data_wait_frac"  # share of the epoch's time spent waiting for clips, mean over workers
-PERF_FIRST_BATCH_S = "perf/first_batch_s"  # seconds until the epoch's first batch: the decoders start
+PERF_FIRST_BATCH_S = "perf/first_batch_s"  # seconds until the epoch's first batch, while the decoders start
 PERF_EPOCH_S = "perf/epoch_s"  # seconds of the training part of the epoch
 
 # Data in an epoch (the training workers) -----------------------------------------------------------------------------
 DATA_BAD = "data/bad"  # number of videos that could not be decoded
-DATA_DECODED_BY_PYAV = (
-    "data/decoded_by_pyav"  # number of videos where PyAV replaced decord; of data.decoder decord only
-)
+DATA_DECODED_BY_PYAV = "data/decoded_by_pyav"  # number of videos where PyAV replaced decord (data.decoder decord)
 DATA_OBJECT_STORE_MB = "data/object_store_mb"  # largest use of the cluster's object store that was seen, 2^20 bytes
 DATA_SPILLED_MB = "data/spilled_mb"  # moved from the object store to disk in the epoch, 2^20 bytes
 

@@ -33,7 +33,7 @@ from posmlp.model.supernet import Supernet
 from posmlp.video.augment import flip_labels, to_input, to_train_input
 from posmlp.video.batch import Batch
 
-MAX_LOSS_RATIO = 10  # a loss above this multiple of a random guess's does not come down again
+MAX_LOSS_RATIO = 10  # training does not recover from a loss above this multiple of a random guess's loss
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision; fp32 has no autocast
 # Checkpoints hold full tensors on the CPU, so that any number of workers can load them.
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -109,7 +109,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss, norm = self.backward(batch)
         result = StepResult(*mean_over_workers([loss, norm]))
-        self.check_finite(result)
+        self.refuse_exploded(result)
         if optim.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), optim.clip_grad, norm)
         self.scaler.step(self.optimizer)
@@ -144,7 +144,7 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         return loss, total_norm(self.model.parameters())
 
-    def check_finite(self, result: StepResult) -> None:
+    def refuse_exploded(self, result: StepResult) -> None:
         """Raise ``ExplodedError`` for a step that would spoil the weights.
 
         In fp16, an infinite gradient may only mean that the loss scale is too high: the scaler then skips the step.

@@ -1,7 +1,7 @@
-"""Readers of the published lists of common data sets: each turns a list into rows as written, checked afterwards.
+"""Parsers of the published lists of common data sets. Each turns a list into rows, which are checked afterwards.
 
-One function a format, in ``PARSERS``. It says what a line means and finds malformed lines; what all formats share
-(paths, duplicates, labels, filters, missing files) is checked in ``posmlp.video.manifest``.
+There is one function per format, in ``PARSERS``. It interprets the lines and reports malformed ones. The checks that
+all formats share (paths, duplicates, labels, filters, missing files) are in ``posmlp.video.manifest``.
 """
 
 import csv
@@ -26,7 +26,7 @@ VIDEO_SUFFIXES = (
 )
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 INTEGER = re.compile(r"-?[0-9]{1,18}")
-PATH_AND_NUMBER = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,18})")  # the last blank or comma separates
+PATH_AND_NUMBER = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,18})")  # separated by the last blank or comma
 NUMBER_AND_NAME = re.compile(r"([0-9]{1,9})\s*[\s,;]\s*(.+)")
 NAME_AND_NUMBER = re.compile(r"(.+?)\s*[,;\t]\s*([0-9]{1,9})")
 HMDB_FILE = re.compile(r"(.+)_test_split([0-9]+)\.txt")
@@ -34,36 +34,36 @@ HMDB_SUBSETS = {"0": "unused", "1": "train", "2": "test"}
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
-class Row(NamedTuple):
-    """One video of a list, as written there."""
+class ListingRow(NamedTuple):
+    """One video as written in a list, before any checks."""
 
     file: str
-    line: int | None  # from 1; of a Parquet file, the row from 0; None: found in a folder
-    path: str  # below the root, absolute, or a URI
+    line: int | None  # counted from 1; in a Parquet file the row, counted from 0; None: found in a folder
+    path: str  # relative to the root, absolute, or a URI
     label: int | str  # a number, or the name of a class
     sample_id: str = ""  # empty: the path
-    name: str | None = None  # the class, where the list tells it besides a number
+    name: str | None = None  # the class, if the list has it in addition to a number
     frames: int | None = None  # images of a frame folder; None: count them
-    values: tuple[str, ...] = ()  # of the listing's columns
+    values: tuple[str, ...] = ()  # one for each of ``Listing.columns``
 
 
 @dataclass
 class Listing:
-    """What a parser made of a list.
+    """The rows of a list and how to interpret them, as a parser returns them.
 
     Attributes:
         rows: every video, of all subsets in the list.
-        folder: what paths are relative to, unless a root is given.
-        columns: the names of ``Row.values``, which ``where`` filters by.
-        classes: the name of each label; None: they follow from the rows.
-        first_label: the smallest number a label has in this list.
+        folder: the folder that paths are relative to, unless a root is given.
+        columns: the names of ``ListingRow.values``, which ``where`` filters by.
+        classes: the name of each label; None: derive the classes from the rows.
+        first_label: the smallest number that a label may have in this list.
         images: each path is a folder of images.
         pictures: each path is one image.
         present: the videos are known to exist.
-        others: where else a missing video may lie; called with its row.
+        others: returns other paths where a missing video may be, given its row.
     """
 
-    rows: list[Row]
+    rows: list[ListingRow]
     folder: str
     columns: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
@@ -71,16 +71,16 @@ class Listing:
     images: bool = False
     pictures: bool = False
     present: bool = False
-    others: Callable[[Row], list[str]] | None = None
+    others: Callable[[ListingRow], list[str]] | None = None
 
 
-class Stop(Exception):
-    """Nothing more can be checked; the problems are in the source."""
+class StopReading(Exception):
+    """Nothing more can be checked. The problems are in ``ManifestSource.problems``."""
 
 
 @dataclass
-class Source:
-    """What is to be read, and the problems found so far (file, line or None, text)."""
+class ManifestSource:
+    """The arguments of ``read_manifest``, and the problems found so far as (file, line or None, text)."""
 
     path: str
     where: Mapping[str, str]
@@ -92,19 +92,22 @@ class Source:
     problems: list[tuple[str, int | None, str]] = field(default_factory=list)
 
     def problem(self, file: str, line: int | None, text: str) -> None:
+        """Record a problem and continue."""
         self.problems.append((file, line, text))
 
     def stop(self, file: str, line: int | None, text: str) -> NoReturn:
+        """Record a problem and raise StopReading."""
         self.problem(file, line, text)
-        raise Stop
+        raise StopReading
 
     def stop_if_bad(self) -> None:
+        """Raise StopReading if any problem was recorded."""
         if self.problems:
-            raise Stop
+            raise StopReading
 
     @contextmanager
     def reading(self, uri: str) -> Iterator[None]:
-        """Failures of a disk or an object store inside become a problem of ``uri``."""
+        """Turn errors of a disk or an object store in the block into a problem of ``uri``."""
         try:
             yield
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -114,26 +117,26 @@ class Source:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def kind(source: Source, uri: str) -> str:
-    """``file``, ``folder``, or nothing where there is neither."""
+def path_kind(source: ManifestSource, uri: str) -> str:
+    """Return ``"file"``, ``"folder"``, or ``""`` if there is neither."""
     with source.reading(uri):
         system, path = storage.resolve(uri)
         found = system.get_file_info(path).type
     return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(found, "")
 
 
-def need(source: Source, uri: str, wanted: str, expected: str) -> None:
-    """Stop unless ``uri`` is a ``file`` or ``folder`` as wanted."""
-    found = kind(source, uri)
+def require_kind(source: ManifestSource, uri: str, wanted: str, expected: str) -> None:
+    """Stop unless ``uri`` is of the wanted kind, ``"file"`` or ``"folder"``."""
+    found = path_kind(source, uri)
     if not found:
         source.stop(uri, None, f"no such {wanted}; expected {expected}")
     if found != wanted:
         source.stop(uri, None, f"is a {found}; expected a {wanted}: {expected}")
 
 
-def read_text(source: Source, uri: str, expected: str) -> str:
-    """A text file without byte order mark."""
-    need(source, uri, "file", expected)
+def read_text(source: ManifestSource, uri: str, expected: str) -> str:
+    """Read a text file, without a byte order mark."""
+    require_kind(source, uri, "file", expected)
     with source.reading(uri):
         content = storage.read_bytes(uri)
     try:
@@ -147,8 +150,8 @@ def read_text(source: Source, uri: str, expected: str) -> str:
     return text
 
 
-def lines_of(source: Source, uri: str, expected: str) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
+def read_lines(source: ManifestSource, uri: str, expected: str) -> list[tuple[int, str]]:
+    """Read the lines that are not blank, with their numbers."""
     text = read_text(source, uri, expected)
     lines = [(number, line) for number, raw in enumerate(text.split("\n"), 1) if (line := raw.strip())]
     if not lines:
@@ -156,8 +159,8 @@ def lines_of(source: Source, uri: str, expected: str) -> list[tuple[int, str]]:
     return lines
 
 
-def file_names(source: Source, folder: str) -> list[str]:
-    """The names of the files in a folder, without those of its subfolders, sorted."""
+def file_names(source: ManifestSource, folder: str) -> list[str]:
+    """The sorted names of the files in a folder, without its subfolders."""
     with source.reading(folder):
         if not storage.is_remote(folder):
             return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
@@ -177,11 +180,11 @@ def unquoted(text: str) -> str:
 # Class names ----------------------------------------------------------------------------------------------------------
 
 
-def class_names(source: Source, first: int = 0) -> tuple[str, ...] | None:
-    """The names in ``source.classes``, if it is given.
+def class_names(source: ManifestSource, first: int = 0) -> tuple[str, ...] | None:
+    """Read the class names in the file ``source.classes``; None if it is not given.
 
-    One name a line, ``id name`` or ``name,id`` lines (an optional header), or JSON: a list of names, or an object
-    ``{"name": "id"}``. The ids count from ``first`` without gaps.
+    The file has one name per line, or ``id name`` or ``name,id`` lines (with an optional header), or JSON: a list of
+    names, or an object ``{"name": "id"}``. The ids count from ``first`` without gaps.
     """
     uri = source.classes
     if uri is None:
@@ -195,7 +198,7 @@ def class_names(source: Source, first: int = 0) -> tuple[str, ...] | None:
         if number in names:
             source.problem(uri, line, f"id {number} is class {name!r} here, but {names[number]!r} above")
         elif name in seen:
-            source.problem(uri, line, f"class {name!r} stands there twice; every class needs its own name")
+            source.problem(uri, line, f"class {name!r} is listed twice; every class needs its own name")
         names.setdefault(number, name)
         seen.add(name)
     if not names:
@@ -208,7 +211,7 @@ def class_names(source: Source, first: int = 0) -> tuple[str, ...] | None:
     return tuple(names[number] for number in sorted(names))
 
 
-def _line_names(source: Source, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
+def _line_names(source: ManifestSource, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
     lines = [(number, line) for number, raw in enumerate(text.split("\n"), 1) if (line := raw.strip())]
     first = [NUMBER_AND_NAME.fullmatch(line) for _, line in lines]
     last = [NAME_AND_NUMBER.fullmatch(line) for _, line in lines]
@@ -217,16 +220,16 @@ def _line_names(source: Source, uri: str, text: str) -> list[tuple[int | None, i
     if sum(map(bool, matches)) * 2 < len(lines):
         return [(line, None, written) for line, written in lines]
     found: list[tuple[int | None, int | None, str]] = []
-    for (place, written), match in zip(lines, matches, strict=True):
+    for (line_number, written), match in zip(lines, matches, strict=True):
         if match:
-            found.append((place, int(match[number]), match[name]))
-        elif place != lines[0][0] or not re.search("[,;]", written):  # a header
-            source.problem(uri, place, f"{written!r} has no id, as other classes here have; expected id and name")
+            found.append((line_number, int(match[number]), match[name]))
+        elif line_number != lines[0][0] or not re.search("[,;]", written):  # a header
+            source.problem(uri, line_number, f"{written!r} has no id, as other classes here have; expected id and name")
     return found
 
 
-def _json_names(source: Source, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
-    data = _json(source, uri, text)
+def _json_names(source: ManifestSource, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
+    data = _parse_json(source, uri, text)
     if isinstance(data, list) and all(isinstance(name, str) for name in data):
         return [(None, None, name) for name in data]
     if isinstance(data, dict) and all(INTEGER.fullmatch(str(number)) for number in data.values()):
@@ -234,30 +237,30 @@ def _json_names(source: Source, uri: str, text: str) -> list[tuple[int | None, i
     source.stop(uri, 1, 'expected a JSON object {"class": "id", ...} or a list of class names')
 
 
-def _json(source: Source, uri: str, text: str) -> Any:
+def _parse_json(source: ManifestSource, uri: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        _stop_at(source, uri, error)
+        _stop_at_json_error(source, uri, error)
     except RecursionError:
-        source.stop(uri, 1, "JSON nested too deeply; this is no list of classes")
+        source.stop(uri, 1, "the JSON is nested too deeply for a list of classes")
 
 
-def _stop_at(source: Source, uri: str, error: json.JSONDecodeError) -> NoReturn:
+def _stop_at_json_error(source: ManifestSource, uri: str, error: json.JSONDecodeError) -> NoReturn:
     source.stop(uri, error.lineno, f"malformed JSON in column {error.colno} ({error.msg}); download the file again")
 
 
 # csv ------------------------------------------------------------------------------------------------------------------
 
 
-def _csv(source: Source) -> Listing:
+def _csv(source: ManifestSource) -> Listing:
     """``path,label`` and optionally ``class``, and any columns to filter by; with a header."""
     text = read_text(source, source.path, "a CSV file")
-    header, lines = _table(source, text, ("path", "label"))
+    header, lines = _csv_table(source, text, ("path", "label"))
     path, label = header.index("path"), header.index("label")
     name = header.index("class") if "class" in header else None
     rows = [
-        Row(
+        ListingRow(
             source.path,
             line,
             cells[path],
@@ -270,10 +273,10 @@ def _csv(source: Source) -> Listing:
     return Listing(rows, storage.parent(source.path), header, class_names(source))
 
 
-def _table(
-    source: Source, text: str, needed: tuple[str, ...]
+def _csv_table(
+    source: ManifestSource, text: str, needed: tuple[str, ...]
 ) -> tuple[tuple[str, ...], list[tuple[int, tuple[str, ...]]]]:
-    """Header and numbered rows of a CSV file. Without a usable header nothing else can be checked."""
+    """Header and numbered rows of a CSV file. Stops if the header is unusable, because then no row can be checked."""
     header: tuple[str, ...] = ()
     rows: list[tuple[int, tuple[str, ...]]] = []
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -292,7 +295,7 @@ def _table(
                 source.problem(
                     file,
                     line,
-                    f"{len(cells)} values where the header has {len(header)}; quote values with commas",
+                    f"{len(cells)} values, but the header has {len(header)}; quote values with commas",
                 )
             line = reader.line_num + 1  # where the next row starts: a quoted value may span lines
     except csv.Error as error:
@@ -302,11 +305,11 @@ def _table(
     elif not rows and not source.problems:
         source.problem(file, line, "no rows; expected one line per video below the header")
     if not rows:
-        raise Stop
+        raise StopReading
     return header, rows
 
 
-def _check_header(source: Source, line: int, header: tuple[str, ...], needed: tuple[str, ...]) -> None:
+def _check_header(source: ManifestSource, line: int, header: tuple[str, ...], needed: tuple[str, ...]) -> None:
     missing = [name for name in needed if name not in header]
     if missing:
         found = ",".join(header)
@@ -322,43 +325,43 @@ def _check_header(source: Source, line: int, header: tuple[str, ...], needed: tu
 # folder ---------------------------------------------------------------------------------------------------------------
 
 
-def _folder(source: Source) -> Listing:
-    """A tree ``class/**/video``; other files and hidden ones are ignored. Of format images, ``class/**/image``."""
+def _folder(source: ManifestSource) -> Listing:
+    """A tree ``class/**/video``, or ``class/**/image`` for format images. Other and hidden files are ignored."""
     root = source.path
-    need(source, root, "folder", "a class-per-folder tree of videos")
+    require_kind(source, root, "folder", "a class-per-folder tree of videos")
     with source.reading(root):
         classes, strays = _remote_tree(root) if storage.is_remote(root) else _local_tree(root)
     pictures = source.format == "images" or (source.format == "auto" and _holds_images(classes))
     what, suffixes = ("image", PICTURE_SUFFIXES) if pictures else ("video", VIDEO_SUFFIXES)
     short = root.rstrip("/").rpartition("/")[2]
     for stray in strays:
-        if _is_file(stray, suffixes):
-            source.problem(storage.join(root, stray), None, f"lies in no class folder; move it to {short}/<class>/")
+        if _has_suffix(stray, suffixes):
+            source.problem(storage.join(root, stray), None, f"is not in a class folder; move it to {short}/<class>/")
     if not classes:
         parquet = any(stray.endswith(".parquet") for stray in strays)
         hint = "; for Parquet files set `format: parquet`" if parquet else ""
         source.problem(root, None, f"has no class folders; expected {short}/<class>/<{what}>{hint}")
     rows = []
     for name in sorted(classes):
-        files = sorted(path for path in classes[name] if _is_file(path, suffixes))
+        files = sorted(path for path in classes[name] if _has_suffix(path, suffixes))
         if not files:
-            other = not pictures and any(_is_file(path, PICTURE_SUFFIXES) for path in classes[name])
-            hint = "; where each picture is a sample, set `format: images`" if other else ""
+            other = not pictures and any(_has_suffix(path, PICTURE_SUFFIXES) for path in classes[name])
+            hint = "; if each picture is a sample, set `format: images`" if other else ""
             text = f"holds no {what}s ({' '.join(suffixes)}); add some or remove it{hint}"
             source.problem(storage.join(root, name), None, text)
-        rows += [Row(storage.join(root, name), None, path, name) for path in files]
+        rows += [ListingRow(storage.join(root, name), None, path, name) for path in files]
     return Listing(rows, root, classes=class_names(source), present=True, pictures=pictures)
 
 
 def _holds_images(classes: Mapping[str, list[str]]) -> bool:
-    """Whether a tree is surely one of images: no videos, and no pictures deeper down, which may be a video's frames."""
+    """Whether a tree certainly holds images: no videos, and no pictures deeper down, which may be frames of a video."""
     files = [path for paths in classes.values() for path in paths]
-    found = [path for path in files if _is_file(path, PICTURE_SUFFIXES)]
+    found = [path for path in files if _has_suffix(path, PICTURE_SUFFIXES)]
     return bool(found) and all(path.count("/") == 1 for path in found) and not any(map(_is_video, files))
 
 
 def _local_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
-    """The files below each subfolder, relative to the root, and the files beside them; both without hidden ones."""
+    """The files below each subfolder, relative to the root, and the files directly in the root; without hidden ones."""
     with os.scandir(root) as entries:
         shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     classes: dict[str, list[str]] = {}
@@ -390,22 +393,22 @@ def _remote_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
     return classes, sorted(strays)
 
 
-def _is_file(path: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file is of a kind, by its name, and not hidden."""
+def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file has one of the suffixes and is not hidden."""
     name = path.rpartition("/")[2]
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
 
 
 def _is_video(path: str) -> bool:
-    return _is_file(path, VIDEO_SUFFIXES)
+    return _has_suffix(path, VIDEO_SUFFIXES)
 
 
 # images ---------------------------------------------------------------------------------------------------------------
 
 
-def _images(source: Source) -> Listing:
+def _images(source: ManifestSource) -> Listing:
     """Images in place of videos: a tree ``class/**/image`` (ImageNet), Parquet files, or a CSV file."""
-    if kind(source, source.path) == "folder":
+    if path_kind(source, source.path) == "folder":
         inline = any(name.endswith(".parquet") for name in file_names(source, source.path))
         parser = _parquet if inline else _folder
     else:
@@ -418,22 +421,22 @@ def _images(source: Source) -> Listing:
 # parquet --------------------------------------------------------------------------------------------------------------
 
 
-def _parquet(source: Source) -> Listing:
-    """A Parquet file, or all of a folder.
+def _parquet(source: ManifestSource) -> Listing:
+    """A Parquet file, or all Parquet files of a folder.
 
-    Columns: ``uri`` (or ``path``), or the video's bytes in ``data``, which are not read here and win over a ``uri``;
-    ``label``, a number or a name; optionally ``class``, ``sample_id`` and others to filter by. Key ``classes`` of the
-    schema's metadata, a JSON list, names the classes; it wins over the column.
+    Columns: ``uri`` (or ``path``), or the video's bytes in ``data``, which are not read here and take precedence over
+    ``uri``; ``label``, a number or a name; optionally ``class``, ``sample_id`` and others to filter by. Key ``classes``
+    of the schema's metadata, a JSON list, names the classes and takes precedence over column ``class``.
     """
-    path, is_folder = source.path, kind(source, source.path) == "folder"
+    path, is_folder = source.path, path_kind(source, source.path) == "folder"
     if is_folder:
         files = [storage.join(path, name) for name in file_names(source, path) if name.endswith(".parquet")]
         if not files:
             source.stop(path, None, "holds no .parquet files; expected a Parquet file or a folder of them")
     else:
-        need(source, path, "file", "a Parquet file or a folder of them")
+        require_kind(source, path, "file", "a Parquet file or a folder of them")
         files = [path]
-    rows: list[Row] = []
+    rows: list[ListingRow] = []
     columns = tuple(source.where)
     named: dict[tuple[str, ...], str] = {}
     inline = []
@@ -449,19 +452,19 @@ def _parquet(source: Source) -> Listing:
                         named.setdefault(names, file)
     if len(named) > 1:
         first, second = list(named.values())[:2]
-        source.problem(second, None, f"names other classes in its metadata than {first}; use one list of classes")
+        source.problem(second, None, f"names other classes in its metadata than {first} does; use one list of classes")
     if not rows:
         if not source.problems:
-            source.problem(path, None, "has no rows; expected one row a video")
-        raise Stop
+            source.problem(path, None, "has no rows; expected one row per video")
+        raise StopReading
     classes = class_names(source) or next(iter(named), None)
     if classes and not source.classes:
         rows = [row._replace(name=None) for row in rows] if rows[0].name is not None else rows
     return Listing(rows, path if is_folder else storage.parent(path), columns, classes, present=all(inline))
 
 
-def _check_columns(source: Source, file: str, schema: pa.Schema) -> bool:
-    """Whether the columns can be read at all."""
+def _check_columns(source: ManifestSource, file: str, schema: pa.Schema) -> bool:
+    """Check names and types of the columns. Returns whether the rows can be read."""
     before = len(source.problems)
     names = schema.names
     found = ", ".join(names[:20])
@@ -478,7 +481,7 @@ def _check_columns(source: Source, file: str, schema: pa.Schema) -> bool:
             wanted = {"label": "integers or strings", storage.BYTES_COLUMN: "binary"}.get(name, "strings")
             source.problem(file, None, f"column {name} has type {type}; expected {wanted}")
     if storage.BYTES_COLUMN in names and not storage.parquet_row(f"{file}#0"):
-        text = "inline videos need a file name that ends in .parquet, without options behind it; rename the file, or"
+        text = "inline videos need a file name that ends in .parquet, without options after it; rename the file, or"
         source.problem(file, None, f"{text} give the options in the environment (AWS_ENDPOINT_URL, ...)")
     for column in source.where:
         if column not in names or column == storage.BYTES_COLUMN:
@@ -500,7 +503,9 @@ def _is_bytes(type: pa.DataType) -> bool:
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
 
 
-def _parquet_rows(source: Source, file: str, table: pq.ParquetFile, columns: tuple[str, ...]) -> Iterator[Row]:
+def _parquet_rows(
+    source: ManifestSource, file: str, table: pq.ParquetFile, columns: tuple[str, ...]
+) -> Iterator[ListingRow]:
     schema = table.schema_arrow
     inline = storage.BYTES_COLUMN in schema.names
     path = None if inline else "uri" if "uri" in schema.names else "path"
@@ -527,11 +532,11 @@ def _parquet_rows(source: Source, file: str, table: pq.ParquetFile, columns: tup
         label = "" if label is None else label
         if sample_id is None and "sample_id" in texts:
             source.problem(file, row, "sample_id is null; give it, or leave out the column")
-        yield Row(file, row, place or "", label, "" if sample_id is None else str(sample_id), name, None, value)
+        yield ListingRow(file, row, place or "", label, "" if sample_id is None else str(sample_id), name, None, value)
 
 
-def _check_bytes(source: Source, file: str, metadata: Any) -> None:
-    """Rows without a video, as far as the footer tells."""
+def _check_bytes(source: ManifestSource, file: str, metadata: Any) -> None:
+    """Report rows without a video, if the footer has statistics of nulls."""
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)
@@ -542,7 +547,7 @@ def _check_bytes(source: Source, file: str, metadata: Any) -> None:
                     source.problem(file, None, f"{nulls} rows of row group {group} have no data; leave them out")
 
 
-def _metadata_names(source: Source, file: str, metadata: Mapping[bytes, bytes]) -> list[tuple[str, ...]]:
+def _metadata_names(source: ManifestSource, file: str, metadata: Mapping[bytes, bytes]) -> list[tuple[str, ...]]:
     if b"classes" not in metadata:
         return []
     try:
@@ -560,16 +565,16 @@ def _metadata_names(source: Source, file: str, metadata: Mapping[bytes, bytes]) 
 # kinetics -------------------------------------------------------------------------------------------------------------
 
 
-def _kinetics(source: Source) -> Listing:
+def _kinetics(source: ManifestSource) -> Listing:
     """Kinetics-400, -600 and -700.
 
     The official CSV ``label,youtube_id,time_start,time_end,split[,is_cc]`` with header (Kay et al., arXiv:1705.06950;
-    the files of the CVDF mirror): ``<youtube_id>_<start:06d>_<end:06d>.mp4`` below the root, flat or in a folder with
-    the label's name (blanks may be underscores). Or lists as SlowFast and MMAction2 have them, ``path label`` or
-    ``path,label``, no header, labels from 0. A missing .mp4 is looked for as .mkv and .webm.
+    the files of the CVDF mirror): videos are ``<youtube_id>_<start:06d>_<end:06d>.mp4`` below the root, flat or in a
+    folder with the label's name (blanks may be underscores). Or the lists of SlowFast and MMAction2: ``path label`` or
+    ``path,label``, without header, labels from 0. If an .mp4 is missing, .mkv and .webm are tried.
     """
     expected = "a Kinetics list: the official CSV, or lines of path and label"
-    lines = lines_of(source, source.path, expected)
+    lines = read_lines(source, source.path, expected)
     number, first = lines[0]
     folder, classes = storage.parent(source.path), class_names(source)
     if {"youtube_id", "time_start"} & {cell.strip() for cell in first.split(",")}:
@@ -578,19 +583,20 @@ def _kinetics(source: Source) -> Listing:
     rows = []
     for number, line in lines:
         if match := PATH_AND_NUMBER.fullmatch(line):
-            rows.append(Row(source.path, number, unquoted(match[1]), int(match[2])))
+            rows.append(ListingRow(source.path, number, unquoted(match[1]), int(match[2])))
         elif "," in line:
             path, _, name = line.rpartition(",")
-            rows.append(Row(source.path, number, unquoted(path.strip()), unquoted(name.strip())))
+            rows.append(ListingRow(source.path, number, unquoted(path.strip()), unquoted(name.strip())))
         else:
-            source.problem(source.path, number, f"{_cut(line)!r} has no label; expected `path label` or `path,label`")
+            text = f"{_shorten(line)!r} has no label; expected `path label` or `path,label`"
+            source.problem(source.path, number, text)
     return Listing(rows, folder, classes=classes, others=_other_suffixes)
 
 
-def _official_kinetics(source: Source) -> tuple[list[Row], tuple[str, ...]]:
+def _official_kinetics(source: ManifestSource) -> tuple[list[ListingRow], tuple[str, ...]]:
     text = read_text(source, source.path, "a Kinetics list")
     needed = ("label", "youtube_id", "time_start", "time_end")
-    header, lines = _table(source, text, needed)
+    header, lines = _csv_table(source, text, needed)
     label, video, start, end = (header.index(name) for name in needed)
     rows = []
     for line, cells in lines:
@@ -601,37 +607,38 @@ def _official_kinetics(source: Source) -> tuple[list[Row], tuple[str, ...]]:
             source.problem(source.path, line, text)
             continue
         clip = f"{cells[video]}_{times[0]:06d}_{times[1]:06d}"
-        rows.append(Row(source.path, line, f"{clip}.mp4" if cells[video] else "", cells[label], clip, values=cells))
+        path = f"{clip}.mp4" if cells[video] else ""
+        rows.append(ListingRow(source.path, line, path, cells[label], clip, values=cells))
     return rows, header
 
 
-def _official_places(row: Row) -> list[str]:
+def _official_places(row: ListingRow) -> list[str]:
     name = str(row.label)
     flat = [row.path, f"{name}/{row.path}", f"{name.replace(' ', '_')}/{row.path}"]
     return [*flat[1:], *(path.removesuffix(".mp4") + suffix for suffix in (".mkv", ".webm") for path in flat)]
 
 
-def _other_suffixes(row: Row) -> list[str]:
+def _other_suffixes(row: ListingRow) -> list[str]:
     stem, suffix = os.path.splitext(row.path)
     return [stem + other for other in (".mkv", ".webm")] if suffix == ".mp4" else []
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= 80 else text[:80] + "..."
 
 
 # Something-Something --------------------------------------------------------------------------------------------------
 
 
-def _ssv1(source: Source) -> Listing:
+def _ssv1(source: ManifestSource) -> Listing:
     """Something-Something V1 (Goyal et al., arXiv:1706.04261), published as folders of JPEG images.
 
-    Lists of ``folder frames label`` as TSN and TSM make them, or the official ``id;label text``, whose images are
-    counted. ``classes`` is something-something-v1-labels.csv, one name a line (TSM: category.txt). TSM's lists of
-    other data sets cut into images, V2 too, read the same.
+    The list has lines ``folder frames label``, as TSN and TSM write them, or the official ``id;label text``, whose
+    images are counted. ``classes`` is something-something-v1-labels.csv, one name per line (TSM: category.txt). TSM's
+    lists of other data sets that were extracted into images, V2 too, have the same format.
     """
     expected = "lines of `folder frames label`, or the official `id;label`"
-    lines = lines_of(source, source.path, expected)
+    lines = read_lines(source, source.path, expected)
     file, rows = source.path, []
     if official := ";" in lines[0][1]:
         if source.classes is None:
@@ -642,25 +649,25 @@ def _ssv1(source: Source) -> Listing:
         if official:
             folder, separator, text = (part.strip() for part in line.partition(";"))
             if separator and text:
-                rows.append(Row(file, number, folder, unquoted(text)))
+                rows.append(ListingRow(file, number, folder, unquoted(text)))
                 continue
         else:
             parts = line.rsplit(maxsplit=2)
             if len(parts) == 3 and INTEGER.fullmatch(parts[1]) and INTEGER.fullmatch(parts[2]):
-                rows.append(Row(file, number, parts[0], int(parts[2]), frames=int(parts[1])))
+                rows.append(ListingRow(file, number, parts[0], int(parts[2]), frames=int(parts[1])))
                 if int(parts[1]) < 1:
                     source.problem(file, number, f"{parts[1]} frames; a video has at least one")
                 continue
         hint = "; the test list has no labels, use the train or validation list" if INTEGER.fullmatch(line) else ""
-        source.problem(file, number, f"{_cut(line)!r} is malformed; expected {expected}{hint}")
+        source.problem(file, number, f"{_shorten(line)!r} is malformed; expected {expected}{hint}")
     return Listing(rows, storage.parent(file), classes=class_names(source), images=True)
 
 
-def _ssv2(source: Source) -> Listing:
+def _ssv2(source: ManifestSource) -> Listing:
     """Something-Something V2 (Goyal et al., arXiv:1706.04261; something-something-v2-train.json or labels/train.json).
 
-    A list of objects ``{"id", "label", "template", "placeholders"}``. The class is the template without brackets, its
-    number stands in ``classes``, something-something-v2-labels.json or labels/labels.json. Videos are ``<id>.webm``.
+    A list of objects ``{"id", "label", "template", "placeholders"}``. The class is the template without brackets; its
+    number is in ``classes``, something-something-v2-labels.json or labels/labels.json. Videos are ``<id>.webm``.
     """
     file = source.path
     text = read_text(source, file, "a JSON list of videos")
@@ -684,22 +691,22 @@ def _ssv2(source: Source) -> Listing:
             sample, template = str(sample).strip(), item["template"]
             name = template.replace("[", "").replace("]", "")
             values = (sample, str(item.get("label", "")), template)
-            rows.append(Row(file, line, f"{sample}.webm", name, sample, values=values))
+            rows.append(ListingRow(file, line, f"{sample}.webm", name, sample, values=values))
     if without and not rows:
         source.stop(
             file, without[0], "the videos have no template: the test list has no labels, use train or validation"
         )
     for line in without:
-        source.problem(file, line, 'the video has no "template", which tells its class')
+        source.problem(file, line, 'the video has no "template", which names its class')
     if not rows and not source.problems:
         source.problem(file, 1, "the list is empty; expected objects with id and template")
     columns = ("id", "label", "template")
-    others: Callable[[Row], list[str]] = lambda row: [row.path.removesuffix(".webm") + ".mp4"]  # noqa: E731
+    others: Callable[[ListingRow], list[str]] = lambda row: [row.path.removesuffix(".webm") + ".mp4"]  # noqa: E731
     return Listing(rows, storage.parent(file), columns, classes, others=others)
 
 
-def _json_items(source: Source, text: str) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON list, one at a time, with the line where each begins."""
+def _json_items(source: ManifestSource, text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the items of a JSON list, each with the line where it begins."""
 
     def skip(position: int) -> int:
         match = SPACE.match(text, position)
@@ -722,29 +729,30 @@ def _json_items(source: Source, text: str) -> Iterator[tuple[int, Any]]:
         if skip(position + 1) < len(text):
             raise json.JSONDecodeError("Extra data", text, skip(position + 1))
     except json.JSONDecodeError as error:
-        _stop_at(source, source.path, error)
+        _stop_at_json_error(source, source.path, error)
     except RecursionError:
-        source.stop(source.path, line, "JSON nested too deeply; this is no list of videos")
+        source.stop(source.path, line, "the JSON is nested too deeply for a list of videos")
 
 
-def _need_classes(source: Source, what: str) -> NoReturn:
+def _need_classes(source: ManifestSource, what: str) -> NoReturn:
     source.stop(source.path, None, f"format {source.format} needs the file of class names (`classes`): {what}")
 
 
 # UCF101 and HMDB51 ----------------------------------------------------------------------------------------------------
 
 
-def _ucf101(source: Source) -> Listing:
+def _ucf101(source: ManifestSource) -> Listing:
     """UCF101 (Soomro et al., arXiv:1212.0402; UCF101TrainTestSplits-RecognitionTask.zip).
 
-    ``trainlist01.txt`` has ``class/video.avi label``, labels from 1; ``testlist01.txt`` the path alone, whose folder is
-    the class. ``classes`` is classInd.txt, ``1 ApplyEyeMakeup``; left out, it is looked for beside the list.
+    ``trainlist01.txt`` has ``class/video.avi label``, labels from 1. ``testlist01.txt`` has the path alone, whose
+    folder is the class. ``classes`` is classInd.txt, with lines ``1 ApplyEyeMakeup``; by default the one next to the
+    list is used.
     """
     file = source.path
-    lines = lines_of(source, file, "lines of `class/video.avi label`")
+    lines = read_lines(source, file, "lines of `class/video.avi label`")
     if source.classes is None:
-        beside = storage.join(storage.parent(file), "classInd.txt")
-        source.classes = beside if kind(source, beside) == "file" else None
+        neighbour = storage.join(storage.parent(file), "classInd.txt")
+        source.classes = neighbour if path_kind(source, neighbour) == "file" else None
     classes = class_names(source, first=1)
     rows = []
     for number, line in lines:
@@ -753,26 +761,26 @@ def _ucf101(source: Source) -> Listing:
         folder = path.rpartition("/")[0].rpartition("/")[2]
         if match:
             name = folder if folder and (classes is None or folder in classes) else None
-            rows.append(Row(file, number, path, int(match[2]), name=name))
+            rows.append(ListingRow(file, number, path, int(match[2]), name=name))
         elif folder:
-            rows.append(Row(file, number, path, folder))
+            rows.append(ListingRow(file, number, path, folder))
         else:
-            source.problem(file, number, f"{_cut(line)!r} has neither label nor folder; expected class/video.avi")
+            source.problem(file, number, f"{_shorten(line)!r} has neither label nor folder; expected class/video.avi")
     if classes is None:
-        if any(isinstance(row.label, str) for row in rows):  # sorted names are not the order of classInd.txt
-            _need_classes(source, "classInd.txt, from UCF101TrainTestSplits-RecognitionTask.zip, beside the list")
+        if any(isinstance(row.label, str) for row in rows):  # ids of classInd.txt do not follow sorted names
+            _need_classes(source, "classInd.txt, from UCF101TrainTestSplits-RecognitionTask.zip, next to the list")
         rows = rows if all(row.name for row in rows) else [row._replace(name=None) for row in rows]
     return Listing(rows, storage.parent(file), classes=classes, first_label=1)
 
 
-def _hmdb51(source: Source) -> Listing:
+def _hmdb51(source: ManifestSource) -> Listing:
     """HMDB51 (Kuehne et al., ICCV 2011; test_train_splits.rar).
 
     A folder of ``<class>_test_split<k>.txt`` with lines ``video.avi 1``: 1 is for training, 2 for testing, 0 unused.
-    ``where`` tells ``split`` (1, 2, 3) and ``subset`` (train, test). Videos are ``<class>/video.avi``.
+    ``where`` chooses ``split`` (1, 2, 3) and ``subset`` (train, test). Videos are ``<class>/video.avi``.
     """
     folder = source.path
-    need(source, folder, "folder", "HMDB51's test_train_splits, with <class>_test_split<k>.txt")
+    require_kind(source, folder, "folder", "HMDB51's test_train_splits, with <class>_test_split<k>.txt")
     files = [(match, name) for name in file_names(source, folder) if (match := HMDB_FILE.fullmatch(name))]
     if not files:
         source.stop(folder, None, "holds no <class>_test_split<k>.txt; expected HMDB51's test_train_splits")
@@ -787,17 +795,17 @@ def _hmdb51(source: Source) -> Listing:
         if match[2] != split:
             continue
         file = storage.join(folder, name)
-        for number, line in lines_of(source, file, "lines of `video.avi 1`"):
+        for number, line in read_lines(source, file, "lines of `video.avi 1`"):
             entry = PATH_AND_NUMBER.fullmatch(line)
             if not entry or entry[2] not in HMDB_SUBSETS:
-                source.problem(file, number, f"{_cut(line)!r} is malformed; expected `video.avi 1`, with 0, 1 or 2")
+                source.problem(file, number, f"{_shorten(line)!r} is malformed; expected `video.avi 1`, with 0, 1 or 2")
                 continue
             path = f"{match[1]}/{entry[1]}"
-            rows.append(Row(file, number, path, match[1], values=(split, HMDB_SUBSETS[entry[2]])))
+            rows.append(ListingRow(file, number, path, match[1], values=(split, HMDB_SUBSETS[entry[2]])))
     return Listing(rows, folder, ("split", "subset"), class_names(source))
 
 
-PARSERS: dict[str, Callable[[Source], Listing]] = {
+PARSERS: dict[str, Callable[[ManifestSource], Listing]] = {
     "csv": _csv,
     "folder": _folder,
     "images": _images,
@@ -808,4 +816,4 @@ PARSERS: dict[str, Callable[[Source], Listing]] = {
     "ucf101": _ucf101,
     "hmdb51": _hmdb51,
 }
-FORMATS: Iterable[str] = ("auto", *PARSERS)
+MANIFEST_FORMATS: Iterable[str] = ("auto", *PARSERS)

@@ -1,7 +1,7 @@
-"""The list of a split's videos, in any of the common formats, becomes checked rows and class names.
+"""Manifests: checked rows and class names of a split, from a list in any of the common formats.
 
-``posmlp.video.formats`` knows what the lines of each format mean; what must hold for all of them is checked here.
-Lists and videos may be local or on an object store (``posmlp.storage``).
+``posmlp.video.formats`` parses the lines of each format. The checks here are the same for all formats. Lists and videos
+may be local or in an object store (``posmlp.storage``).
 """
 
 import difflib
@@ -20,14 +20,23 @@ import pyarrow.parquet as pq
 from posmlp import storage
 from posmlp.config import DataSection
 from posmlp.errors import UserError
-from posmlp.video.formats import FORMATS, PARSERS, VIDEO_SUFFIXES, Listing, Row, Source, Stop, kind
+from posmlp.video.formats import (
+    MANIFEST_FORMATS,
+    PARSERS,
+    VIDEO_SUFFIXES,
+    Listing,
+    ListingRow,
+    ManifestSource,
+    StopReading,
+    path_kind,
+)
 
 __all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest", "read_split"]
 
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())],
 )
-SHOWN = 20  # problems that a message lists
+MAX_PROBLEMS_SHOWN = 20  # in a message
 TEMPLATE = re.compile(r"([^{}/]*)\{0?(?::0?[0-9]*d?)?\}([^{}/]*)")  # one number, as in img_{:05d}.jpg
 
 
@@ -37,11 +46,12 @@ class Manifest:
 
     Attributes:
         rows: columns ``sample_id: string`` (unique), ``uri: string`` (absolute path or URI), ``label: int32`` and
-            ``frames: int32``. A frame folder's ``uri`` ends in the template of its images' names, as in
-            ``/videos/12345/{:05d}.jpg``; there ``frames`` is their number, counted from 1. An image is such a template
-            without a number (a brace in its name is doubled), and has 1 frame. It is null for a video file.
-        classes: the name of each label, over the whole data set and not only over ``rows``.
-        root: the folder that all videos lie in.
+            ``frames: int32``. For a video file ``frames`` is null. For a frame folder the ``uri`` ends in the template
+            of its images' names, such as ``/videos/12345/{:05d}.jpg``, whose numbers count from 1, and ``frames`` is
+            the number of images. A single image is such a template without a number (a brace in its name is doubled),
+            with 1 frame.
+        classes: the name of each label, for the whole data set and not only for ``rows``.
+        root: the folder that holds all videos.
     """
 
     rows: pa.Table
@@ -50,10 +60,10 @@ class Manifest:
 
 
 class ManifestError(UserError):
-    """A manifest that cannot be used. The message counts every problem and lists the first ones.
+    """A manifest that cannot be used. The message has the number of problems and lists the first ones.
 
     Attributes:
-        problems: every problem, one line each, with file and line number.
+        problems: all problems, one line each, with file and line number.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -62,9 +72,9 @@ class ManifestError(UserError):
 
     def __str__(self) -> str:
         count = len(self.problems)
-        lines = [f"{count} problem{'s' * (count > 1)} in the manifest:", *self.problems[:SHOWN]]
-        if count > SHOWN:
-            lines.append(f"... and {count - SHOWN} more")
+        lines = [f"{count} problem{'s' * (count > 1)} in the manifest:", *self.problems[:MAX_PROBLEMS_SHOWN]]
+        if count > MAX_PROBLEMS_SHOWN:
+            lines.append(f"... and {count - MAX_PROBLEMS_SHOWN} more")
         return "\n  ".join(lines)
 
 
@@ -81,64 +91,65 @@ def read_manifest(
     """Read and check the videos of a split.
 
     A **csv** file (UTF-8, comma-separated, with header) has the columns ``path`` and ``label``, optionally ``class``,
-    and any others to filter by. A path as written is the ``sample_id``. Labels are integers from 0 without gaps, or,
-    when no label is an integer, class names, which get ids in sorted order. ``class`` names the labels. Classes come
-    from the whole file, so splits filtered from one file agree; that a video exists is checked for the rows kept.
+    and any others to filter by. The path as written is the ``sample_id``. Labels are integers from 0 without gaps, or,
+    if no label is an integer, class names, which get ids in sorted order. ``class`` names the labels. Classes come from
+    the whole file, so splits that are filtered from one file agree. Only kept rows are checked for missing videos.
 
-    A **folder** is a tree ``class/**/video``; class names are sorted, the path below the folder is the ``sample_id``.
-    Other files and hidden ones are ignored; links to folders inside a class folder are not followed.
+    A **folder** is a tree ``class/**/video``. Class names get ids in sorted order; the path below the folder is the
+    ``sample_id``. Other files and hidden ones are ignored. Links to folders inside a class folder are not followed.
 
-    A **parquet** file, or a folder of them, has a row a video: its ``uri``, or its bytes. **images** reads the three of
-    images in place of videos; ``auto`` takes a tree ``class/image`` without videos for one too. **kinetics**,
-    **ssv1**, **ssv2**, **ucf101** and **hmdb51** read the lists that these data sets are published with.
-    ``formats.PARSERS`` has a function for each, which describes it.
+    A **parquet** file, or a folder of them, has one row per video: its ``uri``, or its bytes. **images** reads any of
+    these three with images instead of videos; ``auto`` also recognises a tree ``class/image`` without videos.
+    **kinetics**, **ssv1**, **ssv2**, **ucf101** and **hmdb51** read the lists that these data sets are published with.
+    Each format is described by its function in ``formats.PARSERS``.
 
     Args:
         path: the list's file, or the folder.
         where: keep the rows whose columns have these values.
-        format: one of those above; ``auto``: a folder, a Parquet file by its suffix ``.parquet``, otherwise CSV.
-        root: what the paths in the list are relative to, and where all videos must lie, as lists may come from others;
-            None: the list's folder.
-        classes: a file that names the classes, for any format: one name a line, lines of id and name, or JSON.
-            Numbers refer to it, names get their ids from it.
+        format: one of the formats above. ``auto``: a folder, a Parquet file (suffix ``.parquet``), otherwise CSV.
+        root: the folder that the paths in the list are relative to. It must hold all videos, because lists may come
+            from other people. None: the list's folder.
+        classes: a file that names the classes, for any format: one name per line, lines of id and name, or JSON.
+            Numeric labels refer to it, named labels get their ids from it.
         template: the names of a frame folder's images; ssv1 only.
-        missing_ok: take rows whose video does not exist too.
+        missing_ok: also keep rows whose video does not exist.
 
     Raises:
-        ManifestError: lists everything that is wrong.
-        StorageError: there is a password in a URI.
+        ManifestError: lists all problems.
+        StorageError: a URI has a password.
     """
-    source = Source(
-        _location(path),
+    source = ManifestSource(
+        _absolute(path),
         {column: str(value) for column, value in where.items()},
-        None if root is None else _location(root),
-        None if classes is None else _location(classes),
+        None if root is None else _absolute(root),
+        None if classes is None else _absolute(classes),
         template,
         format,
         missing_ok,
     )
     try:
-        manifest = _read(source)
+        manifest = _build_manifest(source)
         source.stop_if_bad()
-    except Stop:
+    except StopReading:
         raise ManifestError(_sorted_problems(source)) from None
     return manifest
 
 
-def _location(path: str | Path) -> str:
+def _absolute(path: str | Path) -> str:
+    """Absolute path or URI; refuses a password."""
     uri = str(path)
     storage.refuse_password(uri)
     return uri if storage.is_remote(uri) else storage.local_path(uri)
 
 
-def _sorted_problems(source: Source) -> list[str]:
-    """By file as they came, then by line; a stable sort keeps the order inside a line."""
+def _sorted_problems(source: ManifestSource) -> list[str]:
+    """The problems as lines of text: by file in order of first use, then by line, then in the order found."""
     files = {file: i for i, file in enumerate(dict.fromkeys([source.path, *(file for file, _, _ in source.problems)]))}
     ordered = sorted(source.problems, key=lambda problem: (files[problem[0]], -1 if problem[1] is None else problem[1]))
-    return [f"{_printable(_place(file, line))}: {_printable(text)}" for file, line, text in ordered]
+    return [f"{_printable(_file_and_line(file, line))}: {_printable(text)}" for file, line, text in ordered]
 
 
-def _place(file: str, line: int | None) -> str:
+def _file_and_line(file: str, line: int | None) -> str:
     return file if line is None else f"{file}{'#' if file.endswith('.parquet') else ':'}{line}"
 
 
@@ -154,27 +165,27 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _read(source: Source) -> Manifest:
-    listing = PARSERS[_format(source)](source)
+def _build_manifest(source: ManifestSource) -> Manifest:
+    listing = PARSERS[_choose_format(source)](source)
     if not listing.rows:
-        raise Stop
+        raise StopReading
     if source.root and not storage.is_remote(source.root) and not os.path.isdir(source.root):
         source.stop(
             source.root, None, "no such folder; `root` must be the folder that the list's paths are relative to"
         )
-    labels, classes = _labels(source, listing)
-    kept = _keep(source, listing)
+    labels, classes = _assign_labels(source, listing)
+    kept = _filter_rows(source, listing)
     rows = [listing.rows[i] for i in kept]
     folder = source.root or listing.folder
-    uris = _uris(source, listing, folder)
+    uris = _check_paths(source, listing, folder)
     uris = [uris[i] for i in kept]
     frames: list[int | None] = [None] * len(kept)
     if listing.images:
-        uris, frames = _images(source, rows, uris)
+        uris, frames = _frame_folders(source, rows, uris)
     elif not listing.present:
-        uris = _existing(source, listing, rows, uris, folder)
+        uris = _find_videos(source, listing, rows, uris, folder)
     if listing.pictures:
-        uris, frames = [_escaped(uri) for uri in uris], [1] * len(uris)
+        uris, frames = [_escape_braces(uri) for uri in uris], [1] * len(uris)
     source.stop_if_bad()
     columns = {
         "sample_id": [row.sample_id or row.path for row in rows],
@@ -185,16 +196,18 @@ def _read(source: Source) -> Manifest:
     return Manifest(pa.table(columns, schema=SCHEMA), classes, folder)
 
 
-def _format(source: Source) -> str:
-    if source.format not in FORMATS:
-        close = difflib.get_close_matches(source.format, list(FORMATS), n=1)
+def _choose_format(source: ManifestSource) -> str:
+    if source.format not in MANIFEST_FORMATS:
+        close = difflib.get_close_matches(source.format, list(MANIFEST_FORMATS), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        source.stop(source.path, None, f"unknown format {source.format!r}{hint}; it is one of {', '.join(FORMATS)}")
+        source.stop(
+            source.path, None, f"unknown format {source.format!r}{hint}; expected one of {', '.join(MANIFEST_FORMATS)}"
+        )
     if source.format == "ssv1":
         _check_template(source)
     if source.format != "auto":
         return source.format
-    found = kind(source, source.path)
+    found = path_kind(source, source.path)
     if not found:
         expected = "expected a CSV or Parquet file or a class-per-folder tree of videos"
         source.stop(source.path, None, f"no such file or folder; {expected}")
@@ -205,8 +218,8 @@ def _format(source: Source) -> str:
 # Labels ---------------------------------------------------------------------------------------------------------------
 
 
-def _labels(source: Source, listing: Listing) -> tuple[list[int], tuple[str, ...]]:
-    """The label of each row and the name of each label; meaningless once there are problems."""
+def _assign_labels(source: ManifestSource, listing: Listing) -> tuple[list[int], tuple[str, ...]]:
+    """The label of each row and the name of each label. Meaningless if there are problems."""
     before = len(source.problems)
     for row in listing.rows:
         if row.label == "":
@@ -226,7 +239,7 @@ def _labels(source: Source, listing: Listing) -> tuple[list[int], tuple[str, ...
                 source.problem(row.file, row.line, _too_small(row, first))
         used = {label for label in labels if label >= 0}
         gaps = list(islice((i for i in range(max(used, default=0)) if i not in used), 11))
-        if gaps and len(source.problems) == before:  # a misread label would look like a gap
+        if gaps and len(source.problems) == before:  # an unreadable label would look like a gap
             listed = ", ".join(str(i + first) for i in gaps[:10]) + (", ..." if len(gaps) > 10 else "")
             text = f"no row has label {listed}, yet labels go up to {max(used) + first}"
             hint = f"number them {first}, {first + 1}, {first + 2}, ..., or name all classes in a file (`classes`)"
@@ -243,12 +256,12 @@ def _first_line(file: str) -> int | None:
     return None if file.endswith(".parquet") else 1
 
 
-def _too_small(row: Row, first: int) -> str:
+def _too_small(row: ListingRow, first: int) -> str:
     return f"label {row.label} is {'negative' if not first else 'too small'}; labels count from {first}"
 
 
-def _named_labels(source: Source, listing: Listing, classes: tuple[str, ...]) -> list[int]:
-    """Labels where the classes are known beforehand."""
+def _named_labels(source: ManifestSource, listing: Listing, classes: tuple[str, ...]) -> list[int]:
+    """Labels, if the class names are given."""
     ids = {name: i for i, name in enumerate(classes)}
     first, where = listing.first_label, source.classes or "the file's metadata"
     labels, hints = [], dict[str, str]()
@@ -259,7 +272,7 @@ def _named_labels(source: Source, listing: Listing, classes: tuple[str, ...]) ->
             continue
         if isinstance(row.label, str):
             if label < 0:
-                if row.label not in hints and len(hints) < SHOWN:  # a comparison with every class is slow
+                if row.label not in hints and len(hints) < MAX_PROBLEMS_SHOWN:  # comparing with every class is slow
                     close = difflib.get_close_matches(row.label, classes, n=1)
                     hints[row.label] = f" (did you mean {close[0]!r}?)" if close else ""
                 text = f"class {row.label!r} is not in {where}{hints.get(row.label, '')}; correct one of the two"
@@ -276,34 +289,35 @@ def _named_labels(source: Source, listing: Listing, classes: tuple[str, ...]) ->
     return labels
 
 
-def _check_names(source: Source, rows: Sequence[Row], labels: list[int]) -> None:
-    """One name per label and one label per name."""
-    name_of: dict[int, tuple[str, Row]] = {}
-    label_of: dict[str, tuple[int, Row]] = {}
+def _check_names(source: ManifestSource, rows: Sequence[ListingRow], labels: list[int]) -> None:
+    """Check that each label has one name and each name one label."""
+    name_of: dict[int, tuple[str, ListingRow]] = {}
+    label_of: dict[str, tuple[int, ListingRow]] = {}
     for row, label in zip(rows, labels, strict=True):
         if not row.name or label < 0:
             continue
         known, first = name_of.setdefault(label, (row.name, row))
         if known != row.name:
-            text = f"label {row.label} is class {row.name!r} here, but {known!r} in {_there(first, row)}"
+            text = f"label {row.label} is class {row.name!r} here, but {known!r} in {_describe_line(first, row)}"
             source.problem(row.file, row.line, text)
         other, first = label_of.setdefault(row.name, (label, row))
         if other != label:
-            text = f"class {row.name!r} has label {row.label} here, but another in {_there(first, row)}"
+            text = f"class {row.name!r} has label {row.label} here, but another in {_describe_line(first, row)}"
             source.problem(row.file, row.line, text)
 
 
-def _there(row: Row, seen_from: Row) -> str:
+def _describe_line(row: ListingRow, seen_from: ListingRow) -> str:
+    """``line 3``, or file and line if the row is in another file than ``seen_from``."""
     if row.file != seen_from.file:
-        return _place(row.file, row.line)
+        return _file_and_line(row.file, row.line)
     return f"{'row' if row.file.endswith('.parquet') else 'line'} {row.line}"
 
 
 # Filter ---------------------------------------------------------------------------------------------------------------
 
 
-def _keep(source: Source, listing: Listing) -> list[int]:
-    """The rows that ``where`` leaves."""
+def _filter_rows(source: ManifestSource, listing: Listing) -> list[int]:
+    """The indices of the rows that match ``where``."""
     where, columns, rows = source.where, listing.columns, listing.rows
     if where and not columns:
         text = f"this list has no columns to filter by, as a CSV file has; remove `where` ({', '.join(where)})"
@@ -316,24 +330,25 @@ def _keep(source: Source, listing: Listing) -> list[int]:
     kept = [i for i, row in enumerate(rows) if all(row.values[column] == value for column, value in wanted)]
     if where and not kept and len(wanted) == len(where):
         query = " and ".join(f"{column}={value}" for column, value in where.items())
-        there = "; ".join(f"{columns[i]} is {_some({row.values[i] for row in rows})}" for i, _ in wanted)
+        present = "; ".join(f"{columns[i]} is {_list_values({row.values[i] for row in rows})}" for i, _ in wanted)
         line = None if rows[0].file != source.path else _first_line(source.path)
-        source.problem(source.path, line, f"no row has {query} (`where`); in the file {there}")
+        source.problem(source.path, line, f"no row has {query} (`where`); in the file {present}")
     return kept
 
 
-def _some(values: set[str]) -> str:
+def _list_values(values: set[str]) -> str:
+    """The first ten values."""
     return ", ".join(sorted(values)[:10]) + (", ..." if len(values) > 10 else "")
 
 
 # Videos ---------------------------------------------------------------------------------------------------------------
 
 
-def _uris(source: Source, listing: Listing, folder: str) -> list[str]:
-    """Where each row's video should be, empty if unusable; a video and a ``sample_id`` may stand there only once."""
+def _check_paths(source: ManifestSource, listing: Listing, folder: str) -> list[str]:
+    """The URI of each row's video, empty if the path is unusable. A video and a ``sample_id`` may occur only once."""
     uris: list[str] = []
-    videos: dict[str, Row] = {}
-    samples: dict[str, Row] = {}
+    videos: dict[str, ListingRow] = {}
+    samples: dict[str, ListingRow] = {}
     for row in listing.rows:
         uri = storage.join(folder, row.path) if row.path else ""
         sample = row.sample_id or row.path
@@ -346,44 +361,46 @@ def _uris(source: Source, listing: Listing, folder: str) -> list[str]:
             source.problem(row.file, row.line, f"{text}; rename the video")
             uri = ""
         elif not storage.is_inside(uri, folder):
-            text = f"path {storage.without_password(row.path)!r} leaves {folder}, where the list's videos must lie"
+            text = f"path {storage.without_password(row.path)!r} is outside {folder}, which must hold all listed videos"
             source.problem(row.file, row.line, f"{text}; correct it, or set `root` to a folder that holds them all")
             uri = ""
         elif (first := videos.setdefault(uri, row)) is not row:
-            text = f"path {row.path!r} stands in {_there(first, row)} already; keep one of the two"
+            text = f"path {row.path!r} is already in {_describe_line(first, row)}; keep one of the two"
             source.problem(row.file, row.line, text)
         elif (first := samples.setdefault(sample, row)) is not row:
-            text = f"sample_id {sample!r} stands in {_there(first, row)} already; give each video its own"
+            text = f"sample_id {sample!r} is already in {_describe_line(first, row)}; give each video its own"
             source.problem(row.file, row.line, text)
         uris.append(uri)
     return uris
 
 
-def _are_files(source: Source, uris: Sequence[str]) -> list[bool]:
-    first = next((uri for uri in uris if storage.is_remote(uri)), source.path)  # what a store's failure is told of
+def _are_files(source: ManifestSource, uris: Sequence[str]) -> list[bool]:
+    first = next((uri for uri in uris if storage.is_remote(uri)), source.path)  # named in an error of the store
     with source.reading(first):
         found = storage.are_files(uris)
     return found
 
 
-def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str], folder: str) -> list[str]:
-    """The place where each video was found; those nowhere are problems."""
+def _find_videos(
+    source: ManifestSource, listing: Listing, rows: list[ListingRow], uris: list[str], folder: str
+) -> list[str]:
+    """The URI where each video was found. Each missing video is a problem."""
     wanted = [i for i, uri in enumerate(uris) if uri]
     found = _are_files(source, [uris[i] for i in wanted])
-    missing = [i for i, there in zip(wanted, found, strict=True) if not there]
+    missing = [i for i, exists in zip(wanted, found, strict=True) if not exists]
     uris = list(uris)
     tried = 0
     while missing and listing.others:
-        places = {
+        candidates = {
             i: storage.join(folder, others[tried]) for i in missing if tried < len(others := listing.others(rows[i]))
         }
-        if not places:
+        if not candidates:
             break
-        places = {i: place for i, place in places.items() if storage.is_inside(place, folder)}
-        for (i, place), there in zip(places.items(), _are_files(source, list(places.values())), strict=True):
-            if there:
-                uris[i] = place
-        missing = [i for i in missing if uris[i] != places.get(i)]
+        candidates = {i: uri for i, uri in candidates.items() if storage.is_inside(uri, folder)}
+        for (i, uri), exists in zip(candidates.items(), _are_files(source, list(candidates.values())), strict=True):
+            if exists:
+                uris[i] = uri
+        missing = [i for i in missing if uris[i] != candidates.get(i)]
         tried += 1
     base = f"the paths are relative to {folder}" if source.root else "paths are relative to the manifest's folder"
     base += "; `posmlp data check` writes a list of the good videos"
@@ -398,8 +415,8 @@ def _existing(source: Source, listing: Listing, rows: list[Row], uris: list[str]
     return uris
 
 
-def _check_parquet_rows(source: Source, rows: list[Row], uris: list[str]) -> None:
-    """That ``FILE.parquet#ROW`` is inside the file, which must have videos."""
+def _check_parquet_rows(source: ManifestSource, rows: list[ListingRow], uris: list[str]) -> None:
+    """Check that the row of ``FILE.parquet#ROW`` exists and that the file holds videos."""
     counts: dict[str, int] = {}
     for row, uri in zip(rows, uris, strict=True):
         if not (inside := ".parquet#" in uri and storage.parquet_row(uri)):
@@ -422,38 +439,40 @@ def _check_parquet_rows(source: Source, rows: list[Row], uris: list[str]) -> Non
 # Frame folders --------------------------------------------------------------------------------------------------------
 
 
-def _check_template(source: Source) -> None:
+def _check_template(source: ManifestSource) -> None:
     if not TEMPLATE.fullmatch(source.template):
-        text = f"unknown `template` {source.template!r}; expected a file name with one number, as {{:05d}}.jpg"
+        text = f"unknown `template` {source.template!r}; expected a file name with one number, such as {{:05d}}.jpg"
         source.problem(source.path, None, f"{text} or img_{{:05d}}.jpg")
 
 
-def _images(source: Source, rows: list[Row], folders: list[str]) -> tuple[list[str], list[int | None]]:
-    """URIs with template, and how many images there are: as listed, if the first and last exist, or counted."""
+def _frame_folders(
+    source: ManifestSource, rows: list[ListingRow], folders: list[str]
+) -> tuple[list[str], list[int | None]]:
+    """URIs with the template, and the number of images: as listed (the first and last must exist), or counted."""
     if not TEMPLATE.fullmatch(source.template):
         return folders, [None] * len(rows)
     frames = [row.frames for row in rows]
     wanted = []
     for i, (row, folder) in enumerate(zip(rows, folders, strict=True)):
         if folder and row.frames is None:
-            frames[i] = _count(source, row, folder)
+            frames[i] = _count_images(source, row, folder)
         elif folder and row.frames and row.frames > 0:
             wanted += [(row, storage.join(folder, source.template.format(n))) for n in {1: 0, row.frames: 0}]
     found = _are_files(source, [uri for _, uri in wanted])
-    for (row, uri), there in zip(wanted, found, strict=True):
-        if not there and not source.missing_ok:
-            text = f"no image {uri}, yet the list says {row.frames} frames, named as {source.template}"
+    for (row, uri), exists in zip(wanted, found, strict=True):
+        if not exists and not source.missing_ok:
+            text = f"no image {uri}, but the list has {row.frames} frames, named {source.template}"
             source.problem(row.file, row.line, f"{text}; check `root` and `template`")
-    return [storage.join(_escaped(folder), source.template) if folder else "" for folder in folders], frames
+    return [storage.join(_escape_braces(folder), source.template) if folder else "" for folder in folders], frames
 
 
-def _escaped(folder: str) -> str:
-    """The URI is a template as a whole: braces in a folder's name stand for themselves."""
+def _escape_braces(folder: str) -> str:
+    """Double the braces of a path, because the whole URI is a template."""
     return folder.replace("{", "{{").replace("}", "}}")
 
 
-def _count(source: Source, row: Row, folder: str) -> int | None:
-    """The images of a folder that match the template, which must count from 1 without gaps."""
+def _count_images(source: ManifestSource, row: ListingRow, folder: str) -> int | None:
+    """Count the images of a folder that match the template. Their numbers must start at 1, without gaps."""
     try:
         if storage.is_remote(folder):
             system, path = storage.resolve(folder)
@@ -462,7 +481,7 @@ def _count(source: Source, row: Row, folder: str) -> int | None:
             names = set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         if source.missing_ok:
-            return 1  # whose picture will be missing
+            return 1  # reading this image fails later
         source.problem(row.file, row.line, f"no folder {folder}; check `root`")
         return None
     except OSError as error:
@@ -475,13 +494,13 @@ def _count(source: Source, row: Row, folder: str) -> int | None:
     pattern = re.compile(f"{re.escape(match[1])}([0-9]+){re.escape(match[2])}" if match else "")
     matching = sum(1 for name in names if pattern.fullmatch(name))
     if not count or matching > count:
-        text = f"no image {source.template.format(count + 1)} in {folder}, which has {matching} such as that"
+        text = f"no image {source.template.format(count + 1)} in {folder}, which has {matching} with such names"
         source.problem(row.file, row.line, f"{text}; they must count from 1 without gaps")
     return count
 
 
 def read_split(data: DataSection, name: Literal["train", "val"]) -> Manifest:
-    """A split as a recipe names it; errors as of ``read_manifest``."""
+    """Read a split of a recipe; raises the errors of ``read_manifest``."""
     split = getattr(data, name)
     return read_manifest(
         split.path, split.where, format=data.format, root=split.root, classes=data.classes, template=data.template

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from posmlp.config import Format
-from posmlp.video.formats import FORMATS
+from posmlp.video.formats import MANIFEST_FORMATS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/extending.md").read_text()
@@ -57,4 +57,4 @@ def test_what_the_page_adds_works(check, extended, tmp_path):
 
 
 def test_recipes_accept_the_formats_that_are_read():
-    assert get_args(Format) == FORMATS
+    assert get_args(Format) == MANIFEST_FORMATS

@@ -671,7 +671,7 @@ def write_ten_hours(path):
     write_video(path, codec="mpeg4" if path.suffix == ".avi" else "libx264")
     content = bytearray(path.read_bytes())
     if path.suffix == ".avi":
-        place = content.index(b"avih") + 8 + 16  # the number of frames, which stands in the stream's header too
+        place = content.index(b"avih") + 8 + 16  # the number of frames, which is also in the stream's header
         content[place : place + 4] = (360000).to_bytes(4, "little")
         place = content.index(b"strh") + 8 + 32
         content[place : place + 4] = (360000).to_bytes(4, "little")

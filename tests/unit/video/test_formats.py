@@ -1,4 +1,4 @@
-"""The lists of published data sets: rows read from each format, and each kind of defect told with its line."""
+"""The lists of published data sets: rows read from each format, and each kind of defect reported with its line."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def touch(root, *names):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a file and return its path; videos lie beside it."""
+    """Write a file and return its path; videos are next to it."""
 
     def write(name, content):
         path = tmp_path / name
@@ -422,7 +422,11 @@ def test_lists_may_point_into_parquet_files(write, tmp_path):
             {},
             ["no row has label 1", "#1: no video", "row 0"],
         ),
-        ({"data": [b"a", b"b"], "label": [0, 0], "sample_id": ["x", "x"]}, {}, ["#1: sample_id 'x' stands in row 0"]),
+        (
+            {"data": [b"a", b"b"], "label": [0, 0], "sample_id": ["x", "x"]},
+            {},
+            ["#1: sample_id 'x' is already in row 0"],
+        ),
         ({"data": pa.array([], pa.binary()), "label": pa.array([], pa.int8())}, {}, ["has no rows"]),
     ],
 )
@@ -459,7 +463,7 @@ LISTS = ("csv", "kinetics", "ssv1", "ssv2", "ucf101")
         (None, "no such"),
     ],
 )
-def test_what_is_no_list_at_all(write, tmp_path, format, content, words):
+def test_a_file_that_is_no_list(write, tmp_path, format, content, words):
     path = write("list", content) if content is not None else tmp_path / "nowhere"
     (problem,) = problems(path, format=format, classes=write("labels.json", LABELS))
     assert words in problem
@@ -505,7 +509,7 @@ def test_formats_that_need_a_class_file(write, tmp_path, format, text):
     ("names", "words"),
     [
         ("", ["the file is empty"]),
-        ("run\nwalk\nrun\n", ["3: class 'run' stands there twice"]),
+        ("run\nwalk\nrun\n", ["3: class 'run' is listed twice"]),
         ("0,run\n1,walk\n1,jump\n", ["3: id 1 is class 'jump' here, but 'walk' above"]),
         ("0,run\n2,walk\n", ["no class has id 1"]),
         ("0,run\n1,walk\njump\n2,fly\n", ["3: 'jump' has no id"]),
@@ -590,7 +594,7 @@ def test_a_tree_of_images_is_found_out_where_it_can_be_nothing_else(tmp_path):
 def test_a_bad_tree_of_images(tmp_path):
     found = problems(touch(tmp_path, "cat/a.jpg", "empty/v.mp4", "stray.png"), format="images")
     assert len(found) == 2
-    assert "stray.png: lies in no class folder; move it to" in found[0]
+    assert "stray.png: is not in a class folder; move it to" in found[0]
     assert "empty: holds no images (.bmp .jpeg" in found[1]
 
 
@@ -614,7 +618,7 @@ def test_lists_of_images(write, tmp_path):
 
 @pytest.fixture
 def store():
-    """A folder of fsspec's store in memory: its URI, and what writes into it."""
+    """A folder of fsspec's in-memory store: its URI, and a function that writes a file into it."""
     system = fsspec.filesystem("memory")
 
     def put(name, content=b""):

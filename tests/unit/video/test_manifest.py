@@ -1,4 +1,4 @@
-"""Manifests: what is read from CSV files and folders, and that every problem is told with its place.
+"""Manifests: rows read from CSV files and folders, and every problem reported with file and line.
 
 The lists of published data sets are in ``test_formats.py``.
 """
@@ -17,7 +17,7 @@ from posmlp.video.manifest import ManifestError, read_manifest
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a manifest and empty files in place of the videos it may name."""
+    """Write a manifest, and empty files for the videos it may name."""
     for name in ("a.mp4", "b.mp4", "c, d.mp4", "sub/e.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -82,7 +82,7 @@ def test_named_labels_keep_their_ids_in_a_filtered_split(write):
     assert read_manifest(path, {"group": "A"}).rows["label"].to_pylist() == [1]
 
 
-def test_every_problem_is_told_at_once_with_its_line(write):
+def test_all_problems_are_reported_at_once_with_their_lines(write):
     path = write(
         "path,label,class\n"
         "a.mp4,0,x\n"
@@ -120,7 +120,7 @@ def test_a_row_after_a_quoted_line_break_has_the_right_line(write):
         ("path,label\na.mp4,0\nb.mp4,99999999999\n", "1", "no row has label 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ..."),
         ("path,label\na.mp4,0\nb.mp4,1.5\n", "3", "'1.5' is not an integer"),
         ("path,label\na.mp4,walk\nb.mp4,\n", "3", "label is empty"),
-        ("path,label\na.mp4,0\na.mp4,0\n", "3", "in line 2 already"),
+        ("path,label\na.mp4,0\na.mp4,0\n", "3", "is already in line 2"),
         ("path,label\na.mp4,0\ngone.mp4,0\n", "3", "no video file"),
         ("path,label\na.mp4,0\nsub,0\n", "3", "no video file"),
         ("path,label,class\na.mp4,0,x\nb.mp4,0,y\n", "3", "label 0 is class 'y' here, but 'x' in line 2"),
@@ -134,7 +134,7 @@ def test_a_bad_csv_file(write, text, line, words):
     assert words in problem
 
 
-def test_a_filter_that_leaves_nothing_says_what_there_is(write):
+def test_a_filter_that_matches_no_row_lists_the_values(write):
     path = write("path,label,group\na.mp4,0,A\nb.mp4,0,C\n")
     assert problems(path, {"group": "B"}) == ["1: no row has group=B (`where`); in the file group is A, C"]
 
@@ -176,11 +176,13 @@ def test_a_folder(tmp_path):
     }
 
 
-def test_a_bad_folder_tells_every_problem(tmp_path):
+def test_every_problem_of_a_folder_is_reported(tmp_path):
     root = tree(tmp_path, "walk/a.mp4", "empty/readme.txt", "stray.avi")
     found = problems(root, {"group": "A"})
     assert len(found) == 3
-    for problem, words in zip(found, ["`where`", "stray.avi: lies in no class folder", "holds no videos"], strict=True):
+    for problem, words in zip(
+        found, ["`where`", "stray.avi: is not in a class folder", "holds no videos"], strict=True
+    ):
         assert words in problem
 
 
@@ -204,15 +206,15 @@ def test_a_folder_without_classes(tmp_path):
         "http://h/x",
     ],
 )
-def test_a_path_that_leaves_the_root_is_refused(write, tmp_path, path):
+def test_a_path_outside_the_root_is_refused(write, tmp_path, path):
     (tmp_path.parent / "m.mp4").touch()
-    text = f"path {path!r} leaves {tmp_path}, where the list's videos must lie; correct it, or set `root`"
+    text = f"path {path!r} is outside {tmp_path}, which must hold all listed videos; correct it, or set `root`"
     assert problems(write(f"path,label\n{path},0\na.mp4,0\n"))[0].startswith(f"2: {text}")
 
 
 def test_a_password_in_a_list_is_not_shown(write):
     (problem,) = problems(write("path,label\ns3://me:hushhush@bucket/x.mp4,0\na.mp4,0\n"))
-    assert "path 's3://bucket/x.mp4' leaves" in problem
+    assert "path 's3://bucket/x.mp4' is outside" in problem
 
 
 @pytest.mark.parametrize(
@@ -226,14 +228,14 @@ def test_a_password_in_a_list_is_not_shown(write):
         ("images", "path,label\n../m.png,0\n", "../m.png"),
     ],
 )
-def test_so_it_is_in_the_lists_of_others(write, format, text, value):
+def test_a_path_outside_the_root_is_refused_in_every_format(write, format, text, value):
     with pytest.raises(ManifestError) as caught:
         read_manifest(write(text), format=format)
-    assert any(f"path {value!r} leaves" in problem for problem in caught.value.problems)
+    assert any(f"path {value!r} is outside" in problem for problem in caught.value.problems)
 
 
 def test_a_label_leads_nowhere_else(tmp_path):
-    """Kinetics' videos are also looked for in a folder of the label's name."""
+    """Kinetics videos may also be in a folder with the label's name."""
     (tmp_path / "root").mkdir()
     (tmp_path / "x_000001_000002.mp4").touch()
     list_ = tmp_path / "root" / "list.csv"
@@ -256,7 +258,7 @@ PARTS = st.sampled_from(["..", ".", "", "a", "b", "...", "a..", "~", "%2e%2e", "
 
 
 @given(st.lists(PARTS, min_size=1, max_size=6).map("/".join), st.booleans())
-def test_only_what_is_inside_is_read(path, absolute):
+def test_a_path_outside_the_folder_is_not_inside(path, absolute):
     root = Path("/nowhere/2/3/4/5/6/root")
     written = f"{root}/{path}" if absolute else path
     truth = (root / written).resolve()
@@ -264,7 +266,7 @@ def test_only_what_is_inside_is_read(path, absolute):
 
 
 @given(st.lists(PARTS, min_size=1, max_size=6).map("/".join))
-def test_only_what_is_inside_is_read_from_a_store(path):
+def test_a_uri_outside_the_folder_is_not_inside(path):
     folder = "s3://bucket/root?region=r"
     inside = storage.is_inside(storage.join(folder, path), folder)
     if inside:  # also where the store takes dots as a file system does

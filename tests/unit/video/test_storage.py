@@ -1,4 +1,4 @@
-"""Files of any place: names as odd as they come, rows of Parquet files, and a real S3 server."""
+"""Local and remote files: odd names, rows of Parquet files, and a real S3 server."""
 
 import contextlib
 import io
@@ -66,7 +66,7 @@ def test_parent_undoes_join(root, folder, name):
 @pytest.mark.parametrize(
     "options", ["?region=eu-west-1", "?scheme=http", "?endpoint_override=h:1&scheme=http", "?user=me", "?tenant_id=7"]
 )
-def test_what_is_taken_for_a_stores_options(options):
+def test_the_options_of_a_store_are_recognised(options):
     assert storage.OPTIONS.split("s3://bucket/a?v=1.mp4" + options) == ["s3://bucket/a?v=1.mp4", options[1:]]
 
 
@@ -105,7 +105,7 @@ def test_a_row_of_a_parquet_file(name, row):
 
 
 @pytest.mark.parametrize("uri", ["a.parquet", "a.parquet#", "a.parquet#x", "a.parquet#-1", "a#7", ".parquet#1"])
-def test_what_is_no_row_of_a_parquet_file(uri):
+def test_a_uri_that_is_no_row_of_a_parquet_file(uri):
     assert storage.parquet_row(uri) is None
 
 
@@ -133,7 +133,7 @@ def test_odd_names_are_objects_of_a_store(name):
 
 
 def test_of_many_files_each_is_looked_for(tmp_path):
-    """More than one thread takes at a time, a store's among them, and some named twice."""
+    """More files than one thread checks at a time, some in a store and some named twice."""
     bucket = f"memory://{uuid.uuid4().hex}"
     names = [f"{number}.mp4" for number in range(3 * storage.LOCAL_CHECKS_PER_TASK + 5)]
     there = [number % 3 > 0 for number in range(len(names))]
@@ -180,7 +180,7 @@ def test_a_file_that_changes_has_another_version(tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["gone.mp4", "memory://nowhere/v.mp4"])
-def test_what_is_missing_is_said_to_be(tmp_path, monkeypatch, uri):
+def test_a_missing_file_is_an_error(tmp_path, monkeypatch, uri):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(uri)
@@ -215,7 +215,7 @@ def test_each_row_is_read_over_all_row_groups(tmp_path, place, group, kind):
     assert storage.are_files([f"{folder}/v.parquet#3", f"{folder}/w.parquet#3"]) == [True, False]
 
 
-def test_a_replaced_parquet_file_is_read_anew(tmp_path):
+def test_a_replaced_parquet_file_is_read_again(tmp_path):
     path = tmp_path / "v.parquet"
     for content in (b"one", b"another"):
         pq.write_table(pa.table({"data": [content]}), path)
@@ -246,7 +246,7 @@ def whole_parquet():
         (lambda path: pq.write_table(pa.table({"data": [1]}), path), "row 0 of .* holds no bytes"),
     ],
 )
-def test_a_bad_parquet_file_is_told_plainly(tmp_path, make, words):
+def test_the_error_of_a_bad_parquet_file_names_the_defect(tmp_path, make, words):
     path = tmp_path / "v.parquet"
     make(path)
     with pytest.raises(OSError, match=words):
@@ -262,7 +262,7 @@ def test_a_bad_parquet_file_is_told_plainly(tmp_path, make, words):
 
 @pytest.fixture(scope="module")
 def clips(s3, tmp_path_factory):
-    """Local videos that lie in the bucket too."""
+    """Local videos that are also in the bucket."""
     folder = tmp_path_factory.mktemp("clips")
     for name, codec in [("a.mp4", "libx264"), ("b c.mkv", "libx264"), ("works?.avi", "mpeg4"), ("d#1.webm", "libvpx")]:
         path = write_video(folder / name, codec=codec, options={"g": "12", "bf": "2"} if codec != "libvpx" else {})
@@ -273,7 +273,7 @@ def clips(s3, tmp_path_factory):
 
 
 def open_paths(video):
-    """The files that the child has open, other than the memory that it shares and its output."""
+    """The files that the child has open, except for shared memory and output."""
     found = set()
     for number in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):
@@ -312,7 +312,7 @@ def test_a_parquet_file_on_s3(clips):
         pass
 
 
-def test_a_list_on_s3_names_what_is_missing(clips):
+def test_the_error_of_a_list_on_s3_names_the_missing_video(clips):
     names = sorted(path.name for path in clips.iterdir())
     lines = [f'"{name}",{i % 2}' for i, name in enumerate(names)]
     storage.write_bytes("s3://videos/set/good.csv", "\n".join(["path,label", *lines]).encode())

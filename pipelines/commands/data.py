@@ -104,7 +104,7 @@ def add_check(verbs: Verbs) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Return exit code 1 if there is a bad video."""
     from pipelines.cluster.session import start_ray
-    from pipelines.data.scan import check
+    from pipelines.data.check import check
 
     manifest = read_listed(args, missing_ok=True)
     start_ray()
@@ -139,7 +139,7 @@ def add_shard(verbs: Verbs) -> None:
 
 def run_shard(args: argparse.Namespace) -> None:
     from pipelines.cluster.session import start_ray
-    from pipelines.data.scan import ShardSettings, shard
+    from pipelines.data.shard import ShardSettings, shard
 
     manifest = read_listed(args, missing_ok=False)
     settings = ShardSettings(args.rows_per_shard, args.short_side, args.keyframe_interval, args.timeout)

@@ -57,7 +57,7 @@ def add_sync(verbs: Verbs) -> None:
 def run_sync(args: argparse.Namespace) -> int:
     """Return exit code 1 if something is still undelivered."""
     from pipelines.runs.record import find_run
-    from pipelines.tracking.delivery import sync
+    from pipelines.tracking.delivery import sync_journals
     from pipelines.tracking.uris import journal_path
     from pipelines.tuning.study import StudyError, find_study, read_trials, trial_folder
 
@@ -69,5 +69,5 @@ def run_sync(args: argparse.Namespace) -> int:
             journals = [path for run in (study.folder, *trials) if (path := journal_path(run)).exists()]
         except StudyError:  # it is a run
             journals = [journal_path(find_run(name))]
-        left += sum(sync(journal.parent) for journal in journals)
+        left += sum(sync_journals(journal.parent) for journal in journals)
     return int(left > 0)

@@ -74,7 +74,7 @@ def run_tune(args: argparse.Namespace) -> None:
     """Run a new study, or resume one; then print its Pareto front."""
     from pydantic import ValidationError
 
-    from pipelines.tuning.study import Study, StudyError, explain, find_study
+    from pipelines.tuning.study import Study, StudyError, explain_error, find_study
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     if args.resume:
@@ -95,7 +95,7 @@ def run_tune(args: argparse.Namespace) -> None:
         try:
             study = Study(name=name, recipe=recipe, **given)
         except ValidationError as error:
-            raise StudyError(f"study {name}: {explain(error)}") from error
+            raise StudyError(f"study {name}: {explain_error(error)}") from error
     from pipelines.tracking.uris import tracking_uri
     from pipelines.tuning import pareto
     from pipelines.tuning.tune import tune
@@ -104,7 +104,7 @@ def run_tune(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = tune(study, resume=bool(args.resume))
     seconds = time.perf_counter() - start
-    print(f"\n{pareto.describe(result.study.name, result.trials, result.study.against or 'gmacs')}\n")
+    print(f"\n{pareto.describe_study(result.study.name, result.trials, result.study.against or 'gmacs')}\n")
     print(
         f"  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
     )
@@ -140,7 +140,7 @@ def run_supernet(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
-    print(f"\n{pareto.describe(Path(result.run).name, result.members, 'gmacs')}")
+    print(f"\n{pareto.describe_study(Path(result.run).name, result.members, 'gmacs')}")
     if result.agreement:
         print(f"\n{result.agreement}")
     for video in result.bad:
@@ -162,9 +162,9 @@ def add_front(verbs: Verbs) -> None:
 
 
 def run_front(args: argparse.Namespace) -> None:
-    from pipelines.tuning.pareto import read_view, write_views
+    from pipelines.tuning.pareto import read_study_from_mlflow, write_studies
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
-    studies = [read_view(name, uri) for name in args.studies]
-    print(write_views(studies, args.against, args.out))
+    studies = [read_study_from_mlflow(name, uri) for name in args.studies]
+    print(write_studies(studies, args.against, args.out))
     print(f"\n{args.out} has front.html, front.png, trials.csv and the recipes of the fronts")

@@ -1,12 +1,12 @@
-"""Manifest rows to batches of decoded clips, by Ray Data.
+"""The data loader: manifest rows to batches of decoded clips, by Ray Data.
 
-Each training worker streams its share of the rows through Ray Data plans of its own, whose decode tasks run anywhere in
-the cluster. Which rows are in which global batch is decided here, from (seed, epoch) alone, before anything is decoded:
-the order does not depend on the number of workers, no row is lost to an equal split, and a run starts at any step by
-leaving out the rows before it. (``streaming_split`` truncates to equal shares and fixes no order; ray#63285.)
+Each training worker streams its share of the rows through Ray Data plans of its own. Their decode tasks run anywhere
+in the cluster. The rows of each global batch follow from (seed, epoch) alone and are fixed here, before decoding. So
+the order does not depend on the number of workers, no row is lost to an equal split, and a run resumes at any step: the
+rows before it are left out. (``streaming_split`` truncates to equal shares and fixes no order; ray#63285.)
 
-A plan covers a *segment* of at most ``SEGMENT_BLOCKS`` blocks, as a plan takes 2 ms a block before its first result,
-and the next segment's is started before one ends, also across epochs: the device does not wait at the seams.
+A plan covers a *segment* of at most ``SEGMENT_BLOCKS`` blocks, since it takes 2 ms a block before its first result. The
+plan of the next segment starts before the current one ends, also across epochs, so the device does not wait in between.
 """
 
 from __future__ import annotations
@@ -21,60 +21,62 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
+from pipelines.cluster.ray_internals import object_store_stats
 from pipelines.runs.errors import BadVideo
 from pipelines.tracking import prometheus
 from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
 from posmlp.video.batch import Batch
-from posmlp.video.clip import load_clips, views_of
+from posmlp.video.clip import load_clips, views_per_video
 from posmlp.video.decode import DecodeError
 from posmlp.video.sampling import sample_seed
 
 SEGMENT_BLOCKS = 256
-QUEUED = 2  # tasks asked for, for each CPU: one that runs, and one that waits so that the CPU never does
-STORE_SHARE = 0.25  # of the object store for one plan of all workers; up to three are open: two of training, one other
+DECODE_TASKS_PER_CPU = 2  # one that runs, and one that waits, so that the CPU is never idle
+# Share of the object store for one plan of all workers. Up to three plans are open: two of training, one other.
+OBJECT_STORE_SHARE = 0.25
 
 
 def global_order(rows: int, config: Config, epoch: int, *, train: bool, world: int = 1) -> np.ndarray:
-    """Row indices of one epoch in the order of the global batches, int64; -1 fills a place that counts for nothing.
+    """Return the row indices of one epoch in the order of the global batches, int64 ``[rows]``; -1 marks padding.
 
-    Training: a new permutation each epoch; the rows left after the last full global batch wait for another epoch.
-    Validation: every row once, in order, filled up to whole batches of ``world`` workers.
+    Training: a new permutation each epoch; the rows after the last full global batch are left out of this epoch.
+    Validation: every row once, in order, padded to whole batches of ``world`` workers.
     """
     size = rows_per_step(config, train=train, world=world)
     if train:
         order = np.random.default_rng([config.train.seed, epoch]).permutation(rows)
         return order[: rows // size * size]
-    filled = np.full(math.ceil(rows / size) * size, -1)
-    filled[:rows] = np.arange(rows)
-    return filled
+    padded = np.full(math.ceil(rows / size) * size, -1)
+    padded[:rows] = np.arange(rows)
+    return padded
 
 
 def rows_per_step(config: Config, *, train: bool, world: int = 1) -> int:
-    """Videos in a global batch: each gives ``data.repeats`` clips to a training batch, and counts once in validation.
+    """Return the number of videos in a global batch.
 
-    A validation batch has all views of its videos; there are fewer videos in it then, as nothing depends on them.
+    A training batch has ``data.repeats`` clips of each of its videos. A validation batch has all views of its videos,
+    so it has fewer videos if there are many views.
     """
     if train:
         return config.train.global_batch // config.data.repeats
-    return max(1, config.train.global_batch // world // views_of(config, False)) * world
+    return max(1, config.train.global_batch // world // views_per_video(config, False)) * world
 
 
 def rows_per_block(config: Config, train: bool) -> int:
-    """Videos that one task decodes: ``data.rows_per_block``, fewer where each has many views."""
-    return max(1, config.data.rows_per_block // views_of(config, train))
+    """Return the number of videos that one task decodes: ``data.rows_per_block``, or fewer if each has many views."""
+    return max(1, config.data.rows_per_block // views_per_video(config, train))
 
 
 def local_order(order: np.ndarray, size: int, rank: int, world: int, together: int = 1) -> np.ndarray:
-    """A worker's part of ``global_order``, ``[batches, share]``: its contiguous share of every global batch.
+    """Return a worker's part of ``global_order``, ``[batches, share]``: its contiguous share of every global batch.
 
     Args:
         size: rows in a global batch.
-        together: so many rows that follow each other stay together, as the pairs that are mixed do. Where they do not
-            divide by the workers the shares of some are filled with -1: all workers' batches have the same size.
+        together: this many consecutive rows stay on one worker, as the pairs of mixup do. If the units do not divide by
+            the workers, some shares are padded with -1, so that all workers have batches of the same size.
     """
     units = order.reshape(-1, size // together, together)
     mine = np.array_split(units, world, axis=1)[rank].reshape(len(units), -1)
@@ -83,13 +85,13 @@ def local_order(order: np.ndarray, size: int, rank: int, world: int, together: i
 
 
 @dataclass
-class Split:
-    """One split of the data set on one training worker.
+class SplitLoader:
+    """The data loader of one split on one training worker.
 
     Attributes:
         rows: the whole split's manifest rows (``posmlp.video.manifest.Manifest.rows``), or a reference to them.
-        bad: the videos of this worker's share that failed since ``take_bad``.
-        taken_over: the videos that PyAV had to decode in place of decord since ``take_bad``.
+        bad: videos of this worker's share that could not be decoded, since the last ``take_bad``.
+        decoded_by_pyav: number of videos that PyAV had to decode in place of decord, since the last ``take_bad``.
     """
 
     rows: pa.Table | ray.ObjectRef
@@ -98,7 +100,7 @@ class Split:
     rank: int = 0
     world: int = 1
     bad: list[BadVideo] = field(default_factory=list)
-    taken_over: int = 0
+    decoded_by_pyav: int = 0
 
     def __post_init__(self) -> None:
         self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
@@ -107,28 +109,28 @@ class Split:
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches in an epoch."""
         return self.count // self.size if self.train else math.ceil(self.count / self.size)
 
     def batches(self, epoch: int, step: int = 0, until: int | None = None) -> Iterator[Batch]:
-        """The worker's batches from a step of an epoch on, on the CPU.
+        """Yield the worker's batches, on the CPU, from a step of an epoch on.
 
         Args:
             epoch: the first epoch.
-            step: batches of it to leave out; their videos are not decoded.
-            until: the epoch to stop before; None is the next. The seams between epochs cost no wait.
+            step: number of its batches to skip; their videos are not decoded.
+            until: the epoch to stop before; None: ``epoch + 1``. The next epoch is prepared before one ends.
         """
         plans = (
             (self.plan(order.reshape(-1), now, order.shape[1]), len(order))
             for now in range(epoch, epoch + 1 if until is None else until)
             for order in self.segments(now, step if now == epoch else 0)
         )
-        for columns in chained(plans):
-            self.note(columns)
+        for columns in chain_plans(plans):
+            self.record_failures(columns)
             yield collate(columns)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
-        """The row indices of this worker's batches from ``step`` on, ``[batches, rows]``, each part for one plan."""
+        """Yield the row indices of this worker's batches from ``step`` on, ``[batches, rows]``, one part per plan."""
         order = global_order(self.count, self.config, epoch, train=self.train, world=self.world)
         together = self.config.clips_together // self.config.data.repeats if self.train else 1
         mine = local_order(order, self.size, self.rank, self.world, together)
@@ -137,7 +139,12 @@ class Split:
             yield mine[start : start + length]
 
     def plan(self, order: np.ndarray, epoch: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
-        """Ray Data's plan for some rows: batches of so many rows as columns, decoded once the first is asked for."""
+        """Return the batches of a Ray Data plan as columns; decoding starts when the first batch is requested.
+
+        Args:
+            order: row indices.
+            batch: rows per batch.
+        """
         configure_ray_data(self.config, self.train, self.world)
         blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
         dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
@@ -154,32 +161,32 @@ class Split:
         )
         return iter(dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=2))
 
-    def note(self, columns: dict[str, np.ndarray]) -> None:
+    def record_failures(self, columns: dict[str, np.ndarray]) -> None:
         """Record the bad videos of a batch.
 
         Raises:
-            UserError: a task met what no other video will be spared, such as a cache folder that cannot be written.
+            UserError: a task met an error that affects every video, such as a cache folder that cannot be written.
         """
         for text in columns["fatal"][columns["fatal"] != ""]:
             raise UserError(str(text))
         for i in np.flatnonzero(columns["reason"] != ""):
-            prometheus.count(self.config.name, "decode_errors")
+            prometheus.increment(self.config.name, "decode_errors")
             self.bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
         if self.config.data.decoder == "decord":
-            self.taken_over += int((columns["decoder"] == "pyav").sum())
+            self.decoded_by_pyav += int((columns["decoder"] == "pyav").sum())
 
     def take_bad(self) -> list[BadVideo]:
-        """The bad videos since the last call."""
-        bad, self.bad, self.taken_over = self.bad, [], 0
+        """Return the bad videos since the last call, and reset the counts."""
+        bad, self.bad, self.decoded_by_pyav = self.bad, [], 0
         return bad
 
 
 def collate(columns: dict[str, np.ndarray]) -> Batch:
-    """Decoded rows (``decode_rows``) to a batch, a video's views adjacent; what failed counts for nothing."""
+    """Make a batch of decoded rows (``decode_rows``). A video's views are adjacent; bad videos have weight 0."""
     good = (columns["reason"] == "") & columns["real"]
     clips = columns["clip"]  # [rows, V, T, H, W, 3]
     if not good.all() and good.any():
-        # Batch norm sees every clip of the batch, so one without a picture shows another's, at weight 0.
+        # Batch norm sees every clip of the batch, so a bad video gets the pixels of a good one, at weight 0.
         clips = clips[np.where(good, np.arange(len(good)), np.flatnonzero(good)[0])]
     views = clips.shape[1]
     return Batch(
@@ -190,9 +197,14 @@ def collate(columns: dict[str, np.ndarray]) -> Batch:
     )
 
 
-def chained(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
-    """The results of all plans, each of a known number; a plan is started when three quarters of the one before are
-    taken, in a thread that waits for its first result."""
+def chain_plans(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
+    """Yield the results of all plans in order.
+
+    A plan starts when three quarters of the results of the one before are used. A thread waits for its first result.
+
+    Args:
+        plans: the results of each plan, and how many there are.
+    """
     with ThreadPoolExecutor(1) as pool:
         following = next(plans, None)
         first = pool.submit(next, following[0]) if following else None
@@ -208,27 +220,30 @@ def chained(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
 
 
 def configure_ray_data(config: Config, train: bool, world: int) -> None:
-    """Ray Data's settings in this process: rows in order, a fair part of the CPUs that training leaves, and no more
-    decoded ahead than a part of the object store: a slow device must not make it spill."""
+    """Set up Ray Data in this process.
+
+    Rows stay in order. Decoding gets this worker's part of the CPUs that training leaves. A limit on decoded clips in
+    the object store keeps a slow device from making it spill.
+    """
     scaling, variant = config.scaling, config.model.variant()
     cluster = ray.cluster_resources()
     free = cluster.get("CPU", 1) - world * scaling.cpus_per_worker
     clip = variant.frames * variant.image_size**2 * 3
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    # Ray Data holds back tasks whose output might not fit, and takes blocks for this large until it has seen some.
-    context.target_max_block_size = max(2**20, rows_per_block(config, train) * views_of(config, train) * clip)
+    # Ray Data holds back tasks whose output may not fit, and assumes blocks of this size until it has seen some.
+    context.target_max_block_size = max(2**20, rows_per_block(config, train) * views_per_video(config, train) * clip)
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(
-            cpu=QUEUED * max(1.0, free // world),
-            object_store_memory=cluster.get("object_store_memory", 2**30) * STORE_SHARE / world,
+            cpu=DECODE_TASKS_PER_CPU * max(1.0, free // world),
+            object_store_memory=cluster.get("object_store_memory", 2**30) * OBJECT_STORE_SHARE / world,
         ),
     )
 
 
 def decoding_options(scaling: ScalingSection) -> dict[str, Any]:
-    """Ray's options for tasks that decode: on nodes with the labels ``scaling.decode_on``, else on any."""
+    """Return Ray's options for decode tasks: nodes with the labels ``scaling.decode_on`` first, else any node."""
     if not scaling.decode_on:
         return {}
     return {"label_selector": scaling.decode_on, "fallback_strategy": [{"label_selector": {}}]}
@@ -237,22 +252,27 @@ def decoding_options(scaling: ScalingSection) -> dict[str, Any]:
 def decode_block(
     block: dict[str, np.ndarray], rows: ray.ObjectRef, order: np.ndarray, config: dict, epoch: int, train: bool
 ) -> dict[str, np.ndarray]:
-    """Ray Data task: the ``block["id"]``-th part of ``order``, decoded; see ``decode_rows``."""
+    """Ray Data task: decode part ``block["id"]`` of ``order`` (``decode_rows``)."""
     cfg = Config.model_validate(config)
-    (number,) = block["id"]
+    (index,) = block["id"]
     size = rows_per_block(cfg, train)
-    mine = order[number * size : (number + 1) * size]
+    mine = order[index * size : (index + 1) * size]
     return decode_rows(ray.get(rows).take(np.maximum(mine, 0)), mine >= 0, cfg, epoch, train)
 
 
 def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, train: bool) -> dict[str, np.ndarray]:
-    """Manifest rows to clips uint8 ``[rows, V, T, H, W, 3]``; a row that fails says why and stays.
+    """Decode manifest rows. A row that fails stays, with its ``reason``.
 
     Args:
         table: manifest rows.
-        real: bool ``[rows]``; the others only fill a place and are not decoded.
+        real: bool ``[rows]``; False marks padding, which is not decoded.
+
+    Returns:
+        Columns: ``clip`` uint8 ``[rows, V, T, H, W, 3]`` (V views), ``label`` int32, ``real``, ``seeds`` ``[rows, V]``,
+        ``sample_id``, ``uri``, ``decoder``, ``reason`` (why the video is bad, or ""), ``fatal`` (an error that affects
+        every video, or "").
     """
-    rows, variant, views = table.to_pylist(), config.model.variant(), views_of(config, train)
+    rows, variant, views = table.to_pylist(), config.model.variant(), views_per_video(config, train)
     clips = np.zeros((len(rows), views, variant.frames, variant.image_size, variant.image_size, 3), np.uint8)
     reasons, decoders, fatal = ([""] * len(rows) for _ in range(3))
     for i in np.flatnonzero(real):
@@ -263,10 +283,10 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
             decoders[i] = used if images is None else "pictures"
         except DecodeError as error:
             reasons[i] = error.reason
-        except UserError as error:  # as data: Ray would bury it in tracebacks of its own
+        except UserError as error:  # returned as data, as Ray would wrap it in tracebacks of its own
             fatal[i] = str(error)
             break
-        except Exception as error:  # nothing about one video may cost another
+        except Exception as error:  # one video must not cost another
             reasons[i] = f"it cannot be read ({type(error).__name__}: {error}); re-encode it, or remove it"
     seed = config.train.seed
     return {
@@ -282,10 +302,12 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
     }
 
 
-def object_store() -> tuple[float, float]:
-    """Megabytes in the cluster's object store now, and those spilled to disk since it started; NaN if not to be had."""
+def object_store_usage() -> tuple[float, float]:
+    """Return the MiB in the cluster's object store now, and those spilled to disk since it started; NaN if unknown."""
     try:
-        stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
-    except Exception:  # a private interface that asks every node: whatever it raises must not end a run
+        stats = object_store_stats()
+    except Exception:  # a private interface that asks every node; whatever it raises must not end a run
+        return math.nan, math.nan
+    if stats is None:
         return math.nan, math.nan
     return stats.object_store_bytes_used / 2**20, stats.spilled_bytes_total / 2**20

@@ -13,7 +13,7 @@ from pipelines.data.loader import collate, decode_rows, global_order, rows_per_s
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.video.augment import MEAN, STD, flip_labels, to_input, to_train_input
-from posmlp.video.clip import views_of
+from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import read_split
 
 matplotlib.use("Agg")
@@ -44,7 +44,7 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
     columns = decode_rows(
         manifest.rows.take(rows), torch.ones(len(rows), dtype=torch.bool).numpy(), config, epoch, train
     )
-    batch, views = collate(columns), views_of(config, train)
+    batch, views = collate(columns), views_per_video(config, train)
     classes = manifest.classes
     if train:
         x, targets = to_train_input(batch, config, flip_labels(config.augment.flip_classes, classes, len(classes)))

@@ -1,9 +1,7 @@
-"""Test a trained model on a split, with many views a video: ``posmlp evaluate``.
+"""Test a trained model on a split, with several views of each video: ``posmlp evaluate``.
 
-Ray tasks anywhere in the cluster decode a block of videos each, as in training (``pipelines.data.loader``), actors score the
-blocks, the driver collects. The actors know nothing of each other: one that dies costs its block, which Ray scores
-again, and nothing is padded as in training: every video is in one block. (Ray Data's pool of actors would do; but it
-restarts a dying one for ever.)
+``pipelines.inference.scoring`` scores the videos. This module checks the input, computes the metrics, writes the
+results and logs them to the MLflow run of the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,9 +10,10 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,38 +29,43 @@ from pydantic import ValidationError
 
 from pipelines.cluster.capacity import wait_for_room
 from pipelines.cluster.session import start_ray
-from pipelines.data.scan import parquet
-from pipelines.inference.scoring import SHOWN, Scores, score_split
+from pipelines.data.scan import to_parquet
+from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, SplitScores, score_split
 from pipelines.inference.views import with_views
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
-from pipelines.runs.models import class_names, find_checkpoint
+from pipelines.runs.models import find_checkpoint, output_names
 from pipelines.runs.record import read_record
 from pipelines.tracking import plots
 from pipelines.tracking.mlflow_client import create_run, now_ms, prepare_mlflow
-from pipelines.tracking.uris import refuse_strangers, scrub, tracking_uri, without_password, without_secrets
+from pipelines.tracking.uris import recipe_without_password, refuse_foreign_server, scrub, tracking_uri, without_secrets
 from posmlp import storage
 from posmlp.config import Config, RecipeError, describe, set_key
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
+from posmlp.metrics import TEST, TEST_TRAIN, VAL
 from posmlp.video.manifest import Manifest, read_split
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "evaluations"  # in the run's folder
-ARTIFACTS = "evaluation"  # of the MLflow run
-CHANGEABLE = ("data.", "eval.", "scaling.", "tracking.", "train.precision")  # by overrides
-# Of these, what changes no score, or is in the evaluation's name anyway.
-NEUTRAL = ("eval.", "scaling.", "tracking.", "data.cache_dir", "data.rows_per_block", "data.decode_timeout_s")
-NEUTRAL += ("data.max_bad_fraction",)
+ARTIFACTS = "evaluation"  # among the artifacts of the MLflow run
+KEYS_OVERRIDABLE = ("data.", "eval.", "scaling.", "tracking.", "train.precision")
+# Overrides of these do not change the scores, or are part of the evaluation's name anyway.
+KEYS_NOT_IN_NAME = ("eval.", "scaling.", "tracking.", "data.cache_dir", "data.rows_per_block", "data.decode_timeout_s")
+KEYS_NOT_IN_NAME += ("data.max_bad_fraction",)
+WORST_CLASSES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class of the split.
+    """The figures of one class.
 
     Attributes:
-        videos: that were scored.
-        top1, top5: shares of them; None without videos.
-        confused_with, confused: the wrong class that they are most often taken for, and how many are; "" and 0 without.
+        videos: number of scored videos.
+        top1, top5: accuracies, 0 to 1; None if there are no videos.
+        confused_with: the wrong class that is predicted most often; "" if there is none.
+        confused: number of videos for which it is predicted.
     """
 
     name: str
@@ -74,18 +78,18 @@ class ClassResult:
 
 @dataclass
 class Evaluation:
-    """What an evaluation found and left.
+    """The result of an evaluation.
 
     Attributes:
         name: split, views and step.
-        path: the folder of its files, a path or a URI.
-        checkpoint, step, epoch: what was evaluated.
+        path: folder of the result files, a path or a URI.
+        checkpoint, step, epoch: the model that was evaluated.
         split: ``train`` or ``val``.
-        views: clips in time, and squares of each.
-        metrics: ``top1``, ``top5``, ``class_mean``, ``loss``, ``videos`` that were scored.
-        classes: each class's own figures, by label.
-        bad: videos that could not be decoded, and count for nothing.
-        mlflow_run_id: where it is logged; None if MLflow did not take it.
+        views: clips per video, and crops per clip.
+        metrics: ``top1``, ``top5``, ``class_mean``, ``loss``, and ``videos``, the number of scored videos.
+        classes: the figures of each class, by label.
+        bad: videos that could not be decoded; they are in no metric.
+        mlflow_run_id: the MLflow run that has the evaluation; None if MLflow did not accept it.
     """
 
     name: str
@@ -101,7 +105,7 @@ class Evaluation:
     mlflow_run_id: str | None = None
 
     def __str__(self) -> str:
-        """A table, the worst classes, and the bad videos."""
+        """Format as a table, followed by the worst classes and the bad videos."""
         metrics = self.metrics
         rows = [
             ("top-1", f"{metrics['top1']:.2%} of {metrics['videos']:.0f} videos"),
@@ -114,15 +118,15 @@ class Evaluation:
         ]
         lines = [f"  {name:<19}{value}" for name, value in rows]
         wrong = sorted((c for c in self.classes if c.top1 is not None and c.top1 < 1), key=lambda c: c.top1 or 0.0)
-        wrong = wrong[:SHOWN]
+        wrong = wrong[:WORST_CLASSES_SHOWN]
         width = max((len(c.name) for c in wrong), default=0)
         lines += [""] * bool(wrong)
         for c in wrong:
-            often = f"; {c.confused} taken for {c.confused_with}" if c.confused else ""
+            often = f"; {c.confused} predicted as {c.confused_with}" if c.confused else ""
             lines.append(f"  {c.name:<{width}}  {c.top1:>6.1%} of {c.videos}{often}")
-        lines += [f"  {video.uri}: {video.reason}" for video in self.bad[:SHOWN]]
-        if len(self.bad) > SHOWN:
-            lines.append(f"  ... and {len(self.bad) - SHOWN} more bad videos in summary.json")
+        lines += [f"  {video.uri}: {video.reason}" for video in self.bad[:BAD_VIDEOS_SHOWN]]
+        if len(self.bad) > BAD_VIDEOS_SHOWN:
+            lines.append(f"  ... and {len(self.bad) - BAD_VIDEOS_SHOWN} more bad videos in summary.json")
         return "\n".join(lines)
 
 
@@ -133,86 +137,87 @@ def evaluate(
     overrides: Sequence[str] = (),
     workers: int | None = None,
     out: str | None = None,
-    echo: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Score every video of a split with a checkpoint, write down the results and log them to the checkpoint's run.
+    """Score every video of a split with a checkpoint, write the results, and log them to the checkpoint's MLflow run.
 
     Args:
-        uri: a run's name or folder, which stands for its best checkpoint, or a checkpoint's folder.
-        views: clips in time and squares of each (``pipelines.inference.views.parse_views``); None: the recipe's.
+        uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
+        views: clips per video and crops per clip (``pipelines.inference.views.parse_views``); None: the recipe's.
         split: which of the recipe's lists of videos.
-        overrides: ``section.key=value`` each, of ``CHANGEABLE``.
-        workers: actors that score; None: ``scaling.workers``.
-        out: the folder for the results; None: ``evaluations/NAME`` in the run's folder.
-        echo: takes lines of progress.
+        overrides: each is ``section.key=value``, with a key of ``KEYS_OVERRIDABLE``.
+        workers: number of actors that score; None: ``scaling.workers``.
+        out: folder for the results; None: ``evaluations/NAME`` in the run's folder.
 
     Raises:
-        UserError: what was given cannot be used, more videos are bad than ``data.max_bad_fraction`` allows, the workers
+        UserError: an argument cannot be used, more videos are bad than ``data.max_bad_fraction`` allows, the workers
             fail, or the results cannot be written.
     """
     checkpoint = find_checkpoint(uri)
     try:
-        about, contents = checkpoints.load(checkpoint, [checkpoints.WEIGHTS])
+        info, contents = checkpoints.load(checkpoint, [checkpoints.WEIGHTS])
     except OSError as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from error
     run = storage.parent(storage.parent(checkpoint))
     record = read_record(run)
-    config = recipe_of(about, overrides, run if record else None)
+    config = recipe_of(info, overrides, run if record else None)
     config = with_workers(with_views(config, views), workers)
-    tracking_uri(config)  # refuses now what it would refuse when all is scored
+    tracking_uri(config)  # raises now what it would raise after scoring
     if not any(override.strip().startswith("tracking.uri") for override in overrides):
-        refuse_strangers(config)
+        refuse_foreign_server(config)
     manifest = read_split(config.data, split)
-    check_classes(manifest.classes, about.classes, getattr(config.data, split).path)
-    name = name_of(split, config, about, overrides)
-    place = storage.join(".", out) if out else storage.join(run if record else checkpoint, f"{FOLDER}/{name}")
+    check_classes(manifest.classes, info.classes, getattr(config.data, split).path)
+    name = evaluation_name(split, config, info, overrides)
+    folder = storage.join(".", out) if out else storage.join(run if record else checkpoint, f"{FOLDER}/{name}")
     start_ray()
-    wait_for_room(config.scaling, echo)
+    wait_for_room(config.scaling)
     clips, crops = config.eval.clips, config.eval.crops
     what = f"{split}, {len(manifest.rows)} videos x {clips}x{crops} views, workers: {config.scaling.workers}"
-    echo(f"{checkpoint} (step {about.step}, epoch {about.epoch}): {what}")
-    scores = score_split(manifest, config, contents[checkpoints.WEIGHTS], echo)
+    logger.info(f"{checkpoint} (step {info.step}, epoch {info.epoch}): {what}")
+    scores = score_split(manifest, config, contents[checkpoints.WEIGHTS])
 
-    names = class_names(about.classes, config.model.variant().num_classes)
-    tally, classes = summarise(scores, manifest.rows["label"].to_numpy(), names)
-    metrics = {key.removeprefix("val/"): value for key, value in tally.metrics().items()}
+    names = output_names(info.classes, config.model.variant().num_classes)
+    counts, classes = count_predictions(scores, manifest.rows["label"].to_numpy(), names)
+    metrics = {key.removeprefix(VAL): value for key, value in counts.metrics().items()}
     metrics["videos"] = metrics.pop("clips")
-    found = Evaluation(
-        name, place, checkpoint, about.step, about.epoch, split, (clips, crops), metrics, classes, scores.bad
+    result = Evaluation(
+        name, folder, checkpoint, info.step, info.epoch, split, (clips, crops), metrics, classes, scores.bad
     )
     files = {
-        "summary.json": summary(found, without_password(config)),
-        "per_class.csv": class_table(classes),
-        "confusion.png": plots.confusion(tally.confusion.numpy(), names),
-        "scores.parquet": score_table(scores, manifest, names, crops),
+        "summary.json": summary_json(result, recipe_without_password(config)),
+        "per_class.csv": per_class_csv(classes),
+        "confusion.png": plots.confusion_matrix(counts.confusion.numpy(), names),
+        "scores.parquet": scores_parquet(scores, manifest, names, crops),
     }
-    write(place, files)
-    found.mlflow_run_id = log(found, files, config, record and record["mlflow_run_id"], echo)
-    return found
+    write_results(folder, files)
+    result.mlflow_run_id = log_evaluation(result, files, config, record and record["mlflow_run_id"])
+    return result
 
 
-# --- what is evaluated -------------------------------------------------------------------------------------------
+# --- input -------------------------------------------------------------------------------------------
 
 
-def recipe_of(about: checkpoints.CheckpointInfo, overrides: Sequence[str], run: str | None) -> Config:
-    """A checkpoint's recipe with overrides; for a checkpoint of a run, ``train.storage`` is where that lies now.
+def recipe_of(info: checkpoints.CheckpointInfo, overrides: Sequence[str], run: str | None) -> Config:
+    """Return a checkpoint's recipe with overrides.
+
+    Args:
+        run: folder of the checkpoint's run, which may have moved since: it gives ``train.storage``.
 
     Raises:
-        RecipeError: an override changes what the checkpoint fixes, or the result is no recipe.
+        RecipeError: an override changes a key that the checkpoint fixes, or the result is not a valid recipe.
     """
-    tree = json.loads(json.dumps(about.config))
+    tree = json.loads(json.dumps(info.config))
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key == "scaling.workers":
-            raise RecipeError("override scaling.workers: say --workers; the recipe's belong to its batch")
-        if not key.startswith(CHANGEABLE):
-            allowed = ", ".join(prefix + "*" * prefix.endswith(".") for prefix in CHANGEABLE)
-            raise RecipeError(f"override {override!r}: a trained model's {key} is fixed; what can change is {allowed}")
+            raise RecipeError("override scaling.workers: use --workers; the recipe's key belongs to its batch")
+        if not key.startswith(KEYS_OVERRIDABLE):
+            allowed = ", ".join(prefix + "*" * prefix.endswith(".") for prefix in KEYS_OVERRIDABLE)
+            raise RecipeError(f"override {override!r}: {key} of a trained model is fixed; these can change: {allowed}")
         set_key(tree, override)
     if run:
         tree["train"]["storage"] = storage.parent(run)
     if cache := tree["data"].get("cache_dir"):
-        tree["data"]["cache_dir"] = os.path.abspath(cache)  # tasks run elsewhere
+        tree["data"]["cache_dir"] = os.path.abspath(cache)  # tasks run in other folders
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -221,17 +226,20 @@ def recipe_of(about: checkpoints.CheckpointInfo, overrides: Sequence[str], run: 
 
 
 def with_workers(config: Config, workers: int | None) -> Config:
-    """The recipe with another number of workers, into which the global batch need not divide."""
+    """Return the recipe with this number of workers. The global batch need not be divisible by it."""
     if workers is None:
         return config
     return config.model_copy(update={"scaling": config.scaling.model_copy(update={"workers": workers})})
 
 
 def check_classes(found: Sequence[str], expected: Sequence[str], path: str) -> None:
-    """Refuse a split whose labels mean something else than the model's.
+    """Check that the labels of a split mean the same classes as those of the model.
+
+    Args:
+        path: of the split's list, for the error.
 
     Raises:
-        UserError: names the first difference.
+        UserError: they do not; names the first difference.
     """
     if len(found) != len(expected):
         raise UserError(
@@ -242,55 +250,53 @@ def check_classes(found: Sequence[str], expected: Sequence[str], path: str) -> N
             raise UserError(f"label {label} is class {here!r} in {path}, but {there!r} in the checkpoint")
 
 
-def name_of(split: str, config: Config, about: checkpoints.CheckpointInfo, overrides: Sequence[str]) -> str:
-    """Split, views and step; with other data than the recipe's also a mark of the overrides that made it so."""
-    name = f"{split}-{config.eval.clips}x{config.eval.crops}-step{about.step:010d}"
-    telling = sorted(override for override in overrides if not override.strip().startswith(NEUTRAL))
-    return name + (f"-{hashlib.sha256(chr(0).join(telling).encode()).hexdigest()[:8]}" if telling else "")
-
-
-# --- scoring -----------------------------------------------------------------------------------------------------
+def evaluation_name(split: str, config: Config, info: checkpoints.CheckpointInfo, overrides: Sequence[str]) -> str:
+    """Return split, views and step; where overrides change the data, also a hash of these overrides."""
+    name = f"{split}-{config.eval.clips}x{config.eval.crops}-step{info.step:010d}"
+    named = sorted(override for override in overrides if not override.strip().startswith(KEYS_NOT_IN_NAME))
+    return name + (f"-{hashlib.sha256(chr(0).join(named).encode()).hexdigest()[:8]}" if named else "")
 
 
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def summarise(
-    scores: Scores, labels: np.ndarray, names: Sequence[str]
+def count_predictions(
+    scores: SplitScores, labels: np.ndarray, names: Sequence[str]
 ) -> tuple[ClassificationMetrics, list[ClassResult]]:
-    """The counts over all scored videos, and each class's plots.
+    """Count right and wrong predictions over all scored videos, and class by class.
 
     Args:
         labels: int ``[videos]``.
+        names: of the classes, by label.
     """
     predicted = video_scores(torch.from_numpy(scores.views))  # [videos, classes]
-    truth, counted = torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(scores.scored)
-    tally = ClassificationMetrics.empty(len(names))
-    tally.add(predicted, truth, counted)
-    hits = (predicted.topk(min(5, len(names)), dim=1).indices == truth[:, None]).any(1) & counted
-    top5 = torch.bincount(truth[hits], minlength=len(names)).tolist()
+    truth, scored = torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(scores.scored)
+    counts = ClassificationMetrics.empty(len(names))
+    counts.add(predicted, truth, scored)
+    in_top5 = (predicted.topk(min(5, len(names)), dim=1).indices == truth[:, None]).any(1) & scored
+    top5 = torch.bincount(truth[in_top5], minlength=len(names)).tolist()
     classes = []
     for label, name in enumerate(names):
-        row = tally.confusion[label].clone()
+        row = counts.confusion[label].clone()
         videos, right = int(row.sum()), float(row[label])
         row[label] = 0
         confused = int(row.max())
-        shares = (right / videos, top5[label] / videos) if videos else (None, None)
-        classes.append(ClassResult(name, videos, *shares, names[int(row.argmax())] if confused else "", confused))
-    return tally, classes
+        accuracies = (right / videos, top5[label] / videos) if videos else (None, None)
+        classes.append(ClassResult(name, videos, *accuracies, names[int(row.argmax())] if confused else "", confused))
+    return counts, classes
 
 
-def summary(found: Evaluation, config: Config) -> bytes:
-    """``summary.json``: everything but the classes' figures, and the recipe that it was done with, without secrets."""
-    tree = asdict(found)
+def summary_json(result: Evaluation, config: Config) -> bytes:
+    """Return ``summary.json``: the evaluation without the figures of its classes, and its recipe without secrets."""
+    tree = asdict(result)
     for key in ("classes", "path", "mlflow_run_id"):
         del tree[key]
     tree |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "config": config.model_dump(mode="json")}
     return scrub(json.dumps(tree, indent=1), tracking_uri(config)).encode()
 
 
-def class_table(classes: Iterable[ClassResult]) -> bytes:
-    """``per_class.csv``: a ``ClassResult`` a line, by label."""
+def per_class_csv(classes: Iterable[ClassResult]) -> bytes:
+    """Return ``per_class.csv``: one ``ClassResult`` per line, by label."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["label", "class", "videos", "top1", "top5", "confused_with", "confused"])
@@ -299,9 +305,11 @@ def class_table(classes: Iterable[ClassResult]) -> bytes:
     return text.getvalue().encode()
 
 
-def score_table(scores: Scores, manifest: Manifest, names: Sequence[str], crops: int) -> bytes:
-    """``scores.parquet``: a row a view of each scored video, its ``scores`` logarithms of probabilities by label; the
-    schema's metadata ``classes`` names them."""
+def scores_parquet(scores: SplitScores, manifest: Manifest, names: Sequence[str], crops: int) -> bytes:
+    """Return ``scores.parquet``: one row per view of each scored video.
+
+    The column ``scores`` has the log-probabilities by label; ``classes`` in the schema's metadata has their names.
+    """
     rows = manifest.rows.filter(pa.array(scores.scored))
     kept = scores.views[scores.scored]  # [videos, views, classes]
     videos, views, classes = kept.shape
@@ -310,61 +318,66 @@ def score_table(scores: Scores, manifest: Manifest, names: Sequence[str], crops:
     for name, column in (("view", view), ("clip", view // crops), ("crop", view % crops)):
         table = table.append_column(name, pa.array(column))
     table = table.append_column("scores", pa.FixedSizeListArray.from_arrays(pa.array(kept.reshape(-1)), classes))
-    return parquet(table.replace_schema_metadata({"classes": json.dumps(list(names))}), compression="zstd")
+    return to_parquet(table.replace_schema_metadata({"classes": json.dumps(list(names))}), compression="zstd")
 
 
-def write(place: str, files: Mapping[str, bytes]) -> None:
-    """Write files into a folder.
+def write_results(folder: str, files: Mapping[str, bytes]) -> None:
+    """Write the result files into a folder.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
     try:
         for name, content in files.items():
-            storage.write_bytes(storage.join(place, name), content)
+            storage.write_bytes(storage.join(folder, name), content)
     except OSError as error:
-        raise UserError(f"{place} cannot be written: {error}; choose another folder with --out") from error
+        raise UserError(f"{folder} cannot be written: {error}; choose another folder with --out") from error
 
 
-def log(
-    found: Evaluation, files: Mapping[str, bytes], config: Config, run_id: str | None, echo: Callable[[str], None]
-) -> str | None:
-    """Add an evaluation to an MLflow run, whose status stays; without one, or where MLflow does not have it, to a new
-    run. Returns its id, None if MLflow does not take it.
+def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Config, run_id: str | None) -> str | None:
+    """Add an evaluation to an MLflow run, whose status does not change.
 
-    Metrics are ``test/*`` at the checkpoint's step (of the training split ``test_train/*``), files artifacts in
-    ``evaluation/NAME``, and the tag ``evaluation.test`` names the one that was last.
+    Metrics are ``test/*`` at the checkpoint's step (``test_train/*`` for the training split). The files are artifacts
+    in ``evaluation/NAME``. The tag ``evaluation.test`` names the last evaluation.
+
+    Args:
+        run_id: None, or one that MLflow does not know: the evaluation gets a new run.
+
+    Returns:
+        The id of the MLflow run; None if MLflow did not accept the evaluation.
     """
-    uri, group = tracking_uri(config), "test" if found.split == "val" else "test_train"
-    place = f"MLflow at {without_secrets(uri)}"
+    uri, prefix = tracking_uri(config), TEST if result.split == "val" else TEST_TRAIN
+    server = f"MLflow at {without_secrets(uri)}"
     prepare_mlflow()
     try:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(uri)
-        known = run_id if run_id and is_there(client, run_id) else None
+        known = run_id if run_id and run_exists(client, run_id) else None
         if run_id and not known:
-            echo(f"{place} has no run {run_id}; the evaluation gets a run of its own")
+            logger.warning(f"{server} has no run {run_id}; the evaluation gets a run of its own")
         target = known or create_run(
-            client, config.model_copy(update={"name": f"{config.name}-{found.name}"}), {"checkpoint": found.checkpoint}
+            client,
+            config.model_copy(update={"name": f"{config.name}-{result.name}"}),
+            {"checkpoint": result.checkpoint},
         )
-        metrics = [Metric(f"{group}/{k}", v, now_ms(), found.step) for k, v in found.metrics.items()]
-        client.log_batch(target, metrics=metrics, tags=[RunTag(f"evaluation.{group}", found.name)])
+        metrics = [Metric(f"{prefix}{k}", v, now_ms(), result.step) for k, v in result.metrics.items()]
+        client.log_batch(target, metrics=metrics, tags=[RunTag(f"evaluation.{prefix.removesuffix('/')}", result.name)])
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
-            client.log_artifacts(target, folder, f"{ARTIFACTS}/{found.name}")
+            client.log_artifacts(target, folder, f"{ARTIFACTS}/{result.name}")
         if not known:
             client.set_terminated(target)
-    except Exception as error:  # of a network, database or artifact store, in their many kinds; the results are written
+    except Exception as error:  # networks, databases and artifact stores raise many kinds; the results are on disk
         reason = scrub(" ".join(str(error).split()), uri)[:200]
-        echo(f"{place} does not take the evaluation ({reason}); it is in {found.path} all the same")
+        logger.warning(f"{server} does not accept the evaluation ({reason}); its files are in {result.path}")
         return None
     return target
 
 
-def is_there(client: MlflowClient, run_id: str) -> bool:
-    """Whether MLflow has a run."""
+def run_exists(client: MlflowClient, run_id: str) -> bool:
+    """Return whether MLflow has a run."""
     try:
         client.get_run(run_id)
     except MlflowException as error:

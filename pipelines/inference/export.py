@@ -1,4 +1,7 @@
-"""A trained model as one file that runs without this project: ``posmlp export``. Without Ray and MLflow."""
+"""Export a trained model as one file that runs without this project: ``posmlp export``.
+
+It needs neither Ray nor MLflow.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from pipelines.runs.checkpoints import CheckpointInfo
-from pipelines.runs.models import class_names, find_checkpoint, trained_model
+from pipelines.runs.models import find_checkpoint, load_trained_model, output_names
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
@@ -17,61 +20,61 @@ from posmlp.video.augment import MEAN, STD
 
 
 @dataclass(frozen=True)
-class Written:
-    """A file that was written.
+class ExportedFile:
+    """An exported model on disk or in an object store.
 
     Attributes:
-        path: where, a path or a URI.
-        exported: its content, and how it compares with the model.
+        path: a path or a URI.
+        exported: the content, and how its logits compare with the model's.
     """
 
     path: str
     exported: Exported
 
     def __str__(self) -> str:
-        """One line."""
-        found = self.exported
+        """Format as one line."""
+        exported = self.exported
         return (
-            f"{self.path}: {len(found.content) / 1e6:.1f} MB; loaded anew, its logits differ from the model's by "
-            f"{found.difference:.2g} at most (the largest is {found.largest:.2g})"
+            f"{self.path}: {len(exported.content) / 1e6:.1f} MB; loaded again, its logits differ from the model's by "
+            f"at most {exported.difference:.2g} (the largest logit is {exported.largest:.2g})"
         )
 
 
-def export(uri: str, out: str | None = None, *, int8: bool = False) -> Written:
-    """Write a trained model as one file, after the file's content was loaded anew and compared with the model.
+def export(uri: str, out: str | None = None, *, int8: bool = False) -> ExportedFile:
+    """Write a trained model as one file, once the content was loaded again and compared with the model.
 
     Args:
-        uri: a run's name or folder, which stands for its best checkpoint, or a checkpoint's folder.
-        out: the file, a path or a URI; its suffix says what it is, ``.pt2`` or ``.onnx``. None: the run's name, .pt2.
-        int8: as of ``posmlp.export.export``.
+        uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
+        out: the file, a path or a URI; its suffix is the format, ``.pt2`` or ``.onnx``. None: the run's name and .pt2.
+        int8: as for ``posmlp.export.export``.
 
     Raises:
         UserError: there is no such run or checkpoint, the file cannot be written, the format is unknown or needs
-            packages that are not installed, or what was made computes something else; then nothing is written.
+            packages that are not installed, or the exported model computes other logits. Nothing is written then.
     """
     suffix = ".pt2" if out is None else PurePath(out).suffix
     check_format(suffix, int8)
     try:
-        model, about = trained_model(find_checkpoint(uri))
+        model, info = load_trained_model(find_checkpoint(uri))
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {error}") from error
-    config = about.recipe()
+    config = info.recipe()
     out = storage.join(".", out or config.name + suffix)
-    write(out + ".part", b"")  # tracing takes a while: a place that cannot be written is told before
+    write_file(out + ".part", b"")  # before tracing, which takes a while: fail now if the folder cannot be written
     storage.remove(out + ".part")
-    exported = export_model(model, config, description(about, config), suffix, int8=int8)
-    if not exported.good:
+    exported = export_model(model, config, describe_model(info, config), suffix, int8=int8)
+    if not exported.matches_model:
         raise UserError(
             f"{out} was not written: its logits differ from the model's by {exported.difference:.2g}, expected "
             f"{exported.tolerance * exported.largest:.2g} at most; "
             + ("try it without --int8" if int8 else "the other format may do better")
         )
-    write(out, exported.content)
-    return Written(out, exported)
+    write_file(out, exported.content)
+    return ExportedFile(out, exported)
 
 
-def write(uri: str, content: bytes) -> None:
-    """Write a file that appears only when complete.
+def write_file(uri: str, content: bytes) -> None:
+    """Write a file; it appears only when it is complete.
 
     Raises:
         UserError: it cannot be written.
@@ -82,14 +85,14 @@ def write(uri: str, content: bytes) -> None:
         raise UserError(f"{uri} cannot be written, see --out: {error}") from error
 
 
-def description(about: CheckpointInfo, config: Config) -> dict[str, Any]:
-    """What a user of the file must know, as plain data."""
+def describe_model(info: CheckpointInfo, config: Config) -> dict[str, Any]:
+    """Return what a user of the file must know, as plain data: classes, input, output, preprocessing, sampling."""
     variant, data = config.model.variant(), config.data
     return {
         "run": config.name,
-        "step": about.step,
-        "metrics": dict(about.metrics),
-        "classes": class_names(about.classes, variant.num_classes),
+        "step": info.step,
+        "metrics": dict(info.metrics),
+        "classes": output_names(info.classes, variant.num_classes),
         "input": {
             "name": "clips",
             "axes": "B T H W C",

@@ -1,4 +1,4 @@
-"""A trained model's classes for single videos: ``posmlp predict``. Without Ray and MLflow."""
+"""Predict the classes of single videos: ``posmlp predict``. It needs neither Ray nor MLflow."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipelines.inference.views import scored_together, with_views
-from pipelines.runs.models import class_names, find_checkpoint, trained_model
+from pipelines.inference.views import videos_per_pass, with_views
+from pipelines.runs.models import find_checkpoint, load_trained_model, output_names
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
@@ -23,17 +23,17 @@ from posmlp.video.clip import load_clips
 from posmlp.video.decode import DecodeError, Frames
 from posmlp.video.formats import PICTURE_SUFFIXES
 
-AHEAD = 16  # files decoded, or being decoded, while the model is busy
+DECODED_AHEAD = 16  # files that are decoded, or in decoding, while the model is busy
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one file.
+    """The predicted classes of one file.
 
     Attributes:
         file: as it was given.
-        top: class names and probabilities, the likeliest first; empty if there is an error.
-        error: why the file cannot be read, else empty.
+        top: class names and probabilities, the most likely first; empty if there is an error.
+        error: why the file cannot be read; empty if it can.
     """
 
     file: str
@@ -41,12 +41,12 @@ class Prediction:
     error: str = ""
 
     def __str__(self) -> str:
-        """A table: the file, and below it a line for each class."""
+        """Format as the file's name with one line per class below it."""
         width = max((len(name) for name, _ in self.top), default=0)
         return "\n".join([self.file, *(f"  {name:<{width}}  {share:6.1%}" for name, share in self.top)])
 
     def json(self) -> str:
-        """One line."""
+        """Format as one line of JSON."""
         if self.error:
             return json.dumps({"file": self.file, "error": self.error})
         top = [{"class": name, "probability": share} for name, share in self.top]
@@ -54,41 +54,41 @@ class Prediction:
 
 
 def predict(uri: str, files: Sequence[str], top: int = 5, views: tuple[int, int] | None = None) -> Iterator[Prediction]:
-    """The likeliest classes of each file, in order, each as soon as it is ready; on a GPU if there is one.
+    """Yield the most likely classes of each file, in order, each as soon as it is ready. Uses a GPU if there is one.
 
     Args:
-        uri: a run's name or folder, which stands for its best checkpoint, or a checkpoint's folder.
-        files: videos (paths or URIs), images, or folders of frames named as ``data.template`` says. A file that cannot
-            be read gives a ``Prediction`` with an error.
-        top: how many classes.
-        views: clips in time and squares of each (``parse_views``); None: the recipe's.
+        uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
+        files: videos (paths or URIs), images, or folders of frames with names as in ``data.template``. A file that
+            cannot be read gives a ``Prediction`` with an error.
+        top: number of classes per file.
+        views: clips per video and crops per clip (``parse_views``); None: the recipe's.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged; at once, not when the first file is asked for.
+        UserError: there is no such run or checkpoint, or it is damaged. Raised by the call itself, not by the iterator.
     """
     try:
-        model, about = trained_model(find_checkpoint(uri))
+        model, info = load_trained_model(find_checkpoint(uri))
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {error}") from error
-    config = with_views(about.recipe(), views)
+    config = with_views(info.recipe(), views)
     config = config.model_copy(update={"data": config.data.model_copy(update={"cache_dir": None})})
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    names = class_names(about.classes, config.model.variant().num_classes)
-    return predictions(model, config, names, files, top)
+    names = output_names(info.classes, config.model.variant().num_classes)
+    return predict_files(model, config, names, files, top)
 
 
-def predictions(
+def predict_files(
     model: nn.Module, config: Config, names: Sequence[str], files: Sequence[str], top: int
 ) -> Iterator[Prediction]:
-    """The next files are decoded while the model works; what is decoded by then goes through it together."""
-    device, room = next(model.parameters()).device, scored_together(config)
+    """Decode the next files while the model works; all files that are decoded by then go through it together."""
+    device, most = next(model.parameters()).device, videos_per_pass(config)
     left, waiting = deque(files), deque[tuple[str, Future[Frames | str]]]()
     with ThreadPoolExecutor(1) as pool:  # one thread: a process has one decoder (``posmlp.video.isolated``)
         while left or waiting:
-            while left and len(waiting) < AHEAD:
-                waiting.append((left[0], pool.submit(clips_or_error, left.popleft(), config)))
+            while left and len(waiting) < DECODED_AHEAD:
+                waiting.append((left[0], pool.submit(load_views, left.popleft(), config)))
             ready = [waiting.popleft()]
-            while waiting and waiting[0][1].done() and len(ready) < room:
+            while waiting and waiting[0][1].done() and len(ready) < most:
                 ready.append(waiting.popleft())
             results = [future.result() for _, future in ready]
             good = [torch.from_numpy(clips) for clips in results if not isinstance(clips, str)]
@@ -100,23 +100,27 @@ def predictions(
                 if isinstance(result, str):
                     yield Prediction(file, error=result)
                 else:
-                    yield Prediction(file, likeliest(next(scores), names, top))
+                    yield Prediction(file, most_likely(next(scores), names, top))
 
 
-def clips_or_error(file: str, config: Config) -> Frames | str:
-    """All views of a file, uint8 ``[V, T, H, W, 3]``, or why it cannot be read."""
+def load_views(file: str, config: Config) -> Frames | str:
+    """Return all views of a file, uint8 ``[V, T, H, W, 3]``, or why it cannot be read."""
     try:
-        uri, images = as_row(file, config)
+        uri, images = find_frames(file, config)
         clips, _ = load_clips(uri, file, config, epoch=0, train=False, images=images)
         return clips
     except DecodeError as error:
         return error.reason.replace("; check the path in the manifest", "")
-    except Exception as error:  # nothing about one file may cost another; the user sees it as the file's line
+    except Exception as error:  # one file must not cost another; the user sees the reason in the file's line
         return f"it cannot be read ({type(error).__name__}: {error})"
 
 
-def as_row(file: str, config: Config) -> tuple[str, int | None]:
-    """What a manifest's row says of a file: ``uri`` and ``frames`` (``posmlp.video.manifest``)."""
+def find_frames(file: str, config: Config) -> tuple[str, int | None]:
+    """Return ``uri`` and ``frames`` of a file as a manifest row has them (``posmlp.video.manifest``).
+
+    Raises:
+        DecodeError: it is an image and the model takes clips, or a folder without numbered images.
+    """
     uri = storage.join(".", file)
     escaped = uri.replace("{", "{{").replace("}", "}}")
     if uri.lower().endswith(PICTURE_SUFFIXES):
@@ -134,10 +138,11 @@ def as_row(file: str, config: Config) -> tuple[str, int | None]:
     return storage.join(escaped, template), count
 
 
-def likeliest(shares: Tensor, names: Sequence[str], count: int) -> tuple[tuple[str, float], ...]:
-    """The classes of the highest probabilities, of float ``[classes]``."""
-    best = shares.topk(min(count, len(names)))
+def most_likely(probabilities: Tensor, names: Sequence[str], count: int) -> tuple[tuple[str, float], ...]:
+    """Return the names of the most likely classes with their probabilities.
+
+    Args:
+        probabilities: float ``[classes]``.
+    """
+    best = probabilities.topk(min(count, len(names)))
     return tuple((names[i], share) for i, share in zip(best.indices.tolist(), best.values.tolist(), strict=True))
-
-
-# --- what an evaluation needs too --------------------------------------------------------------------------------

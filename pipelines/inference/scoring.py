@@ -1,9 +1,16 @@
-"""Score the videos of a split on Ray actors."""
+"""Score the videos of a split on Ray actors.
+
+Ray tasks anywhere in the cluster decode one block of videos each, as in training (``pipelines.data.loader``). Actors
+score the blocks, and the driver collects the scores. The actors are independent: when one dies, Ray scores its block
+again. Every video is in exactly one block, so nothing is padded. (A pool of actors of Ray Data would do the same, but
+it restarts a dying actor for ever.)
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,27 +22,35 @@ from ray.exceptions import RayError
 from torch import Tensor, nn
 
 from pipelines.cluster.session import WORKER_ENV
-from pipelines.data.loader import QUEUED, STORE_SHARE, decode_rows, decoding_options, rows_per_block
-from pipelines.data.scan import Progress
-from pipelines.inference.views import scored_together
+from pipelines.data.loader import (
+    DECODE_TASKS_PER_CPU,
+    OBJECT_STORE_SHARE,
+    decode_rows,
+    decoding_options,
+    rows_per_block,
+)
+from pipelines.data.scan import ScanProgress
+from pipelines.inference.views import videos_per_pass
 from pipelines.runs.errors import BadVideo
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.learner import score_views
-from posmlp.video.clip import views_of
+from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import Manifest
 
-SHOWN = 5  # classes, and bad videos, that a report lists
+logger = logging.getLogger(__name__)
+
+BAD_VIDEOS_SHOWN = 5  # in an error
 
 
 @dataclass
-class Scores:
-    """What the model makes of a split; rows as in the manifest.
+class SplitScores:
+    """The scores of a split's videos; rows as in the manifest.
 
     Attributes:
-        views: float32 ``[videos, views, classes]``, logarithms of probabilities.
-        scored: bool ``[videos]``; the others are in ``bad``.
+        views: float32 ``[videos, views, classes]``, log-probabilities.
+        scored: bool ``[videos]``, False for the videos in ``bad``.
     """
 
     views: np.ndarray
@@ -43,69 +58,67 @@ class Scores:
     bad: list[BadVideo] = field(default_factory=list)
 
 
-def score_split(
-    manifest: Manifest, config: Config, weights: Mapping[str, Tensor], echo: Callable[[str], None]
-) -> Scores:
-    """The scores of all views of a split's videos.
+def score_split(manifest: Manifest, config: Config, weights: Mapping[str, Tensor]) -> SplitScores:
+    """Score all views of a split's videos.
 
     Raises:
-        UserError: too many videos are bad (said as soon as that is certain), or the workers fail.
+        UserError: too many videos are bad (raised as soon as that is certain), or the workers fail.
     """
-    shape = (len(manifest.rows), views_of(config, False), config.model.variant().num_classes)
-    scores = Scores(np.zeros(shape, np.float32), np.zeros(len(manifest.rows), bool))
-    for places, block in good_scores(manifest, config, weights, scores.bad, echo):
-        scores.views[places], scores.scored[places] = block, True
+    shape = (len(manifest.rows), views_per_video(config, False), config.model.variant().num_classes)
+    scores = SplitScores(np.zeros(shape, np.float32), np.zeros(len(manifest.rows), bool))
+    for rows, block in score_good_videos(manifest, config, weights, scores.bad):
+        scores.views[rows], scores.scored[rows] = block, True
     return scores
 
 
-def good_scores(
+def score_good_videos(
     manifest: Manifest,
     config: Config,
     weights: Mapping[str, Tensor],
     bad: list[BadVideo],
-    echo: Callable[[str], None],
     scorer: type[Scorer] | None = None,
     *args: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What a scorer makes of a split's videos, with their places in the manifest, a block at a time in any order.
+    """Yield row indices of the manifest and the scores of these videos, one block at a time, in any order.
 
     Args:
-        bad: gets the videos that could not be decoded, in the manifest's order when all is done.
-        scorer, args: the actor, ``Scorer`` if None, and what it takes beside the recipe.
+        bad: receives the videos that could not be decoded; in the manifest's order once all blocks are done.
+        scorer: class of the actor; None: ``Scorer``.
+        args: further arguments of its constructor, after the recipe.
 
     Raises:
-        UserError: too many videos are bad (said as soon as that is certain), or the workers fail.
+        UserError: too many videos are bad (raised as soon as that is certain), or the workers fail.
     """
-    known = {sample: i for i, sample in enumerate(manifest.rows["sample_id"].to_pylist())}
-    progress: Progress | None = None
-    for block in scored_blocks(manifest, config, weights, scorer or Scorer, *args):
-        # A progress from now: what starts the workers is no part of a rate.
-        progress = progress or Progress(len(known), "scored", echo)
+    row_of = {sample: i for i, sample in enumerate(manifest.rows["sample_id"].to_pylist())}
+    progress: ScanProgress | None = None
+    for block in score_blocks(manifest, config, weights, scorer or Scorer, *args):
+        # The clock starts with the first block: the start of the workers is not part of the rate.
+        progress = progress or ScanProgress(len(row_of), "scored")
         for text in block["fatal"][block["fatal"] != ""]:
             raise UserError(str(text))
         good = block["reason"] == ""
         for i in np.flatnonzero(~good):
             bad.append(BadVideo(*(str(block[k][i]) for k in ("sample_id", "uri", "reason"))))
-        check_bad(bad, len(known), config.data.max_bad_fraction)
+        refuse_many_bad(bad, len(row_of), config.data.max_bad_fraction)
         if good.any():
-            yield np.array([known[sample] for sample in block["sample_id"][good]]), block["scores"]
+            yield np.array([row_of[sample] for sample in block["sample_id"][good]]), block["scores"]
         progress.add(len(good))
-    bad.sort(key=lambda video: known[video.sample_id])
-    if len(bad) == len(known):
+    bad.sort(key=lambda video: row_of[video.sample_id])
+    if len(bad) == len(row_of):
         raise UserError(f"no video could be decoded; the first one, {bad[0].uri}: {bad[0].reason}")
 
 
-def scored_blocks(
+def score_blocks(
     manifest: Manifest, config: Config, weights: Mapping[str, Tensor], scorer: type[Scorer], *args: Any
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every row of a manifest in some block, as the columns of ``Scorer``, in the order in which they are done.
+    """Yield the result of ``Scorer.score`` for every block of the manifest, in the order in which blocks finish.
 
     Raises:
-        UserError: the workers fail, again and again.
+        UserError: the workers fail more often than ``scaling.max_failures``.
     """
     scaling, size = config.scaling, rows_per_block(config, False)
-    parts = (manifest.rows.slice(first, size) for first in range(0, len(manifest.rows), size))
-    recipe, shared = config.model_dump(), ray.put(dict(weights))
+    blocks = (manifest.rows.slice(first, size) for first in range(0, len(manifest.rows), size))
+    recipe, shared_weights = config.model_dump(), ray.put(dict(weights))
     decoder = ray.remote(decode).options(max_retries=scaling.max_failures, **decoding_options(scaling))
     options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu)}
     options |= {"label_selector": scaling.train_on} if scaling.train_on else {}
@@ -113,54 +126,57 @@ def scored_blocks(
     actor = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
     scorers = [actor.remote(recipe, *args) for _ in range(scaling.workers)]
     decoding: list[ray.ObjectRef] = []
-    scoring: dict[ray.ObjectRef, int] = {}
-    left, room = next(parts, None), blocks_in_flight(config)
+    scoring: dict[ray.ObjectRef, int] = {}  # and the index of the scorer
+    following, limit = next(blocks, None), max_blocks_in_flight(config)
     try:
-        while left is not None or decoding or scoring:
-            while left is not None and len(decoding) + len(scoring) < room:
-                decoding.append(decoder.remote(left, recipe))
-                left = next(parts, None)
-            (done,), _ = ray.wait([*scoring, *decoding], fetch_local=False)  # clips are not for the driver
+        while following is not None or decoding or scoring:
+            while following is not None and len(decoding) + len(scoring) < limit:
+                decoding.append(decoder.remote(following, recipe))
+                following = next(blocks, None)
+            (done,), _ = ray.wait([*scoring, *decoding], fetch_local=False)  # the driver does not need the clips
             if done in scoring:
                 del scoring[done]
                 yield ray.get(done)
             else:
                 decoding.remove(done)
                 busy = list(scoring.values())
-                freest = min(range(len(scorers)), key=busy.count)
-                scoring[scorers[freest].score.remote(done, [shared])] = freest
+                least_busy = min(range(len(scorers)), key=busy.count)
+                scoring[scorers[least_busy].score.remote(done, [shared_weights])] = least_busy
     except RayError as error:
         cause = getattr(error, "cause", None) or error
-        hint = "; lower scaling.micro_batch if it is for memory"
+        hint = "; if memory ran out, lower scaling.micro_batch"
         raise UserError(
             f"scoring failed: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}{hint}"
         ) from error
     finally:
-        for scorer in scorers:
-            ray.kill(scorer)
+        for scorer_actor in scorers:
+            ray.kill(scorer_actor)
 
 
-def blocks_in_flight(config: Config) -> int:
-    """Blocks that are being decoded, or wait for a scorer: none of the CPUs that scorers leave waits, and a slow device
-    does not fill the object store."""
+def max_blocks_in_flight(config: Config) -> int:
+    """Return how many blocks may be in decoding or wait for a scorer.
+
+    It is enough that no CPU which the scorers leave is idle, and few enough that a slow device does not fill the object
+    store.
+    """
     cluster, scaling, variant = ray.cluster_resources(), config.scaling, config.model.variant()
     free = max(1.0, cluster.get("CPU", 1) - scaling.workers * scaling.cpus_per_worker)
-    videos = rows_per_block(config, False) * views_of(config, False)
-    block = videos * variant.frames * variant.image_size**2 * 3
-    fitting = int(STORE_SHARE * cluster.get("object_store_memory", 2**30) / block)
-    return max(1, min(fitting, int(QUEUED * free) + scaling.workers))
+    clips = rows_per_block(config, False) * views_per_video(config, False)
+    block_bytes = clips * variant.frames * variant.image_size**2 * 3
+    fitting = int(OBJECT_STORE_SHARE * cluster.get("object_store_memory", 2**30) / block_bytes)
+    return max(1, min(fitting, int(DECODE_TASKS_PER_CPU * free) + scaling.workers))
 
 
 def decode(rows: pa.Table, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Ray task: a block of manifest rows, decoded (``pipelines.data.loader.decode_rows``)."""
+    """Ray task: decode one block of manifest rows (``pipelines.data.loader.decode_rows``)."""
     return decode_rows(rows, np.ones(len(rows), bool), Config.model_validate(config), 0, False)
 
 
 class Scorer:
     """Ray actor: a model on its device.
 
-    Its weights come with each block, as a reference, and are taken from the first: Ray prints an error about references
-    in the constructor of what it shall start again.
+    The weights come with each block as a reference, and the actor loads them with the first block. As an argument of
+    the constructor, a reference makes Ray print an error for every actor that it may have to restart.
     """
 
     def __init__(self, config: dict[str, Any]):
@@ -171,42 +187,46 @@ class Scorer:
         self.model: nn.Module | None = None
 
     def load(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The model with these weights."""
+        """Return the model with these weights, in eval mode."""
         section = self.config.model
         model = create_model(section.name, **section.overrides())
         model.load_state_dict(weights)
         return model.eval().to(self.device)
 
     def score(self, columns: dict[str, np.ndarray], weights: Sequence[ray.ObjectRef]) -> dict[str, np.ndarray]:
-        """Score a block.
+        """Score one block.
 
         Args:
             columns: decoded rows (``pipelines.data.loader.decode_rows``).
-            weights: one reference to the weights; in a list, else Ray would fetch them for each block.
+            weights: one reference to the weights. It is in a list, else Ray would fetch the weights for each block.
 
         Returns:
-            The rows' ``sample_id``, ``uri``, ``reason``, ``fatal``, and ``scores``: those of the good rows, in order.
+            The rows' ``sample_id``, ``uri``, ``reason``, ``fatal``, and ``scores`` of the good rows, in order.
         """
         self.model = self.model or self.load(ray.get(weights[0]))
         good = np.flatnonzero(columns["reason"] == "")
-        clips, size = columns["clip"], scored_together(self.config)  # [rows, V, T, H, W, 3]
+        clips, size = columns["clip"], videos_per_pass(self.config)  # [rows, V, T, H, W, 3]
         scores = []
         for first in range(0, len(good), size):
             pixels = torch.from_numpy(clips[good[first : first + size]]).flatten(0, 1).to(self.device)
             scores.append(self.score_clips(self.model, pixels).cpu().numpy())
-        found = np.concatenate(scores) if scores else np.empty(0)
-        return {key: columns[key] for key in ("sample_id", "uri", "reason", "fatal")} | {"scores": found}
+        kept = {key: columns[key] for key in ("sample_id", "uri", "reason", "fatal")}
+        return kept | {"scores": np.concatenate(scores) if scores else np.empty(0)}
 
     def score_clips(self, model: nn.Module, clips: Tensor) -> Tensor:
-        """float32 ``[videos, views, classes]`` of uint8 ``[videos * views, T, H, W, 3]``."""
+        """Return log-probabilities, float32 ``[videos, views, classes]``, of uint8 ``[videos * views, T, H, W, 3]``."""
         return score_views(model, clips, self.config)
 
 
-def check_bad(bad: Sequence[BadVideo], videos: int, limit: float) -> None:
-    """End the evaluation when too many videos are bad."""
+def refuse_many_bad(bad: Sequence[BadVideo], videos: int, limit: float) -> None:
+    """Raise a UserError when more than ``limit`` of the videos are bad.
+
+    Args:
+        limit: ``data.max_bad_fraction``.
+    """
     if len(bad) > limit * videos:
-        examples = "".join(f"\n  {video.uri}: {video.reason}" for video in bad[:SHOWN])
+        examples = "".join(f"\n  {video.uri}: {video.reason}" for video in bad[:BAD_VIDEOS_SHOWN])
         raise UserError(
             f"{len(bad)} of {videos} videos could not be decoded so far, more than data.max_bad_fraction {limit:.1%} "
-            f"allows. Mend them (`posmlp data check` lists all), or raise the limit. The first ones:{examples}"
+            f"allows. Repair them (`posmlp data check` lists all), or raise the limit. The first ones:{examples}"
         )

@@ -1,4 +1,4 @@
-"""Views of a video in a multi-view test, as in 4x3."""
+"""Views of a video in a multi-view test, as in 4x3: clips at different times, crops of each clip."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.video.clip import views_of
+from posmlp.video.clip import views_per_video
 
-CLIPS = 32  # on the device at once, without ``scaling.micro_batch``
+CLIPS_PER_PASS = 32  # on the device at once, if ``scaling.micro_batch`` does not say
 
 
 def parse_views(text: str) -> tuple[int, int]:
-    """``4x3``: clips in time x squares of each, 1 or 3.
+    """Parse ``CLIPSxCROPS``, for example ``4x3``; crops are 1 or 3.
 
     Raises:
-        UserError: it is something else.
+        UserError: the text has another form.
     """
     match = re.fullmatch(r"([1-9]\d*)x([13])", text.strip())
     if not match:
@@ -24,10 +24,10 @@ def parse_views(text: str) -> tuple[int, int]:
 
 
 def with_views(config: Config, views: tuple[int, int] | None) -> Config:
-    """The recipe with ``eval.clips`` and ``eval.crops`` of ``views``; None: as it is.
+    """Return the recipe with these views as ``eval.clips`` and ``eval.crops``; None: the recipe unchanged.
 
     Raises:
-        UserError: the recipe's clips have no squares to choose from.
+        UserError: there are three crops, but the recipe's clips show full frames.
     """
     if views is None:
         return config
@@ -37,6 +37,6 @@ def with_views(config: Config, views: tuple[int, int] | None) -> Config:
     return config.model_copy(update={"eval": section})
 
 
-def scored_together(config: Config) -> int:
-    """Videos that go through the model together: what has room on the device, but all views of one at least."""
-    return max(1, (config.scaling.micro_batch or CLIPS) // views_of(config, False))
+def videos_per_pass(config: Config) -> int:
+    """Return how many videos go through the model together: as many as fit on the device, at least one."""
+    return max(1, (config.scaling.micro_batch or CLIPS_PER_PASS) // views_per_video(config, False))

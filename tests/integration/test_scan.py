@@ -12,16 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.scan import ScanError, ShardSettings, check, fingerprint, shard, summarise
+from pipelines.data.check import check, format_summary
+from pipelines.data.scan import ScanError
+from pipelines.data.shard import ShardSettings, rows_digest, shard
 from posmlp import storage
 from posmlp.video.decode import Video
 from posmlp.video.manifest import Manifest, read_manifest
+from tests.helpers.log_lines import log_lines
 
 pytestmark = pytest.mark.ray
-
-
-def quiet(line):
-    pass
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def mixed(motion_set, tmp_path):
 
 def test_a_check_has_a_row_for_every_video(local_ray, mixed, tmp_path):
     manifest = read_manifest(mixed, root="/", missing_ok=True)
-    result = check(manifest, str(tmp_path / "out"), 60, quiet)
+    result = check(manifest, str(tmp_path / "out"), 60)
     report = pq.read_table(tmp_path / "out" / "report.parquet")
     assert report.equals(result.report)
     assert report["sample_id"].to_pylist() == manifest.rows["sample_id"].to_pylist()
@@ -66,7 +65,7 @@ def test_a_check_has_a_row_for_every_video(local_ray, mixed, tmp_path):
 
 def test_the_good_ones_are_a_list_to_train_on(local_ray, mixed, tmp_path):
     manifest = read_manifest(mixed, root="/", missing_ok=True)
-    result = check(manifest, str(tmp_path / "out"), 60, quiet)
+    result = check(manifest, str(tmp_path / "out"), 60)
     good = read_manifest(tmp_path / "out" / "good.parquet", root=manifest.root)
     assert good.classes == ("a", "b")
     expected = result.report.filter(result.report["good"])
@@ -76,10 +75,10 @@ def test_the_good_ones_are_a_list_to_train_on(local_ray, mixed, tmp_path):
 
 def test_a_summary_of_nothing_good_names_the_classes(local_ray, tmp_path):
     (tmp_path / "list.csv").write_text("path,label\ngone.mp4,walk\n")
-    result = check(read_manifest(tmp_path / "list.csv", missing_ok=True), str(tmp_path / "out"), 60, quiet)
+    result = check(read_manifest(tmp_path / "list.csv", missing_ok=True), str(tmp_path / "out"), 60)
     assert result.bad == 1
     assert "0 good, 1 bad" in result.summary
-    assert "classes without a good video: walk" in summarise(result.report, ("walk",), 1.0)
+    assert "classes without a good video: walk" in format_summary(result.report, ("walk",), 1.0)
 
 
 def contents(out):
@@ -89,7 +88,7 @@ def contents(out):
 @pytest.mark.parametrize("settings", [{}, {"short_side": 16, "keyframe_interval": 4}])
 def test_shards_hold_the_videos(local_ray, motion_set, tmp_path, settings):
     manifest = read_manifest(motion_set / "val.csv")
-    result = shard(manifest, str(tmp_path / "out"), ShardSettings(rows_per_shard=6, **settings), quiet)
+    result = shard(manifest, str(tmp_path / "out"), ShardSettings(rows_per_shard=6, **settings))
     assert (result.videos, result.bad, result.shards) == (16, 0, 3)
     packed = read_manifest(result.manifest)
     assert packed.classes == manifest.classes
@@ -116,12 +115,12 @@ def test_the_same_list_gives_the_same_shards(local_ray, motion_set, tmp_path):
     manifest = read_manifest(motion_set / "val.csv")
     settings = ShardSettings(rows_per_shard=5, short_side=24)
     for name in ("one", "two"):
-        shard(manifest, str(tmp_path / name), settings, quiet)
+        shard(manifest, str(tmp_path / name), settings)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_video_is_read_without_its_neighbours(local_ray, motion_set, tmp_path):
-    result = shard(read_manifest(motion_set / "val.csv"), str(tmp_path / "out"), ShardSettings(), quiet)
+    result = shard(read_manifest(motion_set / "val.csv"), str(tmp_path / "out"), ShardSettings())
     file = pq.ParquetFile(tmp_path / "out" / "shards" / "00000.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [1] * 16
     assert result.bytes == (tmp_path / "out" / "shards" / "00000.parquet").stat().st_size
@@ -129,7 +128,7 @@ def test_a_video_is_read_without_its_neighbours(local_ray, motion_set, tmp_path)
 
 def test_bad_videos_are_reported_and_not_packed(local_ray, mixed, tmp_path):
     manifest = read_manifest(mixed, root="/", missing_ok=True)
-    result = shard(manifest, str(tmp_path / "out"), ShardSettings(rows_per_shard=4), quiet)
+    result = shard(manifest, str(tmp_path / "out"), ShardSettings(rows_per_shard=4))
     assert (result.videos, result.bad) == (6, 3)
     bad = pq.read_table(tmp_path / "out" / "bad.parquet").to_pylist()
     assert [Path(row["uri"]).name for row in bad] == ["half.mp4", "gone.mp4", "text.mp4"]
@@ -140,15 +139,15 @@ def test_bad_videos_are_reported_and_not_packed(local_ray, mixed, tmp_path):
 def test_another_list_or_setting_is_refused(local_ray, motion_set, tmp_path):
     manifest = read_manifest(motion_set / "val.csv")
     out = str(tmp_path / "out")
-    shard(manifest, out, ShardSettings(), quiet)
+    shard(manifest, out, ShardSettings())
     before = contents(out)
     with pytest.raises(ScanError, match=r"short_side: None there, 16 now"):
-        shard(manifest, out, ShardSettings(short_side=16), quiet)
+        shard(manifest, out, ShardSettings(short_side=16))
     other = Manifest(manifest.rows.slice(1), manifest.classes)
     with pytest.raises(ScanError, match="choose another --out"):
-        shard(other, out, ShardSettings(), quiet)
-    assert fingerprint(other) != fingerprint(manifest)
-    shard(manifest, out, ShardSettings(), quiet)
+        shard(other, out, ShardSettings())
+    assert rows_digest(other) != rows_digest(manifest)
+    shard(manifest, out, ShardSettings())
     assert contents(out) == before
 
 
@@ -175,11 +174,11 @@ def test_a_killed_call_goes_on_to_the_same_shards(local_ray, motion_set, tmp_pat
 
     manifest = read_manifest(motion_set / "train.csv")
     settings = ShardSettings(rows_per_shard=2, short_side=24)
-    lines = []
-    shard(manifest, str(tmp_path / "killed"), settings, lines.append)
-    assert any("are there already" in line for line in lines)
+    with log_lines() as lines:
+        shard(manifest, str(tmp_path / "killed"), settings)
+    assert any("shards exist already" in line for line in lines)
     assert {path: path.stat().st_mtime_ns for path in there} == there  # not made again
-    shard(manifest, str(tmp_path / "straight"), settings, quiet)
+    shard(manifest, str(tmp_path / "straight"), settings)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
@@ -195,7 +194,7 @@ def test_frame_folders_become_videos(local_ray, tmp_path):
         (folder / f"{number:05d}.jpg").write_bytes(bytes(packet))
     (tmp_path / "list.txt").write_text("17 5 0\n")
     manifest = read_manifest(tmp_path / "list.txt", format="ssv1")
-    result = shard(manifest, str(tmp_path / "out"), ShardSettings(keyframe_interval=2), quiet)
+    result = shard(manifest, str(tmp_path / "out"), ShardSettings(keyframe_interval=2))
     packed = read_manifest(result.manifest).rows.to_pylist()
     assert packed[0]["frames"] is None
     video = Video(packed[0]["uri"])
@@ -209,6 +208,6 @@ def test_an_out_that_cannot_be_written_is_told_plainly(local_ray, motion_set, tm
     (tmp_path / "file").write_text("")
     manifest = read_manifest(motion_set / "val.csv")
     with pytest.raises(ScanError, match=r"file/shards\.json cannot be (read|written)"):
-        shard(manifest, str(tmp_path / "file"), ShardSettings(), quiet)
+        shard(manifest, str(tmp_path / "file"), ShardSettings())
     with pytest.raises(ScanError, match="cannot be written"):
-        check(manifest, str(tmp_path / "file"), 60, quiet)
+        check(manifest, str(tmp_path / "file"), 60)

@@ -8,11 +8,13 @@ import torch
 from mlflow import MlflowClient
 
 from pipelines.inference import evaluate as module
-from pipelines.inference.evaluate import Evaluation, evaluate, log, summarise
-from pipelines.inference.scoring import Scores, score_split
+from pipelines.inference import scoring
+from pipelines.inference.evaluate import Evaluation, count_predictions, evaluate, log_evaluation
+from pipelines.inference.scoring import SplitScores, score_split
 from pipelines.tracking.uris import tracking_uri
 from posmlp.errors import UserError
 from posmlp.video.manifest import read_split
+from tests.helpers.log_lines import log_lines
 from tests.helpers.random_models import write_checkpoint
 from tests.helpers.untrained_run import CLASSES
 
@@ -32,8 +34,8 @@ def blocks_of(manifest, bad=()):
 def test_scores_find_their_rows_in_whatever_order_blocks_come(untrained_run, monkeypatch):
     config = untrained_run["config"]
     manifest = read_split(config.data, "val")
-    monkeypatch.setattr(module, "scored_blocks", lambda *_: blocks_of(manifest, bad=(3,)))
-    scores = score_split(manifest, config, {}, lambda line: None)
+    monkeypatch.setattr(scoring, "score_blocks", lambda *_: blocks_of(manifest, bad=(3,)))
+    scores = score_split(manifest, config, {})
     assert list(np.flatnonzero(~scores.scored)) == [3]
     assert [video.uri for video in scores.bad] == [manifest.rows["uri"][3].as_py()]
 
@@ -42,9 +44,9 @@ def test_too_many_bad_videos_end_it_as_soon_as_that_is_certain(untrained_run, mo
     config = untrained_run["config"]  # allows 10 % of 14 videos
     manifest = read_split(config.data, "val")
     blocks = blocks_of(manifest, bad=(0, 1, 10, 11))
-    monkeypatch.setattr(module, "scored_blocks", lambda *_: blocks)
+    monkeypatch.setattr(scoring, "score_blocks", lambda *_: blocks)
     with pytest.raises(UserError, match=r"2 of 14 videos .*data\.max_bad_fraction 10\.0% .*\n.*cut short\n.*cut short"):
-        score_split(manifest, config, {}, lambda line: None)
+        score_split(manifest, config, {})
     assert len(list(blocks)) == 5
 
 
@@ -52,27 +54,29 @@ def test_a_split_without_a_good_video_is_refused(untrained_run, monkeypatch):
     config = untrained_run["config"]
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 1.0})})
     manifest = read_split(config.data, "val")
-    monkeypatch.setattr(module, "scored_blocks", lambda *_: blocks_of(manifest, bad=range(14)))
+    monkeypatch.setattr(scoring, "score_blocks", lambda *_: blocks_of(manifest, bad=range(14)))
     with pytest.raises(UserError, match=r"no video could be decoded; the first one, .*cut short"):
-        score_split(manifest, lenient, {}, lambda line: None)
+        score_split(manifest, lenient, {})
 
 
 def test_an_mlflow_that_is_away_costs_only_itself(untrained_run):
     tracking = untrained_run["config"].tracking.model_copy(update={"uri": "http://127.0.0.1:9"})
-    config, lines = untrained_run["config"].model_copy(update={"tracking": tracking}), []
+    config = untrained_run["config"].model_copy(update={"tracking": tracking})
     found = Evaluation("name", "/here", "step-12", 12, 1, "val", (1, 1), {"top1": 0.5}, [], [])
-    assert log(found, {}, config, "some-run", lines.append) is None
+    with log_lines() as lines:
+        assert log_evaluation(found, {}, config, "some-run") is None
     (line,) = lines
-    assert line.startswith("MLflow at http://127.0.0.1:9 does not take the evaluation (")
-    assert line.endswith("it is in /here all the same")
+    assert line.startswith("MLflow at http://127.0.0.1:9 does not accept the evaluation (")
+    assert line.endswith("its files are in /here")
 
 
 def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path):
     config = untrained_run["config"].model_copy(
         update={"tracking": untrained_run["config"].tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/db"})}
     )
-    found, lines = Evaluation("name", "/here", "step-12", 12, 1, "train", (1, 1), {"top1": 0.5}, [], []), []
-    run_id = log(found, {"a.txt": b"a"}, config, "some-run", lines.append)
+    found = Evaluation("name", "/here", "step-12", 12, 1, "train", (1, 1), {"top1": 0.5}, [], [])
+    with log_lines() as lines:
+        run_id = log_evaluation(found, {"a.txt": b"a"}, config, "some-run")
     run = MlflowClient(tracking_uri(config)).get_run(run_id)
     assert "has no run some-run" in lines[0]
     assert (run.info.run_name, run.info.status) == ("small-name", "FINISHED")
@@ -82,8 +86,8 @@ def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path)
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.frames=8"], r"model\.frames is fixed"),
-        (["optim.lr=1"], r"optim\.lr is fixed"),
+        (["model.frames=8"], r"model\.frames of a trained model is fixed"),
+        (["optim.lr=1"], r"optim\.lr of a trained model is fixed"),
         (["scaling.workers=2"], "--workers"),
         (["data.val.path=nowhere.csv"], r"nowhere\.csv"),
         (["data.max_bad_fraction=2"], r"data\.max_bad_fraction: .*not 2"),
@@ -122,9 +126,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(untrained_run, tmp_path):
 
 
 def test_other_data_get_a_name_of_their_own(untrained_run):
-    config, about = untrained_run["config"], module.checkpoints.read_info(untrained_run["checkpoint"])
+    config, info = untrained_run["config"], module.checkpoints.read_info(untrained_run["checkpoint"])
     names = [
-        module.name_of("val", config, about, overrides)
+        module.evaluation_name("val", config, info, overrides)
         for overrides in ([], ["data.cache_dir=x", "scaling.use_gpu=true"], ["data.val.path=a"], ["data.val.path=b"])
     ]
     assert names[0] == names[1] == "val-1x1-step0000000012"
@@ -135,7 +139,7 @@ def test_the_summary_tells_no_password(untrained_run):
     tracking = untrained_run["config"].tracking.model_copy(update={"uri": "http://me:geheim@mlflow.example"})
     config = untrained_run["config"].model_copy(update={"tracking": tracking})
     found = Evaluation("name", "/here", "step-12", 12, 1, "val", (1, 1), {"top1": 0.5}, [], [])
-    text = module.summary(found, config).decode()
+    text = module.summary_json(found, config).decode()
     assert "http://mlflow.example" in text
     assert "geheim" not in text
 
@@ -144,7 +148,7 @@ def test_the_most_frequent_confusion_of_each_class():
     shares = torch.eye(4)[[0, 1, 1, 2, 1]] * 0.8 + 0.05  # predicted: 0 1 1 2 1
     views = shares.log()[:, None].numpy()
     scored = np.array([True, True, True, True, False])
-    _, classes = summarise(Scores(views, scored), np.array([0, 0, 0, 2, 3]), ["a", "b", "c", "d"])
+    _, classes = count_predictions(SplitScores(views, scored), np.array([0, 0, 0, 2, 3]), ["a", "b", "c", "d"])
     assert [(c.videos, c.top1, c.confused_with, c.confused) for c in classes] == [
         (3, pytest.approx(1 / 3), "b", 2),
         (0, None, "", 0),

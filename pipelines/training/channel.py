@@ -1,61 +1,79 @@
-"""What passes between a run's driver and its workers: an actor on the driver's node, gone with the driver."""
+"""The channel between a run's driver and its workers: an actor on the driver's node that ends with the driver."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.training.messages import WorkerEvent
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What a new worker group learns when it registers.
+
+    Attributes:
+        previous_world_size: of the worker group before it; 0 for the first group.
+        losses: the number of restarts after a loss of workers.
+        failed: the run has failed, so the group must not train.
+    """
+
+    previous_world_size: int
+    losses: int
+    failed: bool
+
 
 class RunChannel:
-    """Events for the driver, and the driver's wish to stop for the workers."""
+    """Carries events to the driver, and stop requests and failures between the driver and the workers."""
 
     def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[WorkerEvent] = []
         self.stopping = False
-        self.failure = ""
+        self.reason = ""
         self.losses = 0
-        self.world = 0
+        self.world_size = 0
 
-    def begin(self, world: int) -> tuple[int, int, bool]:
-        """A set of so many workers has started; returns how many there were before it, how often workers were lost, and
-        whether there is nothing left to do.
+    def register_workers(self, world_size: int) -> Registration:
+        """Register a new worker group, and count a loss if it is not larger than the previous one.
 
-        Ray does not tell why it starts anew: more workers than before mean that the cluster has grown.
+        Ray does not report why it restarts workers. A larger group means that the cluster has grown.
         """
-        before, self.world = self.world, world
-        self.losses += 0 < world <= before
-        return before, self.losses, bool(self.failure)
+        previous, self.world_size = self.world_size, world_size
+        self.losses += 0 < world_size <= previous
+        return Registration(previous, self.losses, bool(self.reason))
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """Something for the driver: its ``kind`` and what belongs to it."""
+    def send(self, event: WorkerEvent) -> None:
+        """Queue an event for the driver."""
         self.events.append(event)
 
-    def take(self) -> list[dict[str, Any]]:
-        """All events since the last call."""
+    def receive(self) -> list[WorkerEvent]:
+        """Return and remove all queued events."""
         events, self.events = self.events, []
         return events
 
     def fail(self, reason: str) -> None:
-        """The run cannot go on, whoever tries; the first reason counts."""
-        self.failure = self.failure or reason
+        """Mark the run as failed for good: no restart would help. The first reason is kept."""
+        self.reason = self.reason or reason
 
-    def reason(self) -> str:
-        """Why the run cannot go on; empty if nothing is wrong."""
-        return self.failure
+    def failure(self) -> str:
+        """The reason why the run has failed; empty if it has not."""
+        return self.reason
 
-    def stop(self) -> None:
-        """The workers shall save and end."""
+    def request_stop(self) -> None:
+        """Ask the workers to save a checkpoint and stop."""
         self.stopping = True
 
-    def shall_stop(self) -> bool:
-        """Whether ``stop`` was called."""
+    def stop_requested(self) -> bool:
+        """Whether the workers should save a checkpoint and stop."""
         return self.stopping
 
 
 def open_channel() -> ActorHandle:
-    """A channel on this node."""
+    """Start a ``RunChannel`` actor on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(RunChannel).remote()
+    actor: Any = ray.remote(RunChannel)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote()

@@ -1,4 +1,4 @@
-"""Whether a run may start or resume: every check that comes before Ray starts."""
+"""Checks that decide whether a run may start or resume. All of them run before Ray starts."""
 
 from __future__ import annotations
 
@@ -12,24 +12,36 @@ from pipelines.runs.errors import RunError
 from posmlp import storage
 from posmlp.config import Config, current_keys, flatten
 from posmlp.errors import UserError
+from posmlp.metrics import VAL_TOP1
 from posmlp.video.augment import flip_labels
 from posmlp.video.manifest import Manifest, ManifestError, read_split
 
-# Keys that a run which goes on may change: they are not what it learns from a good video.
-FREE = ("scaling.", "tracking.", "data.max_bad_fraction", "data.decode_timeout_s")
+# Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
+KEYS_FREE_ON_RESUME = (
+    "scaling.",
+    "tracking.",
+    "data.max_bad_fraction",
+    "data.decode_timeout_s",
+    "data.cache_dir",
+    "data.rows_per_block",
+    "data.decoder",
+    "data.train.root",
+    "data.val.root",
+    "train.checkpoint_every_steps",
+    "train.keep_last",
+    "train.keep_best",
+    "train.storage",
+)
 
-
-FREE += ("data.cache_dir", "data.rows_per_block", "data.decoder", "data.train.root", "data.val.root")
-
-
-FREE += ("train.checkpoint_every_steps", "train.keep_last", "train.keep_best", "train.storage")
-
-
-# And keys that it can never change: with another model or other batches there is nothing to go on with.
-FIXED = ("model.name", "model.num_classes", "model.frames", "model.image_size", "model.dims", "model.depths")
-
-
-FIXED += (
+# Prefixes of keys that a resumed run can never change: a checkpoint does not fit another model or other batches.
+# All other keys may change with --allow-changes.
+KEYS_FIXED_ON_RESUME = (
+    "model.name",
+    "model.num_classes",
+    "model.frames",
+    "model.image_size",
+    "model.dims",
+    "model.depths",
     "model.groups",
     "model.windows",
     "model.blocks",
@@ -37,30 +49,41 @@ FIXED += (
     "train.global_batch",
     "train.seed",
     "data.repeats",
+    "data.train.",
+    "data.format",
+    "list.train",
 )
 
 
-FIXED += ("data.train.", "data.format", "list.train")
-
-
 def read_splits(config: Config) -> tuple[Manifest, Manifest]:
-    """Both splits' lists; what is wrong with either is told at once."""
-    found, problems = [], []
+    """Read the lists of both splits, training first.
+
+    Raises:
+        ManifestError: a list is wrong; the message has the problems of both.
+    """
+    manifests, problems = [], []
     for name in ("train", "val"):
         try:
-            found.append(read_split(config.data, name))
+            manifests.append(read_split(config.data, name))
         except ManifestError as error:
             problems += error.problems
     if problems:
         raise ManifestError(list(dict.fromkeys(problems)))
-    return found[0], found[1]
+    return manifests[0], manifests[1]
 
 
 def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config:
-    """Fill in the number of classes and where the cache is; refuse splits that do not fit together or the batch."""
+    """Check that the splits fit each other and the batch size.
+
+    Returns:
+        the recipe with the number of classes filled in, and with absolute paths of the cache and of ``model.weights``.
+
+    Raises:
+        RunError: they do not fit; the message names the key to change.
+    """
     if train_set.classes != val_set.classes:
         raise RunError(
-            f"the splits name different classes: {config.data.train.path} has {list(train_set.classes)}, "
+            f"the splits have different classes: {config.data.train.path} has {list(train_set.classes)}, "
             f"{config.data.val.path} has {list(val_set.classes)}"
         )
     clips = len(train_set.rows) * config.data.repeats
@@ -81,7 +104,7 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     if classes < len(train_set.classes):
         raise RunError(f"model.num_classes {classes} is less than the data set's {len(train_set.classes)} classes")
     cache = config.data.cache_dir
-    data = config.data.model_copy(update={"cache_dir": cache and os.path.abspath(cache)})  # tasks run elsewhere
+    data = config.data.model_copy(update={"cache_dir": cache and os.path.abspath(cache)})  # tasks run in other folders
     weights = config.model.weights
     update = {"num_classes": classes, "weights": weights and storage.join(".", weights)}
     model = config.model.model_copy(update=update)
@@ -89,60 +112,80 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
 
 
 def check_record(
-    run: str, record: dict[str, Any], config: Config, lists: dict[str, str], done: int, allow_changes: bool
+    run: str, record: dict[str, Any], config: Config, lists: dict[str, str], epochs_done: int, allow_changes: bool
 ) -> dict[str, str]:
-    """Refuse to redo a finished run, and to go on with another recipe unless that is wanted; returns the changes.
+    """Refuse to repeat a finished run, or to resume a run with another recipe unless that is allowed.
 
     Args:
-        lists: what the splits' lists are now (``fingerprint``).
-        done: whole epochs done.
+        run: the run's folder.
+        record: its ``run.json`` (``pipelines.runs.record.read_record``).
+        lists: the present fingerprint of each split's list (``list_fingerprint``).
+        epochs_done: the number of finished epochs.
+        allow_changes: accept changes of keys that are not in ``KEYS_FIXED_ON_RESUME``.
+
+    Returns:
+        the changed keys (``changed_keys``).
+
+    Raises:
+        RunError: the run is finished, or its recipe has changed; the message lists the changes.
     """
     if record["metrics"] is not None:
         raise RunError(
-            f"run {config.name!r} is finished (val/top1 {record['metrics'].get('val/top1', float('nan')):.1%}, "
+            f"run {config.name!r} is finished (val/top1 {record['metrics'].get(VAL_TOP1, float('nan')):.1%}, "
             f"{run}). Choose another name (name=...), or delete that folder to train it again."
         )
-    changed = changes(record, config, lists)
-    fixed = [k for k in changed if k.startswith(FIXED)]
+    changed = changed_keys(record, config, lists)
+    fixed = [k for k in changed if k.startswith(KEYS_FIXED_ON_RESUME)]
     if changed and (fixed or not allow_changes):
         way = "choose another name, delete that folder, "
-        way += "or restore" if fixed else "go on all the same with --allow-changes, or restore"
+        way += "or restore" if fixed else "accept the changes with --allow-changes, or restore"
         raise RunError(
             f"run {config.name!r} ({run}) was started with another recipe; {way}:"
             + "".join(f"\n  {k}: {change}" for k, change in changed.items() if not fixed or k in fixed)
         )
-    if "train.epochs" in changed and config.train.epochs <= done:
-        raise RunError(f"train.epochs {config.train.epochs}: run {config.name!r} has done {done} epochs already")
+    if "train.epochs" in changed and config.train.epochs <= epochs_done:
+        raise RunError(
+            f"train.epochs {config.train.epochs}: run {config.name!r} has done {epochs_done} epochs already; raise it"
+        )
     return changed
 
 
-def changes(record: dict[str, Any], config: Config, lists: dict[str, str]) -> dict[str, str]:
-    """What differs, by key, between a recipe and that of a run, of what matters to what is learned."""
-    before = flatten(current_keys(record["config"])) | {f"list.{split}": text for split, text in record["lists"].items()}
+def changed_keys(record: dict[str, Any], config: Config, lists: dict[str, str]) -> dict[str, str]:
+    """Compare a recipe and its lists with those of a run, without ``KEYS_FREE_ON_RESUME``.
+
+    Returns:
+        for each changed key, its old and its new value as text.
+    """
+    before = flatten(current_keys(record["config"])) | {
+        f"list.{split}": text for split, text in record["lists"].items()
+    }
     now = config.flat() | {f"list.{split}": text for split, text in lists.items()}
     changed = {k: f"was {before.get(k)!r}, is {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)}
-    return {k: change for k, change in changed.items() if not k.startswith(FREE)}
+    return {k: change for k, change in changed.items() if not k.startswith(KEYS_FREE_ON_RESUME)}
 
 
-def fingerprint(manifest: Manifest) -> str:
-    """Tells whether a list is still the same: its videos, labels and classes, wherever the videos lie now."""
+def list_fingerprint(manifest: Manifest) -> str:
+    """A text that changes when a list's videos, labels or classes change, but not when the videos move."""
     rows = manifest.rows.select(["sample_id", "label"]).to_pydict()
     text = json.dumps([rows, manifest.classes])
     return f"{len(manifest.rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def find_weights(config: Config) -> str | None:
-    """The file that ``model.weights`` stands for.
+    """Resolve ``model.weights``, which names a file of weights, or a run or a checkpoint, to a file.
+
+    Returns:
+        the file's path or URI; None if the recipe starts from random weights.
 
     Raises:
-        UserError: there is none.
+        UserError: it names neither a file nor a run with a checkpoint.
     """
     weights = config.model.weights
     if weights is None or storage.are_files([weights])[0]:
         return weights
     try:
         checkpoint = checkpoints.choose(weights)
-        checkpoints.checked(checkpoint, checkpoints.WEIGHTS, checkpoints.read_info(checkpoint))
+        checkpoints.read_verified(checkpoint, checkpoints.WEIGHTS, checkpoints.read_info(checkpoint))
     except UserError as error:
         raise UserError(
             f"model.weights is neither a file of weights nor a run: {error}. Train that run first, or start from "

@@ -1,7 +1,7 @@
-"""The training workers' process group, whose store listens at the first worker's own address alone.
+"""The training workers' process group, whose store listens only at the address of the first worker.
 
-PyTorch's store, by which the workers find each other, accepts whoever connects, on every interface of the machine.
-There is no setting for that, but it takes a socket that listens already.
+The workers find each other through PyTorch's TCP store. By default it accepts connections from anyone, on every network
+interface of the machine. It has no setting for the interface, but it accepts a socket that already listens.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from typing import Any
 
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 from torch.distributed import TCPStore
 
 
 class ProcessGroupConfig(TorchConfig):
-    """Ray Train's settings of the process group."""
+    """Ray Train's process group settings, with ``ProcessGroupBackend``."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         return ProcessGroupBackend
 
 
-class ProcessGroupBackend(_TorchBackend):
-    """Makes the group as Ray Train does, from a store as below."""
+class ProcessGroupBackend(TorchConfig().backend_cls):  # type: ignore[misc] # the class itself has a private name
+    """Creates the process group as Ray Train does, after ``listen_at_own_address`` on every worker."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(listen_at_own_address)
@@ -33,7 +32,7 @@ class ProcessGroupBackend(_TorchBackend):
 
 
 def listen_at_own_address() -> None:
-    """In a worker: the store that it will make listens at the address that the others are told."""
+    """Make the store that this worker may start listen only at the address that the other workers connect to."""
 
     def store(host_name: str, port: int, is_master: bool = False, **options: Any) -> TCPStore:
         if is_master:
@@ -42,5 +41,6 @@ def listen_at_own_address() -> None:
                 options["master_listen_fd"] = listener.detach()
         return TCPStore(host_name=host_name, port=port, is_master=is_master, **options)
 
-    # By its full name: torch.distributed has a function of the same name.
-    importlib.import_module("torch.distributed.rendezvous").TCPStore = store
+    # Imported by its full name, because torch.distributed has a function of the same name.
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
+    rendezvous.TCPStore = store

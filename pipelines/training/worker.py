@@ -1,220 +1,220 @@
-"""What runs on each training worker: steps, validation and checkpoints, from where the run's last checkpoint is.
+"""A training worker: training steps, validation and checkpoints, from the run's newest checkpoint on.
 
-All workers do the same at the same step; what one alone knows (that the user wants to stop, that its disk is full) is
-agreed on before the next step, so that none waits for another that has left. The first worker writes the checkpoints
-and tells the driver of the progress through the channel.
+All workers do the same thing at the same step. What only one worker knows (a stop was requested, its disk is full) is
+agreed on before the next step, so that no worker waits for another that has left. The first worker writes the
+checkpoints and sends the driver events through the channel.
 """
 
 from __future__ import annotations
 
-import gzip
+import logging
 import math
 import os
-import resource
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from enum import IntEnum
+from typing import Any, TypeVar, cast
 
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.actor import ActorHandle
 from ray.train.torch import get_device
 from safetensors.torch import save as save_safetensors
 
-from pipelines.data.loader import Split, object_store
+from pipelines.data.loader import SplitLoader, object_store_usage
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
 from pipelines.tracking import prometheus
-from pipelines.training.progress import Progress, advise, describe_epoch, minutes
+from pipelines.training.channel import Registration
+from pipelines.training.messages import (
+    ArtifactFile,
+    BadVideosFound,
+    ConfusionMatrix,
+    CostMeasured,
+    EpochMetrics,
+    ProgressLine,
+    WorkerEvent,
+    WorkerJob,
+)
+from pipelines.training.profiling import TRACE_FILE, TRACED_STEPS, peak_memory_mb, start_profiler
+from pipelines.training.progress import RunProgress, advise, describe_epoch, format_duration
 from posmlp import create_model, load_published, storage
+from posmlp import metrics as names
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
 from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import mean_over_workers, parallelise
-from posmlp.metrics import (
-    DATA_BAD,
-    DATA_DECODED_BY_PYAV,
-    DATA_OBJECT_STORE_MB,
-    DATA_SPILLED_MB,
-    EPOCH,
-    PERF_CLIPS_PER_S,
-    PERF_DATA_WAIT_FRAC,
-    PERF_EPOCH_S,
-    PERF_FIRST_BATCH_S,
-    PERF_MEMORY_MB,
-    PERF_MFU,
-    PERF_STEPS_PER_S,
-    PERF_TFLOPS,
-    TRAIN_GRAD_NORM,
-    TRAIN_LOSS,
-    TRAIN_LR,
-    TRAIN_WORKERS,
-)
 from posmlp.model.cost import cost, count_macs, peak_flops
 from posmlp.video.batch import Batch
 
-SPEAK_S = 5.0  # between two lines of progress
-ASK_S = 0.5  # between two questions to the driver whether to stop
-GO_ON, STOP, FAIL = 0, 1, 2  # what the workers agree on before a step
-PROFILED = 3  # steps in a trace, after as many that warm up
-TRACE = "profile/trace.json.gz"
+LINE_S = 5.0  # between two progress lines
+STOP_POLL_S = 0.5  # between two questions to the driver whether a stop was requested
+
+T = TypeVar("T")
 
 
-def train_worker(job: dict[str, Any]) -> None:
-    """Ray Train's loop. What the user can mend ends the run on all workers, without a new try.
+class Action(IntEnum):
+    """What a worker wants to do next. The workers do the largest of all requested actions."""
+
+    CONTINUE = 0
+    STOP = 1
+    FAIL = 2
+
+
+def train_worker(fields: dict[str, Any]) -> None:
+    """The training loop that Ray Train runs on each worker.
+
+    A ``UserError`` marks the run as failed on all workers, and Ray does not restart them.
 
     Args:
-        job: ``config`` (a recipe as plain data), ``run`` (the run's folder), ``weights`` (a file to start from, or
-            None), ``train_rows`` and ``val_rows`` (references), ``classes``, ``channel``, ``profile``, and ``measure``:
-            whether the model's cost is not known yet.
+        fields: those of a ``WorkerJob``.
     """
+    job = WorkerJob(**fields)
     try:
         Worker(job).work()
     except UserError as error:
-        ray.get(job["channel"].fail.remote(str(error)))
+        ray.get(job.channel.fail.remote(str(error)))
         if not isinstance(error, AgreedError) and ray.train.get_context().get_world_size() > 1:
-            raise  # the others do not know: Ray ends them, and the next set of workers finds that the run has failed
+            raise  # the other workers do not know: Ray ends them, and the next worker group finds that the run failed
 
 
 class Worker:
     """One of a run's training workers."""
 
-    def __init__(self, job: dict[str, Any]):
-        self.job = job
-        self.config = Config.model_validate(job["config"])
-        self.run: str = job["run"]
-        self.channel: ActorHandle = job["channel"]
+    def __init__(self, job: WorkerJob):
+        self.job, self.run, self.channel = job, job.run, job.channel
+        self.config = Config.model_validate(job.config)
         context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         threads = self.config.scaling.threads_per_worker
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.asked: ray.ObjectRef | None = None
-        self.asked_at = 0.0
+        self.stop_reply: ray.ObjectRef | None = None  # of the question that is not answered yet
+        self.stop_asked_at = 0.0
 
-    def tell(self, kind: str, **event: Any) -> None:
-        """Pass something on to the driver; the first worker speaks for all."""
+    def send(self, event: WorkerEvent) -> None:
+        """Send the driver an event, if this is the first worker."""
         if self.rank == 0:
-            ray.get(self.channel.tell.remote({"kind": kind, **event}))
+            ray.get(self.channel.send.remote(event))
 
-    def say(self, text: str) -> None:
-        """A line for the user."""
-        self.tell("line", text=text)
+    def send_line(self, text: str, level: int = logging.INFO) -> None:
+        """Send the driver a line for the user."""
+        self.send(ProgressLine(text, level))
 
     def work(self) -> None:
-        """From the last checkpoint to the end of the run, or until it is asked to stop."""
-        before, losses, ended = from_first(lambda: ray.get(self.channel.begin.remote(self.world)))
-        if ended:  # for a reason that another try would meet again
+        """Train from the newest checkpoint to the end of the run, or until a stop is requested."""
+        registration = on_first_worker(self.register)
+        if registration.failed:  # a restart would fail for the same reason
             return
-        config = self.config
+        config, rows = self.config, {"train": self.job.train_rows, "val": self.job.val_rows}
         self.train_split, self.val_split = (
-            Split(self.job[f"{name}_rows"], config, name == "train", self.rank, self.world) for name in ("train", "val")
+            SplitLoader(rows[name], config, name == "train", self.rank, self.world_size) for name in ("train", "val")
         )
-        self.start(before, losses)
-        self.saved = self.learner.step
-        self.first = len(self.progress.history)
-        told: set[str] = set()
-        batches = self.train_split.batches(self.first, self.progress.steps, until=config.train.epochs)
-        for epoch in range(self.first, config.train.epochs):
+        self.start(registration)
+        self.saved_step = self.learner.step
+        self.first_epoch = len(self.progress.history)
+        advised: set[str] = set()
+        batches = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
+        for epoch in range(self.first_epoch, config.train.epochs):
             metrics = self.epoch(batches, epoch)
             if metrics is None:
                 where = f"epoch {epoch}" + f", step {self.progress.steps}" * bool(self.progress.steps)
-                self.say(f"stopped after {where}")
+                self.send_line(f"stopped after {where}")
                 return
-            self.tell("metrics", history=[metrics])
-            self.say(describe_epoch(metrics, config))
-            for kind, text in advise(metrics, config).items():
-                if kind not in told:  # once is enough
-                    told.add(kind)
-                    self.say(text)
+            self.send(EpochMetrics([metrics]))
+            self.send_line(describe_epoch(metrics, config))
+            for problem, text in advise(metrics, config).items():
+                if problem not in advised:  # the same advice once
+                    advised.add(problem)
+                    self.send_line(text, logging.WARNING)
             ray.train.report(metrics)
 
     # --- start ---------------------------------------------------------------------------------------------------
 
-    def start(self, before: int, losses: int) -> None:
-        """The learner and the progress, new or from the run's last whole checkpoint."""
+    def register(self) -> Registration:
+        """Register this worker group with the driver."""
+        return cast(Registration, ray.get(self.channel.register_workers.remote(self.world_size)))
+
+    def start(self, registration: Registration) -> None:
+        """Create the learner and the progress, new or from the run's newest intact checkpoint."""
         config = self.config
         torch.manual_seed(config.train.seed)
         model = create_model(config.model.name, **config.model.overrides())
         self.macs = count_macs(config.model.variant())
-        found = from_first(self.find_checkpoint)
+        found = on_first_worker(self.find_checkpoint)
         notes: list[str] = []
-        if found is None and self.job["weights"]:
-            report = load_published(model, self.job["weights"])
-            notes = [f"start from {self.job['weights']}: {report.loaded} tensors", *report.adapted]
-        learner = Learner(parallelise(model, config, get_device()), config, self.train_split.steps, self.job["classes"])
-        self.learner, self.progress = learner, Progress()
+        if found is None and self.job.weights:
+            report = load_published(model, self.job.weights)
+            notes = [f"start from {self.job.weights}: {report.loaded} tensors", *report.adapted]
+        learner = Learner(parallelise(model, config, get_device()), config, self.train_split.steps, self.job.classes)
+        self.learner, self.progress = learner, RunProgress()
         if found is not None:
             uri, notes = found
             about, contents = checkpoints.load(uri)
             learner.load_state_dict(contents[checkpoints.WEIGHTS], contents[checkpoints.STATE])
-            self.progress = Progress(**about.progress)
+            self.progress = RunProgress(**about.progress)
         if self.rank:
             return
-        if not learner.step and self.job["measure"]:
+        if not learner.step and self.job.measure_cost:
             measured = cost(config.model.name, device=learner.device, **config.model.overrides())
-            self.tell("cost", metrics=measured.metrics())
-        self.tell("metrics", history=self.progress.history)
+            self.send(CostMeasured(measured.metrics()))
+        self.send(EpochMetrics(self.progress.history))
         params = sum(p.numel() for p in model.parameters())
         what = f"{config.model.name}, {params / 1e6:.2f} M parameters, {self.macs / 1e9:.2f} GMACs"
-        self.say(f"{config.name}: {what}; {self.describe_place()}; {self.describe_start(before, losses)}")
+        self.send_line(f"{config.name}: {what}; {self.describe_workers()}; {self.describe_start(registration)}")
         for note in notes:
-            self.say(f"  {note}")
+            self.send_line(f"  {note}", logging.WARNING if found else logging.INFO)
 
     def find_checkpoint(self) -> tuple[str, list[str]] | None:
-        """The newest whole checkpoint and what was wrong with newer ones; the first worker looks for all."""
+        """The newest intact checkpoint, and a line for each newer one that is damaged. None if there is none."""
         try:
             uri, problems = checkpoints.newest(self.run)
         except OSError as error:
             raise RunError(f"{self.run} cannot be read: {error}") from error
         return (uri, [f"passed over: {problem}" for problem in problems]) if uri else None
 
-    def describe_place(self) -> str:
-        """Where it trains, for the first line."""
-        learner, threads = self.learner, torch.get_num_threads()
+    def describe_workers(self) -> str:
+        """Number of workers, device, threads and gradient accumulation, for the first line."""
+        learner, threads, workers = self.learner, torch.get_num_threads(), self.world_size
         device = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else "CPU"
-        text = f"{self.world} worker{'s' * (self.world > 1)} on {device}, {threads} thread{'s' * (threads > 1)} each"
-        local = math.ceil(self.config.train.global_batch / self.world)
+        text = f"{workers} worker{'s' * (workers > 1)} on {device}, {threads} thread{'s' * (threads > 1)} each"
+        local = math.ceil(self.config.train.global_batch / workers)
         if (limit := self.config.scaling.micro_batch) and limit < local:
-            text += f", {local} clips in {math.ceil(local / limit)} parts"
+            text += f", {local} clips in {math.ceil(local / limit)} micro-batches"
         return text
 
-    def describe_start(self, before: int, losses: int) -> str:
-        """Where it starts, for the first line.
-
-        Args:
-            before: workers that there were; 0 for none yet.
-            losses: times that workers were lost.
-        """
-        text = "starting"
+    def describe_start(self, registration: Registration) -> str:
+        """Where and why the workers start, for the first line."""
+        text, previous = "starting", registration.previous_world_size
         if self.learner.step:
             epoch, step = len(self.progress.history), self.progress.steps
-            text = f"going on after epoch {epoch}" + (f", step {step}" if step else "")
-        if self.world > before > 0:
-            text = f"the cluster has room for {self.world} workers in place of {before}; {text}"
-        elif before:
-            text = f"workers were lost ({losses} of {self.config.scaling.max_failures} times); {text}"
+            text = f"resuming after epoch {epoch}" + (f", step {step}" if step else "")
+        if self.world_size > previous > 0:
+            text = f"the cluster has room for {self.world_size} workers instead of {previous}; {text}"
+        elif previous:
+            limit = self.config.scaling.max_failures
+            text = f"workers were lost ({registration.losses} of {limit} times); {text}"
         return text
 
     # --- an epoch ------------------------------------------------------------------------------------------------
 
     def epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
-        """What is left of an epoch; returns its metrics, or None if the run shall stop and its state is saved."""
+        """Finish an epoch: the remaining training steps, validation and checkpoints.
+
+        Returns the metrics, or None if a stop was requested (the checkpoint is saved).
+        """
         config = self.config
         if not self.progress.trained:
             metrics = self.train_epoch(batches, epoch)
             if metrics is None:
-                if self.learner.step > self.saved:
+                if self.learner.step > self.saved_step:
                     self.save()
                 return None
             self.progress.trained = metrics
-            self.save()  # before validation, which takes its time
+            self.save()  # before validation, which may take long
         metrics, rows = dict(self.progress.trained), self.train_split.count
         if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
             validation = self.validate()
@@ -222,39 +222,42 @@ class Worker:
                 return None
             metrics |= validation
             rows += self.val_split.count
-            self.collect_bad()
+            self.collect_bad_videos()
         if config.data.decoder == "decord":
-            metrics[DATA_DECODED_BY_PYAV] = float(self.progress.taken_over)
+            metrics[names.DATA_DECODED_BY_PYAV] = float(self.progress.taken_over)
         bad = [BadVideo(**video) for video in self.progress.bad]
-        metrics |= {DATA_BAD: float(len(bad)), EPOCH: float(epoch + 1)}
+        metrics |= {names.DATA_BAD: float(len(bad)), names.EPOCH: float(epoch + 1)}
         if bad:
-            self.tell("bad", videos=bad)
-        check_bad(bad, rows, config)
+            self.send(BadVideosFound(bad))
+        check_bad_fraction(bad, rows, config)
         self.progress = self.progress.next_epoch(metrics)
         self.finish_epoch(metrics)
         return metrics
 
     def train_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
-        """The training steps that are left of an epoch; returns its metrics so far, or None if the run shall stop."""
+        """Do the remaining training steps of an epoch.
+
+        Returns the training metrics, or None if a stop was requested (no checkpoint is saved yet).
+        """
         config, learner, progress, split = self.config, self.learner, self.progress, self.train_split
         steps, every = split.steps, config.train.checkpoint_every_steps
-        waited, first, began = 0.0, 0.0, progress.steps
-        pace = prometheus.Pace(config.name, config.train.global_batch)
-        start = spoken = time.perf_counter()
-        watch = object_store if self.rank == 0 else lambda: (math.nan, math.nan)
-        store, spilled_before = watch()
-        profiler = self.profiler(steps - began) if self.job["profile"] and epoch == self.first else None
+        waited, first_batch_s, first_step = 0.0, 0.0, progress.steps
+        throughput = prometheus.ThroughputGauge(config.name, config.train.global_batch)
+        start = last_line = time.perf_counter()
+        store_usage = object_store_usage if self.rank == 0 else lambda: (math.nan, math.nan)
+        store, spilled_before = store_usage()
+        profiler = self.start_profiler(steps - first_step) if self.job.profile and epoch == self.first_epoch else None
         while progress.steps < steps:
             before = time.perf_counter()
             batch = self.next_batch(batches)
             waited += time.perf_counter() - before
-            first = first or waited
+            first_batch_s = first_batch_s or waited
             if batch is None:
                 return None
             try:
                 step = learner.train_step(batch.to(learner.device))
             except ExplodedError as error:
-                raise self.saved_explosion(batch, error) from error
+                raise self.save_explosion(batch, error) from error
             progress.steps += 1
             progress.loss += step.loss
             if math.isfinite(step.grad_norm):
@@ -265,161 +268,170 @@ class Worker:
             if every and learner.step % every == 0 and progress.steps < steps:
                 self.save()
             now = time.perf_counter()
-            if now - spoken > SPEAK_S:
-                spoken = now
-                store = max(store, watch()[0])
-                rate = (progress.steps - began) / (now - start)
+            if now - last_line > LINE_S:
+                last_line = now
+                store = max(store, store_usage()[0])
+                rate = (progress.steps - first_step) / (now - start)
                 left = (steps * (config.train.epochs - epoch) - progress.steps) / rate
                 text = f"epoch {epoch + 1}/{config.train.epochs}  step {progress.steps}/{steps}  "
                 text += f"loss {progress.loss / progress.steps:.3f}  {rate * config.train.global_batch:.1f} clips/s  "
-                self.say(f"{text}data wait {waited / (now - start):.0%}  left {minutes(left)}")
-                self.show(pace, now - start, progress.steps - began, waited)
+                self.send_line(f"{text}data wait {waited / (now - start):.0%}  left {format_duration(left)}")
+                self.publish_throughput(throughput, now - start, progress.steps - first_step, waited)
         if profiler:
             profiler.stop()
         seconds = time.perf_counter() - start
-        if spoken == start:  # a short epoch
-            self.show(pace, seconds, steps - began, waited)
-        used, spilled = watch()
+        if last_line == start:  # a short epoch
+            self.publish_throughput(throughput, seconds, steps - first_step, waited)
+        used, spilled = store_usage()
         (waited_share,) = mean_over_workers([waited / seconds])
         metrics = {
-            TRAIN_LOSS: progress.loss / steps,
-            TRAIN_GRAD_NORM: progress.grad_norm / max(1, progress.norms),
-            TRAIN_WORKERS: float(self.world),
-            TRAIN_LR: learner.optimizer.param_groups[0]["lr"],
-            PERF_DATA_WAIT_FRAC: waited_share,
-            PERF_FIRST_BATCH_S: first,
-            PERF_EPOCH_S: seconds,
-            DATA_OBJECT_STORE_MB: max(store, used),
-            DATA_SPILLED_MB: spilled - spilled_before,
+            names.TRAIN_LOSS: progress.loss / steps,
+            names.TRAIN_GRAD_NORM: progress.grad_norm / max(1, progress.norms),
+            names.TRAIN_WORKERS: float(self.world_size),
+            names.TRAIN_LR: learner.optimizer.param_groups[0]["lr"],
+            names.PERF_DATA_WAIT_FRAC: waited_share,
+            names.PERF_FIRST_BATCH_S: first_batch_s,
+            names.PERF_EPOCH_S: seconds,
+            names.DATA_OBJECT_STORE_MB: max(store, used),
+            names.DATA_SPILLED_MB: spilled - spilled_before,
         }
-        return metrics | self.speed((steps - began) / seconds)
+        return metrics | self.speed((steps - first_step) / seconds)
 
-    def show(self, pace: prometheus.Pace, seconds: float, steps: int, waited: float) -> None:
-        """How training goes now, as gauges; the first worker's."""
+    def publish_throughput(
+        self, throughput: prometheus.ThroughputGauge, seconds: float, steps: int, waited: float
+    ) -> None:
+        """Publish throughput and loss to Prometheus, on the first worker."""
         if self.rank == 0:
-            pace.show(seconds, steps, waited)
-            prometheus.show(self.config.name, train_loss=self.progress.loss / self.progress.steps)
+            throughput.publish(seconds, steps, waited)
+            prometheus.publish(self.config.name, train_loss=self.progress.loss / self.progress.steps)
 
     def speed(self, steps_per_s: float) -> dict[str, float]:
-        """Rates over all workers, the share of the devices' peak where it is known, and the memory of one worker.
+        """Metrics of speed over all workers, with the share of the devices' peak if known, and one worker's memory.
 
-        A training step takes three times the multiply-accumulates of a forward pass, and two operations each.
+        A training step takes three times the multiply-accumulates of a forward pass, and each is two operations.
         """
         clips = steps_per_s * self.config.train.global_batch
         flops = clips * 6 * self.macs
         metrics = {
-            PERF_STEPS_PER_S: steps_per_s,
-            PERF_CLIPS_PER_S: clips,
-            PERF_TFLOPS: flops / 1e12,
-            PERF_MEMORY_MB: memory_mb(self.learner.device),
+            names.PERF_STEPS_PER_S: steps_per_s,
+            names.PERF_CLIPS_PER_S: clips,
+            names.PERF_TFLOPS: flops / 1e12,
+            names.PERF_MEMORY_MB: peak_memory_mb(self.learner.device),
         }
         if peak := peak_flops(self.learner.device, self.config.train.precision):
-            metrics[PERF_MFU] = flops / self.world / peak
+            metrics[names.PERF_MFU] = flops / self.world_size / peak
         return metrics
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None, for all workers at the same step, if the run shall stop.
+        """The next batch, or None if a stop was requested, on all workers at the same step.
 
         Raises:
-            AgreedError: a worker cannot go on; on all workers.
+            AgreedError: a worker has failed; on all workers.
         """
-        batch, error, wish = None, None, GO_ON
-        if self.rank == 0 and self.wants_stop():
-            wish = STOP
+        batch, error, action = None, None, Action.CONTINUE
+        if self.rank == 0 and self.stop_requested():
+            action = Action.STOP
         else:
             try:
                 batch = next(batches)
             except UserError as problem:
-                error, wish = problem, FAIL
-        return batch if self.agree(wish, error) == GO_ON else None
+                error, action = problem, Action.FAIL
+        return batch if self.agree(action, error) == Action.CONTINUE else None
 
-    def agree(self, wish: int, error: UserError | None = None) -> int:
-        """All workers do what the worst off needs, which is returned.
+    def agree(self, action: Action, error: UserError | None = None) -> Action:
+        """Max-reduce the requested action over ranks, and return it.
+
+        Args:
+            action: what this worker requests.
+            error: why, if it requests ``FAIL``.
 
         Raises:
-            AgreedError: a worker has failed.
+            AgreedError: a worker requested ``FAIL``.
         """
         if error:
-            ray.get(self.channel.fail.remote(str(error)))  # first: the others only know that one has failed
-        if self.world > 1:
-            worst = torch.tensor(wish)
-            dist.all_reduce(worst, dist.ReduceOp.MAX)
-            wish = int(worst)
-        if wish == FAIL:
+            ray.get(self.channel.fail.remote(str(error)))  # first, as the other workers do not know the reason
+        if self.world_size > 1:
+            largest = torch.tensor(int(action))
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            action = Action(int(largest))
+        if action == Action.FAIL:
             raise AgreedError(str(error) if error else "another worker failed") from error
-        return wish
+        return action
 
-    def wants_stop(self) -> bool:
-        """Whether the driver has asked to stop; costs no wait."""
-        if self.asked is None and time.perf_counter() - self.asked_at > ASK_S:
-            self.asked, self.asked_at = self.channel.shall_stop.remote(), time.perf_counter()
-        if self.asked is None or not ray.wait([self.asked], timeout=0)[0]:
+    def stop_requested(self) -> bool:
+        """Whether the driver has requested a stop. Asks it now and then, and does not wait for the answer."""
+        if self.stop_reply is None and time.perf_counter() - self.stop_asked_at > STOP_POLL_S:
+            self.stop_reply, self.stop_asked_at = self.channel.stop_requested.remote(), time.perf_counter()
+        if self.stop_reply is None or not ray.wait([self.stop_reply], timeout=0)[0]:
             return False
-        answer, self.asked = ray.get(self.asked), None
+        answer, self.stop_reply = ray.get(self.stop_reply), None
         return answer
 
     def validate(self) -> dict[str, float] | None:
-        """Metrics over the whole split, every good video once; None if the run shall stop."""
+        """Score every good video of the validation split once, with the evaluation weights (EMA if enabled).
+
+        Returns the metrics, or None if a stop was requested.
+        """
         learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
-        tally, batches = ClassificationMetrics.empty(learner.classes), self.val_split.batches(0)
+        result, batches = ClassificationMetrics.empty(learner.classes), self.val_split.batches(0)
         with learner.evaluation_weights():
-            share_buffers(learner.raw)
+            broadcast_buffers(learner.raw)
             for _ in range(self.val_split.steps):
                 batch = self.next_batch(batches)
                 if batch is None:
                     return None
                 scores = video_scores(learner.score(batch.to(learner.device)))
-                tally.add(scores, batch.labels[::views], batch.weights[::views])
-        tally = tally.sum_over_workers()
-        if not tally.videos:
+                result.add(scores, batch.labels[::views], batch.weights[::views])
+        result = result.sum_over_workers()
+        if not result.videos:
             raise AgreedError("no validation video could be decoded")
-        self.tell("confusion", counts=tally.confusion.numpy())
-        return tally.metrics()
+        self.send(ConfusionMatrix(result.confusion.numpy()))
+        return result.metrics()
 
-    def collect_bad(self) -> None:
-        """Add what any worker found bad since the last call, each video once."""
-        taken_over = self.train_split.taken_over + self.val_split.taken_over
-        mine = [asdict(video) for video in self.train_split.take_bad() + self.val_split.take_bad()]
-        parts: list[tuple[list[dict[str, str]], int]] = [(mine, taken_over)] * self.world
-        if self.world > 1:
-            dist.all_gather_object(parts, (mine, taken_over))
+    def collect_bad_videos(self) -> None:
+        """Add the bad videos that any worker found since the last call to the progress, each video once."""
+        taken_over = self.train_split.decoded_by_pyav + self.val_split.decoded_by_pyav
+        own = [asdict(video) for video in self.train_split.take_bad() + self.val_split.take_bad()]
+        gathered: list[tuple[list[dict[str, str]], int]] = [(own, taken_over)] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, (own, taken_over))
         known = {video["sample_id"] for video in self.progress.bad}
-        for found, count in parts:
-            self.progress.bad += [video for video in found if video["sample_id"] not in known]
+        for videos, count in gathered:
+            self.progress.bad += [video for video in videos if video["sample_id"] not in known]
             self.progress.taken_over += count
 
-    # --- what it writes ------------------------------------------------------------------------------------------
+    # --- checkpoints and other files -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of this step.
+        """Save a checkpoint of this step.
 
         Raises:
             AgreedError: it cannot be written; on all workers.
         """
-        self.collect_bad()
+        self.collect_bad_videos()
         weights, state = self.learner.weights(), self.learner.state_dict()
-        self.write(lambda: checkpoints.save(self.run, self.about({}), weights, state))
-        self.saved = self.learner.step
+        self.write(lambda: checkpoints.save(self.run, self.checkpoint_info({}), weights, state))
+        self.saved_step = self.learner.step
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
-        """The checkpoint of this step is that of a finished epoch.
+        """Record in the checkpoint of this step that the epoch is finished, with its metrics.
 
         Raises:
             AgreedError: it cannot be written; on all workers.
         """
 
-        def mark() -> None:
-            written = checkpoints.read_info(checkpoints.place(self.run, self.learner.step))
-            about = replace(self.about(metrics), files=written.files, time=written.time)
+        def rewrite() -> None:
+            written = checkpoints.read_info(checkpoints.checkpoint_uri(self.run, self.learner.step))
+            about = replace(self.checkpoint_info(metrics), files=written.files, time=written.time)
             checkpoints.rewrite_info(self.run, about)
 
-        self.write(mark)
+        self.write(rewrite)
 
     def write(self, function: Callable[[], object]) -> None:
-        """The first worker writes; checkpoints that nobody needs any more go.
+        """Write a checkpoint on the first worker, and remove the checkpoints that are no longer needed.
 
         Raises:
-            AgreedError: it could not; on all workers.
+            AgreedError: it cannot be written; on all workers.
         """
         error: UserError | None = None
         if self.rank == 0:
@@ -427,68 +439,64 @@ class Worker:
                 function()
                 checkpoints.prune(self.run, self.config.train.keep_last, self.config.train.keep_best)
             except checkpoints.UnwritableError as problem:
-                error = RunError(f"{problem}. Checkpoints before it are intact: make room, and start the run again")
+                error = RunError(f"{problem}. Checkpoints before it are intact: free space and start the run again")
             except OSError as problem:
-                self.say(f"an old checkpoint cannot be removed: {problem}")
-        self.agree(FAIL if error else GO_ON, error)
+                self.send_line(f"an old checkpoint cannot be removed: {problem}", logging.WARNING)
+        self.agree(Action.FAIL if error else Action.CONTINUE, error)
 
-    def about(self, metrics: dict[str, float]) -> checkpoints.CheckpointInfo:
-        """What a checkpoint of this moment says of itself."""
+    def checkpoint_info(self, metrics: dict[str, float]) -> checkpoints.CheckpointInfo:
+        """The description of a checkpoint of this step.
+
+        Args:
+            metrics: of the epoch that this step finishes; empty within an epoch.
+        """
         epoch, config = len(self.progress.history), self.config.model_dump(mode="json")
         progress = asdict(self.progress)
-        return checkpoints.CheckpointInfo(
-            self.learner.step, epoch, metrics, list(self.job["classes"]), config, progress
-        )
+        return checkpoints.CheckpointInfo(self.learner.step, epoch, metrics, list(self.job.classes), config, progress)
 
-    def saved_explosion(self, batch: Batch, error: ExplodedError) -> AgreedError:
-        """The error with what to do; the weights before the step, and its batch, are kept for a closer look."""
+    def save_explosion(self, batch: Batch, error: ExplodedError) -> AgreedError:
+        """Save the weights before an exploded step, and each worker's batch, for inspection.
+
+        Returns the error with their place and advice.
+        """
         folder = storage.join(self.run, "exploded")
         weights, state = self.learner.weights(), self.learner.state_dict()
         try:
             step = storage.join(folder, f"checkpoints/step-{self.learner.step:010d}")
             if self.rank == 0:
-                step = checkpoints.save(folder, self.about({}), weights, state)
+                step = checkpoints.save(folder, self.checkpoint_info({}), weights, state)
             content = save_safetensors({key: getattr(batch, key).contiguous() for key in Batch.__annotations__})
             storage.write_bytes(storage.join(step, f"batch-{self.rank}.safetensors"), content)
             where = f"the weights before it, and its batch, are in {step}"
         except (checkpoints.UnwritableError, OSError) as problem:
-            where = f"they could not be kept ({problem})"
-        advice = "Lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_grad, and go on with --allow-changes"
+            where = f"the weights before it and its batch could not be saved ({problem})"
+        advice = "Lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_grad, and resume with --allow-changes"
         return AgreedError(f"{error}; {where}. {advice}")
 
-    def profiler(self, steps: int) -> torch.profiler.profile | None:
-        """Traces some of the next steps on the first worker, and hands the trace to the driver.
+    def start_profiler(self, steps_left: int) -> torch.profiler.profile | None:
+        """Trace some of the next steps on the first worker, and send the trace to the driver.
 
         Args:
-            steps: left of the epoch.
+            steps_left: remaining steps of the epoch.
         """
-        if steps < 2 * PROFILED:
-            self.say(f"no trace: it needs {2 * PROFILED} steps, and {steps} are left of this epoch")
-        if self.rank or steps < 2 * PROFILED:
+        needed = 2 * TRACED_STEPS
+        if steps_left < needed:
+            self.send_line(f"no trace: it needs {needed} steps, and this epoch has {steps_left} left", logging.WARNING)
+        if self.rank or steps_left < needed:
             return None
 
-        def keep(profile: torch.profiler.profile) -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "trace.json")
-                profile.export_chrome_trace(str(path))
-                content = gzip.compress(path.read_bytes())
-            self.tell("file", path=TRACE, content=content)
-            self.say(f"a trace of {PROFILED} steps is in {TRACE}; open it in https://ui.perfetto.dev")
+        def send_trace(content: bytes) -> None:
+            self.send(ArtifactFile(TRACE_FILE, content))
+            self.send_line(f"a trace of {TRACED_STEPS} steps is in {TRACE_FILE}; open it in https://ui.perfetto.dev")
 
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.learner.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        schedule = torch.profiler.schedule(wait=0, warmup=PROFILED, active=PROFILED, repeat=1)
-        profiler = torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=keep)
-        profiler.start()
-        return profiler
+        return start_profiler(self.learner.device, send_trace)
 
 
-def from_first(function: Any) -> Any:
-    """What a function returns on the first worker, on all.
+def on_first_worker(function: Callable[[], T]) -> T:
+    """Call a function on the first worker, and return its result on all workers.
 
     Raises:
-        AgreedError: it raised a ``UserError``; on all workers.
+        AgreedError: the function raised a ``UserError``; on all workers.
     """
     result: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -503,26 +511,23 @@ def from_first(function: Any) -> Any:
     return result[0]
 
 
-def check_bad(bad: list[BadVideo], rows: int, config: Config) -> None:
-    """End the run when too many of an epoch's videos are bad."""
+def check_bad_fraction(bad: list[BadVideo], rows: int, config: Config) -> None:
+    """End the run if too many of an epoch's videos are bad.
+
+    Raises:
+        AgreedError: more than ``data.max_bad_fraction`` of the epoch's ``rows`` videos are bad.
+    """
     fraction, limit = len(bad) / rows, config.data.max_bad_fraction
     if fraction > limit:
         examples = "".join(f"\n  {v.uri}: {v.reason}" for v in bad[:5])
         raise AgreedError(
             f"{len(bad)} of {rows} videos ({fraction:.1%}) could not be decoded, more than data.max_bad_fraction "
-            f"{limit:.1%} allows. Mend them, or raise the limit and go on. The first ones:{examples}"
+            f"{limit:.1%} allows. Repair them, or raise the limit and resume. The first of them:{examples}"
         )
 
 
-def share_buffers(model: torch.nn.Module) -> None:
-    """All workers get the first one's statistics, which are those that are saved."""
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Give all workers the buffers (batch norm statistics) of the first worker, which are those that are saved."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
-
-def memory_mb(device: torch.device) -> float:
-    """The most memory that training has taken, MB (1e6 bytes): of the device, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

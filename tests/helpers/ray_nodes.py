@@ -1,4 +1,4 @@
-"""A cluster as users start one: ``ray start`` for a head and further nodes, here all on this machine."""
+"""A cluster as users start it: ``ray start`` for a head and further nodes, here all on this machine."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-HEAD_ID = "f" * 51 + "00000"  # what Ray's provider for tests calls the head
+HEAD_ID = "f" * 51 + "00000"  # the head's id in Ray's node provider for tests
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -26,21 +26,22 @@ def free_port():
 
 
 class RayNodes:
-    """A head, and nodes that are added and killed, or that an autoscaler brings. Each that is added has a temporary
-    folder of its own, and all ask for a token.
+    """A head, and nodes that a test adds and kills or that an autoscaler starts.
+
+    Each added node has its own temporary folder. The cluster requires a token.
 
     Attributes:
-        address: of the cluster, for ``RAY_ADDRESS``.
-        jobs: of the job server, for ``ray job submit --address``.
-        env: what a process needs to talk to it.
+        address: for ``RAY_ADDRESS``.
+        jobs: address of the job server, for ``ray job submit --address``.
+        env: environment of a process that connects to the cluster.
     """
 
     def __init__(self, folder, cpus=0, node_types=None):
         """
         Args:
-            cpus: of the head.
-            node_types: what the autoscaler may start, as in the ``available_node_types`` of ``cluster.yaml``; the nodes
-                are processes here, by Ray's provider for tests.
+            cpus: number of CPUs of the head.
+            node_types: the nodes that the autoscaler may start, as in ``available_node_types`` of ``cluster.yaml``.
+                They are processes of this machine, through Ray's node provider for tests.
         """
         self.folder, self.nodes = Path(folder), {}
         port, dashboard = free_port(), free_port()
@@ -55,10 +56,10 @@ class RayNodes:
             options.append(f"--autoscaling-config={self.write_config(node_types)}")
             self.env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
             self.env |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID}
-            # What Ray Data has asked for holds nodes for three minutes after a run that was cut off.
+            # By default Ray Data's resource requests hold nodes for three minutes after a run was interrupted.
             self.env["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "20"
             self.env["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = HEAD_ID
-            # As by default, since Ray Data has an actor for it; but nothing is sent.
+            # On, as by default, because Ray Data then starts an actor for it; but nothing is sent.
             self.env |= {"RAY_USAGE_STATS_ENABLED": "1", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9"}
         self.add("head", *options)
         for key in ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"):
@@ -90,7 +91,7 @@ class RayNodes:
         return path
 
     def add(self, name, *options, group=None):
-        """Start a node; its labels are its ``name``, and its ``group`` (the same if not given)."""
+        """Start a node with the labels ``name`` and ``group`` (the name if not given)."""
         place = self.folder / name
         place.mkdir(parents=True)
         where = options if "--head" in options else (f"--address={self.address}", *options)
@@ -113,18 +114,18 @@ class RayNodes:
         return False
 
     def ask(self, path):
-        """What the dashboard answers, with the token."""
+        """Request a path of the dashboard with the token; returns its answer."""
         request = urllib.request.Request(f"{self.jobs}{path}")
         request.add_header("Authorization", f"Bearer {self.env['RAY_AUTH_TOKEN']}")
         return json.load(urllib.request.urlopen(request, timeout=30))
 
     @property
     def discovery(self):
-        """The file in which Prometheus finds the nodes."""
+        """The service discovery file for Prometheus."""
         return self.folder / "head" / "prom_metrics_service_discovery.json"
 
     def scrape(self):
-        """The samples that all nodes export; they ask for no token."""
+        """The samples that all nodes export, which needs no token."""
         (found,) = json.loads(self.discovery.read_text())
         texts = []
         for target in found["targets"]:
@@ -135,25 +136,25 @@ class RayNodes:
         return [each for text in texts for family in text_string_to_metric_families(text) for each in family.samples]
 
     def wait(self):
-        """Until all nodes have joined."""
+        """Wait until all nodes have joined."""
         deadline = time.monotonic() + 120
         while {*self.names().values()} != {*self.nodes}:
             assert time.monotonic() < deadline, "\n".join(map(self.log, self.nodes))
             time.sleep(0.2)
 
     def listing(self, kind):
-        """What ``ray list`` asks for ``nodes``, ``actors``, ``tasks``, ``placement_groups`` and so on."""
+        """The rows of ``ray list nodes``, ``actors``, ``tasks``, ``placement_groups`` and so on."""
         return self.ask(f"/api/v0/{kind}?limit=10000&detail=True")["data"]["result"]["result"]
 
     def names(self):
-        """Of the live nodes, by their ids."""
+        """The names of the live nodes, by node id."""
         return {row["node_id"]: row["labels"].get("name") for row in self.listing("nodes") if row["state"] == "ALIVE"}
 
     def log(self, name):
         return (self.folder / name / "log.txt").read_text()
 
     def kill(self, name):
-        """As when a machine is lost."""
+        """Kill a node, as if its machine was lost."""
         node = self.nodes.pop(name)
         with suppress(ProcessLookupError):
             os.killpg(node.pid, signal.SIGKILL)

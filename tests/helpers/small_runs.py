@@ -46,7 +46,7 @@ def study_for(folder, motion_set, *overrides, **settings):
 
 
 def with_broken(motion_set, folder, count):
-    """A copy of val.csv whose first ``count`` videos are cut short."""
+    """A copy of val.csv whose first ``count`` videos are truncated."""
     header, *rows = (motion_set / "val.csv").read_text().splitlines()
     lines = [header]
     for i, row in enumerate(rows):
@@ -62,14 +62,14 @@ def with_broken(motion_set, folder, count):
 
 
 def run_of(config):
-    """The one MLflow run of a recipe, and its client."""
+    """The client of a recipe's MLflow store, and the only run there."""
     client = MlflowClient(tracking_uri(config))
     (run,) = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
     return client, run
 
 
 def start_cli(folder, motion_set, *overrides, options=()):
-    """``posmlp train`` in a process of its own, on the tests' Ray; returns its recipe and the process."""
+    """Start ``posmlp train`` in its own process, on the tests' Ray; returns its recipe and the process."""
     config = recipe_for(folder, motion_set, *overrides)
     recipe = folder / "recipe.yaml"
     recipe.write_text(config.to_yaml())
@@ -80,18 +80,19 @@ def start_cli(folder, motion_set, *overrides, options=()):
 
 
 def log_of(folder):
-    """What the processes of ``start_cli`` printed."""
+    """The output of all processes of ``start_cli``."""
     return (folder / "log.txt").read_text()
 
 
 def wait_for_step(folder, process, step=1, seconds=120, storage=None):
-    """Until a whole checkpoint of at least that step is there.
+    """Wait for a finished checkpoint of this step or a later one.
 
     Args:
-        folder: that of the log, and of the run, unless that is in ``storage``.
+        folder: has the log, and the run unless ``storage`` is given.
+        storage: has the run.
     """
     deadline = time.monotonic() + seconds
-    while not any(f.about and f.about.step >= step for f in checkpoints.find(str((storage or folder) / "small"))):
+    while not any(f.info and f.info.step >= step for f in checkpoints.find(str((storage or folder) / "small"))):
         assert process.poll() is None, log_of(folder)
         assert time.monotonic() < deadline, log_of(folder)
         time.sleep(0.05)
@@ -99,7 +100,7 @@ def wait_for_step(folder, process, step=1, seconds=120, storage=None):
 
 @contextmanager
 def active_uri(uri: str) -> Iterator[None]:
-    """MLflow's global tracking URI for a while. Setting it also sets ``MLFLOW_TRACKING_URI``, which is the user's."""
+    """Set MLflow's global tracking URI in a block. That also sets ``MLFLOW_TRACKING_URI``, which is restored."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     try:
@@ -111,7 +112,7 @@ def active_uri(uri: str) -> Iterator[None]:
 
 
 class ListeningSockets:
-    """Every socket on which this process or one below it accepts connections meanwhile: address and process."""
+    """Records the sockets on which this process and its children listen during a block: address and process name."""
 
     def __init__(self):
         self.found, self.over = set(), threading.Event()

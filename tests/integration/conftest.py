@@ -17,23 +17,26 @@ def local_ray():
 
 @pytest.fixture(scope="session")
 def finished_run(local_ray, motion_set, tmp_path_factory):
-    """A run of 2 epochs on 2 workers: its recipe, its result, its printed lines, and who listened where meanwhile."""
+    """A run of 2 epochs on 2 workers: its recipe, its result, its log lines, and who listened where meanwhile."""
     from pipelines.training.train import train
+    from tests.helpers.log_lines import log_lines
     from tests.helpers.small_runs import ListeningSockets, recipe_for
 
-    folder, lines = tmp_path_factory.mktemp("finished"), []
+    folder = tmp_path_factory.mktemp("finished")
     config = recipe_for(folder, motion_set, "scaling.workers=2", "tracking.log_model=true")
-    with ListeningSockets() as sockets:
-        result = train(config, lines.append)
+    with ListeningSockets() as sockets, log_lines() as lines:
+        result = train(config)
     return config, result, lines, sockets.found
 
 
 @pytest.fixture(scope="session")
 def finished_study(local_ray, motion_set, tmp_path_factory):
-    """A finished study of three trials, its front repeated with a second seed; and the lines that it printed."""
+    """A finished study of three trials, its front repeated with a second seed; and its log lines."""
     from pipelines.tuning.tune import tune
+    from tests.helpers.log_lines import log_lines
     from tests.helpers.small_runs import study_for
 
-    folder, lines = tmp_path_factory.mktemp("study"), []
+    folder = tmp_path_factory.mktemp("study")
     study = study_for(folder, motion_set, "tracking.log_model=true", against="gmacs", repeats=2)
-    return tune(study, lines.append), lines
+    with log_lines() as lines:
+        return tune(study), lines

@@ -1,4 +1,4 @@
-"""Clusters that change under a run: nodes come and are lost, an autoscaler brings them and takes them away."""
+"""Clusters that change during a run: nodes join and are lost, an autoscaler starts and removes them."""
 
 import re
 import subprocess
@@ -15,7 +15,15 @@ from tests.helpers.ray_nodes import RayNodes
 from tests.helpers.small_runs import QUICK, recipe_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SOON = "import sys, pipelines.training.train as train; train.GROW_S = 2.0; from pipelines.cli import main; sys.exit(main())"
+GROW_SOON = """
+import sys
+
+from pipelines.cli import main
+from pipelines.training import train
+
+train.GROW_S = 2.0
+sys.exit(main())
+"""
 
 
 @contextmanager
@@ -25,7 +33,7 @@ def running(nodes, folder, motion_set, *overrides):
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     log = folder / "log.txt"
     env = nodes.env | {"RAY_ADDRESS": nodes.address, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-c", SOON, "train", str(folder / "recipe.yaml")]
+    command = [sys.executable, "-c", GROW_SOON, "train", str(folder / "recipe.yaml")]
     with open(log, "w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
     try:
@@ -36,7 +44,7 @@ def running(nodes, folder, motion_set, *overrides):
 
 
 def wait_for(condition, process, log, seconds=150):
-    """Until it holds; the process must live."""
+    """Wait until a condition holds, while the process lives."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, log.read_text()
@@ -46,12 +54,12 @@ def wait_for(condition, process, log, seconds=150):
 
 def history(run):
     """Metrics of the epochs in the run's newest checkpoint."""
-    whole = [found.about for found in checkpoints.find(run) if found.about]
+    whole = [found.info for found in checkpoints.find(run) if found.info]
     return whole[-1].progress["history"] if whole else []
 
 
 def holding(cluster):
-    """What an autoscaler ends no node for: actors, and placement groups, with their nodes."""
+    """What keeps an autoscaler from removing nodes: actors and placement groups, with their nodes."""
     actors = [(row["class_name"], row["node_id"]) for row in cluster.listing("actors") if row["state"] == "ALIVE"]
     groups = [row for row in cluster.listing("placement_groups") if row["state"] != "REMOVED"]
     return f"{actors}\n{groups}"
@@ -70,8 +78,8 @@ def nodes(tmp_path_factory):
         cluster.stop()
 
 
-def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, motion_set, tmp_path):
-    """Three workers at most, of a batch of eight in pairs: two share it evenly, three do not."""
+def test_a_run_grows_with_the_cluster_and_resumes_when_a_node_is_lost(nodes, motion_set, tmp_path):
+    """At most three workers share a batch of eight clips in pairs: two share it evenly, three do not."""
     cluster = nodes()
     cluster.add("decode", "--num-cpus=1")
     for name in ("a", "b"):
@@ -96,15 +104,16 @@ def test_a_run_grows_with_the_cluster_and_goes_on_when_a_node_is_lost(nodes, mot
     assert [metrics["epoch"] for metrics in found] == list(range(1, len(found) + 1))
     assert all(metrics["data/bad"] == 0 for metrics in found)
     lines = log.read_text()
-    assert "the cluster has room for 3 workers in place of 2; going on after epoch" in lines
-    assert "workers were lost (1 of 3 times); going on after epoch" in lines
+    assert "the cluster has room for 3 workers instead of 2; resuming after epoch" in lines
+    assert "workers were lost (1 of 3 times); resuming after epoch" in lines
     assert Counter(re.findall(r"^epoch (\d+)/500  loss", lines, re.M)).most_common(1)[0][1] == 1, lines
 
 
-def test_an_autoscaler_brings_nodes_and_takes_them_away(nodes, tmp_path):
-    """Training asks for a node that the autoscaler brings, so that the run waits for it, and whatever stayed with the
-    worker would hold the node; and clips that are small beside their videos, one a task and never kept, take decoding
-    longer than training."""
+def test_an_autoscaler_starts_nodes_and_removes_them(nodes, tmp_path):
+    """The training node comes from the autoscaler. So the run waits for it, and an actor left there would keep it.
+
+    Decoding takes longer than training: clips are small compared with their videos, one per task, and never cached.
+    """
     videos = make_motion_set(tmp_path / "videos", train=32, val=16, size=160)
     labels = {"ray.io/node-group": "worker"}
     kind = {"resources": {"CPU": 1, "object_store_memory": 2**28}, "labels": labels, "node_config": {}}

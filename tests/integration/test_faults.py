@@ -1,4 +1,4 @@
-"""What a run survives, with real processes, signals and file systems; docs/training.md has the table."""
+"""Faults that a run survives, with real processes, signals and file systems; docs/training.md has the table."""
 
 import math
 import os
@@ -32,7 +32,7 @@ LAST_STEP = 40
 def final_weights(run):
     """The weights at the end of a run of ``EXACT``."""
     found = checkpoints.find(str(run))[-1]
-    assert found.about.step == LAST_STEP
+    assert found.info.step == LAST_STEP
     return load_file(f"{found.uri}/{checkpoints.WEIGHTS}")
 
 
@@ -40,8 +40,8 @@ def same(one, other):
     return all(torch.equal(one[k], other[k]) for k in one)
 
 
-def moved(one, other):
-    """How far two sets of weights are apart, relative to their size."""
+def distance(one, other):
+    """The distance of two sets of weights, relative to their size."""
     apart, size = (sum(float(x.double().square().sum()) for x in t) for t in (
         [one[k] - other[k] for k in one], list(other.values())))  # fmt: skip
     return math.sqrt(apart / size)
@@ -55,21 +55,21 @@ def straight(local_ray, motion_set, tmp_path_factory):
 
 
 def training_workers():
-    """Processes of the tests' Ray that train."""
+    """The training worker processes of the tests' Ray."""
     here = ray.get_runtime_context().gcs_address
     alive = list_actors(address=here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     return [psutil.Process(actor.pid) for actor in alive]
 
 
-def every_epoch_once(config):
+def check_every_epoch_once(config):
     """The one MLflow run is finished and has every epoch once."""
     client, run = run_of(config)
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, 11))
     assert run.info.status == "FINISHED"
 
 
-def test_a_run_that_is_stopped_killed_and_spoilt_loses_nothing(straight, motion_set, tmp_path, capsys):
-    """Ctrl-C in mid-epoch, ``kill -9`` in another, and then the newest checkpoint is damaged; it goes on each time."""
+def test_a_run_that_is_stopped_killed_and_damaged_loses_nothing(straight, motion_set, tmp_path, capsys):
+    """Ctrl-C in mid-epoch, ``kill -9`` in another, and then the newest checkpoint is damaged; it resumes each time."""
     run, dice = str(tmp_path / "small"), random.Random(os.getpid())
     _, process = start_cli(tmp_path, motion_set, *EXACT[:-1], "train.checkpoint_every_steps=1000")
     wait_for_step(tmp_path, process, 4)  # the first epoch's
@@ -77,24 +77,24 @@ def test_a_run_that_is_stopped_killed_and_spoilt_loses_nothing(straight, motion_
     assert process.wait(timeout=60) == 130, log_of(tmp_path)
     config, process = start_cli(tmp_path, motion_set, *EXACT)
     assert run_of(config)[1].info.status == "KILLED"
-    stopped = checkpoints.find(run)[-1].about.step
+    stopped = checkpoints.find(run)[-1].info.step
     assert 4 <= stopped < 30
     wait_for_step(tmp_path, process, stopped + dice.randint(1, 8))
     workers = training_workers()
     process.kill()
-    _, alive = psutil.wait_procs(workers, timeout=60)  # which live a little longer than the driver, and save
+    _, alive = psutil.wait_procs(workers, timeout=60)  # they live a little longer than the driver, and save
     assert not alive
-    newest = [found for found in checkpoints.find(run) if found.about][-1].uri
+    newest = [found for found in checkpoints.find(run) if found.info][-1].uri
     with open(f"{newest}/{checkpoints.STATE}", "r+b") as file:
         file.seek(1000)
-        file.write(b"spoilt")
+        file.write(b"damage")
     assert main(["checkpoints", run]) == 1
     assert f"{newest} is damaged: state.pt does not match its checksum" in capsys.readouterr().out
     assert start_cli(tmp_path, motion_set, *EXACT)[1].wait(timeout=300) == 0, log_of(tmp_path)
     log = log_of(tmp_path)
-    assert log.count("going on after epoch") == 2 and f"passed over: {newest} is damaged" in log
+    assert log.count("resuming after epoch") == 2 and f"passed over: {newest} is damaged" in log
     assert "Traceback" not in log
-    every_epoch_once(config)
+    check_every_epoch_once(config)
     assert same(final_weights(run), straight)
 
 
@@ -105,14 +105,14 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(straight, motion_set, t
     (worker,) = training_workers()
     worker.kill()
     assert process.wait(timeout=300) == 0, log_of(tmp_path)
-    assert "workers were lost (1 of 3 times); going on after epoch" in log_of(tmp_path)
-    every_epoch_once(config)
+    assert "workers were lost (1 of 3 times); resuming after epoch" in log_of(tmp_path)
+    check_every_epoch_once(config)
     assert same(final_weights(tmp_path / "small"), straight)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victims", [1, 2], ids=["one", "all"])
-def test_of_two_workers_killed_none_is_missed(straight, motion_set, tmp_path, victims):
+def test_killed_workers_of_two_are_replaced_and_nothing_is_lost(straight, motion_set, tmp_path, victims):
     config, process = start_cli(tmp_path, motion_set, *EXACT, "scaling.workers=2", "model.drop_path=0")
     wait_for_step(tmp_path, process, 6)
     workers = training_workers()
@@ -121,13 +121,13 @@ def test_of_two_workers_killed_none_is_missed(straight, motion_set, tmp_path, vi
         worker.kill()
     assert process.wait(timeout=300) == 0, log_of(tmp_path)
     assert "workers were lost" in log_of(tmp_path)
-    every_epoch_once(config)
+    check_every_epoch_once(config)
     uninterrupted = train(recipe_for(tmp_path / "two", motion_set, *EXACT, "scaling.workers=2", "model.drop_path=0"))
     assert same(final_weights(tmp_path / "small"), final_weights(uninterrupted.path))
 
 
 @pytest.mark.slow
-def test_workers_that_die_again_and_again_end_the_run(local_ray, motion_set, tmp_path):
+def test_more_worker_losses_than_allowed_end_the_run(local_ray, motion_set, tmp_path):
     _, process = start_cli(tmp_path, motion_set, *EXACT, "scaling.max_failures=0")
     wait_for_step(tmp_path, process, 2)
     (worker,) = training_workers()
@@ -147,7 +147,7 @@ def test_sigterm_saves_and_stops_with_its_exit_code(straight, motion_set, tmp_pa
     log = log_of(tmp_path)
     assert "SIGTERM: saving and stopping" in log
     assert "stopped after epoch" in log
-    assert "the same command goes on" in log
+    assert "the same command resumes from the last checkpoint" in log
     assert "Traceback" not in log
     assert run_of(config)[1].info.status == "KILLED"
     assert start_cli(tmp_path, motion_set, *overrides)[1].wait(timeout=300) == 0
@@ -173,8 +173,8 @@ def on_disk(tmp_path, small_disk):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["full", "read-only"])
-def test_a_disk_that_takes_no_more_ends_the_run_clearly(straight, motion_set, tmp_path, small_disk, fault):
-    """The last checkpoint is intact, and the run goes on from it when there is room."""
+def test_a_disk_that_cannot_be_written_ends_the_run_clearly(straight, motion_set, tmp_path, small_disk, fault):
+    """The last checkpoint is intact, and the run resumes from it when there is room again."""
     overrides = on_disk(tmp_path, small_disk)
     _config, process = start_cli(tmp_path, motion_set, *overrides)
     wait_for_step(tmp_path, process, 3, storage=small_disk)
@@ -183,7 +183,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_clearly(straight, motion_set, tm
         with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(bytes(4096))
-    else:  # the folder alone, as files of the run are open
+    else:  # only this folder, as files of the run are open
         folder = str(small_disk / "small" / "checkpoints")
         subprocess.run(["mount", "--bind", folder, folder], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
@@ -193,7 +193,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_clearly(straight, motion_set, tm
     assert "checkpoints before it are intact" in log.lower()
     assert "Traceback" not in log
     run = str(small_disk / "small")
-    assert [f.about.step for f in checkpoints.find(run, check=True) if f.about]
+    assert [f.info.step for f in checkpoints.find(run, check=True) if f.info]
     if fault == "full":
         filler.unlink()
     else:
@@ -210,14 +210,15 @@ def test_storage_that_cannot_be_written_is_refused_at_the_start(local_ray, motio
 
 
 @pytest.mark.slow
-def test_a_step_that_explodes_ends_the_run_and_is_kept(local_ray, motion_set, tmp_path):
+def test_a_step_that_explodes_ends_the_run_and_is_saved(local_ray, motion_set, tmp_path):
     config = recipe_for(tmp_path, motion_set, "optim.lr=1e30", "optim.warmup_epochs=0", "scaling.workers=2")
     with pytest.raises(RunError, match=r"step \d+ exploded: loss .* its batch, are in .*Lower optim\.lr") as error:
         train(config)
     (step,) = (tmp_path / "small" / "exploded" / "checkpoints").iterdir()
     assert str(step) in str(error.value)
     about, contents = checkpoints.load(str(step))
-    weights = {k: v for k, v in contents[checkpoints.WEIGHTS].items() if "running" not in k}  # of the forward pass
+    # Not the batch norm buffers, which the forward pass has changed.
+    weights = {k: v for k, v in contents[checkpoints.WEIGHTS].items() if "running" not in k}
     assert all(v.isfinite().all() for v in weights.values())
     assert about.step == int(step.name.removeprefix("step-"))
     for rank in (0, 1):
@@ -225,7 +226,7 @@ def test_a_step_that_explodes_ends_the_run_and_is_kept(local_ray, motion_set, tm
 
 
 @pytest.mark.slow
-def test_a_changed_recipe_is_refused_on_resume_unless_it_is_wanted(local_ray, motion_set, tmp_path, capsys):
+def test_a_changed_recipe_is_refused_on_resume_unless_changes_are_allowed(local_ray, motion_set, tmp_path, capsys):
     _, process = start_cli(tmp_path, motion_set, *EXACT)
     wait_for_step(tmp_path, process, 2)
     process.kill()
@@ -240,8 +241,8 @@ def test_a_changed_recipe_is_refused_on_resume_unless_it_is_wanted(local_ray, mo
 
 
 @pytest.mark.slow
-def test_another_number_of_workers_goes_on_with_the_same_batches(straight, motion_set, tmp_path):
-    """Within rounding, which ten epochs of AdamW let grow; drop path draws by worker, so it is off."""
+def test_another_number_of_workers_resumes_with_the_same_batches(straight, motion_set, tmp_path):
+    """Equal up to rounding, which ten epochs of AdamW amplify. Drop path is off, as each worker draws its own."""
     overrides = [*EXACT, "model.drop_path=0"]
     _config, process = start_cli(tmp_path, motion_set, *overrides, "scaling.workers=2")
     wait_for_step(tmp_path, process, 7)
@@ -249,12 +250,13 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(straight, motio
     process.wait()
     train(recipe_for(tmp_path, motion_set, *overrides, "scaling.workers=1"))
     one = train(recipe_for(tmp_path / "one", motion_set, *overrides))
-    apart = moved(final_weights(tmp_path / "small"), final_weights(one.path))
+    apart = distance(final_weights(tmp_path / "small"), final_weights(one.path))
     assert apart < 0.02
-    assert moved(straight, final_weights(one.path)) > 5 * apart  # other noise moves them much further
+    assert distance(straight, final_weights(one.path)) > 5 * apart  # other noise moves the weights much further
 
 
 NODE_KILLED = """
+import logging
 import sys
 
 import ray
@@ -271,18 +273,21 @@ ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
 killed = []
 
 
-def echo(line):
-    print(line, flush=True)
-    if line.startswith("epoch 3/") and not killed:
-        (group,) = [g for g in placement_group_table().values() if g["state"] == "CREATED"]
-        (worker_node,) = group["bundles_to_node_id"].values()
-        (node,) = [n for n in nodes if n.node_id == worker_node]
-        cluster.remove_node(node, allow_graceful=False)
-        killed.append(node)
+class KillNode(logging.StreamHandler):
+    def emit(self, record):
+        super().emit(record)
+        if record.getMessage().startswith("epoch 3/") and not killed:
+            (group,) = [g for g in placement_group_table().values() if g["state"] == "CREATED"]
+            (worker_node,) = group["bundles_to_node_id"].values()
+            (node,) = [n for n in nodes if n.node_id == worker_node]
+            cluster.remove_node(node, allow_graceful=False)
+            killed.append(node)
 
 
+logging.getLogger("pipelines").addHandler(KillNode(sys.stdout))
+logging.getLogger("pipelines").setLevel(logging.INFO)
 try:
-    train(load_recipe(sys.argv[1]), echo)
+    train(load_recipe(sys.argv[1]))
 finally:
     ray.shutdown()
     cluster.shutdown()
@@ -290,8 +295,8 @@ finally:
 
 
 @pytest.mark.slow
-def test_a_killed_node_is_survived(straight, motion_set, tmp_path):
-    """A raylet with all its processes: the worker, decoders and their part of the object store."""
+def test_a_run_survives_a_killed_node(straight, motion_set, tmp_path):
+    """A raylet with all its processes: the worker, the decoders and their part of the object store."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_for(tmp_path, motion_set, *EXACT).to_yaml())
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
@@ -303,8 +308,8 @@ def test_a_killed_node_is_survived(straight, motion_set, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_an_object_store_is_resumed_too(straight, s3, motion_set, tmp_path):
-    """With a Ray of its own, whose workers know the store from their environment."""
+def test_a_run_on_an_object_store_is_resumed(straight, s3, motion_set, tmp_path):
+    """With its own Ray, whose workers find the store through their environment."""
     storage, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_for(tmp_path, motion_set, *EXACT, f"train.storage={storage}", uri).to_yaml())
@@ -313,13 +318,13 @@ def test_a_run_on_an_object_store_is_resumed_too(straight, s3, motion_set, tmp_p
     with open(tmp_path / "log.txt", "a") as log:
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
-        while not any(f.about and f.about.step >= 5 for f in checkpoints.find(f"{storage}/small")):
+        while not any(f.info and f.info.step >= 5 for f in checkpoints.find(f"{storage}/small")):
             assert process.poll() is None and time.monotonic() < deadline, log_of(tmp_path)
             time.sleep(0.2)
         process.kill()
         process.wait()
         assert subprocess.run(command, env=env, cwd=tmp_path, stdout=log, stderr=log, timeout=200).returncode == 0
-    assert "going on after epoch" in log_of(tmp_path)
+    assert "resuming after epoch" in log_of(tmp_path)
     _, contents = checkpoints.load(checkpoints.find(f"{storage}/small")[-1].uri)
     assert same(contents[checkpoints.WEIGHTS], straight)
 
@@ -333,11 +338,11 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_an_mlflow_server_gone_for_good_is_survived(straight, motion_set, tmp_path, capsys):
+def test_a_run_survives_an_mlflow_server_that_never_returns(straight, motion_set, tmp_path, capsys):
     port = free_port()
     store = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/artifacts"]
     command = [sys.executable, "-m", "mlflow", "server", f"--port={port}", "--workers=1", *store]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # which triples the time of a start
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it triples the start time
 
     def serve():
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

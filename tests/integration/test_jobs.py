@@ -1,5 +1,5 @@
-"""Jobs as users submit them, to a cluster that ``ray start`` has made: their logs, exit codes and ends, where their
-work goes, and what can be seen of it."""
+"""Jobs as users submit them, on a cluster started with ``ray start``: their logs, exit codes and stops, the nodes that
+they use, and what can be monitored."""
 
 import json
 import re
@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_record
+from pipelines.tracking import prometheus
 from tests.helpers.dashboard import expressions, metrics_of
 from tests.helpers.ray_nodes import RAY, RayNodes, free_port
 from tests.helpers.small_runs import QUICK, recipe_for, run_of, with_broken
@@ -41,7 +42,7 @@ def cluster(tmp_path_factory):
 
 
 def job(cluster, *command, options=()):
-    """A submitted job, as a process that follows its log."""
+    """Submit a job; returns a process that follows its log."""
     submit = [RAY, "job", "submit", "--address", cluster.jobs, "--working-dir", str(HERE), *options, "--", *command]
     return subprocess.Popen(
         submit, env=cluster.env, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -49,7 +50,7 @@ def job(cluster, *command, options=()):
 
 
 def run_job(cluster, *command, options=()):
-    """Its exit code and output."""
+    """Submit a job and wait for it; returns its exit code and output."""
     process = job(cluster, *command, options=options)
     out, _ = process.communicate(timeout=300)
     return process.returncode, out
@@ -65,15 +66,15 @@ def recipe_file(folder, motion_set, *overrides):
     return recipe, str(path)
 
 
-def places(cluster, kind, name):
-    """The nodes on which tasks or actors of a name have been."""
+def nodes_used(cluster, kind, name):
+    """The nodes that tasks or actors of a name have used."""
     rows, names = cluster.listing(kind), cluster.names()
     named = [row for row in rows if name in f"{row.get('name')} {row.get('class_name')}" and row["node_id"]]
     return {names[row["node_id"]] for row in named}
 
 
-def test_the_doctor_is_content_with_the_cluster_and_the_upload_is_small(cluster, motion_set, tmp_path):
-    """What a job's working directory is packed to: the source, without data, runs and environments."""
+def test_the_doctor_finds_no_problem_and_the_upload_is_small(cluster, motion_set, tmp_path):
+    """A job uploads the source, without data, runs and environments."""
     _, path = recipe_file(tmp_path, motion_set, *PLACED)
     look = "import pathlib; files = [path for path in pathlib.Path().rglob('*') if path.is_file()]\n"
     look += "print('THERE', *{path.parts[0] for path in files})\nprint('BYTES', sum(p.stat().st_size for p in files))"
@@ -84,12 +85,12 @@ def test_the_doctor_is_content_with_the_cluster_and_the_upload_is_small(cluster,
     told = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("THERE", "BYTES"))}
     assert int(told["BYTES"][0]) < 8e6, told
     assert {"posmlp", "pipelines", "tune_spaces", "cluster.yaml"} <= {*told["THERE"]}
-    assert not {".venv", ".git", "mlruns"} & {*told["THERE"]}  # a job before may have left its cache of clips, data/
+    assert not {".venv", ".git", "mlruns"} & {*told["THERE"]}  # an earlier job may have left its cache of clips, data/
 
 
 @contextmanager
-def prometheus(cluster, folder):
-    """A server with the project's settings, but quicker, and with this cluster's nodes; yields its address."""
+def prometheus_server(cluster, folder):
+    """Prometheus with the project's settings, a short scrape interval and this cluster's nodes; yields its address."""
     settings = yaml.safe_load((HERE / "deploy" / "prometheus.yml").read_text())
     settings["global"]["scrape_interval"] = "1s"
     settings["scrape_configs"][0]["file_sd_configs"][0]["files"] = [str(cluster.discovery)]
@@ -105,18 +106,18 @@ def prometheus(cluster, folder):
 
 @pytest.fixture(scope="module")
 def trained(cluster, motion_set, tmp_path_factory):
-    """A run as a job, on the nodes that the recipe names, with two broken videos; there is always room for one block
-    where decoding is wanted. MLflow is told every second what each node does.
+    """A run as a job, on the nodes that the recipe names, with two broken videos. The decoding node always has room for
+    one block. MLflow gets system metrics of each node every second.
 
-    Its recipe, its record, what it printed, the values of its gauges one after the other, its states on Ray's
-    dashboard, and where Prometheus listens, if it is installed.
+    Its recipe, its record, its output, the values of its Prometheus metrics in order, its states on Ray's dashboard,
+    and the address of Prometheus if it is installed.
     """
     folder = tmp_path_factory.mktemp("trained")
     broken = [f"data.val.path={with_broken(motion_set, folder, 2)}", "data.val.root=/", "data.max_bad_fraction=0.2"]
     recipe, path = recipe_file(folder, motion_set, *PLACED, *broken, "data.rows_per_block=32", "train.epochs=4")
     often = '--runtime-env-json={"env_vars": {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}}'
     shown, states = defaultdict(list), []
-    with prometheus(cluster, folder) if shutil.which("prometheus") else nullcontext() as server:
+    with prometheus_server(cluster, folder) if shutil.which("prometheus") else nullcontext() as server:
         process = job(cluster, *POSMLP, "train", path, options=[often])
         ended = False
         while not ended:
@@ -126,7 +127,7 @@ def trained(cluster, motion_set, tmp_path_factory):
             for sample in cluster.scrape():
                 if sample.labels.get("run") == recipe.name:
                     shown[sample.name].append(sample.value)
-            with suppress(OSError):  # until Ray Train knows of a run
+            with suppress(OSError):  # until Ray Train has a run
                 states += [run["status"] for run in cluster.ask("/api/train/v2/runs/v1")["train_runs"]]
         out, _ = process.communicate()
         assert process.returncode == 0, out
@@ -138,14 +139,14 @@ def test_a_run_is_trained_by_a_job(cluster, trained):
     _, run = run_of(recipe)
     sampled = {key.split("/")[1] for key in run.data.metrics if re.match(r"system/.+/cpu_utilization_percentage", key)}
     assert sampled == {f"{socket.gethostname()}-{id[:6]}" for id in cluster.names()}
-    assert places(cluster, "actors", "RayTrainWorker") == {"two"}
-    assert places(cluster, "tasks", "decode_block") == {"one"}
+    assert nodes_used(cluster, "actors", "RayTrainWorker") == {"two"}
+    assert nodes_used(cluster, "tasks", "decode_block") == {"one"}
     assert "epoch 4/4" in out and "validation top-1" in out
     assert record["metrics"]
 
 
-def test_a_run_shows_its_gauges_to_who_scrapes_the_nodes(trained):
-    """The last value of each; what the worker sets in its last second may be lost with it."""
+def test_the_nodes_export_prometheus_metrics_of_a_run(trained):
+    """The last value of each. What the worker sets in its last second may be lost with the worker."""
     _, record, _, shown, *_ = trained
     metrics = record["metrics"]
     last = {name.removeprefix("ray_posmlp_"): values[-1] for name, values in shown.items()}
@@ -154,7 +155,7 @@ def test_a_run_shows_its_gauges_to_who_scrapes_the_nodes(trained):
     assert last["bad_videos"] == metrics["data/bad"] == 2
     assert 2 <= last["decode_errors_total"] <= 2 * 4
     assert last["clips_per_second"] > 0 and 0 <= last["data_wait_fraction"] <= 1
-    assert 0 < last["train_loss"] < 3  # ln 8 is that of a guess
+    assert 0 < last["train_loss"] < 3  # a random guess has ln 8
     assert {*last} == {*prometheus.GAUGES, *(f"{name}_total" for name in prometheus.COUNTERS)}
 
 
@@ -165,7 +166,7 @@ def test_the_dashboard_shows_a_runs_state(trained):
 
 
 def test_ray_exports_what_the_grafana_dashboard_draws(cluster):
-    """But for GPUs, which this machine may not have: those metrics Ray defines."""
+    """Except for GPUs, which this machine may not have: Ray defines those metrics."""
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
     wanted = {name for name in metrics_of(expressions()) if not name.startswith("ray_posmlp_")}
@@ -175,7 +176,7 @@ def test_ray_exports_what_the_grafana_dashboard_draws(cluster):
 
 
 def test_the_dashboard_lists_the_nodes_for_prometheus(cluster):
-    """For one that cannot read the head's file; it shows the token."""
+    """For a Prometheus that cannot read the head's file; the request needs the token."""
     listed = cluster.ask("/api/prometheus/sd")
     assert len(listed[0]["targets"]) >= 3
     assert listed == json.loads(cluster.discovery.read_text())
@@ -194,7 +195,7 @@ def test_prometheus_answers_what_the_grafana_dashboard_asks(trained):
     assert float(series["value"][1]) == record["metrics"]["epoch"]
     for expression in expressions():
         found = ask(expression.replace("$run", recipe.name))
-        assert found or "posmlp" in expression or "ray_node_g" in expression, expression  # a run's are gone soon
+        assert found or "posmlp" in expression or "ray_node_g" in expression, expression  # an ended run has none
 
 
 @pytest.mark.slow
@@ -207,11 +208,11 @@ def test_a_study_is_a_job(cluster, motion_set, tmp_path):
     runs = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"] * 3
     assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == 2
-    assert places(cluster, "actors", "RayTrainWorker") == {"two"}
+    assert nodes_used(cluster, "actors", "RayTrainWorker") == {"two"}
 
 
 def test_a_job_that_fails_says_why_in_its_last_lines(cluster, motion_set, tmp_path):
-    """First what would be lost with the job is refused, then a list that is not there."""
+    """A storage folder that would be deleted with the job is refused, and so is a missing list."""
     _, path = recipe_file(tmp_path, motion_set)
     runs = [
         shlex.join([*POSMLP, "train", path, key]) for key in ("train.storage=runs", "data.train.path=/nowhere/a.csv")
@@ -224,21 +225,21 @@ def test_a_job_that_fails_says_why_in_its_last_lines(cluster, motion_set, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_stopped_job_goes_on_with_the_next(cluster, motion_set, tmp_path):
+def test_the_next_job_resumes_a_stopped_one(cluster, motion_set, tmp_path):
     recipe, path = recipe_file(tmp_path, motion_set, "train.epochs=30")
     process = job(cluster, *POSMLP, "train", path, options=("--submission-id", "stop-me"))
     deadline = time.monotonic() + 120
-    while not any(f.about and f.about.step >= 8 for f in checkpoints.find(f"{tmp_path}/{recipe.name}")):
+    while not any(f.info and f.info.step >= 8 for f in checkpoints.find(f"{tmp_path}/{recipe.name}")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     stop = subprocess.run([RAY, "job", "stop", "--address", cluster.jobs, "stop-me"], env=cluster.env, timeout=120)
     assert stop.returncode == 0
     out, _ = process.communicate(timeout=120)
     assert "STOPPED" in out or "stopped" in out, out
-    done = [f.about.epoch for f in checkpoints.find(f"{tmp_path}/{recipe.name}") if f.about][-1]
+    done = [f.info.epoch for f in checkpoints.find(f"{tmp_path}/{recipe.name}") if f.info][-1]
     code, out = run_job(cluster, *POSMLP, "train", path, "train.epochs=30")
     assert code == 0, out
-    assert re.search(r"going on after epoch \d+", out) and 1 <= done < 30
+    assert re.search(r"resuming after epoch \d+", out) and 1 <= done < 30
 
 
 def test_a_job_without_the_token_is_refused(cluster):
@@ -248,8 +249,8 @@ def test_a_job_without_the_token_is_refused(cluster):
     assert ended.returncode != 0 and "oken" in ended.stderr + ended.stdout
 
 
-def test_an_ended_run_shows_nothing_any_more(cluster, trained):
-    """Ray keeps its gauges for 20 seconds; counters stay."""
+def test_the_metrics_of_an_ended_run_disappear(cluster, trained):
+    """Ray exports gauges for another 20 seconds; counters stay."""
     deadline = time.monotonic() + 60
     names = {f"ray_posmlp_{name}" for name in prometheus.GAUGES}
     while names & {sample.name for sample in cluster.scrape()}:

@@ -1,4 +1,4 @@
-"""Whole runs through real Ray and MLflow: what they log, refuse, survive and leave behind."""
+"""Complete runs with real Ray and MLflow: what they log and save, and what they refuse."""
 
 import contextlib
 import gzip
@@ -14,14 +14,15 @@ from PIL import Image
 
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
-from pipelines.runs.models import last_model, trained_model
-from pipelines.tracking.uris import tracking_uri, without_password
-from pipelines.training.preflight import check_record, fingerprint
+from pipelines.runs.models import load_newest_model, load_trained_model
+from pipelines.tracking.uris import recipe_without_password, tracking_uri
+from pipelines.training.preflight import check_record, list_fingerprint
 from pipelines.training.progress import advise
 from pipelines.training.train import train
 from posmlp.errors import UserError
 from posmlp.video.manifest import SCHEMA, Manifest, read_manifest
 from posmlp.video.motion import MOTION_CLASSES
+from tests.helpers.log_lines import log_lines
 from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
 
 pytestmark = pytest.mark.ray
@@ -60,14 +61,14 @@ def test_mlflow_has_config_metrics_tags_and_artifacts(finished_run):
     assert "global_batch: 8" in text
 
 
-def test_the_logged_model_is_the_checkpoints(finished_run):
+def test_the_logged_model_equals_the_checkpoint(finished_run):
     config, result, *_ = finished_run
     torch.manual_seed(0)
     clip = torch.randn(1, 3, 4, 32, 32)
     with active_uri(tracking_uri(config)):
         logged = mlflow.pytorch.load_model(f"runs:/{result.mlflow_run_id}/model")
     with torch.no_grad():
-        torch.testing.assert_close(logged(clip), last_model(result.path)(clip), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logged(clip), load_newest_model(result.path)(clip), rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_name_is_refused(finished_run):
@@ -77,7 +78,7 @@ def test_a_finished_name_is_refused(finished_run):
     assert isinstance(error.value, UserError)
 
 
-def test_the_pictures_are_logged(finished_run):
+def test_plots_are_logged(finished_run):
     config, *_ = finished_run
     client, run = run_of(config)
     assert {"learning_curves.png", "confusion.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
@@ -90,11 +91,11 @@ def test_the_pictures_are_logged(finished_run):
 def test_the_best_and_the_newest_checkpoints_are_kept(finished_run):
     _, result, *_ = finished_run
     found = checkpoints.find(result.path, check=True)
-    assert [f.about.epoch for f in found] == [1, 2]
-    assert found[-1].about.metrics == result.metrics
-    assert list(found[-1].about.classes) == list(MOTION_CLASSES)
-    _, about = trained_model(result.path)
-    assert about.metrics["val/top1"] == max(f.about.metrics["val/top1"] for f in found)
+    assert [f.info.epoch for f in found] == [1, 2]
+    assert found[-1].info.metrics == result.metrics
+    assert list(found[-1].info.classes) == list(MOTION_CLASSES)
+    _, about = load_trained_model(result.path)
+    assert about.metrics["val/top1"] == max(f.info.metrics["val/top1"] for f in found)
 
 
 LISTS = {"train": "32 videos, a", "val": "16 videos, b"}
@@ -126,7 +127,7 @@ LISTS = {"train": "32 videos, a", "val": "16 videos, b"}
         (["train.epochs=9"], ["train.epochs=2"], {}, True, r"train\.epochs 2: run 'small' has done 3 epochs already"),
     ],
 )
-def test_what_a_run_may_change_when_it_goes_on(motion_set, tmp_path, then, now, lists, allowed, expected):
+def test_what_a_resumed_run_may_change(motion_set, tmp_path, then, now, lists, allowed, expected):
     record = {
         "config": recipe_for(tmp_path, motion_set, *then).model_dump(mode="json"),
         "lists": LISTS,
@@ -137,31 +138,31 @@ def test_what_a_run_may_change_when_it_goes_on(motion_set, tmp_path, then, now, 
         assert set(changes) <= {"optim.lr", "list.val"}
 
 
-def test_a_list_is_known_by_its_videos_labels_and_classes(motion_set):
+def test_the_fingerprint_of_a_list_covers_videos_labels_and_classes(motion_set):
     manifest = read_manifest(motion_set / "val.csv")
-    assert fingerprint(manifest).startswith("16 videos, ")
+    assert list_fingerprint(manifest).startswith("16 videos, ")
     moved = manifest.rows.set_column(1, "uri", pa.array(["elsewhere"] * 16))
-    assert fingerprint(Manifest(moved, manifest.classes)) == fingerprint(manifest)
+    assert list_fingerprint(Manifest(moved, manifest.classes)) == list_fingerprint(manifest)
     for other in (
         Manifest(manifest.rows.take(list(range(15, -1, -1))), manifest.classes),
         Manifest(manifest.rows, manifest.classes[::-1]),
     ):
-        assert fingerprint(other) != fingerprint(manifest)
+        assert list_fingerprint(other) != list_fingerprint(manifest)
 
 
-def test_a_list_keeps_its_fingerprint_from_release_to_release():
-    """Runs in progress have it noted, and would be refused with another."""
+def test_the_fingerprint_of_a_list_is_the_same_in_every_release():
+    """It is stored in ``run.json``: with another fingerprint an unfinished run could not be resumed."""
     columns = {"sample_id": ["a b.mp4", 'ü"/c.mp4'], "uri": ["/x", "/y"], "label": [1, 0], "frames": [None, 3]}
     known = Manifest(pa.table(columns, schema=SCHEMA), ("left", "rechts ü"))
-    assert fingerprint(known) == "2 videos, bafce80c1a07feab"
+    assert list_fingerprint(known) == "2 videos, bafce80c1a07feab"
 
 
 def test_a_password_is_not_stored(motion_set, tmp_path):
     config = recipe_for(tmp_path, motion_set, "tracking.uri=https://bob:hunter2@mlflow.example/x")
-    assert without_password(config).tracking.uri == "https://mlflow.example/x"
+    assert recipe_without_password(config).tracking.uri == "https://mlflow.example/x"
 
 
-def test_both_lists_are_told_at_once(local_ray, motion_set, tmp_path):
+def test_problems_of_both_lists_are_reported_at_once(local_ray, motion_set, tmp_path):
     with pytest.raises(UserError, match=r"(?s)2 problems.*no-train\.csv.*no-val\.csv"):
         train(recipe_for(tmp_path, motion_set, "data.train.path=no-train.csv", "data.val.path=no-val.csv"))
 
@@ -192,8 +193,8 @@ def test_an_unreachable_mlflow_is_refused(local_ray, motion_set, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def crowded(local_ray, motion_set, tmp_path_factory):
-    """A run of one epoch with much at a time: two broken videos, several views and repeats, all augmentation,
-    deterministic algorithms and a trace; its recipe, its result, and where its list is."""
+    """A run of one epoch with many features: two broken videos, several views and repeats, all augmentations,
+    deterministic algorithms and a trace. Its recipe, its result, and the folder of its list."""
     folder = tmp_path_factory.mktemp("crowded")
     overrides = [f"data.val.path={with_broken(motion_set, folder, 2)}", "data.val.root=/", "data.cache_dir=null"]
     overrides += ["data.repeats=2", "data.fps=6", "data.decoder=decord", "data.modality=rgb", "eval.clips=2"]
@@ -203,7 +204,7 @@ def crowded(local_ray, motion_set, tmp_path_factory):
     return config, train(config, profile=True), folder
 
 
-def test_bad_videos_are_quarantined_and_the_run_goes_on(crowded):
+def test_bad_videos_are_quarantined_and_the_run_continues(crowded):
     config, result, folder = crowded
     assert sorted(v.uri for v in result.bad) == [str(folder / f"cut{i}.mp4") for i in range(2)]
     assert result.metrics["val/clips"] == 14
@@ -231,7 +232,7 @@ def test_a_profile_is_an_artifact_of_the_run(crowded):
     assert any("AdamW" in name for name in names)
 
 
-def test_too_many_bad_videos_end_the_run_with_their_names(local_ray, motion_set, tmp_path):
+def test_too_many_bad_videos_end_the_run_and_are_named(local_ray, motion_set, tmp_path):
     manifest = with_broken(motion_set, tmp_path, 5)
     config = recipe_for(tmp_path, motion_set, f"data.val.path={manifest}", "data.val.root=/")
     with pytest.raises(RunError, match=r"5 of 48 videos .*max_bad_fraction") as error:
@@ -241,15 +242,15 @@ def test_too_many_bad_videos_end_the_run_with_their_names(local_ray, motion_set,
     assert run_of(config)[1].info.status == "FAILED"
 
 
-def test_an_unusable_cache_folder_ends_the_run_plainly(local_ray, motion_set, tmp_path):
+def test_an_unusable_cache_folder_ends_the_run_without_a_traceback(local_ray, motion_set, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file: cannot write .*; see data\.cache_dir") as error:
         train(recipe_for(tmp_path, motion_set, f"data.cache_dir={tmp_path}/file"))
     assert "Traceback" not in str(error.value)
 
 
-def test_a_model_of_images_starts_a_run_on_videos(local_ray, motion_set, tmp_path):
-    """With one key: ``model.weights`` is the image run's folder."""
+def test_a_run_on_videos_starts_from_the_weights_of_an_image_model(local_ray, motion_set, tmp_path):
+    """One key is enough: ``model.weights`` is the folder of the image run."""
     numbers = np.random.default_rng(0)
     for i in range(24):
         folder = tmp_path / ("val" if i % 3 == 0 else "train") / ("dark" if i % 2 else "light")
@@ -260,15 +261,15 @@ def test_a_model_of_images_starts_a_run_on_videos(local_ray, motion_set, tmp_pat
     images += [f"data.{split}.path={tmp_path}/{split}" for split in ("train", "val")]
     pretrained = train(recipe_for(tmp_path, motion_set, *images))
     assert pretrained.metrics["val/clips"] == 8
-    lines = []
-    train(recipe_for(tmp_path, motion_set, f"model.weights={pretrained.path}"), lines.append)
+    with log_lines() as lines:
+        train(recipe_for(tmp_path, motion_set, f"model.weights={pretrained.path}"))
     text = "\n".join(lines)
     assert f"start from {pretrained.path}/checkpoints/step-" in text
     assert "temporal" in text
     assert "head: fresh, as the checkpoint has 2 classes and the model 8" in text
 
 
-def test_weights_that_are_not_there_are_refused(local_ray, motion_set, tmp_path):
+def test_missing_weights_are_refused(local_ray, motion_set, tmp_path):
     with pytest.raises(UserError, match=r"model\.weights is neither .*runs/in1k_s holds no .*model\.weights=null"):
         train(recipe_for(tmp_path, motion_set, "model.weights=runs/in1k_s"))
 
@@ -278,13 +279,13 @@ def metrics_of(epoch=2.0, wait=0.0, first=0.0, spilled=0.0):
     return shares | {"epoch": epoch, "data/spilled_mb": spilled}
 
 
-def test_a_run_that_waits_says_which_knob_to_turn(motion_set, tmp_path):
+def test_a_run_that_waits_for_data_recommends_keys_to_change(motion_set, tmp_path):
     plain = recipe_for(tmp_path, motion_set, "data.cache_dir=null")
     assert advise(metrics_of(wait=0.19), plain) == {}
     assert advise(metrics_of(wait=0.5, first=45.0), plain) == {}  # decoders were starting
     for knob in ("43%", "scaling.cpus_per_worker", "data shard", "data.cache_dir", "data.repeats"):
         assert knob in advise(metrics_of(wait=0.43), plain)["wait"]
     cached = recipe_for(tmp_path, motion_set)
-    assert "being filled" in advise(metrics_of(epoch=1.0, wait=0.43), cached)["cache"]
+    assert "the first epoch fills data.cache_dir" in advise(metrics_of(epoch=1.0, wait=0.43), cached)["cache"]
     assert "data.rows_per_block" in advise(metrics_of(spilled=12.0), plain)["spill"]
     assert advise(metrics_of(spilled=math.nan), plain) == {}

@@ -1,0 +1,112 @@
+"""Private names of Ray. This is the only module that uses them.
+
+Each name is imported when its feature is needed. A Ray release that moved a name costs that feature, and a warning says
+so once; everything else still works. The test of this module says which name has moved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+# Each private name, and what happens without it.
+WITHOUT = {
+    "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "a local Ray may listen on all network interfaces",
+    "ray._private.state.available_resources_per_node": "MLflow gets no system metrics of the cluster's other nodes",
+    "ray._private.internal_api.get_state_from_address": "data/object_store_mb and data/spilled_mb are NaN",
+    "ray._private.internal_api.get_memory_info_reply": "data/object_store_mb and data/spilled_mb are NaN",
+    "ray.data._internal.stats.get_or_create_stats_actor": "Ray Data's stats actor may keep an autoscaled node alive",
+    "ray.data._internal.cluster_autoscaler.get_or_create_autoscaling_coordinator": (
+        "Ray Data's autoscaling coordinator may keep an autoscaled node alive"
+    ),
+    "ray.data._internal.usage.collector.usage_collection_disabled": (
+        "Ray Data's usage statistics actor may keep an autoscaled node alive"
+    ),
+    "ray.data._internal.usage.actor.get_or_create_usage_collection_actor": (
+        "Ray Data's usage statistics actor may keep an autoscaled node alive"
+    ),
+    "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE": (
+        "Ray Tune copies S3 credentials into the runtime environments of its actors, which Ray logs and lists"
+    ),
+}
+
+WORKER_NAMES = (
+    "ray._private.internal_api.get_state_from_address",
+    "ray._private.internal_api.get_memory_info_reply",
+)
+
+# Loggers that report every execution of Ray Data. An unknown logger name does no harm.
+DATA_LOGGERS = ("ray.data", "ray.data._internal.progress")
+
+
+@cache
+def private_name(path: str) -> Any | None:
+    """Import a name of ``WITHOUT``. Returns None, and warns the first time, if this Ray does not have it."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        logger.warning("Ray %s has no %s: %s", ray.__version__, path, WITHOUT[path])
+        return None
+
+
+def warn_about_worker_features() -> None:
+    """Warn in this process about names that only workers use, because their own warnings stay in Ray's logs."""
+    for path in WORKER_NAMES:
+        private_name(path)
+
+
+def listen_on_loopback() -> None:
+    """Make a Ray that this process starts listen on loopback only, as Ray itself does on macOS and Windows."""
+    if private_name("ray._private.ray_constants.ENABLE_RAY_CLUSTER") is not None:
+        constants: Any = importlib.import_module("ray._private.ray_constants")
+        constants.ENABLE_RAY_CLUSTER = False
+
+
+def available_resources_per_node() -> dict[str, dict[str, float]] | None:
+    """The unused resources of each node, by node id. None if this Ray does not report them."""
+    function = private_name("ray._private.state.available_resources_per_node")
+    return None if function is None else function()
+
+
+def object_store_stats() -> Any | None:
+    """Statistics of the cluster's object store (Ray's ``ObjectStoreStats``). None if this Ray does not report them.
+
+    Raises:
+        Exception: of any kind; the call asks every node.
+    """
+    state_of, reply_of = map(private_name, WORKER_NAMES)
+    if state_of is None or reply_of is None:
+        return None
+    return reply_of(state_of(ray.get_runtime_context().gcs_address)).store_stats
+
+
+def place_ray_data_actors() -> None:
+    """Start the actors that all Ray Data executions of a cluster share on this process's node, which submits the run.
+
+    These actors start on the first node that needs them and outlive every run, and an autoscaler does not remove a node
+    with an actor on it. Without this call they could keep a training node alive, and paid for, forever. Ray 2.60 has no
+    public way to place them.
+    """
+    if stats := private_name("ray.data._internal.stats.get_or_create_stats_actor"):
+        stats()
+    if coordinator := private_name("ray.data._internal.cluster_autoscaler.get_or_create_autoscaling_coordinator"):
+        coordinator()
+    disabled = private_name("ray.data._internal.usage.collector.usage_collection_disabled")
+    usage = private_name("ray.data._internal.usage.actor.get_or_create_usage_collection_actor")
+    if disabled and usage and not disabled():
+        usage()
+
+
+def withhold_from_tune_actors(variables: Iterable[str]) -> None:
+    """Stop Ray Tune from copying these environment variables into the runtime environments of its actors."""
+    propagated = private_name("ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE")
+    if propagated is not None:
+        propagated.difference_update(variables)

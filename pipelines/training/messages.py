@@ -1,0 +1,96 @@
+"""Messages between a run's driver and its workers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from pipelines.runs.errors import BadVideo
+
+# --- from the driver to every worker -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker needs to train.
+
+    Attributes:
+        config: the recipe as plain data.
+        run: the run's folder, a path or a URI.
+        weights: a file of weights to start from; None: random weights, or the run's checkpoint.
+        train_rows, val_rows: references to the manifest rows of the splits (Arrow tables).
+        classes: the class names.
+        channel: the ``RunChannel`` actor.
+        profile: trace some steps of the first epoch.
+        measure_cost: measure the model's cost before the first step.
+    """
+
+    config: Mapping[str, Any]
+    run: str
+    weights: str | None
+    train_rows: ray.ObjectRef
+    val_rows: ray.ObjectRef
+    classes: Sequence[str]
+    channel: ActorHandle
+    profile: bool
+    measure_cost: bool
+
+
+# --- from the first worker to the driver -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProgressLine:
+    """A line for the user.
+
+    Attributes:
+        level: of ``logging``; ``WARNING`` if the user should act.
+    """
+
+    text: str
+    level: int = logging.INFO
+
+
+@dataclass(frozen=True)
+class CostMeasured:
+    """The cost metrics of the model, by name."""
+
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """The metrics of consecutive finished epochs: of the newest, or of all epochs so far when workers start."""
+
+    epochs: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class BadVideosFound:
+    """Videos of one epoch that could not be decoded."""
+
+    videos: Sequence[BadVideo]
+
+
+@dataclass(frozen=True)
+class ConfusionMatrix:
+    """The confusion matrix of a validation: ``[classes, classes]`` counts."""
+
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """A file for the run's MLflow artifacts."""
+
+    path: str
+    content: bytes
+
+
+WorkerEvent = ProgressLine | CostMeasured | EpochMetrics | BadVideosFound | ConfusionMatrix | ArtifactFile

@@ -1,0 +1,154 @@
+"""The seams of a training run: the channel, the messages, and what the driver makes of them."""
+
+import logging
+import signal
+from unittest.mock import MagicMock
+
+import cloudpickle
+import numpy as np
+import pytest
+
+from pipelines.cluster.capacity import matches_labels, worker_resources, workers_that_fit
+from pipelines.cluster.session import stop_on_signal
+from pipelines.runs.errors import BadVideo
+from pipelines.tracking import prometheus
+from pipelines.training.channel import Registration, RunChannel
+from pipelines.training.messages import (
+    ArtifactFile,
+    BadVideosFound,
+    ConfusionMatrix,
+    CostMeasured,
+    EpochMetrics,
+    ProgressLine,
+    WorkerJob,
+)
+from pipelines.training.process_group import ProcessGroupBackend, ProcessGroupConfig
+from pipelines.training.progress import RunProgress
+from pipelines.training.train import RunReporter
+from posmlp.config import ScalingSection, load_recipe
+from tests.helpers.log_lines import log_lines
+
+
+def test_the_channel_tells_growth_from_loss():
+    channel = RunChannel()
+    assert channel.register_workers(2) == Registration(0, 0, False)
+    assert channel.register_workers(3) == Registration(2, 0, False)  # the cluster has grown
+    assert channel.register_workers(3) == Registration(3, 1, False)
+    channel.fail("first")
+    channel.fail("second")
+    assert channel.register_workers(1) == Registration(3, 2, True)
+    assert channel.failure() == "first"
+
+
+def test_the_channel_carries_events_once_and_a_stop_request():
+    channel, events = RunChannel(), [ProgressLine("one"), CostMeasured({"cost/gmacs": 1.0})]
+    for event in events:
+        channel.send(event)
+    assert channel.receive() == events
+    assert channel.receive() == []
+    assert not channel.stop_requested()
+    channel.request_stop()
+    assert channel.stop_requested()
+
+
+def test_a_job_reaches_the_worker_as_it_was_sent():
+    """Ray Train carries a dict."""
+    job = WorkerJob(
+        config=load_recipe("demo").model_dump(),
+        run="runs/demo",
+        weights=None,
+        train_rows="train",
+        val_rows="val",
+        classes=("left", "right"),
+        channel="channel",
+        profile=False,
+        measure_cost=True,
+    )
+    assert WorkerJob(**cloudpickle.loads(cloudpickle.dumps(dict(vars(job))))) == job
+
+
+def test_the_backend_survives_pickling_and_runs_rays_own_start():
+    """The driver makes it and Ray Train's controller uses it."""
+    assert ProcessGroupConfig(backend="gloo").backend_cls is ProcessGroupBackend
+    assert type(cloudpickle.loads(cloudpickle.dumps(ProcessGroupBackend()))) is ProcessGroupBackend
+    assert ProcessGroupBackend.share_cuda_visible_devices
+
+
+@pytest.fixture
+def reporter(monkeypatch):
+    """A reporter whose tracker records calls; MLflow has the first epoch already."""
+    monkeypatch.setattr(prometheus, "publish", MagicMock())
+    tracker = MagicMock()
+    tracker.epochs_logged.return_value = 1
+    return RunReporter("demo", tracker, MagicMock())
+
+
+def test_the_reporter_logs_lines_with_their_levels(reporter):
+    with log_lines(logging.WARNING) as lines:
+        reporter.handle(ProgressLine("epoch 1/2 100%"))
+        reporter.handle(ProgressLine("an old checkpoint cannot be removed", logging.WARNING))
+    assert lines == ["an old checkpoint cannot be removed"]
+
+
+def test_the_reporter_logs_each_epoch_once_also_when_workers_resume(reporter):
+    one, two, three = ({"epoch": float(n), "val/top1": n / 10} for n in (1, 2, 3))
+    for epochs in ([], [one], [two], [one, two], [three]):
+        reporter.handle(EpochMetrics(epochs))
+    assert reporter.history == [one, two, three]
+    assert [call.kwargs["step"] for call in reporter.tracker.log_metrics.call_args_list] == [2, 3]
+    assert {call.args[0]["epoch"] for call in reporter.on_epoch.call_args_list} == {1, 2, 3}
+    reporter.publish_progress()
+    prometheus.publish.assert_called_once_with("demo", epoch=3.0, bad_videos=0.0, val_top1=0.3)
+
+
+def test_an_epoch_that_is_trained_again_replaces_the_old_one_and_those_after_it(reporter):
+    one, two = {"epoch": 1.0}, {"epoch": 2.0}
+    reporter.handle(EpochMetrics([one, two]))
+    reporter.handle(EpochMetrics([one]))
+    assert reporter.history == [one]
+
+
+def test_the_reporter_tracks_costs_files_and_bad_videos(reporter):
+    videos = [BadVideo("a", "/a.mp4", "truncated"), BadVideo("b", "/b.mp4", "empty")]
+    reporter.handle(CostMeasured({"cost/gmacs": 1.0}))
+    reporter.handle(ArtifactFile("profile/trace.json.gz", b"trace"))
+    reporter.handle(BadVideosFound(videos[:1]))
+    reporter.handle(BadVideosFound(videos))
+    reporter.handle(ConfusionMatrix(np.eye(2)))
+    reporter.tracker.log_metrics.assert_called_once_with({"cost/gmacs": 1.0}, step=0)
+    reporter.tracker.log_file.assert_called_once_with("profile/trace.json.gz", b"trace")
+    rows, path = reporter.tracker.log_table.call_args.args
+    assert path == "quarantine.json" and [row["uri"] for row in rows] == ["/a.mp4", "/b.mp4"]
+    assert list(reporter.bad.values()) == videos
+    assert reporter.confusion.trace() == 2
+
+
+def test_the_next_epoch_starts_with_empty_counts():
+    progress = RunProgress([{"epoch": 1.0}], steps=4, loss=2.0, bad=[{"sample_id": "a"}], trained={"train/loss": 0.5})
+    assert progress.next_epoch({"epoch": 2.0}) == RunProgress([{"epoch": 1.0}, {"epoch": 2.0}])
+
+
+def test_the_first_signal_requests_a_stop_and_the_second_interrupts():
+    before, stops = signal.getsignal(signal.SIGTERM), []
+    with log_lines(logging.WARNING) as lines, stop_on_signal(lambda: stops.append(1)) as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert stops == [1] and received == [signal.SIGTERM]
+        assert lines == ["SIGTERM: saving and stopping; send it again to exit at once"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert stops == [1]
+
+
+def test_workers_are_counted_on_nodes_with_the_labels():
+    scaling = ScalingSection(workers=4, cpus_per_worker=2, train_on={"group": "train"})
+    nodes = [
+        ({"CPU": 5.0}, {"group": "train"}),
+        ({"CPU": 8.0}, {"group": "decode"}),
+        ({"CPU": 1.9}, {"group": "train"}),
+    ]
+    assert workers_that_fit(nodes, scaling) == 2
+    assert workers_that_fit(nodes, scaling, {}) == 6
+    assert worker_resources(scaling) == {"CPU": 2.0}
+    assert matches_labels({"group": "train", "zone": "a"}, {"group": "train"})
+    assert not matches_labels({}, {"group": "train"})

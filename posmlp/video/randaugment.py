@@ -32,7 +32,7 @@ FILL = 128  # grey, for pixels of a resampled clip that come from outside the fr
 LUMA_WEIGHTS = (19595, 38470, 7471)  # of R, G, B in 1/65536 (ITU-R BT.601), as Pillow computes grey
 
 
-class Operation(NamedTuple):
+class AugmentOperation(NamedTuple):
     """One operation on one clip.
 
     ``strength`` is in -1..1. Its sign is the direction of operations that have two (rotate, shear, brightness, ...).
@@ -42,18 +42,18 @@ class Operation(NamedTuple):
     strength: float
 
 
-def draw_operations(rng: np.random.Generator, layers: int, magnitude: float) -> list[Operation | None]:
+def draw_operations(rng: np.random.Generator, layers: int, magnitude: float) -> list[AugmentOperation | None]:
     """Draw the operations of one clip, one per layer; None for a layer that leaves the clip unchanged."""
-    operations: list[Operation | None] = []
+    operations: list[AugmentOperation | None] = []
     for _ in range(layers):
         name = OPERATIONS[rng.integers(len(OPERATIONS))]
         applied, sign = rng.random() < APPLY_PROBABILITY, -1 if rng.random() < 0.5 else 1
         strength = min(max(rng.normal(magnitude, MAGNITUDE_STD), 0.0), 10.0) / 10
-        operations.append(Operation(name, sign * strength) if applied else None)
+        operations.append(AugmentOperation(name, sign * strength) if applied else None)
     return operations
 
 
-def randaugment(x: Tensor, operations: Sequence[Sequence[Operation | None]]) -> Tensor:
+def randaugment(x: Tensor, operations: Sequence[Sequence[AugmentOperation | None]]) -> Tensor:
     """Apply each clip's operations, in place.
 
     Args:
@@ -63,7 +63,7 @@ def randaugment(x: Tensor, operations: Sequence[Sequence[Operation | None]]) -> 
     Returns:
         ``x``.
     """
-    families: tuple[tuple[tuple[str, ...], Callable[[Tensor, Sequence[Operation]], Tensor]], ...] = (
+    families: tuple[tuple[tuple[str, ...], Callable[[Tensor, Sequence[AugmentOperation]], Tensor]], ...] = (
         (TABLE_OPERATIONS, apply_tables),
         (AFFINE_OPERATIONS, apply_affine),
         (("color",), adjust_color),
@@ -83,7 +83,7 @@ def enhancement_factor(strength: float) -> float:
     return max(0.1, 1 + 0.9 * strength)
 
 
-def apply_tables(x: Tensor, operations: Sequence[Operation]) -> Tensor:
+def apply_tables(x: Tensor, operations: Sequence[AugmentOperation]) -> Tensor:
     """Map the levels of each channel through a lookup table: uint8 ``[n, 3, T, H, W]`` to the same."""
     shift = 256 * torch.arange(len(x) * 3, dtype=torch.int32, device=x.device)
     index = (x.int() + shift.view(len(x), 3, 1, 1, 1)).flatten()  # into the concatenated tables of all channels
@@ -95,7 +95,7 @@ def apply_tables(x: Tensor, operations: Sequence[Operation]) -> Tensor:
     return tables.flatten().index_select(0, index).view_as(x)
 
 
-def lookup_table(operation: Operation, counts: NDArray[np.int64] | None) -> NDArray[np.uint8]:
+def lookup_table(operation: AugmentOperation, counts: NDArray[np.int64] | None) -> NDArray[np.uint8]:
     """The new levels ``[3, 256]`` of one clip; ``counts`` is its histogram ``[3, 256]``, if the operation reads it."""
     level, amount = np.arange(256), abs(operation.strength)
     new: NDArray[np.integer] | NDArray[np.floating]
@@ -116,7 +116,7 @@ def lookup_table(operation: Operation, counts: NDArray[np.int64] | None) -> NDAr
     return np.broadcast_to(new.clip(0, 255).astype(np.uint8), (3, 256))
 
 
-def histogram_table(operation: Operation, counts: NDArray[np.int64]) -> NDArray[np.floating]:
+def histogram_table(operation: AugmentOperation, counts: NDArray[np.int64]) -> NDArray[np.floating]:
     """``lookup_table`` of the operations that depend on the clip's histogram ``[3, 256]``."""
     level = np.arange(256.0)
     if operation.name == "contrast":  # scales the distance from the mean grey
@@ -134,7 +134,7 @@ def histogram_table(operation: Operation, counts: NDArray[np.int64]) -> NDArray[
     return new
 
 
-def apply_affine(x: Tensor, operations: Sequence[Operation]) -> Tensor:
+def apply_affine(x: Tensor, operations: Sequence[AugmentOperation]) -> Tensor:
     """Rotate, shear or translate clips: uint8 ``[n, 3, T, H, W]`` to the same."""
     height, width = x.shape[-2:]
     maps = torch.tensor([affine_map(operation, height, width) for operation in operations], device=x.device)
@@ -149,7 +149,7 @@ def apply_affine(x: Tensor, operations: Sequence[Operation]) -> Tensor:
     return moved.add_(0.5).masked_fill_(outside.unsqueeze(1), FILL).byte().view_as(x)
 
 
-def affine_map(operation: Operation, height: int, width: int) -> tuple[float, ...]:
+def affine_map(operation: AugmentOperation, height: int, width: int) -> tuple[float, ...]:
     """Coefficients ``(a, b, c, d, e, f)``: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f)."""
     s = operation.strength
     match operation.name:
@@ -167,7 +167,7 @@ def affine_map(operation: Operation, height: int, width: int) -> tuple[float, ..
             return 1.0, 0.0, 0.0, 0.0, 1.0, 0.45 * s * height
 
 
-def adjust_color(x: Tensor, operations: Sequence[Operation]) -> Tensor:
+def adjust_color(x: Tensor, operations: Sequence[AugmentOperation]) -> Tensor:
     """Scale each pixel's distance from its grey: uint8 ``[n, 3, T, H, W]`` to the same."""
     values = x.float()
     red, green, blue = (values[:, i : i + 1] * weight for i, weight in enumerate(LUMA_WEIGHTS))
@@ -175,7 +175,7 @@ def adjust_color(x: Tensor, operations: Sequence[Operation]) -> Tensor:
     return extrapolate(values, grey, operations)
 
 
-def adjust_sharpness(x: Tensor, operations: Sequence[Operation]) -> Tensor:
+def adjust_sharpness(x: Tensor, operations: Sequence[AugmentOperation]) -> Tensor:
     """Scale each pixel's distance from the smoothed frame: uint8 ``[n, 3, T, H, W]`` to the same.
 
     The outermost pixels of a frame are not smoothed and so stay unchanged.
@@ -190,7 +190,7 @@ def adjust_sharpness(x: Tensor, operations: Sequence[Operation]) -> Tensor:
     return out
 
 
-def extrapolate(values: Tensor, base: Tensor, operations: Sequence[Operation]) -> Tensor:
+def extrapolate(values: Tensor, base: Tensor, operations: Sequence[AugmentOperation]) -> Tensor:
     """Move from ``base`` towards or past ``values`` by each clip's factor; clip and truncate levels, as Pillow does."""
     factors = torch.tensor([enhancement_factor(operation.strength) for operation in operations], device=values.device)
     return ((values - base).mul_(factors.view(-1, 1, 1, 1, 1)).add_(base)).clamp_(0, 255).byte()

@@ -15,7 +15,7 @@ from posmlp.video.batch import Batch
 from posmlp.video.randaugment import (
     AFFINE_OPERATIONS,
     OPERATIONS,
-    Operation,
+    AugmentOperation,
     affine_map,
     draw_operations,
     enhancement_factor,
@@ -148,7 +148,7 @@ def test_operations_equal_pillows(name, size, span, strength, seed):
         return  # Pillow smooths nothing smaller, and neither do we, but it blends in other steps
     rng = np.random.default_rng(seed)
     frames = rng.integers(min(span), max(span) + 1, (2, *size, 3)).astype(np.uint8)
-    operation = Operation(name, strength)
+    operation = AugmentOperation(name, strength)
     if name in (*AFFINE_OPERATIONS, "sharpness"):
         expected = np.stack([np.asarray(pillow(Image.fromarray(frame), operation)) for frame in frames])
     else:
@@ -174,10 +174,10 @@ def test_strengths_are_those_of_the_increasing_set():
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 3, 1, 16, 16)
     others = ("rotate", "solarize", "solarize_add", "color", "contrast", "brightness", "sharpness")
     for name in (*others, *AFFINE_OPERATIONS):
-        assert torch.equal(randaugment(ramp.clone(), [[Operation(name, 0.0)]]), ramp), name
-    assert len(randaugment(ramp.clone(), [[Operation("posterize", 0.0)]]).unique()) == 16
-    assert not randaugment(ramp.clone(), [[Operation("posterize", 1.0)]]).any()
-    assert torch.equal(randaugment(ramp.clone(), [[Operation("solarize", 1.0)]]), 255 - ramp)
+        assert torch.equal(randaugment(ramp.clone(), [[AugmentOperation(name, 0.0)]]), ramp), name
+    assert len(randaugment(ramp.clone(), [[AugmentOperation("posterize", 0.0)]]).unique()) == 16
+    assert not randaugment(ramp.clone(), [[AugmentOperation("posterize", 1.0)]]).any()
+    assert torch.equal(randaugment(ramp.clone(), [[AugmentOperation("solarize", 1.0)]]), 255 - ramp)
     assert (enhancement_factor(1.0), enhancement_factor(-1.0)) == (1.9, pytest.approx(0.1))
 
 

@@ -1,11 +1,11 @@
-"""A run's checkpoints: written whole or not at all, and checked when they are read.
+"""Checkpoints of a run: written atomically, verified by checksums when they are read.
 
 A checkpoint is a folder ``RUN/checkpoints/step-0000001234`` on any storage (``posmlp.storage``):
 
-- ``weights.safetensors``: the weights that count (the average, if there is one), by name;
-- ``state.pt``: what else training needs to go on; tensors and plain data, read with ``weights_only``;
-- ``checkpoint.json``: what it is, and the size and SHA-256 of the others. It is written last: a checkpoint without it
-  is unfinished and does not count.
+- ``weights.safetensors``: the evaluation weights (EMA if enabled), by name;
+- ``state.pt``: everything else that training needs to resume: tensors and plain data, read with ``weights_only``;
+- ``checkpoint.json``: a ``CheckpointInfo``, with size and SHA-256 of the other files. It is written last. A checkpoint
+  without it is incomplete and is ignored.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from posmlp.errors import UserError
 from posmlp.metrics import VAL_TOP1
 
 FOLDER = "checkpoints"
-WEIGHTS, STATE, ABOUT = "weights.safetensors", "state.pt", "checkpoint.json"
+WEIGHTS, STATE, INFO = "weights.safetensors", "state.pt", "checkpoint.json"
 
 
 class DamagedError(UserError):
-    """A checkpoint whose files are not what was written."""
+    """A file of a checkpoint is missing, or differs from what was written."""
 
 
-class UnfinishedError(DamagedError):
-    """A checkpoint without ``checkpoint.json``: whoever wrote it did not get to the end."""
+class IncompleteError(DamagedError):
+    """A checkpoint has no ``checkpoint.json``: its writer was interrupted, or it was marked as incomplete."""
 
 
 class UnwritableError(UserError):
-    """Storage that does not take a checkpoint."""
+    """A checkpoint cannot be written to the storage."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is, its ``checkpoint.json``.
+    """The content of ``checkpoint.json``.
 
     Attributes:
-        step: optimizer steps done.
-        epoch: whole epochs done.
-        metrics: of the epoch just done; empty within an epoch.
+        step: number of optimizer steps.
+        epoch: number of finished epochs.
+        metrics: metrics of the last epoch; empty in the middle of an epoch.
         classes: the class names.
-        config: the run's whole recipe.
-        progress: how far the run is (``pipelines.training.progress.Progress``).
-        time: when it was written, ISO 8601.
-        files: bytes and SHA-256 of each file.
+        config: the full recipe of the run, as plain data.
+        progress: state of the training loop (``pipelines.training.progress.RunProgress``), as plain data.
+        time: when the checkpoint was written, ISO 8601.
+        files: for each file by name, ``bytes`` (its size) and ``sha256``.
     """
 
     step: int
@@ -74,14 +74,14 @@ class CheckpointInfo:
 
     @property
     def bytes(self) -> int:
-        """Of all files together."""
+        """Total size of all files."""
         return sum(file["bytes"] for file in self.files.values())
 
     def recipe(self) -> Config:
         """The run's recipe.
 
         Raises:
-            UserError: this version does not take it.
+            UserError: this version of the project cannot read it.
         """
         try:
             return Config.model_validate(self.config)
@@ -92,119 +92,140 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """A checkpoint's place, and what is wrong with it, if anything."""
+    """A checkpoint in a run's folder.
+
+    Attributes:
+        uri: the checkpoint's folder.
+        info: None if the checkpoint is incomplete or damaged.
+        problem: what is wrong with it; empty if nothing is.
+    """
 
     uri: str
-    about: CheckpointInfo | None
+    info: CheckpointInfo | None
     problem: str = ""
 
 
-def save(run: str, about: CheckpointInfo, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
-    """Write a checkpoint of a run's folder; returns its URI.
+def save(run: str, info: CheckpointInfo, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    """Write a checkpoint into a run's folder. Returns its URI.
+
+    Args:
+        info: ``files`` and ``time`` are filled in here.
+        weights: the evaluation weights, by name.
+        state: everything else that training needs to resume.
 
     Raises:
-        UnwritableError: it could not be written; those before it are untouched.
+        UnwritableError: it could not be written. Earlier checkpoints are unchanged.
     """
-    uri = place(run, about.step)
+    uri = checkpoint_uri(run, info.step)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     contents = {WEIGHTS: save_safetensors(dict(weights)), STATE: buffer.getvalue()}
     files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
     try:
-        unmark(uri)  # a damaged one of the same step
+        mark_incomplete(uri)  # an earlier attempt at this step may be there, damaged
         for name, content in contents.items():
             storage.write_bytes(storage.join(uri, name), content)
     except OSError as error:
-        with contextlib.suppress(OSError):  # what is left has no checkpoint.json, so it does not count
+        with contextlib.suppress(OSError):  # what remains has no checkpoint.json, so it is ignored
             storage.remove(uri)
         raise UnwritableError(f"{uri} cannot be written: {error}") from error
-    rewrite_info(run, replace(about, files=files, time=datetime.now(UTC).isoformat(timespec="seconds")))
+    rewrite_info(run, replace(info, files=files, time=datetime.now(UTC).isoformat(timespec="seconds")))
     return uri
 
 
-def rewrite_info(run: str, about: CheckpointInfo) -> None:
-    """Write the ``checkpoint.json`` of a checkpoint whose other files are there; at once, or not at all.
+def rewrite_info(run: str, info: CheckpointInfo) -> None:
+    """Write or replace, atomically, the ``checkpoint.json`` of a checkpoint whose other files are written.
 
     Raises:
-        UnwritableError: it could not be written; what was there before still is.
+        UnwritableError: it could not be written. An earlier ``checkpoint.json`` is unchanged.
     """
-    written = asdict(about)
-    text = json.dumps(written | {"sha256": digest(written)}, indent=1)
-    uri = storage.join(place(run, about.step), ABOUT)
+    written = asdict(info)
+    text = json.dumps(written | {"sha256": info_checksum(written)}, indent=1)
+    uri = storage.join(checkpoint_uri(run, info.step), INFO)
     try:
         storage.write_bytes(uri, text.encode())
     except OSError as error:
         raise UnwritableError(f"{uri} cannot be written: {error}") from error
 
 
-def unmark(uri: str) -> None:
-    """A checkpoint does not count any more; its other files stay.
+def mark_incomplete(uri: str) -> None:
+    """Remove the ``checkpoint.json`` of a checkpoint, so that it is ignored. Its other files stay.
 
     Raises:
-        OSError: it cannot be changed.
+        OSError: the file cannot be removed.
     """
-    storage.remove(storage.join(uri, ABOUT))
+    storage.remove(storage.join(uri, INFO))
 
 
-def place(run: str, step: int) -> str:
-    """Where a run's checkpoint of a step is."""
+def checkpoint_uri(run: str, step: int) -> str:
+    """The folder of a run's checkpoint at an optimizer step."""
     return storage.join(run, f"{FOLDER}/step-{step:010d}")
 
 
-def digest(about: Mapping[str, Any]) -> str:
-    """The checksum of ``checkpoint.json`` itself."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def info_checksum(info: Mapping[str, Any]) -> str:
+    """The checksum of ``checkpoint.json`` itself: SHA-256 of its other keys, sorted."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 def read_info(uri: str) -> CheckpointInfo:
-    """What a checkpoint says of itself.
+    """Read the ``checkpoint.json`` of a checkpoint and verify its own checksum.
 
     Raises:
-        DamagedError: it is unfinished or damaged.
+        IncompleteError: there is none.
+        DamagedError: it is damaged.
         OSError: the storage does not answer.
     """
     try:
-        about = json.loads(storage.read_bytes(storage.join(uri, ABOUT)))
-        if about.pop("sha256") != digest(about):
-            raise ValueError("its checksum is another")
-        return CheckpointInfo(**about)
+        tree = json.loads(storage.read_bytes(storage.join(uri, INFO)))
+        if tree.pop("sha256") != info_checksum(tree):
+            raise ValueError("the content does not match its checksum")
+        return CheckpointInfo(**tree)
     except FileNotFoundError as error:
-        raise UnfinishedError(f"{uri} is unfinished: it has no {ABOUT}") from error
+        raise IncompleteError(f"{uri} is incomplete: it has no {INFO}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{uri} is damaged: {ABOUT}: {error}") from error
+        raise DamagedError(f"{uri} is damaged: {INFO}: {error}") from error
 
 
 def load(uri: str, names: Sequence[str] = (WEIGHTS, STATE)) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """A checkpoint and the contents of its files, on the CPU, checked.
+    """Load a checkpoint to the CPU and verify its checksums.
+
+    Args:
+        uri: the checkpoint's folder.
+        names: the files to load.
+
+    Returns:
+        the info, and the content of each file by name: a dict of tensors for ``WEIGHTS``, of tensors and plain data
+        for ``STATE``.
 
     Raises:
-        DamagedError: it is unfinished or damaged.
+        DamagedError: it is incomplete or damaged.
         OSError: the storage does not answer.
     """
-    about, contents = read_info(uri), {}
+    info, contents = read_info(uri), {}
     for name in names:
-        content = checked(uri, name, about)
+        content = read_verified(uri, name, info)
         try:
             if name == WEIGHTS:
                 contents[name] = load_safetensors(content)
             else:
                 contents[name] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:  # written like that, by someone else
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:  # right checksums, but not our format
             raise DamagedError(f"{uri} is damaged: {name} cannot be read: {error}") from error
-    return about, contents
+    return info, contents
 
 
-def checked(uri: str, name: str, about: CheckpointInfo) -> bytes:
-    """One file's bytes.
+def read_verified(uri: str, name: str, info: CheckpointInfo) -> bytes:
+    """Read a file of a checkpoint and verify its size and checksum.
 
     Raises:
-        DamagedError: they are not those that were written.
+        DamagedError: the file is missing, or differs from what was written.
+        OSError: the storage does not answer.
     """
     try:
         content = storage.read_bytes(storage.join(uri, name))
     except FileNotFoundError as error:
         raise DamagedError(f"{uri} is damaged: {name} is missing") from error
-    expected = about.files[name]
+    expected = info.files[name]
     if len(content) != expected["bytes"]:
         raise DamagedError(f"{uri} is damaged: {name} has {len(content)} bytes, expected {expected['bytes']}")
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
@@ -213,90 +234,99 @@ def checked(uri: str, name: str, about: CheckpointInfo) -> bytes:
 
 
 def find(run: str, *, check: bool = False) -> list[CheckpointEntry]:
-    """A run's checkpoints, the oldest first.
+    """List a run's checkpoints, the oldest first, incomplete and damaged ones too.
 
     Args:
         run: the run's folder.
-        check: read all files through; otherwise only ``checkpoint.json`` is.
+        check: read and verify all files; otherwise only ``checkpoint.json``.
 
     Raises:
         OSError: the storage does not answer.
     """
-    found = []
+    entries = []
     for uri in storage.list_folders(storage.join(run, FOLDER)):
         try:
-            about = read_info(uri)
+            info = read_info(uri)
             if check:
-                for name in about.files:
-                    checked(uri, name, about)
-            found.append(CheckpointEntry(uri, about))
+                for name in info.files:
+                    read_verified(uri, name, info)
+            entries.append(CheckpointEntry(uri, info))
         except DamagedError as error:
-            found.append(CheckpointEntry(uri, None, str(error)))
-    return found
+            entries.append(CheckpointEntry(uri, None, str(error)))
+    return entries
 
 
 def newest(run: str) -> tuple[str | None, list[DamagedError]]:
-    """The newest checkpoint that is whole, read through; None if there is none. And what is wrong with newer ones,
-    which do not count from now on.
+    """Find the newest intact checkpoint of a run. All its files are read and verified.
+
+    Newer checkpoints that are damaged are marked as incomplete.
+
+    Returns:
+        its URI, or None if the run has no checkpoints; and what is wrong with each newer one, the newest first.
 
     Raises:
-        DamagedError: there are checkpoints, and none is whole. (Unfinished ones are none.)
+        DamagedError: the run has damaged checkpoints and no intact one. (Incomplete ones are not counted.)
         OSError: the storage does not answer.
     """
     problems: list[DamagedError] = []
     damaged: list[str] = []
     for uri in reversed(storage.list_folders(storage.join(run, FOLDER))):
         try:
-            about = read_info(uri)
-            for name in about.files:
-                checked(uri, name, about)
+            info = read_info(uri)
+            for name in info.files:
+                read_verified(uri, name, info)
         except DamagedError as error:
             problems.append(error)
-            damaged += [] if isinstance(error, UnfinishedError) else [uri]
+            damaged += [] if isinstance(error, IncompleteError) else [uri]
             continue
-        for bad in damaged:  # else it would be taken for the newest, or the best, when others are removed
-            unmark(bad)
+        for bad in damaged:  # otherwise prune() would keep it as the newest or the best and remove intact ones
+            mark_incomplete(bad)
         return uri, problems
     if damaged:
         lines = "\n".join(map(str, problems))
-        raise DamagedError(f"{lines}\nno checkpoint of {run} is whole; delete the folder to start again")
+        raise DamagedError(f"{lines}\nno checkpoint of {run} is intact; delete the folder to start again")
     return None, problems
 
 
-def best(found: Sequence[CheckpointEntry], count: int) -> list[CheckpointEntry]:
-    """Those with the highest ``val/top1``, the best first; of equals the newer."""
-    rated = [f for f in found if f.about and VAL_TOP1 in f.about.metrics]
-    rated.sort(key=lambda f: (f.about.metrics[VAL_TOP1], f.about.step) if f.about else (), reverse=True)
-    return rated[:count]
+def best(entries: Sequence[CheckpointEntry], count: int) -> list[CheckpointEntry]:
+    """The ``count`` checkpoints with the highest ``val/top1``, the best first; between equals the newer one first."""
+    rated = [(e.info.metrics[VAL_TOP1], e.info.step, e) for e in entries if e.info and VAL_TOP1 in e.info.metrics]
+    rated.sort(key=lambda each: each[:2], reverse=True)
+    return [entry for _, _, entry in rated[:count]]
 
 
 def prune(run: str, keep_last: int, keep_best: int) -> None:
-    """Remove all checkpoints but the newest and the best, and what is unfinished or damaged and older than the newest.
+    """Remove all checkpoints except the newest ones and the best ones.
+
+    Incomplete and damaged ones that are older than the newest intact one are removed too.
 
     Raises:
-        OSError: the storage does not answer, or does not let go.
+        OSError: the storage does not answer, or refuses to remove files.
     """
-    found = find(run)
-    whole = [f for f in found if f.about]
-    kept = {f.uri for f in [*whole[-keep_last:], *best(whole, keep_best)]}
-    for checkpoint in found:
-        if checkpoint.uri not in kept and whole and checkpoint.uri < whole[-1].uri:
-            unmark(checkpoint.uri)  # first: a folder that is half removed must not look damaged
-            storage.remove(checkpoint.uri)
+    entries = find(run)
+    intact = [entry for entry in entries if entry.info]
+    kept = {entry.uri for entry in [*intact[-keep_last:], *best(intact, keep_best)]}
+    for entry in entries:
+        if entry.uri not in kept and intact and entry.uri < intact[-1].uri:
+            mark_incomplete(entry.uri)  # first: a folder that is only partly removed must not look damaged
+            storage.remove(entry.uri)
 
 
 def choose(uri: str) -> str:
-    """The checkpoint that a run's or a checkpoint's folder stands for: the best one, else the newest.
+    """The checkpoint that a folder stands for: itself, or of a run the best checkpoint, or the newest if none is rated.
+
+    Args:
+        uri: the folder of a checkpoint or of a run.
 
     Raises:
         UserError: there is none.
     """
-    if storage.are_files([storage.join(uri, ABOUT)])[0]:
+    if storage.are_files([storage.join(uri, INFO)])[0]:
         return uri
     try:
-        found = [f for f in find(uri) if f.about]
+        entries = [entry for entry in find(uri) if entry.info]
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {error}") from error
-    if not found:
+    if not entries:
         raise UserError(f"{uri} holds no checkpoint; expected the folder of a run (train.storage/name) or a checkpoint")
-    return (best(found, 1) or found[-1:])[0].uri
+    return (best(entries, 1) or entries[-1:])[0].uri

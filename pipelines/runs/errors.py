@@ -1,4 +1,4 @@
-"""Errors of a run, and the record of a video that could not be decoded."""
+"""Errors that end a run, and the record of a video that could not be decoded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from posmlp.errors import UserError
 
 
 class RunError(UserError):
-    """A run that cannot start or go on; the message is for the user."""
+    """A run cannot start or cannot continue. The message is for the user."""
 
 
 class AgreedError(RunError):
-    """An error that all workers raise together, so that none waits for another."""
+    """An error that all training workers raise at the same step, so that none waits for another."""
 
 
 class StoppedError(KeyboardInterrupt):
-    """A run that was asked to stop by a signal, or by its study, and has saved its state."""
+    """A signal or the study asked the run to stop, and the run has saved a checkpoint.
+
+    Attributes:
+        signum: number of the signal; SIGTERM if the study asked.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -25,7 +29,13 @@ class StoppedError(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class BadVideo:
-    """A video that could not be decoded."""
+    """A video that could not be decoded.
+
+    Attributes:
+        sample_id: the video's id in the manifest.
+        uri: where its file is.
+        reason: the error of the decoder, as one line.
+    """
 
     sample_id: str
     uri: str

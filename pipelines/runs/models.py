@@ -12,56 +12,68 @@ from pipelines.runs.record import find_run
 from posmlp import create_model, storage
 from posmlp.config import Config
 from posmlp.errors import UserError
-
-
-def trained_model(uri: str) -> tuple[torch.nn.Module, checkpoints.CheckpointInfo]:
-    """The model of a checkpoint, or of a run's best one, on the CPU, in eval mode, and what the checkpoint says.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    about, contents = checkpoints.load(checkpoints.choose(uri), [checkpoints.WEIGHTS])
-    section = about.recipe().model
-    model = create_model(section.name, **section.overrides())
-    model.load_state_dict(contents[checkpoints.WEIGHTS])
-    return model.eval(), about
-
-
-def last_model(run: str) -> torch.nn.Module:
-    """The model of a run's newest checkpoint."""
-    whole = [found for found in checkpoints.find(run) if found.about]
-    model, _ = trained_model(whole[-1].uri)
-    return model
-
-
-def example_input(config: Config) -> torch.Tensor:
-    """Zeros of the shape the model takes: ``[1, 3, T, H, W]``."""
-    variant = config.model.variant()
-    return torch.zeros(1, 3, variant.frames, variant.image_size, variant.image_size)
+from posmlp.model.backbone import PosMLPVideo
 
 
 def find_checkpoint(text: str) -> str:
-    """The checkpoint's folder that a user means: a checkpoint, or the best one (else the newest) of a run.
+    """The folder of the checkpoint that a user names on the command line; of a run the best one, else the newest.
 
     Args:
-        text: a checkpoint's folder, a run's, or a run's name below ``runs``.
+        text: the folder of a checkpoint or of a run, or the name of a run below ``runs``.
 
     Raises:
         UserError: there is none.
     """
-    given = storage.join(".", text.rstrip("/") or text)
+    uri = storage.join(".", text.rstrip("/") or text)
     try:
-        is_checkpoint = storage.are_files([storage.join(given, checkpoints.ABOUT)])[0]
-        has_checkpoints = bool(storage.list_folders(storage.join(given, checkpoints.FOLDER)))
+        is_checkpoint = storage.are_files([storage.join(uri, checkpoints.INFO)])[0]
+        has_checkpoints = bool(storage.list_folders(storage.join(uri, checkpoints.FOLDER)))
     except OSError as error:
         raise UserError(f"{text} cannot be read: {error}") from error
     if is_checkpoint or has_checkpoints:
-        return checkpoints.choose(given)
-    if re.fullmatch(r"step-\d+", given.rpartition("/")[2]):
-        raise UserError(f"no checkpoint {text}: it has no {checkpoints.ABOUT}, so it is missing or unfinished")
+        return checkpoints.choose(uri)
+    if re.fullmatch(r"step-\d+", uri.rpartition("/")[2]):
+        raise UserError(f"no checkpoint {text}: it has no {checkpoints.INFO}, so it is missing or incomplete")
     return checkpoints.choose(find_run(text))
 
 
-def class_names(classes: Sequence[str], count: int) -> list[str]:
-    """A name for each of the model's outputs; those beyond the data set's classes are called by their labels."""
+def load_trained_model(uri: str) -> tuple[PosMLPVideo, checkpoints.CheckpointInfo]:
+    """Load the model of a checkpoint with its evaluation weights, on the CPU and in eval mode.
+
+    Args:
+        uri: the folder of a checkpoint, or of a run for its best checkpoint (else its newest).
+
+    Returns:
+        the model, and what the checkpoint holds.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged.
+    """
+    info, contents = checkpoints.load(checkpoints.choose(uri), [checkpoints.WEIGHTS])
+    section = info.recipe().model
+    model = create_model(section.name, **section.overrides())
+    model.load_state_dict(contents[checkpoints.WEIGHTS])
+    return model.eval(), info
+
+
+def load_newest_model(run: str) -> torch.nn.Module:
+    """Load the model of a run's newest checkpoint, as ``load_trained_model`` does. The run must have one.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+        OSError: the storage does not answer.
+    """
+    intact = [entry for entry in checkpoints.find(run) if entry.info]
+    model, _ = load_trained_model(intact[-1].uri)
+    return model
+
+
+def example_input(config: Config) -> torch.Tensor:
+    """A clip of zeros with the shape that the recipe's model takes: float32 ``[1, 3, T, H, W]``."""
+    variant = config.model.variant()
+    return torch.zeros(1, 3, variant.frames, variant.image_size, variant.image_size)
+
+
+def output_names(classes: Sequence[str], count: int) -> list[str]:
+    """A name for each of a model's ``count`` outputs: the class names, then the labels of outputs without a class."""
     return [*classes, *map(str, range(len(classes), count))]

@@ -1,4 +1,4 @@
-"""A run's folder, ``train.storage/name`` on any storage, and what is noted in it: ``run.json`` and checkpoints."""
+"""The folder of a run, ``train.storage/name`` on any storage, and its record ``run.json``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from posmlp.config import Config
 from posmlp.errors import UserError
 
 RUN_FILE = "run.json"
-JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
+JOB_FOLDER = "/runtime_resources/working_dir_files/"  # part of the path into which Ray unpacks a job's files
 
 
 def run_folder(config: Config) -> str:
-    """An absolute path or a URI."""
+    """The folder of a recipe's run: an absolute path or a URI."""
     return storage.join(config.train.storage, config.name)
 
 
 def read_record(run: str) -> dict[str, Any] | None:
-    """What is noted of a run; None if there is no such run.
+    """Read the record of a run.
 
     Returns:
-        ``config`` (a recipe as plain data), ``lists`` (what tells whether the lists of videos are still the same),
-        ``mlflow_run_id``, and ``metrics``: those of the last epoch of a finished run, else None.
+        None if there is no such run, else a dict with ``config`` (the recipe as plain data), ``lists`` (a fingerprint
+        of each split's manifest), ``mlflow_run_id``, and ``metrics`` (of the last epoch; None until the run is
+        finished).
 
     Raises:
         UserError: it cannot be read.
@@ -34,18 +35,27 @@ def read_record(run: str) -> dict[str, Any] | None:
 def write_record(
     run: str, config: Config, lists: dict[str, str], mlflow_run_id: str, metrics: dict[str, float] | None
 ) -> None:
-    """Note a run's recipe, its lists of videos, its MLflow run and, at the end, its metrics; atomically.
+    """Write the record of a run, atomically.
+
+    Args:
+        run: the run's folder.
+        lists: a fingerprint of each split's manifest, by split.
+        metrics: metrics of the last epoch of a finished run, else None.
 
     Raises:
         UserError: it cannot be written.
     """
-    record = {"config": config.model_dump(mode="json"), "lists": lists, "mlflow_run_id": mlflow_run_id}
-    record["metrics"] = metrics
+    record = {
+        "config": config.model_dump(mode="json"),
+        "lists": lists,
+        "mlflow_run_id": mlflow_run_id,
+        "metrics": metrics,
+    }
     write_json(storage.join(run, RUN_FILE), record)
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """A note; None if there is none.
+    """Read a JSON file with an object. Returns None if there is no such file.
 
     Raises:
         UserError: it cannot be read.
@@ -59,7 +69,7 @@ def read_json(uri: str) -> dict[str, Any] | None:
 
 
 def write_json(uri: str, tree: dict[str, Any]) -> None:
-    """Write a note; atomically.
+    """Write a JSON file, atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -71,10 +81,10 @@ def write_json(uri: str, tree: dict[str, Any]) -> None:
 
 
 def check_writable(run: str) -> None:
-    """Try to write into a run's folder.
+    """Check that the run's folder can be written, by writing a small file.
 
     Raises:
-        UserError: it cannot be written, or would not last.
+        UserError: it cannot be written, or Ray would delete it.
     """
     if JOB_FOLDER in run:
         raise UserError(
@@ -90,7 +100,10 @@ def check_writable(run: str) -> None:
 
 
 def find_run(text: str) -> str:
-    """The folder of a run that is given by its folder or, below ``runs``, by its name.
+    """The folder of the run that a user names on the command line.
+
+    Args:
+        text: the run's folder, or its name below ``runs``.
 
     Raises:
         UserError: there is none.

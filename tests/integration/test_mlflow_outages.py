@@ -1,4 +1,4 @@
-"""Every metric of a run arrives once, although the MLflow server is killed, hangs or comes back: a real server."""
+"""Every metric of a run reaches MLflow once, although the server, a real one, is killed, hangs or comes back."""
 
 import os
 import signal
@@ -12,12 +12,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipelines.tracking import tracker as tracking
-from pipelines.tracking.delivery import sync
-from pipelines.tracking.journal import read
+from pipelines.tracking import delivery
+from pipelines.tracking.delivery import sync_journals
+from pipelines.tracking.journal import read_entries
+from pipelines.tracking.operations import EndRun
 from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
+from tests.helpers.log_lines import log_lines
 from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.small_runs import active_uri
 from tests.helpers.waiting import until
@@ -38,27 +40,27 @@ def server(one_server):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE", 1.0)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture
 def lines():
-    return []
+    """The log lines of the test."""
+    with log_lines() as collected:
+        yield collected
 
 
 def recipe(folder, *overrides):
     return load_recipe("demo", ["name=small", f"train.storage={folder}", *overrides])
 
 
-def start(folder, lines, *overrides, run_id=None):
-    return Tracker.open(
-        recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl", echo=lines.append
-    )
+def start(folder, *overrides, run_id=None):
+    return Tracker.open(recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl")
 
 
 def rows(database, run_id, key="train/loss"):
-    """How often each step of a metric is in the database."""
+    """How many times each step of a metric is in the database."""
     with sqlite3.connect(database) as connection:
         found = connection.execute("SELECT step FROM metrics WHERE run_uuid = ? AND key = ?", (run_id, key))
         return Counter(step for (step,) in found)
@@ -68,14 +70,14 @@ def once(*steps):
     return Counter(steps)
 
 
-def test_a_server_that_stops_in_mid_run_gets_every_metric_once_when_it_is_back(server, tmp_path, lines):
-    tracker = start(tmp_path, lines, f"tracking.uri={server.uri}")
-    tracker.log({"train/loss": 1.0}, step=1)
-    until(lambda: not tracker.journal.waiting())
+def test_a_server_that_stops_during_a_run_gets_every_metric_once_when_it_is_back(server, tmp_path, lines):
+    tracker = start(tmp_path, f"tracking.uri={server.uri}")
+    tracker.log_metrics({"train/loss": 1.0}, step=1)
+    until(lambda: not tracker.journal.pending_count())
     server.kill()
     begun = time.monotonic()
     for step in range(2, 40):
-        tracker.log({"train/loss": 1 / step, "val/top1": step / 100}, step)
+        tracker.log_metrics({"train/loss": 1 / step, "val/top1": step / 100}, step)
     tracker.log_file("loss.png", b"old")
     tracker.log_file("loss.png", b"new")
     assert time.monotonic() - begun < 5  # nothing waits for MLflow
@@ -83,50 +85,51 @@ def test_a_server_that_stops_in_mid_run_gets_every_metric_once_when_it_is_back(s
     tracker.delivery.failures = 10_000  # as after days
     server.start()
     for step in range(40, 45):
-        tracker.log({"train/loss": 1 / step, "val/top1": step / 100}, step)
+        tracker.log_metrics({"train/loss": 1 / step, "val/top1": step / 100}, step)
     assert tracker.close("FINISHED") == 0
     assert rows(server.database, tracker.run_id) == once(*range(1, 45))
     assert rows(server.database, tracker.run_id, "val/top1") == once(*range(2, 45))
     assert len(lines) == 2
     assert lines[0].startswith(
-        f"MLflow at {server.uri} does not answer (connection refused); metrics wait in {tmp_path}"
+        f"MLflow at {server.uri} does not answer (connection refused). The run continues; operations wait in {tmp_path}"
     )
-    assert lines[1].startswith(f"MLflow at {server.uri} is back")
+    assert lines[1].startswith(f"MLflow at {server.uri} answers again")
     client = MlflowClient(server.uri)
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     local = client.download_artifacts(tracker.run_id, "loss.png", tmp_path)
     assert Path(local).read_bytes() == b"new"
 
 
-def test_what_a_server_that_is_gone_for_good_did_not_take_is_synced_later(server, tmp_path, lines):
-    tracker = start(tmp_path, lines, f"tracking.uri={server.uri}")
+def test_what_a_dead_server_missed_is_synced_later(server, tmp_path, lines):
+    tracker = start(tmp_path, f"tracking.uri={server.uri}")
     server.kill()
-    for step in range(1, 1201):  # more than one call takes
-        tracker.log({"train/loss": 1 / step, "val/top1": 0.5}, step)
+    for step in range(1, 1201):  # more than fits into one call
+        tracker.log_metrics({"train/loss": 1 / step, "val/top1": 0.5}, step)
     model = torch.nn.Linear(3, 2)
     begun = time.monotonic()
     tracker.log_model(model, torch.zeros(1, 3))
     exported = time.monotonic()
     left = tracker.close("FINISHED")
-    assert time.monotonic() - exported < tracking.KNOWN_AWAY_WAIT + 5
+    assert time.monotonic() - exported < delivery.KNOWN_AWAY_WAIT + 5
     assert exported - begun < 60
-    assert left == tracker.journal.waiting() >= 1203
+    assert left == tracker.journal.pending_count() >= 1203
     with pytest.raises(UserError, match=rf"MLflow at {server.uri} does not answer .*; {left} operations still wait in"):
-        sync(tmp_path, lines.append)
+        sync_journals(tmp_path)
 
     server.start()
     lines.clear()
-    assert sync(tmp_path, lines.append) == 0
+    assert sync_journals(tmp_path) == 0
     assert lines == [f"{tracker.journal.path}: {left} operations delivered to MLflow run {tracker.run_id}, 0 left"]
-    assert sync(tracker.journal.path, lines.append) == 0
+    assert sync_journals(tracker.journal.path) == 0
     assert ": 0 operations delivered" in lines[1]
     assert rows(server.database, tracker.run_id) == once(*range(1, 1201))
     client = MlflowClient(server.uri)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/loss"] == 1 / 1200
-    status = [e.op for e in read(tracker.journal.path) if e.op["op"] == "status"]
-    assert run.info.end_time == status[0]["time"]
+    operations = [entry.operation for entry in read_entries(tracker.journal.path)]
+    ended = [operation for operation in operations if isinstance(operation, EndRun)]
+    assert run.info.end_time == ended[0].time
     (logged,) = client.search_logged_models([run.info.experiment_id], f"source_run_id='{tracker.run_id}'")
     assert (logged.name, str(logged.status)) == ("model", "READY")
     assert [m.model_id for m in run.outputs.model_outputs] == [logged.model_id]
@@ -136,43 +139,43 @@ def test_what_a_server_that_is_gone_for_good_did_not_take_is_synced_later(server
     torch.testing.assert_close(loaded(clip), model(clip))
 
 
-def test_a_resumed_run_goes_on_while_the_server_is_down(server, tmp_path, lines):
+def test_a_run_can_be_resumed_while_the_server_is_down(server, tmp_path):
     overrides = [f"tracking.uri={server.uri}"]
-    first = start(tmp_path, lines, *overrides)
+    first = start(tmp_path, *overrides)
     first.log({"train/loss": 1.0}, step=1)
     assert first.close("KILLED") == 0
     server.kill()
-    second = start(tmp_path, lines, *overrides, run_id=first.run_id)
+    second = start(tmp_path, *overrides, run_id=first.run_id)
     assert second.epochs_logged() == 1
     second.log({"train/loss": 0.5}, step=2)
-    assert second.close("KILLED") == 4  # that it runs, the epoch, system metrics, and how it ended
+    assert second.close("KILLED") == 4  # OpenRun, the epoch, system metrics, EndRun
     elsewhere = tmp_path / "elsewhere"  # a third driver, on a machine that has no journal and no MLflow
-    third = start(elsewhere, lines, *overrides, run_id=first.run_id)
+    third = start(elsewhere, *overrides, run_id=first.run_id)
     assert third.epochs_logged() == 0
     for step in (1, 2, 3):
         third.log({"train/loss": 1 / step}, step)
     assert third.close("FINISHED") > 0
     server.start()
-    assert sync(tmp_path / "journal.jsonl", lines.append) == 0
+    assert sync_journals(tmp_path / "journal.jsonl") == 0
     assert rows(server.database, first.run_id) == once(1, 2)
-    assert sync(elsewhere, lines.append) == 0
+    assert sync_journals(elsewhere) == 0
     assert rows(server.database, first.run_id) == once(1, 2, 3)
     assert MlflowClient(server.uri).get_run(first.run_id).info.status == "FINISHED"
 
 
-def test_a_server_that_hangs_does_not_hold_up_the_end_of_a_run(server, tmp_path, lines):
-    tracker = start(tmp_path, lines, f"tracking.uri={server.uri}")
-    until(lambda: not tracker.journal.waiting())
+def test_a_server_that_hangs_does_not_delay_the_end_of_a_run(server, tmp_path):
+    tracker = start(tmp_path, f"tracking.uri={server.uri}")
+    until(lambda: not tracker.journal.pending_count())
     os.killpg(server.process.pid, signal.SIGSTOP)
     try:
-        tracker.log({"train/loss": 1.0}, step=1)
+        tracker.log_metrics({"train/loss": 1.0}, step=1)
         begun = time.monotonic()
-        assert tracker.close("FINISHED", wait_s=1.0) == 3  # with system metrics and the status
+        assert tracker.close("FINISHED", wait_s=1.0) == 3  # the metrics, system metrics, EndRun
         assert time.monotonic() - begun < 4
     finally:
         os.killpg(server.process.pid, signal.SIGCONT)
-    tracker.delivery.join(30)  # the call that hung comes to its end, and gives the journal back
-    assert sync(tmp_path, lines.append) == 0
+    tracker.delivery.join(30)  # the call that hung ends, and the journal is unlocked
+    assert sync_journals(tmp_path) == 0
     assert rows(server.database, tracker.run_id) == once(1)
     assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == "FINISHED"
 
@@ -180,19 +183,19 @@ def test_a_server_that_hangs_does_not_hold_up_the_end_of_a_run(server, tmp_path,
 def test_a_password_in_the_uri_stays_in_memory(server, tmp_path, lines, monkeypatch, capfd):
     secret = "hushhush"
     uri = server.uri.replace("//", f"//me:{secret}@")
-    tracker = start(tmp_path, lines, f"tracking.uri={uri}")
+    tracker = start(tmp_path, f"tracking.uri={uri}")
     server.kill()
-    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.log_metrics({"train/loss": 1.0}, step=1)
     tracker.log_tags({"changed": f"now {uri}"})
     until(lambda: lines)
     assert tracker.close("FINISHED") > 0
     with pytest.raises(UserError) as error:
-        sync(tmp_path, lines.append, uri)
+        sync_journals(tmp_path, uri)
     with pytest.raises(UserError) as other:
-        start(tmp_path / "new", lines, f"tracking.uri={uri}")
+        start(tmp_path / "new", f"tracking.uri={uri}")
     server.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert sync(tmp_path, lines.append) == 0
+    assert sync_journals(tmp_path) == 0
     assert rows(server.database, tracker.run_id) == once(1)
     assert server.uri in str(error.value)
     assert secret not in "\n".join([*lines, str(error.value), str(other.value), *capfd.readouterr()])

@@ -109,7 +109,7 @@ def drive(number, uri, folder):
     config = load_recipe("demo", [f"tracking.uri={uri}", f"name=trial-{number}", f"train.storage={folder}"])
     tracker = Tracker.open(config, {"number": str(number)}, journal=Path(folder, f"{number}.jsonl"))
     for epoch in range(1, EPOCHS + 1):
-        tracker.log({"train/loss": 1 / epoch, "val/top1": epoch / EPOCHS}, step=epoch)
+        tracker.log_metrics({"train/loss": 1 / epoch, "val/top1": epoch / EPOCHS}, step=epoch)
     tracker.log_file("notes.txt", b"of trial %d" % number)
     return tracker.close("FINISHED", wait_s=300)
 

@@ -1,135 +1,217 @@
-"""The journal alone: what it keeps, hands out, and survives."""
+"""The journal alone: the format of its lines, what it stores and returns, and which failures it survives."""
 
 import json
 import resource
 
 import pytest
 
-from pipelines.tracking.journal import Journal, JournalInUse, move_away, read
+from pipelines.tracking.journal import Journal, JournalInUse, JournalState, archive_journal, read_entries
+from pipelines.tracking.operations import (
+    EndRun,
+    LogFile,
+    LogMetrics,
+    LogModel,
+    OpenRun,
+    SetTags,
+    Unreadable,
+    from_json,
+    to_json,
+)
+from tests.helpers.log_lines import log_lines
+
+# Lines as the first versions of this project wrote them, one for each kind of operation.
+LINES = [
+    (
+        '{"op": "open", "uri": "sqlite:////runs/mlflow.db", "run_id": "abc", "blind": false}',
+        OpenRun("sqlite:////runs/mlflow.db", "abc", offline=False),
+    ),
+    (
+        '{"op": "open", "uri": "http://a", "run_id": "abc", "blind": true}',
+        OpenRun("http://a", "abc", offline=True),
+    ),
+    (
+        '{"op": "metrics", "time": 1700000000123, "step": 3, "values": {"train/loss": 0.1, "val/top1": NaN}}',
+        LogMetrics(1700000000123, 3, {"train/loss": 0.1, "val/top1": float("nan")}),
+    ),
+    (
+        '{"op": "metrics of", "of": "def", "time": 1700000000123, "step": 2, "values": {"cost/latency_ms": 1e-07}}',
+        LogMetrics(1700000000123, 2, {"cost/latency_ms": 1e-07}, run_id="def"),
+    ),
+    ('{"op": "tags", "tags": {"trial": "3"}, "of": "def"}', SetTags({"trial": "3"}, run_id="def")),
+    ('{"op": "tags", "tags": {"colour": "gr\\u00fcn"}}', SetTags({"colour": "grün"})),
+    ('{"op": "status", "status": "FINISHED", "time": 1700000000123}', EndRun("FINISHED", 1700000000123)),
+    (
+        '{"op": "status", "status": "FAILED", "time": 1700000000123, "of": "def"}',
+        EndRun("FAILED", 1700000000123, run_id="def"),
+    ),
+    (
+        '{"op": "file", "path": "recipes/trial-003.yaml", "file": "0a1b2c3d4e5f/trial-003.yaml"}',
+        LogFile("recipes/trial-003.yaml", "0a1b2c3d4e5f/trial-003.yaml"),
+    ),
+    (
+        '{"op": "model", "time": 1700000000123, "file": "e6dd4c4f3ac3/model"}',
+        LogModel(1700000000123, "e6dd4c4f3ac3/model"),
+    ),
+    ('{"op": "unreadable", "line": "\\u0000\\n"}', Unreadable("\0\n")),  # in journal.rejected
+]
 
 
-def ops(journal):
-    return [entry.op["n"] for entry in journal.queue]
+@pytest.mark.parametrize(("line", "operation"), LINES)
+def test_the_lines_on_disk_are_those_of_earlier_versions(line, operation):
+    assert json.dumps(to_json(operation)) == line
+    assert repr(from_json(json.loads(line))) == repr(operation)  # NaN does not equal itself
 
 
-def filled(path, count, echo=print):
-    journal = Journal(path, echo)
+@pytest.mark.parametrize("tree", [5, None, [], {}, {"op": "metrics"}, {"op": "fly"}, {"op": "tags", "tags": 1}])
+def test_other_json_is_no_operation(tree):
+    assert from_json(tree) is None
+
+
+def test_a_journal_of_an_earlier_version_is_read_and_continued(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    lines = [f"{line}\n" for line, _ in LINES]
+    path.write_text("".join(lines))
+    path.with_suffix(".done").write_text(f'{{"offset": {len("".join(lines[:3]))}, "aside": [{len(lines[0])}]}}')
+    state = JournalState.read(path)
+    assert (state.run_id, state.uri, state.last_epoch, state.opened_offline) == ("abc", "http://a", 3, True)
+    journal = Journal(path)
+    assert [entry.operation for entry in journal.queue] == [operation for _, operation in LINES[3:]]
+    assert [entry.operation for entry in journal.postponed] == [LINES[1][1]]
+    for _, operation in LINES:
+        journal.append(operation)
+    journal.close()
+    assert path.read_text() == "".join([*lines, *lines])
+
+
+def numbered(n):
+    """An operation that is recognised by its number."""
+    return LogMetrics(0, n, {"train/loss": 0.5})
+
+
+def steps(entries):
+    return [entry.operation.step for entry in entries]
+
+
+def filled(path, count):
+    journal = Journal(path)
     for n in range(count):
-        journal.append({"op": "x", "n": n})
+        journal.append(numbered(n))
     return journal
 
 
-def test_what_was_not_ticked_off_comes_again_in_order(tmp_path):
+def test_operations_that_are_not_done_come_again_in_order(tmp_path):
     journal = filled(tmp_path / "deep" / "journal.jsonl", 4)
-    journal.done(journal.queue[0])
-    journal.put_aside(journal.queue[0])
+    journal.mark_done(journal.queue[0])
+    journal.postpone(journal.queue[0])
     journal.close()
-    journal = Journal(journal.path, print)
-    assert ops(journal) == [2, 3]
-    assert [e.op["n"] for e in journal.aside] == [1]
-    assert journal.waiting() == 3
-    journal.done(journal.aside[0])
+    journal = Journal(journal.path)
+    assert steps(journal.queue) == [2, 3]
+    assert steps(journal.postponed) == [1]
+    assert journal.pending_count() == 3
+    journal.mark_done(journal.postponed[0])
     journal.close()
-    assert Journal(journal.path, print).waiting() == 2
+    assert Journal(journal.path).pending_count() == 2
 
 
-def test_a_torn_last_line_is_cut_off(tmp_path):
+def test_an_incomplete_last_line_is_cut_off(tmp_path):
     path = tmp_path / "journal.jsonl"
     filled(path, 3).close()
     with open(path, "a") as file:
-        file.write('{"op": "x", "n"')
-    journal = Journal(path, print)
-    journal.append({"op": "x", "n": 3})
-    assert ops(journal) == [0, 1, 2, 3]
-    assert [e.op["n"] for e in read(path)] == [0, 1, 2, 3]
+        file.write('{"op": "metrics", "ti')
+    journal = Journal(path)
+    journal.append(numbered(3))
+    assert steps(journal.queue) == [0, 1, 2, 3]
+    assert steps(read_entries(path)) == [0, 1, 2, 3]
 
 
-def test_a_garbled_line_and_a_lost_note_lose_nothing_else(tmp_path):
+def test_a_damaged_line_and_a_lost_progress_file_lose_nothing_else(tmp_path):
     path = tmp_path / "journal.jsonl"
     filled(path, 3).close()
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\0\0\0\0\n5\n" + lines[2])
     path.with_suffix(".done").write_text("")
-    journal = Journal(path, print)
-    assert [e.op["op"] for e in journal.queue] == ["x", "unreadable", "unreadable", "x"]
+    journal = Journal(path)
+    operations = [entry.operation for entry in journal.queue]
+    assert operations == [numbered(0), Unreadable("\0\0\0\0\n"), Unreadable("5\n"), numbered(2)]
 
 
 def test_one_process_at_a_time_holds_a_journal(tmp_path):
     journal = filled(tmp_path / "journal.jsonl", 1)
-    with pytest.raises(JournalInUse, match=r"journal\.jsonl is in use: a run that is still going"):
-        Journal(journal.path, print)
+    with pytest.raises(JournalInUse, match=r"journal\.jsonl is in use: either its run is still active"):
+        Journal(journal.path)
     journal.close()
-    assert Journal(journal.path, print).waiting() == 1
+    assert Journal(journal.path).pending_count() == 1
 
 
-def test_the_latest_content_of_a_file_counts_and_goes_with_its_last_operation(tmp_path):
-    journal = Journal(tmp_path / "journal.jsonl", print)
+def test_a_file_has_its_latest_content_until_its_last_operation_is_done(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
     for text in (b"old", b"new"):
-        journal.append_file({"op": "file"}, "a/table.json", text)
+        journal.append_file(LogFile("a/table.json"), "a/table.json", text)
     first, second = journal.queue
-    assert journal.superseded(first)
-    journal.done(first)
-    file = journal.files / second.op["file"]
+    assert journal.is_superseded(first)
+    journal.mark_done(first)
+    file = journal.files_folder / second.operation.file
     assert file.name == "table.json"
     assert file.read_bytes() == b"new"
-    assert not journal.superseded(second)
-    journal.done(second)
+    assert not journal.is_superseded(second)
+    journal.mark_done(second)
     assert not file.exists()
 
 
 def test_a_folder_can_be_carried_and_replaced(tmp_path):
-    journal = Journal(tmp_path / "journal.jsonl", print)
+    journal = Journal(tmp_path / "journal.jsonl")
     for text in ("old", "new"):
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / text).write_text(text)
-        journal.append_file({"op": "model"}, "model", tmp_path / "model")
-    folder = journal.files / journal.queue[0].op["file"]
+        journal.append_file(LogModel(0), "model", tmp_path / "model")
+    folder = journal.files_folder / journal.queue[0].operation.file
     assert [p.name for p in folder.iterdir()] == ["new"]
     assert not (tmp_path / "model").exists()
 
 
-def test_a_full_disk_is_told_once_and_lines_are_written_when_there_is_room(tmp_path):
-    told = []
+def test_a_full_disk_is_reported_once_and_lines_are_written_when_there_is_space(tmp_path):
     path = tmp_path / "journal.jsonl"
-    journal = filled(path, 2, told.append)
+    journal = filled(path, 2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.size + 5, hard))  # in the middle of the next line
-        for n in (2, 3):
-            journal.append({"op": "x", "n": n})
-        journal.append_file({"op": "file"}, "a.png", bytes(1000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(told) == 1
-    assert "cannot be written" in told[0]
-    assert ops(journal) == [0, 1, 2, 3]
-    assert [e.op["n"] for e in read(path)] == [0, 1]
-    journal.done(journal.queue[0])
-    journal.append({"op": "x", "n": 4})
-    assert [e.op["n"] for e in read(path)] == [0, 1, 2, 3, 4]
+    with log_lines() as lines:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (journal.size + 5, hard))  # in the middle of the next line
+            for n in (2, 3):
+                journal.append(numbered(n))
+            journal.append_file(LogFile("a.png"), "a.png", bytes(1000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(lines) == 1
+    assert "cannot be written" in lines[0]
+    assert steps(journal.queue) == [0, 1, 2, 3]
+    assert steps(read_entries(path)) == [0, 1]
+    journal.mark_done(journal.queue[0])
+    journal.append(numbered(4))
+    assert steps(read_entries(path)) == [0, 1, 2, 3, 4]
     journal.close()
-    assert ops(Journal(path, print)) == [1, 2, 3, 4]
+    assert steps(Journal(path).queue) == [1, 2, 3, 4]
 
 
-def test_a_folder_that_cannot_be_written_leaves_the_memory(tmp_path):
-    told = []
+def test_without_a_writable_folder_operations_stay_in_memory(tmp_path):
     (tmp_path / "file").touch()
-    journal = filled(tmp_path / "file" / "journal.jsonl", 3, told.append)
-    journal.done(journal.queue[0])
-    assert ops(journal) == [1, 2]
-    assert len(told) == 1
-    journal.close()
+    with log_lines() as lines:
+        journal = filled(tmp_path / "file" / "journal.jsonl", 3)
+        journal.mark_done(journal.queue[0])
+        assert steps(journal.queue) == [1, 2]
+        assert len(lines) == 1
+        journal.close()
 
 
-def test_an_older_journal_makes_room_with_all_that_belongs_to_it(tmp_path):
+def test_an_archived_journal_keeps_everything_that_belongs_to_it(tmp_path):
     journal = filled(tmp_path / "journal.jsonl", 2)
-    journal.append_file({"op": "file", "n": 2}, "a.png", b"picture")
-    journal.done(journal.queue[0])
-    journal.reject(journal.queue[0], "no")
+    journal.append_file(LogFile("a.png"), "a.png", b"picture")
+    journal.mark_done(journal.queue[0])
+    journal.reject(journal.queue[0].operation, "no")
     journal.close()
-    move_away(journal.path, "abc")
+    archive_journal(journal.path, "abc")
     assert not list(tmp_path.glob("journal.[jdrf]*"))
-    moved = Journal(tmp_path / "journal.abc.jsonl", print)
-    assert ops(moved) == [1, 2]
-    assert (moved.files / moved.queue[1].op["file"]).read_bytes() == b"picture"
-    assert json.loads(moved.rejected.read_text())["reason"] == "no"
+    archived = Journal(tmp_path / "journal.abc.jsonl")
+    assert archived.queue[0].operation == numbered(1)
+    assert archived.queue[1].operation.path == "a.png"
+    assert (archived.files_folder / archived.queue[1].operation.file).read_bytes() == b"picture"
+    assert json.loads(archived.rejected_path.read_text())["reason"] == "no"

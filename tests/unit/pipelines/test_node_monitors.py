@@ -1,4 +1,4 @@
-"""What each machine of a cluster does is told apart, and a node that hangs or is lost costs the run nothing."""
+"""System metrics of this node, the names of nodes, and which of them a run samples."""
 
 import socket
 
@@ -7,14 +7,14 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.tracking.mlflow_client import PARENT
-from pipelines.tracking.node_monitors import Machine, in_use, names
+from pipelines.tracking.node_monitors import NodeMonitor, in_use, node_names
 from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 
 
-def test_a_machine_tells_what_the_system_tells():
-    machine, memory = Machine(), psutil.virtual_memory()
-    found = machine.sample()
+def test_a_monitor_agrees_with_the_operating_system():
+    monitor, memory = NodeMonitor(), psutil.virtual_memory()
+    found = monitor.sample()
     assert found["system_memory_usage_percentage"] == pytest.approx(100 * memory.used / memory.total, abs=10)
     assert found["disk_usage_percentage"] == pytest.approx(psutil.disk_usage("/").percent, abs=5)
     assert 0 <= found["cpu_utilization_percentage"] <= 100
@@ -25,7 +25,7 @@ def test_a_machine_tells_what_the_system_tells():
             for _ in range(40):
                 sender.sendall(bytes(50_000))
                 receiver.recv(50_000, socket.MSG_WAITALL)
-    sent = machine.sample()["network_transmit_megabytes"] - found["network_transmit_megabytes"]
+    sent = monitor.sample()["network_transmit_megabytes"] - found["network_transmit_megabytes"]
     assert sent >= 2 and sent >= (psutil.net_io_counters().bytes_sent - before) / 1e6 - 1
 
 
@@ -33,31 +33,31 @@ def node(id, host, **labels):
     return {"NodeID": id, "NodeManagerHostname": host, "Labels": {f"ray.io/{k}": v for k, v in labels.items()}}
 
 
-def test_nodes_have_names_that_a_reader_knows():
+def test_a_node_is_named_by_its_group_and_host():
     one = [node("abcdef01", "gpu07"), node("bbcdef01", "gpu08")]
-    assert names(one) == {"abcdef01": "gpu07", "bbcdef01": "gpu08"}
+    assert node_names(one) == {"abcdef01": "gpu07", "bbcdef01": "gpu08"}
     grouped = [{**n, "Labels": {"ray.io/node-group": "decode"}} for n in one]
-    assert names(grouped) == {"abcdef01": "decode-gpu07", "bbcdef01": "decode-gpu08"}
+    assert node_names(grouped) == {"abcdef01": "decode-gpu07", "bbcdef01": "decode-gpu08"}
     same = [*one, node("123456789", "gpu07")]
-    assert names(same) == {"abcdef01": "gpu07-abcdef", "bbcdef01": "gpu08", "123456789": "gpu07-123456"}
+    assert node_names(same) == {"abcdef01": "gpu07-abcdef", "bbcdef01": "gpu08", "123456789": "gpu07-123456"}
 
 
-def test_what_objects_take_is_no_use():
+def test_memory_of_the_object_store_does_not_count_as_use():
     total = {"CPU": 4.0, "GPU": 1.0, "object_store_memory": 100.0, "node:10.0.0.1": 1.0}
     assert not in_use(total, total | {"object_store_memory": 3.0})
     assert in_use(total, total | {"CPU": 3.5})
-    assert in_use(total, {k: v for k, v in total.items() if k != "GPU"})  # all of it is taken
+    assert in_use(total, {k: v for k, v in total.items() if k != "GPU"})  # all GPUs are taken
 
 
-def test_a_trial_leaves_the_nodes_to_its_study(tmp_path):
+def test_only_the_study_samples_the_other_nodes_not_its_trials(tmp_path):
     config = load_recipe("demo", ["name=small", f"train.storage={tmp_path}"])
     trackers = [
         Tracker.open(config, tags, journal=tmp_path / f"{number}.jsonl")
         for number, tags in enumerate(({}, {PARENT: "parent", "trial": "0"}))
     ]
-    assert [tracker.machine.nodes is not None for tracker in trackers] == [True, False]
+    assert [tracker.system_metrics.cluster is not None for tracker in trackers] == [True, False]
     for tracker in trackers:
         assert tracker.close("FINISHED") == 0
         found = MlflowClient(tracker.uri).get_run(tracker.run_id).data.metrics
         assert "system/cpu_utilization_percentage" in found
-        assert {key.count("/") for key in found} == {1}  # one machine: no names of nodes
+        assert {key.count("/") for key in found} == {1}  # a single node: no node names

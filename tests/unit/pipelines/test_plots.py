@@ -1,4 +1,4 @@
-"""Pictures: that they show what they shall, read from the figures before they become PNG."""
+"""Plots show the right data, read from the figures before they become PNG."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,10 @@ from pipelines.tracking import plots
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were made, each drawn in full all the same."""
-    made, png = [], plots.png
-    monkeypatch.setattr(plots, "png", lambda figure: (made.append(figure), png(figure))[1])
-    return made
+    """The figures that are made. Each is still rendered in full."""
+    figures, to_png = [], plots.to_png
+    monkeypatch.setattr(plots, "to_png", lambda figure: (figures.append(figure), to_png(figure))[1])
+    return figures
 
 
 def history(epochs, every=1):
@@ -22,7 +22,7 @@ def history(epochs, every=1):
 
 
 @pytest.mark.parametrize(("epochs", "every"), [(1, 1), (2, 1), (2, 2), (200, 5), (3, 9)])
-def test_curves_have_every_epoch_that_has_the_metric(drawn, epochs, every):
+def test_learning_curves_have_every_epoch_with_the_metric(drawn, epochs, every):
     assert plots.learning_curves(history(epochs, every))[:4] == b"\x89PNG"
     lines = {line.get_label(): line for axes in drawn[0].axes for line in axes.get_lines()}
     assert list(lines["train/loss"].get_xdata()) == list(range(1, epochs + 1))
@@ -33,10 +33,10 @@ def test_curves_have_every_epoch_that_has_the_metric(drawn, epochs, every):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 8, 40, 174])
-def test_a_confusion_picture_has_the_shares_of_each_true_class(drawn, classes):
+def test_a_confusion_matrix_has_the_shares_of_each_true_class(drawn, classes):
     counts = np.random.default_rng(0).integers(0, 9, (classes, classes)).astype(float)
     counts[0] = 0  # a class without videos
-    assert plots.confusion(counts, [f"class {i}" for i in range(classes)])[:4] == b"\x89PNG"
+    assert plots.confusion_matrix(counts, [f"class {i}" for i in range(classes)])[:4] == b"\x89PNG"
     (image,) = drawn[0].axes[0].get_images()
     shown = np.asarray(image.get_array())
     np.testing.assert_allclose(shown[1:].sum(1), 1)
@@ -44,17 +44,17 @@ def test_a_confusion_picture_has_the_shares_of_each_true_class(drawn, classes):
     np.testing.assert_allclose(shown[-1] * counts[-1].sum(), counts[-1])
 
 
-def test_few_classes_are_named_and_counted(drawn):
-    plots.confusion(np.array([[3.0, 1.0], [0.0, 7.0]]), ["left"])
+def test_a_small_confusion_matrix_has_class_names_and_counts(drawn):
+    plots.confusion_matrix(np.array([[3.0, 1.0], [0.0, 7.0]]), ["left"])
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["left", "1"]
     assert sorted(text.get_text() for text in axes.texts) == ["1", "3", "7"]
 
 
-def test_of_many_classes_the_worst_confusions_are_listed_first(drawn):
+def test_with_many_classes_the_most_frequent_confusions_are_listed(drawn):
     counts = np.eye(50) * 10
     counts[4, 9], counts[7, 2] = 30, 10  # 75 % and 50 % of their classes
-    plots.confusion(counts, [f"price in ${i}$ {'x' * i * 2}" for i in range(50)])
+    plots.confusion_matrix(counts, [f"price in ${i}$ {'x' * i * 2}" for i in range(50)])
     (text,) = drawn[0].axes[1].texts
     lines = text.get_text().splitlines()[3:]
     assert [line.split()[0] for line in lines[::2]] == ["75%", "50%"]

@@ -116,7 +116,7 @@ def test_what_is_no_checkpoint_is_refused_at_once(trained, tmp_path):
     with pytest.raises(UserError, match=r"weights\.safetensors does not match its checksum"):
         predict(str(copy), [])
     (copy / "checkpoint.json").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint .*step-0000000003.*unfinished"):
+    with pytest.raises(UserError, match=r"no checkpoint .*step-0000000003.*incomplete"):
         predict(str(copy), [])
 
 

@@ -1,4 +1,7 @@
-"""The gauges' names, as the dashboard has them, and how the pace is reckoned. That Ray exports them: test_jobs.py."""
+"""The names of the Prometheus metrics match the dashboard, and throughput is computed right.
+
+test_jobs.py tests that Ray exports the metrics.
+"""
 
 import json
 import re
@@ -15,8 +18,8 @@ def test_the_dashboard_draws_every_gauge_and_no_other():
     assert drawn == {f"ray_{prometheus.PREFIX}{name}" for name in defined}
 
 
-def test_the_dashboard_is_one_that_grafana_can_draw():
-    """Panels side by side within 24 columns, ids only once, and no variable or data source that it does not define."""
+def test_grafana_can_draw_the_dashboard():
+    """Panels do not overlap and fit into 24 columns, ids are unique, and every variable and data source is defined."""
     board = dashboard()
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert {name: v["type"] for name, v in variables.items()} == {"datasource": "datasource", "run": "query"}
@@ -34,11 +37,11 @@ def test_the_dashboard_is_one_that_grafana_can_draw():
         taken |= cells
 
 
-def test_the_pace_is_that_since_it_was_last_shown(monkeypatch):
-    shown = []
-    monkeypatch.setattr(prometheus, "show", lambda run, **values: shown.append((run, values)))
-    pace = prometheus.Pace("run", 8)
-    pace.show(10.0, 5, 2.0)
-    pace.show(14.0, 6, 5.0)
-    assert shown[0] == ("run", {"clips_per_second": 4.0, "data_wait_fraction": pytest.approx(0.2)})
-    assert shown[1] == ("run", {"clips_per_second": 2.0, "data_wait_fraction": pytest.approx(0.75)})
+def test_throughput_is_that_since_the_last_call(monkeypatch):
+    published = []
+    monkeypatch.setattr(prometheus, "publish", lambda run, **values: published.append((run, values)))
+    throughput = prometheus.ThroughputGauge("run", 8)
+    throughput.publish(10.0, 5, 2.0)
+    throughput.publish(14.0, 6, 5.0)
+    assert published[0] == ("run", {"clips_per_second": 4.0, "data_wait_fraction": pytest.approx(0.2)})
+    assert published[1] == ("run", {"clips_per_second": 2.0, "data_wait_fraction": pytest.approx(0.75)})

@@ -1,4 +1,4 @@
-"""What a run tells MLflow arrives once, whatever happens to MLflow or to the run: real servers, stopped and killed."""
+"""What a run logs reaches MLflow once, also if the run is killed, its disk fails, or MLflow refuses something."""
 
 import json
 import sqlite3
@@ -14,40 +14,41 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
-from pipelines.tracking import tracker as tracking
-from pipelines.tracking.delivery import JournalState, sync
-from pipelines.tracking.journal import JournalInUse, read
+from pipelines.tracking import delivery
+from pipelines.tracking.delivery import sync_journals
+from pipelines.tracking.journal import JournalInUse, JournalState, read_entries
 from pipelines.tracking.mlflow_client import shorten
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import refuse_strangers, tracking_uri, without_secrets
+from pipelines.tracking.uris import refuse_foreign_server, tracking_uri, without_secrets
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
+from tests.helpers.log_lines import log_lines
 from tests.helpers.waiting import until
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE", 1.0)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture
 def lines():
-    return []
+    """The log lines of the test."""
+    with log_lines() as collected:
+        yield collected
 
 
 def recipe(folder, *overrides):
     return load_recipe("demo", ["name=small", f"train.storage={folder}", *overrides])
 
 
-def start(folder, lines, *overrides, run_id=None):
-    return Tracker.open(
-        recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl", echo=lines.append
-    )
+def start(folder, *overrides, run_id=None):
+    return Tracker.open(recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl")
 
 
 def rows(database, run_id, key="train/loss"):
-    """How often each step of a metric is in the database."""
+    """How many times each step of a metric is in the database."""
     with sqlite3.connect(database) as connection:
         found = connection.execute("SELECT step FROM metrics WHERE run_uuid = ? AND key = ?", (run_id, key))
         return Counter(step for (step,) in found)
@@ -58,9 +59,9 @@ def once(*steps):
 
 
 def test_everything_arrives(tmp_path, lines):
-    tracker = start(tmp_path, lines, "tracking.experiment=" + "long" * 20)
-    tracker.log({"train/loss": 2.5, "val/top1": float("nan")}, step=1)
-    tracker.log({"train/loss": 1.5}, step=2)
+    tracker = start(tmp_path, "tracking.experiment=" + "long" * 20)
+    tracker.log_metrics({"train/loss": 2.5, "val/top1": float("nan")}, step=1)
+    tracker.log_metrics({"train/loss": 1.5}, step=2)
     tracker.log_tags({"colour": "green", "long": "x" * 9000})
     tracker.log_table([{"id": 1}], "quarantine.json")
     tracker.log_table([{"id": 1}, {"id": 2}], "quarantine.json")
@@ -95,45 +96,45 @@ tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl")
 step = 0
 while True:
     step += 1
-    tracker.log({"train/loss": 1 / step, "val/top1": 0.5}, step)
+    tracker.log_metrics({"train/loss": 1 / step, "val/top1": 0.5}, step)
 """
 
 
-def test_a_killed_writer_leaves_every_metric_once(tmp_path, lines):
+def test_a_killed_writer_leaves_every_metric_once(tmp_path):
     journal = tmp_path / "journal.jsonl"
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
     try:
-        until(lambda: process.poll() is not None or (journal.exists() and len(list(read(journal))) > 300), 60)
+        until(lambda: process.poll() is not None or (journal.exists() and len(list(read_entries(journal))) > 300), 60)
         assert process.poll() is None
         with pytest.raises(JournalInUse, match="is in use"):
-            sync(tmp_path)
+            sync_journals(tmp_path)
     finally:
         process.kill()
         process.wait()
-    past = JournalState.of(journal)
+    state = JournalState.read(journal)
     with open(journal, "a") as file:
-        file.write('{"op": "metrics", "ti')  # the kill came in the middle of a line
-    tracker = start(tmp_path, lines, run_id=past.run_id)
-    assert tracker.epochs_logged() == past.epochs > 300
-    tracker.log({"train/loss": 0.0}, past.epochs + 1)
+        file.write('{"op": "metrics", "ti')  # killed in the middle of a line
+    tracker = start(tmp_path, run_id=state.run_id)
+    assert tracker.epochs_logged() == state.last_epoch > 300
+    tracker.log_metrics({"train/loss": 0.0}, state.last_epoch + 1)
     assert tracker.close("FINISHED") == 0
-    assert rows(tmp_path / "mlflow.db", past.run_id) == once(*range(1, past.epochs + 2))
-    assert rows(tmp_path / "mlflow.db", past.run_id, "val/top1") == once(*range(1, past.epochs + 1))
+    assert rows(tmp_path / "mlflow.db", state.run_id) == once(*range(1, state.last_epoch + 2))
+    assert rows(tmp_path / "mlflow.db", state.run_id, "val/top1") == once(*range(1, state.last_epoch + 1))
 
-    journal.with_suffix(".done").unlink()  # delivered, but the kill came before that was noted
-    assert sync(tmp_path, lines.append) == 0
-    assert rows(tmp_path / "mlflow.db", past.run_id) == once(*range(1, past.epochs + 2))
-    assert rows(tmp_path / "mlflow.db", past.run_id, "val/top1") == once(*range(1, past.epochs + 1))
+    journal.with_suffix(".done").unlink()  # as if killed after the delivery and before its record
+    assert sync_journals(tmp_path) == 0
+    assert rows(tmp_path / "mlflow.db", state.run_id) == once(*range(1, state.last_epoch + 2))
+    assert rows(tmp_path / "mlflow.db", state.run_id, "val/top1") == once(*range(1, state.last_epoch + 1))
 
 
-def test_what_mlflow_refuses_is_kept_apart_and_holds_up_nothing(tmp_path, lines):
-    tracker = start(tmp_path, lines)
-    tracker.log({"train/loss": 1.0, "bad*name": 2.0, "val/top1": 3.0}, step=1)
-    tracker.log({"train/loss": 0.5}, step=2)
+def test_refused_operations_are_kept_apart_and_delay_nothing(tmp_path, lines):
+    tracker = start(tmp_path)
+    tracker.log_metrics({"train/loss": 1.0, "bad*name": 2.0, "val/top1": 3.0}, step=1)
+    tracker.log_metrics({"train/loss": 0.5}, step=2)
     tracker.log_tags({"bad*tag": "x"})
     with tracker.journal.changed:
         tracker.log_file("lost.png", b"gone")
-        (tracker.journal.files / tracker.journal.queue[-1].op["file"]).unlink()
+        (tracker.journal.files_folder / tracker.journal.queue[-1].operation.file).unlink()
     assert tracker.close("FINISHED") == 0
     assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1, 2)
     assert rows(tmp_path / "mlflow.db", tracker.run_id, "val/top1") == once(1)
@@ -141,35 +142,35 @@ def test_what_mlflow_refuses_is_kept_apart_and_holds_up_nothing(tmp_path, lines)
     assert [k["op"] for k in kept] == ["metrics", "tags", "file"]
     assert kept[0]["values"] == {"bad*name": 2.0}
     assert len(lines) == 1
-    assert "MLflow refuses what it is sent" in lines[0]
+    assert "MLflow refuses an operation" in lines[0]
 
 
-def test_a_broken_artifact_store_holds_up_no_metrics(tmp_path, lines):
-    tracker = start(tmp_path, lines)
-    until(lambda: not tracker.journal.waiting())
+def test_a_broken_artifact_store_delays_no_metrics(tmp_path, lines):
+    tracker = start(tmp_path)
+    until(lambda: not tracker.journal.pending_count())
     folder = tmp_path / "mlartifacts"
     folder.rename(tmp_path / "away")
     folder.touch()
     tracker.log_file("a.png", b"a")
-    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.log_metrics({"train/loss": 1.0}, step=1)
     assert tracker.close("FINISHED") == 1
     assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1)
     assert len(lines) == 1
     assert "MLflow does not store a.png" in lines[0]
-    assert sync(tmp_path, lines.append) == 1
+    assert sync_journals(tmp_path) == 1
     folder.unlink()
     (tmp_path / "away").rename(folder)
-    assert sync(tmp_path, lines.append) == 0
+    assert sync_journals(tmp_path) == 0
     assert [p.read_bytes() for p in folder.rglob("a.png")] == [b"a"]
 
 
-def test_a_model_whose_upload_was_cut_off_becomes_one_model(tmp_path, lines, monkeypatch):
-    tracker = start(tmp_path, lines)
+def test_a_model_whose_upload_was_interrupted_becomes_one_model(tmp_path, monkeypatch):
+    tracker = start(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "finalize_logged_model", lambda *_: 1 / 0)
         tracker.log_model(torch.nn.Linear(3, 2), torch.zeros(1, 3))
         assert tracker.close("FINISHED") == 1
-    assert sync(tmp_path, lines.append) == 0
+    assert sync_journals(tmp_path) == 0
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     run = client.get_run(tracker.run_id)
     (logged,) = client.search_logged_models([run.info.experiment_id])
@@ -178,9 +179,9 @@ def test_a_model_whose_upload_was_cut_off_becomes_one_model(tmp_path, lines, mon
     assert not (tmp_path / "journal.files" / "model").exists()
 
 
-def test_a_bad_request_is_believed_only_when_it_comes_again(tmp_path, lines):
-    tracker = start(tmp_path, lines)
-    client, delivery = tracker.delivery.client(), tracker.delivery
+def test_a_bad_request_is_a_refusal_only_if_it_repeats(tmp_path):
+    tracker = start(tmp_path)
+    client = tracker.delivery.client()
     calls = []
 
     class Cut:
@@ -193,18 +194,18 @@ def test_a_bad_request_is_believed_only_when_it_comes_again(tmp_path, lines):
                 raise MlflowException("connection cut", error_code=BAD_REQUEST)
             return client.log_batch(*args, **kwargs)
 
-    delivery.connection = Cut()
-    tracker.log({"train/loss": 1.0}, step=1)
-    until(lambda: not tracker.journal.waiting())
+    tracker.delivery.connection = Cut()
+    tracker.log_metrics({"train/loss": 1.0}, step=1)
+    until(lambda: not tracker.journal.pending_count())
     assert tracker.close("FINISHED") == 0
     assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1)
-    assert not tracker.journal.rejected.exists()
+    assert not tracker.journal.rejected_path.exists()
 
 
 def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, lines):
     (tmp_path / "file").touch()
-    tracker = Tracker.open(recipe(tmp_path), {}, journal=tmp_path / "file" / "journal.jsonl", echo=lines.append)
-    tracker.log({"train/loss": 1.0}, step=1)
+    tracker = Tracker.open(recipe(tmp_path), {}, journal=tmp_path / "file" / "journal.jsonl")
+    tracker.log_metrics({"train/loss": 1.0}, step=1)
     tracker.log_file("a.png", b"a")
     assert tracker.close("FINISHED") == 0
     assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1)
@@ -212,39 +213,39 @@ def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, lines):
     assert "file/journal.jsonl cannot be written (File exists)" in lines[0]
 
 
-def test_a_live_run_keeps_others_out(tmp_path, lines):
-    tracker = start(tmp_path, lines)
-    with pytest.raises(JournalInUse, match=r"journal\.jsonl is in use: a run that is still going"):
-        start(tmp_path, lines, run_id=tracker.run_id)
+def test_an_active_run_locks_its_journal(tmp_path):
+    tracker = start(tmp_path)
+    with pytest.raises(JournalInUse, match=r"journal\.jsonl is in use: either its run is still active"):
+        start(tmp_path, run_id=tracker.run_id)
     assert tracker.close("FINISHED") == 0
-    assert sync(tmp_path, lines.append) == 0
+    assert sync_journals(tmp_path) == 0
 
 
-def test_another_run_of_the_same_name_has_a_journal_of_its_own(tmp_path, lines):
-    first = start(tmp_path, lines)
+def test_another_run_of_the_same_name_has_a_journal_of_its_own(tmp_path):
+    first = start(tmp_path)
     assert first.close("FINISHED") == 0
-    second = start(tmp_path, lines)
+    second = start(tmp_path)
     assert second.epochs_logged() == 0
     assert second.close("FINISHED") == 0
     assert second.run_id != first.run_id
-    assert JournalState.of(tmp_path / "journal.jsonl").run_id == second.run_id
-    assert JournalState.of(tmp_path / f"journal.{first.run_id}.jsonl").run_id == first.run_id
-    assert sync(tmp_path, lines.append) == 0
+    assert JournalState.read(tmp_path / "journal.jsonl").run_id == second.run_id
+    assert JournalState.read(tmp_path / f"journal.{first.run_id}.jsonl").run_id == first.run_id
+    assert sync_journals(tmp_path) == 0
 
 
-def test_a_new_run_needs_an_mlflow_that_answers(tmp_path, lines):
+def test_a_new_run_needs_an_mlflow_that_answers(tmp_path):
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be written, see tracking\.uri"):
-        start(tmp_path, lines, "tracking.uri=http://127.0.0.1:9")
+        start(tmp_path, "tracking.uri=http://127.0.0.1:9")
     assert not (tmp_path / "journal.jsonl").exists()
 
 
-def test_a_run_that_mlflow_does_not_know_is_not_gone_on_with(tmp_path, lines):
+def test_a_run_that_mlflow_does_not_know_cannot_be_resumed(tmp_path):
     with pytest.raises(UserError, match=r"(?s)cannot be written, see tracking\.uri.*no-such-run"):
-        start(tmp_path, lines, run_id="no-such-run")
+        start(tmp_path, run_id="no-such-run")
 
 
-def test_a_long_parameter_is_cut(tmp_path, lines):
-    tracker = start(tmp_path, lines, f"data.train.path=/{'x' * 7000}")
+def test_a_long_parameter_is_cut(tmp_path):
+    tracker = start(tmp_path, f"data.train.path=/{'x' * 7000}")
     assert tracker.close("FINISHED") == 0
     param = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(tracker.run_id).data.params["data.train.path"]
     assert (len(param), param[-3:]) == (6000, "...")
@@ -268,31 +269,31 @@ def test_remote_storage_needs_a_tracking_uri(tmp_path):
         ("databricks", "databricks"),
     ],
 )
-def test_secrets_are_taken_out_of_a_uri(uri, expected):
+def test_secrets_are_removed_from_a_uri(uri, expected):
     assert without_secrets(uri) == expected
 
 
 def test_a_folder_without_a_journal_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no tracking journal"):
-        sync(tmp_path)
+        sync_journals(tmp_path)
     (tmp_path / "journal.jsonl").write_text('{"op"')
     with pytest.raises(UserError, match="names an MLflow run"):
-        sync(tmp_path)
+        sync_journals(tmp_path)
 
 
 def test_a_checkpoints_recipe_does_not_choose_who_gets_the_password(tmp_path, monkeypatch):
     for name in ("USERNAME", "PASSWORD", "TOKEN"):
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)  # where MLflow looks for a file of credentials
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)  # MLflow looks there for a file with credentials
     theirs, local = recipe(tmp_path, "tracking.uri=http://mlflow.example:5000"), recipe(tmp_path)
-    refuse_strangers(theirs)
+    refuse_foreign_server(theirs)
     for name in ("PASSWORD", "TOKEN"):
         with monkeypatch.context() as patch:
             patch.setenv(f"MLFLOW_TRACKING_{name}", "hushhush")
-            refuse_strangers(local)
+            refuse_foreign_server(local)
             for own in ("", "http://mlflow.example", "http://me:hushhush@other.example:5000"):
                 patch.setenv("MLFLOW_TRACKING_URI", own)
                 with pytest.raises(UserError, match=r"logs to http://mlflow\.example:5000, .* tracking\.uri=null"):
-                    refuse_strangers(theirs)
+                    refuse_foreign_server(theirs)
             patch.setenv("MLFLOW_TRACKING_URI", "http://me:hushhush@mlflow.example:5000/")
-            refuse_strangers(theirs)
+            refuse_foreign_server(theirs)

@@ -148,7 +148,7 @@ class SplitLoader:
         configure_ray_data(self.config, self.train, self.world)
         blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
         dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-            decode_block,
+            decode_block,  # type: ignore[arg-type]  # Ray's type knows no fn_kwargs
             batch_size=None,
             fn_kwargs={
                 "rows": self.reference,
@@ -193,7 +193,7 @@ def collate(columns: dict[str, np.ndarray]) -> Batch:
         clips=torch.from_numpy(clips if clips.flags.writeable else clips.copy()).flatten(0, 1),
         labels=torch.from_numpy(columns["label"].astype(np.int64)).repeat_interleave(views),
         weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
-        seeds=torch.from_numpy(np.stack(columns["seeds"]).astype(np.int64)).flatten(),
+        seeds=torch.from_numpy(np.stack(list(columns["seeds"])).astype(np.int64)).flatten(),
     )
 
 

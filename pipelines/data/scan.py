@@ -83,7 +83,9 @@ def run_blocks(function: Callable[..., pa.Table], blocks: int, **arguments: Any)
 
     def plan(first: int, count: int) -> Iterator[pa.Table]:
         dataset = ray.data.range(count, override_num_blocks=count).map_batches(
-            run_block, batch_size=None, fn_kwargs={"function": function, "first": first, "arguments": arguments}
+            run_block,  # type: ignore[arg-type]  # Ray's type knows no fn_kwargs
+            batch_size=None,
+            fn_kwargs={"function": function, "first": first, "arguments": arguments},
         )
         return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
 

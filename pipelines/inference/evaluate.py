@@ -52,8 +52,10 @@ FOLDER = "evaluations"  # in the run's folder
 ARTIFACTS = "evaluation"  # among the artifacts of the MLflow run
 KEYS_OVERRIDABLE = ("data.", "eval.", "scaling.", "tracking.", "train.precision")
 # Overrides of these do not change the scores, or are part of the evaluation's name anyway.
-KEYS_NOT_IN_NAME = ("eval.", "scaling.", "tracking.", "data.cache_dir", "data.rows_per_block", "data.decode_timeout_s")
-KEYS_NOT_IN_NAME += ("data.max_bad_fraction",)
+KEYS_NOT_IN_NAME = (
+    *("eval.", "scaling.", "tracking.", "data.cache_dir", "data.rows_per_block", "data.decode_timeout_s"),
+    "data.max_bad_fraction",
+)
 WORST_CLASSES_SHOWN = 5
 
 
@@ -189,7 +191,7 @@ def evaluate(
         "scores.parquet": scores_parquet(scores, manifest, names, crops),
     }
     write_results(folder, files)
-    result.mlflow_run_id = log_evaluation(result, files, config, record and record["mlflow_run_id"])
+    result.mlflow_run_id = log_evaluation(result, files, config, record["mlflow_run_id"] if record else None)
     return result
 
 
@@ -281,8 +283,9 @@ def count_predictions(
         videos, right = int(row.sum()), float(row[label])
         row[label] = 0
         confused = int(row.max())
-        accuracies = (right / videos, top5[label] / videos) if videos else (None, None)
-        classes.append(ClassResult(name, videos, *accuracies, names[int(row.argmax())] if confused else "", confused))
+        top1_share, top5_share = (right / videos, top5[label] / videos) if videos else (None, None)
+        confused_with = names[int(row.argmax())] if confused else ""
+        classes.append(ClassResult(name, videos, top1_share, top5_share, confused_with, confused))
     return counts, classes
 
 

@@ -120,10 +120,10 @@ def score_blocks(
     blocks = (manifest.rows.slice(first, size) for first in range(0, len(manifest.rows), size))
     recipe, shared_weights = config.model_dump(), ray.put(dict(weights))
     decoder = ray.remote(decode).options(max_retries=scaling.max_failures, **decoding_options(scaling))
-    options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu)}
+    options: dict[str, Any] = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu)}
     options |= {"label_selector": scaling.train_on} if scaling.train_on else {}
     options |= {"max_restarts": scaling.max_failures, "max_task_retries": scaling.max_failures}
-    actor = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
+    actor: Any = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
     scorers = [actor.remote(recipe, *args) for _ in range(scaling.workers)]
     decoding: list[ray.ObjectRef] = []
     scoring: dict[ray.ObjectRef, int] = {}  # and the index of the scorer

@@ -1,8 +1,8 @@
-"""``posmlp doctor``: what would stop or slow a run, found before it starts.
+"""``posmlp doctor``: find what would stop or slow a run before it starts.
 
-A task on every node reports what is installed there, and tries what a run will do: read and write the storage, decode a
-video. The driver tries MLflow. Each check is one line: ok, warn (it runs, but not well) or fail (it will not), with
-what to do.
+A task on every node reports the installed versions, reads and writes the storage, and decodes a video, as a run will.
+The driver tries MLflow. Each check is one line: ok, warn (the run works, but not well) or fail (the run would end),
+with what to do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,25 +27,25 @@ import ray
 from mlflow import MlflowClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.cluster.capacity import bundle, has_labels, places
+from pipelines.cluster.capacity import matches_labels, worker_resources, workers_that_fit
 from pipelines.cluster.session import start_ray
-from pipelines.data.loader import STORE_SHARE, decode_rows, rows_per_block
+from pipelines.data.loader import OBJECT_STORE_SHARE, decode_rows, rows_per_block
 from pipelines.runs.record import JOB_FOLDER
 from pipelines.tracking.mlflow_client import prepare_mlflow, shorten
 from pipelines.tracking.uris import scrub, tracking_uri, without_secrets
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.video.clip import views_of
+from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import read_split
 
 PACKAGES = ("ray", "torch", "mlflow", "av", "decord2", "numpy", "pyarrow")
-CONNECT_S = 10.0  # for the head to accept a connection
-ANSWER_S = 120.0  # for a node to start a process and answer
-SKEW_S = 2.0  # between clocks, from which times of different nodes cannot be compared
-BLOCKS = 4  # decoded ahead at least, for decoding and training to overlap
+CONNECT_S = 10.0  # until the head must accept a connection
+ANSWER_S = 120.0  # until a node must have started a process and answered
+SKEW_S = 2.0  # clocks that differ by more make times of different nodes incomparable
+BLOCKS_AHEAD = 4  # fewest decoded blocks in the object store, so that decoding and training overlap
 MIB = 2**20
-UPLOAD_MIB = 50  # of source; more is data that went along by mistake
+UPLOAD_MIB = 50  # a larger upload contains data by mistake
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        level: ``ok``; ``warn``: it runs, but not well; ``fail``: a run would end.
-        advice: what to do; empty if it is ok.
+        level: ``ok``; ``warn``: a run works, but not well; ``fail``: a run would end.
+        what: what was found.
+        advice: what to do; empty for ``ok``.
     """
 
     level: Literal["ok", "warn", "fail"]
@@ -67,13 +68,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster, as Ray and a task on it tell.
+    """A node of the cluster, as Ray and a task on it report.
 
     Attributes:
-        name: its address, with its node group if it has one.
+        name: address, and the node group if there is one.
         resources: CPU, GPU, memory and object_store_memory (bytes).
-        report: what ``probe`` returned; empty if it did not answer.
-        trouble: why it did not.
+        report: the result of ``probe``; empty if the node did not answer.
+        trouble: why it did not answer.
     """
 
     id: str
@@ -85,19 +86,19 @@ class Node:
 
 
 def doctor(config: Config | None, address: str | None = None) -> Iterator[Finding]:
-    """Look at a cluster, and with a recipe at what it needs; findings come as they are made.
+    """Check a cluster, and with a recipe also what a run of it needs. Yields each finding as soon as it is made.
 
     Args:
-        config: the recipe of the run to come.
-        address: of the cluster; None: as for ``posmlp train``.
+        config: recipe of the planned run.
+        address: address of the cluster; None: as for ``posmlp train``.
     """
-    place = address or os.environ.get("RAY_ADDRESS", "")
-    if not listens(place):  # Ray would try for many minutes
-        yield Finding("fail", f"Ray: nothing answers at {place}", "see RAY_ADDRESS, and `ray status` on the head")
+    head = address or os.environ.get("RAY_ADDRESS", "")
+    if not accepts_connections(head):  # Ray itself would try for many minutes
+        yield Finding("fail", f"Ray: nothing answers at {head}", "see RAY_ADDRESS, and `ray status` on the head")
         return
     try:
         start_ray(**({"address": address} if address else {}))
-    except Exception as error:  # of a network, an authentication, or two versions that do not match
+    except Exception as error:  # a network, authentication, or two versions that do not match
         advice = "see RAY_ADDRESS and RAY_AUTH_MODE, and `ray status` on the head"
         yield Finding("fail", f"Ray: {one_line(error)}", advice)
         return
@@ -105,12 +106,14 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
     marker = storage.join(config.train.storage, f".doctor-{uuid.uuid4().hex}") if config else None
     if marker:
         yield from check_storage(marker)
-    row = yield from first_video(config) if config else None
+    row = None
+    if config:
+        row = yield from check_lists(config)
     try:
-        nodes = look_at_nodes(marker, row, config)
+        nodes = probe_nodes(marker, row, config)
     finally:
         if marker:
-            clean(marker)
+            remove_marker(marker)
     yield from check_nodes(nodes)
     if config:
         yield from check_room(nodes, config)
@@ -119,19 +122,21 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
 
 
 def check_upload(folder: Path) -> Iterator[Finding]:
-    """How much of a job's working directory went to the cluster; nothing where this is no job."""
+    """Check the size of a job's upload to the cluster; outside a job there is nothing to check."""
     if JOB_FOLDER not in f"{folder}/":
         return
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     small = sum(sizes.values()) < UPLOAD_MIB * MIB
     largest = max(sizes, key=sizes.__getitem__).relative_to(folder)
     what = f"the job's working directory: {len(sizes)} files, {sum(sizes.values()) / MIB:.1f} MiB"
-    advice = f"every change of it is uploaded anew; name what is not source in .rayignore (the largest is {largest})"
+    advice = (
+        f"each change uploads all of it again; list what is not source in .rayignore (the largest file is {largest})"
+    )
     yield Finding("ok" if small else "warn", what, "" if small else advice)
 
 
-def listens(address: str) -> bool:
-    """Whether something accepts connections at ``HOST:PORT``; of an address of another form Ray knows."""
+def accepts_connections(address: str) -> bool:
+    """Return whether ``HOST:PORT`` accepts connections. True for addresses of other forms, which only Ray can check."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         return True
@@ -146,11 +151,11 @@ def listens(address: str) -> bool:
 
 
 def probe(marker: str | None, row: pa.Table | None, config: dict[str, Any] | None) -> dict[str, Any]:
-    """Ray task: what this node has, and what comes of a run's own actions.
+    """Ray task: report what this node has, and whether the actions of a run work there.
 
     Args:
         marker: a file on the run's storage that the driver has written.
-        row: a manifest row to decode.
+        row: one manifest row, to decode.
     """
     shm = "/dev/shm"
     report: dict[str, Any] = {"versions": versions(), "storage": "", "video": ""}
@@ -164,44 +169,46 @@ def probe(marker: str | None, row: pa.Table | None, config: dict[str, Any] | Non
         except (OSError, UserError) as error:
             report["storage"] = one_line(error)
     if row is not None and config is not None:
-        found = decode_rows(row, np.ones(len(row), bool), Config.model_validate(config), 0, False)
-        report["video"] = str(found["fatal"][0] or found["reason"][0])
+        decoded = decode_rows(row, np.ones(len(row), bool), Config.model_validate(config), 0, False)
+        report["video"] = str(decoded["fatal"][0] or decoded["reason"][0])
     return report
 
 
 def clock() -> float:
-    """Ray task: this node's time, seconds since 1970."""
+    """Ray task: return this node's time, seconds since 1970."""
     return time.time()
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that must be the same everywhere; ``none`` where one is missing."""
-    found = {}
+    """Return the versions of the packages that must be the same on all nodes; ``none`` for a missing one."""
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "none"
-    return found
+            installed[package] = "none"
+    return installed
 
 
-def look_at_nodes(marker: str | None, row: pa.Table | None, config: Config | None) -> list[Node]:
-    """Every live node, probed at the same time."""
-    task = ray.remote(num_cpus=0, max_retries=0)(probe)
+def probe_nodes(marker: str | None, row: pa.Table | None, config: Config | None) -> list[Node]:
+    """Run ``probe`` on every live node, on all at the same time."""
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(probe)
+    recipe = config.model_dump() if config else None
     alive = [node for node in ray.nodes() if node["Alive"]]
-    there = [{"scheduling_strategy": NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)} for n in alive]
-    asked = [task.options(**place).remote(marker, row, config and config.model_dump()) for place in there]
-    ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
+    on_node = [{"scheduling_strategy": NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)} for n in alive]
+    answers = [task.options(**options).remote(marker, row, recipe) for options in on_node]
+    ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)
     nodes = []
-    for node, place, answer in zip(alive, there, asked, strict=True):
-        report, trouble = {}, ""
+    for node, options, answer in zip(alive, on_node, answers, strict=True):
+        report: dict[str, Any] = {}
+        trouble = ""
         try:
             report = dict(ray.get(answer, timeout=0))
             before = time.time()
-            theirs = ray.get(ray.remote(num_cpus=0)(clock).options(**place).remote(), timeout=ANSWER_S)
-            # What is off for certain: it was asked after ``before`` and answered before now.
+            theirs = ray.get(ray.remote(num_cpus=0)(clock).options(**options).remote(), timeout=ANSWER_S)
+            # A lower bound of the difference: the node read its clock after ``before`` and before now.
             report["skew"] = max(before - theirs, theirs - time.time(), 0.0)
-        except Exception as error:  # whatever keeps a node from answering
+        except Exception as error:  # anything can keep a node from answering
             trouble = one_line(getattr(error, "cause", None) or error)
         labels = node.get("Labels", {})
         group = labels.get("ray.io/node-group", "")
@@ -211,7 +218,7 @@ def look_at_nodes(marker: str | None, row: pa.Table | None, config: Config | Non
 
 
 def check_nodes(nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Who answers, with which versions, at which time, and whether storage and videos can be reached from there."""
+    """Check which nodes answer, their versions and clocks, and whether they reach the storage and a video."""
     own, answered = versions(), [node for node in nodes if node.report]
     for node in nodes:
         if not node.report:
@@ -250,7 +257,7 @@ def check_nodes(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 
 def check_clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
-    """How far the nodes' clocks are from the driver's."""
+    """Check the difference between the clocks of the nodes and of the driver."""
     wrong = [node for node in nodes if node.report["skew"] > SKEW_S]
     for node in wrong:
         what = f"node {node.name}: its clock is {node.report['skew']:.0f} s off"
@@ -263,26 +270,29 @@ def check_clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 
 def check_storage(marker: str) -> Iterator[Finding]:
-    """The driver writes what the nodes are to find."""
-    place = storage.parent(marker)
+    """Write the file that the nodes have to find."""
+    folder = storage.parent(marker)
     if JOB_FOLDER in marker:
         advice = "give an absolute path or a URI"
-        yield Finding("fail", f"train.storage {place} is the job's own folder, which Ray deletes after the job", advice)
+        yield Finding(
+            "fail", f"train.storage {folder} is the job's own folder, which Ray deletes after the job", advice
+        )
         return
     try:
         storage.write_bytes(marker, b"")
-        yield Finding("ok", f"train.storage {place} can be written from here")
+        yield Finding("ok", f"train.storage {folder} can be written from here")
     except (OSError, UserError) as error:
-        yield Finding("fail", f"train.storage {place}: {one_line(error)}", "give a place that can be written")
+        yield Finding("fail", f"train.storage {folder}: {one_line(error)}", "give a folder that can be written")
 
 
-def clean(marker: str) -> None:
-    with suppress(OSError, UserError):  # where it was not written, that has been said
+def remove_marker(marker: str) -> None:
+    """Remove the file that ``check_storage`` wrote."""
+    with suppress(OSError, UserError):  # if it could not be written, a finding says so
         storage.remove(marker)
 
 
-def first_video(config: Config) -> Iterator[Finding]:
-    """Reads both lists; the generator's result is the first row of the training list."""
+def check_lists(config: Config) -> Generator[Finding, None, pa.Table | None]:
+    """Read both lists; the generator returns the first row of the training list, or None."""
     row = None
     for split in ("train", "val"):
         path = getattr(config.data, split).path
@@ -298,22 +308,22 @@ def first_video(config: Config) -> Iterator[Finding]:
 
 
 def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
-    """Whether the workers fit, and what they leave for decoding."""
+    """Check whether the workers fit, and what they leave for decoding."""
     scaling = config.scaling
-    chosen = [node for node in nodes if has_labels(node.labels, scaling.train_on)]
-    if scaling.train_on and not chosen:
+    labelled = [node for node in nodes if matches_labels(node.labels, scaling.train_on)]
+    if scaling.train_on and not labelled:
         yield Finding(
             "warn",
-            f"no node has the labels {dict(scaling.train_on)} of scaling.train_on now",
-            "where an autoscaler brings one, scaling.wait_s=900 waits for it",
+            f"no node has the labels {dict(scaling.train_on)} of scaling.train_on",
+            "if an autoscaler adds one, scaling.wait_s=900 waits for it",
         )
-    there = places([(node.resources, node.labels) for node in nodes], scaling)
-    what = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle(scaling).items())
-    if there < scaling.workers:
+    fitting = workers_that_fit([(node.resources, node.labels) for node in nodes], scaling)
+    what = " and ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(scaling).items())
+    if fitting < scaling.workers:
         yield Finding(
-            "fail" if chosen else "warn",
-            f"room for {there} of {scaling.workers} training workers of {what}",
-            "lower scaling.workers or scaling.cpus_per_worker, or add nodes (an autoscaler may bring them)",
+            "fail" if labelled else "warn",
+            f"room for {fitting} of {scaling.workers} training workers of {what}",
+            "lower scaling.workers or scaling.cpus_per_worker, or add nodes (an autoscaler may add them)",
         )
     else:
         yield Finding("ok", f"room for {scaling.workers} training workers of {what}")
@@ -325,26 +335,28 @@ def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
         "" if enough else "lower scaling.cpus_per_worker, or add CPU nodes; `posmlp plan` says how many",
     )
     if scaling.decode_on:
-        named = sum(has_labels(node.labels, scaling.decode_on) for node in nodes)
-        advice = "" if named else "decoding goes to any node then; label nodes with `ray start --labels`"
+        named = sum(matches_labels(node.labels, scaling.decode_on) for node in nodes)
+        advice = "" if named else "then any node decodes; label nodes with `ray start --labels`"
         yield Finding("ok" if named else "warn", f"{named} nodes have the labels of scaling.decode_on", advice)
 
 
 def check_stores(nodes: Sequence[Node], config: Config | None) -> Iterator[Finding]:
-    """Object stores in memory and large enough for blocks decoded ahead."""
+    """Check that object stores are in memory, and large enough for the blocks that are decoded ahead."""
     for node in nodes:
         store = node.resources.get("object_store_memory", 0)
         if node.report and node.report["shm"] < store:
             sizes = f"/dev/shm has {node.report['shm'] / MIB:.0f} MiB, its object store {store / MIB:.0f} MiB"
-            advice = "the store then lies on a disk; start the container with a larger --shm-size"
+            advice = "Ray then puts the store on a disk; start the container with a larger --shm-size"
             yield Finding("warn", f"node {node.name}: {sizes}", advice)
     stores = [node.resources["object_store_memory"] for node in nodes if node.resources.get("object_store_memory")]
     if config and stores:
         variant = config.model.variant()
-        block = rows_per_block(config, True) * views_of(config, True) * variant.frames * variant.image_size**2 * 3
-        room = STORE_SHARE * sum(stores) / config.scaling.workers
-        if room < BLOCKS * block:
-            rows = max(1, math.floor(config.data.rows_per_block * room / block / BLOCKS))
+        block = (
+            rows_per_block(config, True) * views_per_video(config, True) * variant.frames * variant.image_size**2 * 3
+        )
+        room = OBJECT_STORE_SHARE * sum(stores) / config.scaling.workers
+        if room < BLOCKS_AHEAD * block:
+            rows = max(1, math.floor(config.data.rows_per_block * room / block / BLOCKS_AHEAD))
             what = f"object stores have room for {room / block:.1f} blocks of {block / MIB:.0f} MiB a worker"
             yield Finding("warn", what, f"lower data.rows_per_block to {rows}, or give Ray a larger object store")
             return
@@ -353,7 +365,7 @@ def check_stores(nodes: Sequence[Node], config: Config | None) -> Iterator[Findi
 
 
 def check_mlflow(config: Config | None) -> Iterator[Finding]:
-    """Whether the tracking server or database answers, and has the schema of this version."""
+    """Check that the tracking server or database answers, and has the schema of this MLflow."""
     try:
         uri = tracking_uri(config) if config else os.environ.get("MLFLOW_TRACKING_URI")
     except UserError as error:
@@ -363,12 +375,12 @@ def check_mlflow(config: Config | None) -> Iterator[Finding]:
         return
     shown = without_secrets(uri)
     if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
-        yield Finding("ok", f"MLflow: {shown} will be made")
+        yield Finding("ok", f"MLflow: {shown} will be created")
         return
     prepare_mlflow()
     try:
         MlflowClient(uri).search_experiments(max_results=1)
-    except Exception as error:  # of a network or a database, in their many kinds
+    except Exception as error:  # networks and databases raise many kinds
         reason = scrub(one_line(error), uri)
         advice = "start it, or see tracking.uri, MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD"
         if "out-of-date database schema" in str(error):
@@ -378,25 +390,25 @@ def check_mlflow(config: Config | None) -> Iterator[Finding]:
     yield Finding("ok", f"MLflow at {shown} answers, and its schema is current")
 
 
-# --- small things ------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------
 
 
 def total(nodes: Sequence[Node], kind: str) -> float:
-    """A resource over all nodes."""
+    """Return the sum of a resource over all nodes."""
     return sum(node.resources.get(kind, 0) for node in nodes)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text, shortened."""
+    """Return an error's text as one line of at most 200 characters."""
     return shorten(" ".join(str(error).split()), 200)
 
 
-def report(findings: Iterator[Finding], echo: Callable[[str], None] = print) -> bool:
-    """Print findings as they come; whether none is ``fail``."""
+def print_findings(findings: Iterator[Finding]) -> bool:
+    """Print each finding as soon as it is made, then the counts; returns whether none is ``fail``."""
     levels = []
     for finding in findings:
-        echo(str(finding))
+        print(finding, flush=True)
         levels.append(finding.level)
     counts = ", ".join(f"{levels.count(level)} {level}" for level in ("ok", "warn", "fail"))
-    echo(f"\n{counts}")
+    print(f"\n{counts}")
     return "fail" not in levels

@@ -1,16 +1,21 @@
 """The command line as a user types it."""
 
 import json
+import logging
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import yaml
 
 from pipelines.cli import main
+from pipelines.commands import recipes
 from pipelines.data.loader import global_order
-from posmlp.config import load_recipe
+from posmlp.config import RECIPES, load_recipe
 from posmlp.model.cost import count_macs
 from posmlp.model.spec import model_variant
 from posmlp.video.augment import to_train_input
@@ -110,3 +115,118 @@ def test_usage_errors_exit_with_2():
     done = subprocess.run([sys.executable, "-m", "pipelines.cli", "trian"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "invalid choice" in done.stderr
+
+
+HEAVY = {"torch", "ray", "mlflow", "numpy", "pyarrow", "matplotlib", "av", "optuna"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["--help"], 0),
+        (["tune", "--help"], 0),
+        (["--version"], 0),
+        (["recipes"], 0),
+        (["recipes", "show", "demo"], 0),
+        (["train", "demo", "train.epoch=3"], 1),
+        (["train", "demos"], 1),
+    ],
+)
+def test_help_recipes_and_refused_recipes_load_no_heavy_library(command, code):
+    program = (
+        "import sys\n"
+        "from pipelines.cli import main\n"
+        "code = 0\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    code = end.code or 0\n"
+        f"print('loaded:', sorted({HEAVY!r} & sys.modules.keys()), 'code:', code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"loaded: [] code: {code}", done.stdout + done.stderr
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"posmlp {version('posmlp-video')}\n"
+
+
+def test_recipes_lists_every_recipe_with_a_line(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    files = sorted(RECIPES.glob("*.yaml"))
+    assert [line.split()[0] for line in lines] == [path.stem for path in files]
+    for line, path in zip(lines, files, strict=True):
+        assert line.split(maxsplit=1)[1] in path.read_text()
+
+
+def test_a_shown_recipe_is_complete_and_is_the_same_recipe(capsys, tmp_path):
+    assert main(["recipes", "show", "ssv1_s16", "train.epochs=7"]) == 0
+    text = capsys.readouterr().out
+    tree = yaml.safe_load(text)
+    assert tree["train"]["epochs"] == 7
+    assert tree["scaling"]["max_failures"] == 3  # a default that the file leaves out
+    path = tmp_path / "shown.yaml"
+    path.write_text(text)
+    assert load_recipe(path) == load_recipe("ssv1_s16", ["train.epochs=7"])
+
+
+def test_a_copied_recipe_keeps_its_comments_and_overwrites_nothing(capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    assert main(["recipes", "copy", "demo", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    assert path.read_bytes() == (RECIPES / "demo.yaml").read_bytes()
+    path.write_text("name: mine\n")
+    assert main(["recipes", "copy", "demo", str(path)]) == 1
+    assert "choose another file" in capsys.readouterr().err
+    assert path.read_text() == "name: mine\n"
+    assert main(["recipes", "copy", "demos", str(tmp_path / "new.yaml")]) == 1
+    assert "no recipe demos" in capsys.readouterr().err
+    assert not (tmp_path / "new.yaml").exists()
+
+
+@pytest.fixture
+def talking_verb(monkeypatch):
+    """``posmlp recipes`` logs at three levels and prints its result."""
+
+    def run(args):
+        logger = logging.getLogger("pipelines.data.check")
+        logger.debug("detail")
+        logger.info("progress")
+        logger.warning("problem")
+        print("result")
+
+    monkeypatch.setattr(recipes, "run_list", run)
+
+
+@pytest.mark.parametrize(
+    ("options", "out", "err"),
+    [
+        ([], "progress\nresult\n", "problem\n"),
+        (["--quiet"], "result\n", "problem\n"),
+    ],
+)
+def test_progress_goes_to_stdout_and_warnings_to_stderr(capsys, talking_verb, options, out, err):
+    for command in ([*options, "recipes"], ["recipes", *options]):
+        assert main(command) == 0
+        assert capsys.readouterr() == (out, err)
+    assert not logging.getLogger("pipelines").handlers
+
+
+def test_verbose_lines_have_their_time_and_module(capsys, talking_verb):
+    assert main(["--verbose", "recipes"]) == 0
+    out, err = capsys.readouterr()
+    assert re.match(r"\d{4}-\d\d-\d\d \S+ DEBUG pipelines\.data\.check: detail\n", out)
+    assert err.endswith("WARNING pipelines.data.check: problem\n")
+
+
+def test_help_shows_overrides_as_optional(capsys):
+    for verb in ("train", "demo", "evaluate", "tune"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        text = capsys.readouterr().out
+        assert "[key=value ...]" in " ".join(text.split())
+        assert "optional: recipe keys to change" in " ".join(text.split())

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipelines.tuning.study import find_study, read_trials, space_of
+from pipelines.tuning.study import find_study, read_trials, study_space
 from posmlp.config import load_recipe
 from posmlp.metrics import PERF_DATA_WAIT_FRAC, PERF_EPOCH_S
 from posmlp.video.motion import make_motion_set
@@ -71,7 +71,7 @@ def main() -> None:
         study, _ = find_study(str(one / "s"))
         apart = 0.0
         for trial in read_trials(study.folder):
-            config = space_of(study).recipe(load_recipe("demo", settings(other)), trial.member)
+            config = study_space(study).recipe(load_recipe("demo", settings(other)), trial.member)
             recipe = other / f"{trial.number}.yaml"
             recipe.write_text(config.to_yaml())
             apart += timed([*POSMLP, "train", str(recipe), f"name=run-{trial.number}"], other)

@@ -1,8 +1,8 @@
-"""Which member of a space to train next, given the trials so far. Nothing here runs on Ray.
+"""Which member of a search space to train next, given the trials so far. Nothing here runs on Ray.
 
-Optuna's samplers choose, one member at a time. Each choice has random numbers of its own, by the study's seed and the
-number of the choice, and the sampler is told all trials anew: what is chosen depends on nothing else, so a study that
-goes on after a kill chooses as it would have without.
+Optuna's samplers suggest one member at a time. Each suggestion has its own random numbers, seeded by the study's seed
+and the suggestion's number, and the sampler is given all trials again. So a suggestion depends on nothing else, and a
+study that resumes after a kill continues with the suggestions that it would have had without.
 """
 
 from __future__ import annotations
@@ -12,188 +12,192 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import TrialState as OptunaState
 
-from pipelines.tuning.study import (
-    COSTS,
-    FAILED,
-    FINISHED,
-    OVER,
-    RUNNING,
-    STOPPED,
-    TOP1,
-    Study,
-    StudyError,
-    Trial,
-    over_budget,
-)
+from pipelines.tuning.study import Study, StudyError, Trial, TrialState, over_budget
 from posmlp import create_model
 from posmlp.config import Config, RecipeError
+from posmlp.metrics import COST_GMACS, COST_PARAMS_M, COSTS, EPOCH, VAL_TOP1
 from posmlp.model.cost import count_macs, count_params
 from tune_spaces import Range, Space, Value
 
-ASKS = 2000  # choices in a row that are known, impossible or over a budget, before the space is taken for exhausted
-OWN_ASKS = 50  # of them by the study's searcher, which may be set on what it knows; then at random
-RANDOM_FIRST = 8  # trials before TPE has enough to go by
-POPULATION = 12  # of NSGA-II: studies have tens of trials, not thousands
-STATES = {
-    RUNNING: TrialState.RUNNING,
-    FINISHED: TrialState.COMPLETE,
-    STOPPED: TrialState.PRUNED,
-    FAILED: TrialState.FAIL,
-    OVER: TrialState.FAIL,
+MAX_SUGGESTIONS = 2000  # in a row that are known, impossible or over a budget: then the space counts as exhausted
+OWN_SUGGESTIONS = 50  # of them by the study's searcher, which may repeat what it knows; the others are random
+TPE_STARTUP_TRIALS = 8  # random trials before TPE models anything
+NSGA2_POPULATION = 12  # studies have tens of trials, not thousands
+OPTUNA_STATES = {
+    TrialState.RUNNING: OptunaState.RUNNING,
+    TrialState.FINISHED: OptunaState.COMPLETE,
+    TrialState.STOPPED: OptunaState.PRUNED,
+    TrialState.FAILED: OptunaState.FAIL,
+    TrialState.OVER_BUDGET: OptunaState.FAIL,
 }
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a sampler chose: its number, the member, and the sampler's notes of it."""
+class Suggestion:
+    """A member that a searcher suggests.
+
+    Attributes:
+        number: number of the suggestion in the study, from 0.
+        member: the value of each dimension.
+        sampler_attrs: what Optuna's sampler stored with the suggestion.
+    """
 
     number: int
     member: dict[str, Value]
-    notes: dict[str, Any]
+    sampler_attrs: dict[str, Any]
 
 
-def propose(study: Study, space: Space, trials: Sequence[Trial]) -> Trial | None:
-    """The next trial: a member that is new, can be built, and is within the budgets that need no measurement.
+def propose_trial(study: Study, space: Space, trials: Sequence[Trial]) -> Trial | None:
+    """Propose the next trial: its member is new, can be built, and is within the budgets that need no measurement.
 
     Args:
-        trials: all so far, those that run among them.
+        trials: all trials so far, including those that run.
 
     Returns:
-        the trial; None where the space has no such member left, as far as ``ASKS`` choices show.
+        The trial; None if the space has no such member left, as far as ``MAX_SUGGESTIONS`` suggestions show.
     """
-    known = {identity(trial.member) for trial in trials}
-    first = [trial for trial in trials if trial.repeats is None]
+    known = {member_key(trial.member) for trial in trials}
+    first_seeds = [trial for trial in trials if trial.repeat_of is None]
     number = max((trial.number for trial in trials), default=-1) + 1
-    start = max((trial.ask for trial in trials), default=-1) + 1
-    for choice in itertools.islice(choices(study, space, first, start), ASKS):
-        if len(known) == size(space):
+    start = max((trial.suggestion for trial in trials), default=-1) + 1
+    for suggestion in itertools.islice(suggest_members(study, space, first_seeds, start), MAX_SUGGESTIONS):
+        if len(known) == space_size(space):
             return None
-        if identity(choice.member) in known:
+        if member_key(suggestion.member) in known:
             continue
-        known.add(identity(choice.member))
+        known.add(member_key(suggestion.member))
         try:
-            config = space.recipe(study.recipe, choice.member)
+            config = space.recipe(study.recipe, suggestion.member)
         except RecipeError:
             continue
         if not over_budget(study.budgets(), static_costs(config)):
-            return Trial(number, choice.member, study.recipe.train.seed, choice.number, notes=choice.notes)
+            seed, attrs = study.recipe.train.seed, suggestion.sampler_attrs
+            return Trial(number, suggestion.member, seed, suggestion.number, sampler_attrs=attrs)
     return None
 
 
 def check_space(study: Study, space: Space, trials: Sequence[Trial]) -> None:
-    """Refuse a grid over a space that has ranges, and a space that is not that of the trials.
+    """Refuse a grid over a space with ranges, and a space that has changed since the trials were made.
 
     Raises:
-        StudyError: it is one of these.
+        StudyError: one of these is so.
     """
     ranges = [name for name, values in space.dimensions.items() if isinstance(values, Range)]
     if study.searcher == "grid" and ranges:
         raise StudyError(
-            f"a grid needs values to choose from, and space {study.space} has ranges ({', '.join(ranges)}); "
-            "take another searcher"
+            f"searcher grid needs values to choose from, but space {study.space} has ranges ({', '.join(ranges)}); "
+            "use another searcher"
         )
     for trial in trials:
-        known = trial.member.keys() == space.dimensions.keys()
-        if not known or not all(holds(space.dimensions[name], value) for name, value in trial.member.items()):
+        same_names = trial.member.keys() == space.dimensions.keys()
+        if not same_names or not all(
+            is_value_of(space.dimensions[name], value) for name, value in trial.member.items()
+        ):
             raise StudyError(
-                f"space {study.space} has changed since trial {trial.number} of {study.name}, which is "
-                f"{trial.member}; restore it, or start a new study"
+                f"space {study.space} has changed since trial {trial.number} of {study.name}, which is {trial.member}; "
+                "restore it, or start a new study"
             )
 
 
-def holds(values: tuple[Value, ...] | Range, value: Value) -> bool:
+def is_value_of(values: tuple[Value, ...] | Range, value: Value) -> bool:
     """Whether a dimension has a value."""
     if isinstance(values, Range):
         return isinstance(value, int | float) and values.low <= value <= values.high
     return value in values
 
 
-def choices(study: Study, space: Space, trials: Sequence[Trial], start: int) -> Iterator[Choice]:
-    """What the study's searcher chooses, from choice ``start`` on, whatever it is."""
+def suggest_members(study: Study, space: Space, trials: Sequence[Trial], start: int) -> Iterator[Suggestion]:
+    """Yield the suggestions of the study's searcher from number ``start`` on, including known and impossible members.
+
+    Args:
+        trials: the trials that the searcher learns from.
+    """
     if study.searcher == "grid":
-        grid = itertools.product(*(tuple(values) for values in space.dimensions.values()))
+        grid = itertools.product(*(cast(tuple[Value, ...], values) for values in space.dimensions.values()))
         for number, values in enumerate(itertools.islice(grid, start, None), start):
-            yield Choice(number, dict(zip(space.dimensions, values, strict=True)), {})
+            yield Suggestion(number, dict(zip(space.dimensions, values, strict=True)), {})
         return
-    distributions = {name: distribution(values) for name, values in space.dimensions.items()}
-    directions = ["maximize", "minimize"] if study.against else ["maximize"]
+    distributions = {name: to_distribution(values) for name, values in space.dimensions.items()}
+    directions = [StudyDirection.MAXIMIZE] + [StudyDirection.MINIMIZE] * bool(study.against)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        known = optuna.create_study(directions=directions)
+        optuna_study = optuna.create_study(directions=directions)
         for trial in trials:
-            known.add_trial(told(study, trial, distributions))
+            optuna_study.add_trial(to_optuna_trial(study, trial, distributions))
         for number in itertools.count(start):
-            known.sampler = sampler(study, number, number - start >= OWN_ASKS)
-            asked = known.ask(distributions)
-            notes = known.trials[-1].system_attrs
-            yield Choice(number, dict(asked.params), {k: v for k, v in notes.items() if k.endswith(":generation")})
-            known.tell(asked, state=TrialState.FAIL)  # it was left out
+            optuna_study.sampler = make_sampler(study, number, number - start >= OWN_SUGGESTIONS)
+            asked = optuna_study.ask(distributions)
+            attrs = {k: v for k, v in optuna_study.trials[-1].system_attrs.items() if k.endswith(":generation")}
+            yield Suggestion(number, dict(asked.params), attrs)
+            optuna_study.tell(asked, state=OptunaState.FAIL)  # the caller wants another: this one was not used
 
 
-def size(space: Space) -> float:
-    """How many members a space has."""
+def space_size(space: Space) -> float:
+    """Number of members of a space, also of those that cannot be built; infinite if it has a range."""
     return math.prod(math.inf if isinstance(values, Range) else len(values) for values in space.dimensions.values())
 
 
-def sampler(study: Study, number: int, at_random: bool) -> BaseSampler:
-    """The study's searcher, or another that chooses at random, with the random numbers of one choice."""
+def make_sampler(study: Study, number: int, at_random: bool) -> BaseSampler:
+    """Optuna's sampler for the study's searcher, or a random one, with the random numbers of suggestion ``number``."""
     seed = int(np.random.SeedSequence([study.seed, number]).generate_state(1)[0])
     if at_random or study.searcher == "random":
         return RandomSampler(seed)
     if study.searcher == "nsga2":
-        return NSGAIISampler(population_size=POPULATION, seed=seed)
-    # Trials that run count as bad, so that two at a time differ.
-    return TPESampler(n_startup_trials=RANDOM_FIRST, multivariate=True, constant_liar=True, seed=seed)
+        return NSGAIISampler(population_size=NSGA2_POPULATION, seed=seed)
+    # constant_liar: running trials count as bad, so that concurrent trials differ.
+    return TPESampler(n_startup_trials=TPE_STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed)
 
 
-def distribution(values: tuple[Value, ...] | Range) -> BaseDistribution:
-    """A dimension as Optuna knows it."""
+def to_distribution(values: tuple[Value, ...] | Range) -> BaseDistribution:
+    """A dimension as an Optuna distribution."""
     if isinstance(values, Range):
         return FloatDistribution(values.low, values.high, log=values.log)
     return CategoricalDistribution(values)
 
 
-def told(study: Study, trial: Trial, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-    """A trial as the samplers see it. One that failed, or has no finite result, tells them nothing."""
-    values, state = objectives(study, trial), STATES[trial.state]
-    if values is None and state in (TrialState.COMPLETE, TrialState.PRUNED):
-        state = TrialState.FAIL
-    curve = {int(trial.metrics["epoch"]): values[0]} if state == TrialState.PRUNED and values else {}
+def to_optuna_trial(study: Study, trial: Trial, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
+    """A trial as Optuna's samplers see it. They learn nothing from one that failed or has no finite result."""
+    values, state = objectives(study, trial), OPTUNA_STATES[trial.state]
+    if values is None and state in (OptunaState.COMPLETE, OptunaState.PRUNED):
+        state = OptunaState.FAIL
+    curve = {int(trial.metrics[EPOCH]): values[0]} if state == OptunaState.PRUNED and values else {}
     return create_trial(
         state=state,
-        values=values if state == TrialState.COMPLETE else None,
+        values=values if state == OptunaState.COMPLETE else None,
         params=dict(trial.member),
         distributions=distributions,
-        system_attrs=trial.notes,
+        system_attrs=trial.sampler_attrs,
         intermediate_values=curve,
     )
 
 
 def objectives(study: Study, trial: Trial) -> list[float] | None:
-    """What the search wants of a trial: top-1, and the cost that the study goes against; None if they are not known."""
-    names = [TOP1, COSTS[study.against]] if study.against else [TOP1]
+    """The values that the study optimises: top-1 and, if it has one, the cost; None if one is unknown or not finite."""
+    names = [VAL_TOP1, COSTS[study.against]] if study.against else [VAL_TOP1]
     values = [trial.metrics.get(name, math.nan) for name in names]
     return values if all(map(math.isfinite, values)) else None
 
 
 def static_costs(config: Config) -> dict[str, float]:
-    """The costs of a recipe's model that need no measurement."""
+    """The costs of a recipe's model that need no measurement, by metric name."""
     with torch.device("meta"):  # no memory, no random numbers
         params = count_params(create_model(config.model.name, **config.model.overrides()))
-    return {"cost/gmacs": count_macs(config.model.variant()) / 1e9, "cost/params_m": params / 1e6}
+    return {COST_GMACS: count_macs(config.model.variant()) / 1e9, COST_PARAMS_M: params / 1e6}
 
 
-def identity(member: dict[str, Value]) -> tuple[tuple[str, Value], ...]:
-    """Tells whether two members are the same."""
+def member_key(member: dict[str, Value]) -> tuple[tuple[str, Value], ...]:
+    """A hashable value that is equal for equal members."""
     return tuple(sorted(member.items()))

@@ -1,14 +1,15 @@
-"""A study on disk: what it searches, and one record a trial, so that any process can go on with it.
+"""A study on disk: its settings, and one record per trial, so that any process can resume it.
 
-A study has a folder, ``train.storage/NAME``, on any storage. ``study.json`` holds its settings; each trial is a run as
-``posmlp train`` makes it, ``trial-000``, ``trial-001``, ..., whose folder also has ``trial.json``: the member of the
-space, and how it ended. Nothing else is needed to resume: the searcher is told anew what the records say.
+A study has a folder, ``train.storage/NAME``, on any storage. ``study.json`` holds its settings. Each trial is a run
+like those of ``posmlp train``, in a folder ``trial-000``, ``trial-001``, ..., which also has ``trial.json``: the member
+of the search space, and how the trial ended. Nothing else is needed to resume: the searcher is given the trials again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -17,34 +18,34 @@ from pipelines.runs.record import read_json, write_json
 from posmlp import storage
 from posmlp.config import Config, Positive, Section, describe
 from posmlp.errors import UserError
+from posmlp.metrics import COSTS
 from tune_spaces import Member, Space, Value, load_space
 
 STUDY_FILE, TRIAL_FILE = "study.json", "trial.json"
-RUNNING, FINISHED, STOPPED, FAILED, OVER = "running", "finished", "stopped early", "failed", "over budget"
-TOP1 = "val/top1"
-COSTS = {"latency": "cost/latency_ms", "gmacs": "cost/gmacs", "params": "cost/params_m"}  # metrics that trade off
-UNITS = {"latency": "ms", "gmacs": "GMACs", "params": "M parameters"}
+TRIAL_KEYS = {"suggestion": "ask", "repeat_of": "repeats", "sampler_attrs": "notes"}  # field -> key in trial.json
 
 Budget = Annotated[float, Field(gt=0)] | None
 
 
 class StudyError(UserError):
-    """A study that cannot start or go on; the message is for the user."""
+    """A study cannot start or resume. The message is for the user."""
 
 
 class Study(Section):
     """The settings of a study.
 
     Attributes:
-        recipe: of every trial, but for what its member of the space says.
+        recipe: the recipe of every trial, except for the keys that its member of the space sets.
         space: a name in ``tune_spaces``, or a Python file.
-        trials: to be trained; members over a budget do not count.
-        against: a cost that is to be low, beside the accuracy that is to be high; None: accuracy alone.
-        asha: stop trials early that are behind the others at the same epoch (asynchronous successive halving).
-        seed: of the search; a trial's own is ``recipe.train.seed``.
-        concurrent: trials at a time; None: as many as the cluster has room for.
-        repeats: seeds with which each trial of the front is trained in the end.
-        budget_gmacs, budget_ms, budget_params: the most that a member may cost: GMACs of a clip, milliseconds of a
+        trials: number of trials to train; members over a budget do not count.
+        searcher: the search algorithm.
+        against: a cost to minimise while top-1 is maximised; None: top-1 is the only objective.
+        asha: stop trials early by asynchronous successive halving (ASHA): those that are behind the other trials at the
+            same epoch.
+        seed: seed of the search; the seed of the trials' training is ``recipe.train.seed``.
+        concurrent: number of trials that run at a time; None: as many as the cluster has room for.
+        repeats: number of seeds that each trial of the Pareto front is trained with in the end.
+        budget_gmacs, budget_ms, budget_params: the largest allowed cost of a member: GMACs per clip, milliseconds per
             clip on the training device, millions of parameters.
     """
 
@@ -64,23 +65,23 @@ class Study(Section):
 
     @model_validator(mode="after")
     def check_together(self) -> Study:
-        """Refuse what no single setting shows to be impossible."""
+        """Refuse combinations of settings that cannot work together."""
         if self.asha and self.against:
             raise ValueError(
-                f"asha stops trials by their accuracy alone, against {self.against} needs all trained to the end; "
-                "leave one of them out"
+                f"asha stops trials by their top-1 alone, but against {self.against} needs every trial trained to the "
+                "end; leave one of them out"
             )
         if self.searcher == "nsga2" and not self.against:
-            raise ValueError("nsga2 searches for a front, so it needs a cost to go against; add --against gmacs")
+            raise ValueError("nsga2 searches a Pareto front, which needs a cost; add --against gmacs")
         return self
 
     @property
     def folder(self) -> str:
-        """Where it lies, an absolute path or a URI."""
+        """The study's folder, an absolute path or a URI."""
         return storage.join(self.recipe.train.storage, self.name)
 
     def budgets(self) -> dict[str, float]:
-        """The most that a member may cost, by metric, of the costs that have a budget."""
+        """The largest allowed costs by metric name; costs without a budget are left out."""
         budgets = {"gmacs": self.budget_gmacs, "latency": self.budget_ms, "params": self.budget_params}
         return {COSTS[name]: budget for name, budget in budgets.items() if budget is not None}
 
@@ -92,44 +93,69 @@ class Study(Section):
         """
         config = space.recipe(self.recipe, member)
         train = config.train.model_copy(update={"storage": self.folder, "seed": seed})
-        tracking = config.tracking.model_copy(update={"log_model": False})  # of the best one, at the end
+        tracking = config.tracking.model_copy(update={"log_model": False})  # the study logs its best model at the end
         return config.model_copy(update={"name": f"trial-{number:03d}", "train": train, "tracking": tracking})
+
+
+class TrialState(StrEnum):
+    """How far a trial is. The values are those in ``trial.json`` and in MLflow's tag ``trial.state``."""
+
+    RUNNING = "running"
+    FINISHED = "finished"  # trained to the last epoch
+    STOPPED = "stopped early"  # by successive halving
+    FAILED = "failed"
+    OVER_BUDGET = "over budget"  # not trained, because its cost is over a budget
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One member of the space, and what came of it.
+    """One member of the search space, trained once.
 
     Attributes:
-        number: its place in the study, from 0.
-        seed: of its training.
-        ask: how many members the searcher had been asked for before it, those left out included; -1 if it was not.
-        repeats: the number of the trial that has the same member with the first seed, if this is not it.
-        notes: what the searcher wants to know of it when the study goes on.
-        state: ``running``, ``finished``, ``stopped early``, ``failed`` or ``over budget``.
-        reason: why it failed, or was not trained.
-        metrics: of its last epoch, and its costs.
-        timed: its latency was measured beside those of the others.
+        number: the trial's number in the study, from 0.
+        member: the value of each dimension.
+        seed: seed of its training.
+        suggestion: number of the searcher's suggestion, from 0; those that were not trained count too. -1 for a repeat.
+        repeat_of: number of the trial that this one repeats with another seed; None if it is no repeat.
+        sampler_attrs: what the searcher stored with its suggestion; a resumed study gives it back to the searcher.
+        state: how far it is.
+        reason: why it failed, was stopped, or was not trained.
+        metrics: the metrics of its last epoch, and its costs.
+        timed: its latency was measured in turns with the other trials' models, after the search.
     """
 
     number: int
     member: dict[str, Value]
     seed: int = 0
-    ask: int = -1
-    repeats: int | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    state: str = RUNNING
+    suggestion: int = -1
+    repeat_of: int | None = None
+    sampler_attrs: dict[str, Any] = field(default_factory=dict)
+    state: TrialState = TrialState.RUNNING
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     mlflow_run_id: str | None = None
     timed: bool = False
 
+    def to_record(self) -> dict[str, Any]:
+        """The trial as it is in ``trial.json``."""
+        return {TRIAL_KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Trial:
+        """A trial from its ``trial.json``; keys that are missing have their defaults."""
+        names = {TRIAL_KEYS.get(each.name, each.name): each.name for each in fields(cls)}
+        values = {names[key]: value for key, value in record.items()}
+        return cls(**values | {"state": TrialState(record["state"])})
+
 
 def find_study(text: str) -> tuple[Study, str]:
-    """A study that is given by its folder or, below ``runs``, by its name; and its MLflow run.
+    """Find a study by its folder or, below ``runs``, by its name.
+
+    Returns:
+        The study, and the id of its MLflow run.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no such study, or it cannot be read.
     """
     for folder in (storage.join(".", text), storage.join("runs", text)):
         if found := read_study(folder):
@@ -138,19 +164,22 @@ def find_study(text: str) -> tuple[Study, str]:
 
 
 def write_study(study: Study, mlflow_run_id: str) -> None:
-    """Note a study's settings, and the MLflow run that stands for it.
+    """Write ``study.json``: a study's settings, and the id of its MLflow run.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: it cannot be written.
     """
     write_json(storage.join(study.folder, STUDY_FILE), study.model_dump(mode="json") | {"mlflow_run_id": mlflow_run_id})
 
 
 def read_study(folder: str) -> tuple[Study, str] | None:
-    """The settings in a study's folder, and its MLflow run; None if there is no study.
+    """Read a study's ``study.json``.
+
+    Returns:
+        The study, and the id of its MLflow run; None if the folder holds no study.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: it cannot be read.
     """
     uri = storage.join(folder, STUDY_FILE)
     tree = read_json(uri)
@@ -160,28 +189,28 @@ def read_study(folder: str) -> tuple[Study, str] | None:
         run_id = str(tree.pop("mlflow_run_id"))
         return Study.model_validate(tree), run_id
     except (KeyError, ValidationError) as error:
-        raise StudyError(f"{uri} is not a study: {explain(error)}") from error
+        raise StudyError(f"{uri} is not a study: {explain_error(error)}") from error
 
 
 def write_trial(study: Study, trial: Trial) -> None:
-    """Note a trial; atomically.
+    """Write a trial's ``trial.json``, atomically.
 
     Raises:
         UserError: it cannot be written.
     """
-    write_json(storage.join(trial_folder(study, trial.number), TRIAL_FILE), asdict(trial))
+    write_json(storage.join(trial_folder(study, trial.number), TRIAL_FILE), trial.to_record())
 
 
 def read_trials(folder: str) -> list[Trial]:
-    """All trials of a study, by number.
+    """Read all trials of a study's folder, ordered by number.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: one of them cannot be read.
     """
     trials = []
     for uri in storage.list_folders(folder):
-        if uri.rpartition("/")[2].startswith("trial-") and (tree := read_json(storage.join(uri, TRIAL_FILE))):
-            trials.append(Trial(**tree))
+        if uri.rpartition("/")[2].startswith("trial-") and (record := read_json(storage.join(uri, TRIAL_FILE))):
+            trials.append(Trial.from_record(record))
     return sorted(trials, key=lambda trial: trial.number)
 
 
@@ -190,21 +219,26 @@ def trial_folder(study: Study, number: int) -> str:
     return storage.join(study.folder, f"trial-{number:03d}")
 
 
-def explain(error: Exception) -> str:
-    """A validation error in a line."""
-    return "; ".join(map(describe, error.errors())) if isinstance(error, ValidationError) else repr(error)
+def study_space(study: Study) -> Space:
+    """The search space of a study.
+
+    Raises:
+        UserError: there is no such space, or it is wrong.
+    """
+    return load_space(study.space, study.recipe)
 
 
-def full(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that count for the front: trained to the end, of the first seed."""
-    return [trial for trial in trials if trial.state == FINISHED and trial.repeats is None]
+def fully_trained(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials that were trained to the end, without the repeats with other seeds."""
+    return [trial for trial in trials if trial.state == TrialState.FINISHED and trial.repeat_of is None]
 
 
 def over_budget(budgets: Mapping[str, float], costs: Mapping[str, float]) -> str:
-    """Which budget a model is over, in words; empty if it keeps to those whose cost is given.
+    """Which budget a model is over, in words; empty if it is within all of them.
 
     Args:
-        budgets, costs: by metric.
+        budgets: the largest allowed costs, by metric name.
+        costs: the model's costs, by metric name; a budget is not checked if its cost is not here.
     """
     for name, budget in budgets.items():
         if costs.get(name, 0) > budget:
@@ -212,6 +246,6 @@ def over_budget(budgets: Mapping[str, float], costs: Mapping[str, float]) -> str
     return ""
 
 
-def space_of(study: Study) -> Space:
-    """The space that a study searches."""
-    return load_space(study.space, study.recipe)
+def explain_error(error: Exception) -> str:
+    """Describe why settings are not valid, in one line."""
+    return "; ".join(map(describe, error.errors())) if isinstance(error, ValidationError) else repr(error)

@@ -1,18 +1,19 @@
-"""A whole space from one training: a supernet, and the accuracy of its members with the weights that they inherit.
+"""Train one model for a whole search space, and rank the members of the space with the weights that they inherit.
 
-``posmlp supernet`` trains a model that shares its weights among all members of a space (``posmlp.model.supernet``), as
-a run like any other, and then scores many members on the validation split, which is decoded once for all. Inherited
-accuracies are not those of members trained alone; of use is their order, and how far that holds is measured where a
-study has trained some of them alone.
+``posmlp supernet`` trains a supernet: a model that shares its weights among all members of a space
+(``posmlp.model.supernet``). The training is a run like any other. Then many members are scored on the validation split,
+which is decoded once for all of them. An inherited top-1 is not the top-1 of a member trained alone; it is useful for
+ranking. How well the two rankings agree is measured on members that a study has trained alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,41 +23,66 @@ from torch import Tensor, nn
 
 from pipelines.cluster.capacity import wait_for_room
 from pipelines.cluster.session import start_ray
-from pipelines.inference.scoring import Scorer, good_scores
+from pipelines.inference.scoring import Scorer, score_good_videos
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
 from pipelines.runs.record import read_record, run_folder
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import journal_path, without_password
-from pipelines.training.preflight import changes, check_data, fingerprint, read_splits
+from pipelines.tracking.uris import journal_path, recipe_without_password
+from pipelines.training.preflight import changed_keys, check_data, list_fingerprint, read_splits
 from pipelines.training.train import train
-from pipelines.tuning import pareto as fronts
-from pipelines.tuning import pareto_plots as front_figures
-from pipelines.tuning.search import identity, size, static_costs
-from pipelines.tuning.study import FINISHED, TOP1, StudyError, Trial, find_study, full, read_trials, space_of
+from pipelines.tuning import pareto, pareto_plots
+from pipelines.tuning.search import member_key, space_size, static_costs
+from pipelines.tuning.study import (
+    StudyError,
+    Trial,
+    TrialState,
+    find_study,
+    fully_trained,
+    read_trials,
+    study_space,
+)
 from posmlp import storage
 from posmlp.config import Config, RecipeError, set_value
 from posmlp.learn.evaluation import video_scores
 from posmlp.learn.learner import score_views
+from posmlp.metrics import SUPERNET_BEST_TOP1, SUPERNET_KENDALL, SUPERNET_SPEARMAN, VAL_TOP1
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.spec import Architecture
 from posmlp.model.supernet import Supernet
 from posmlp.video.manifest import read_split
 from tune_spaces import Member, Range, Space, Value, load_space
 
-SHARED = ("blocks", "groups", "depths")  # keys of the model in which members may differ
-FOLDER = "members"  # of the results, in the run's folder and among its MLflow artifacts
-TRIES = 50  # random members that are known or cannot be built, for each that is wanted
+CHOICE_KEYS = ("blocks", "groups", "depths")  # keys of the model in which members may differ
+RESULTS_FOLDER = "members"  # in the run's folder and among its MLflow artifacts
+MAX_DRAWS = 50  # per wanted member: random members may be known, or impossible to build
+
+logger = logging.getLogger(__name__)
+
+
+class StandaloneTrial(NamedTuple):
+    """A member of the supernet that a study has trained alone.
+
+    Attributes:
+        trial: the study's trial.
+        top1: its top-1, the mean over its seeds.
+        recipe: its recipe.
+    """
+
+    trial: Trial
+    top1: float
+    recipe: Config
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Members that were also trained alone.
+class RankAgreement:
+    """How the ranking of members with inherited weights agrees with their ranking when trained alone.
 
     Attributes:
-        numbers: of the study's trials.
-        inherited, alone: top-1 with inherited weights, and trained alone (the mean over its seeds).
-        spearman, kendall: rank correlations of the two; NaN where one of them does not vary.
+        numbers: numbers of the study's trials.
+        inherited: top-1 of each trial's member with inherited weights.
+        alone: top-1 of each trial, the mean over its seeds.
+        spearman, kendall: rank correlations of the two; NaN if one of them does not vary.
     """
 
     numbers: list[int]
@@ -67,28 +93,29 @@ class Agreement:
 
     def __str__(self) -> str:
         lines = [f"{'trial':>7}{'inherited':>11}{'alone':>8}"]
-        for row in zip(self.numbers, self.inherited, self.alone, strict=True):
-            lines.append(f"{row[0]:>7}{row[1]:>11.1%}{row[2]:>8.1%}")
-        lines.append(f"rank correlation over {len(self.numbers)} members: Spearman {self.spearman:.2f}, ")
-        lines[-1] += f"Kendall {self.kendall:.2f}"
+        for number, inherited, alone in zip(self.numbers, self.inherited, self.alone, strict=True):
+            lines.append(f"{number:>7}{inherited:>11.1%}{alone:>8.1%}")
+        correlations = f"Spearman {self.spearman:.2f}, Kendall {self.kendall:.2f}"
+        lines.append(f"rank correlation over {len(self.numbers)} members: {correlations}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class Members:
-    """What a supernet says of a space.
+class SupernetResult:
+    """A trained supernet, and how it ranks members of its space.
 
     Attributes:
-        run: its folder, a path or a URI.
-        members: with their inherited accuracy and their costs, as finished trials.
-        agreement: with a study, if there is one.
+        run: the run's folder, a path or a URI.
+        mlflow_run_id: id of the run's MLflow run.
+        members: the scored members, as finished trials with their inherited top-1 and their costs.
+        agreement: with the ranking of a study; None without a study.
         bad: validation videos that could not be decoded.
     """
 
     run: str
     mlflow_run_id: str
     members: list[Trial]
-    agreement: Agreement | None
+    agreement: RankAgreement | None
     bad: list[BadVideo]
 
 
@@ -99,52 +126,56 @@ def supernet(
     count: int = 100,
     seed: int = 0,
     study: str | None = None,
-    echo: Callable[[str], None] = print,
-) -> Members:
+) -> SupernetResult:
     """Train a space's supernet, unless that is done, and score members of the space with it.
 
     Args:
-        recipe: of the training, but for the blocks, groups and depths that the space chooses from.
+        recipe: the recipe of the training, except for the blocks, groups and depths that the space chooses from.
         space_name: a space whose members differ in nothing else.
-        name: of the run; None: RECIPE-SPACE-supernet.
-        count: members to score: the whole space if it is no larger, else so many at random.
-        seed: of that choice.
-        study: one whose finished trials are members of the supernet; they are scored too, and compared.
+        name: name of the run; None: RECIPE-SPACE-supernet.
+        count: number of members to score, drawn at random; the whole space if it is not larger.
+        seed: seed of that draw.
+        study: folder or name of a study whose finished trials are members of the supernet. They are scored too, and the
+            two rankings are compared.
 
     Raises:
-        StudyError: the space has other dimensions, the study's trials are no members, or a run of that name was trained
-            with another recipe.
+        StudyError: the space has other dimensions, the study's trials are not members, or a run of that name was
+            trained with another recipe.
         UserError: as ``pipelines.training.train.train``, or too many validation videos are bad.
         StoppedError: as ``pipelines.training.train.train``.
     """
     space = load_space(space_name, recipe)
     config = supernet_recipe(space, space_name, recipe, name or f"{recipe.name}-{Path(space_name).stem}-supernet")
-    chosen = list(draw_members(space, recipe, count, seed))
-    trained = trained_alone(study, config) if study else []
-    train_once(config, echo)
+    drawn = list(draw_members(space, recipe, count, seed))
+    standalone = read_standalone_trials(study, config) if study else []
+
+    train_unless_finished(config)
+
     start_ray()
-    wait_for_room(config.scaling, echo)
+    wait_for_room(config.scaling)
     run = run_folder(config)
-    everyone = [of for _, of in chosen] + [of for _, _, of in trained]
-    top1, bad = score_members(run, [of.model.variant().architecture() for of in everyone], echo)
+    recipes = [member_recipe for _, member_recipe in drawn] + [each.recipe for each in standalone]
+    top1, bad = score_members(run, [each.model.variant().architecture() for each in recipes])
     members = [
-        Trial(number, dict(member), state=FINISHED, metrics={TOP1: top1[number]} | static_costs(of))
-        for number, (member, of) in enumerate(chosen)
+        Trial(number, dict(member), state=TrialState.FINISHED, metrics={VAL_TOP1: top1[number]} | static_costs(recipe))
+        for number, (member, recipe) in enumerate(drawn)
     ]
-    agreement = agree(trained, top1[len(chosen) :]) if trained else None
+    agreement = compare_rankings(standalone, top1[len(drawn) :]) if standalone else None
     record = read_record(run)
     assert record is not None
-    found = Members(run, record["mlflow_run_id"], members, agreement, bad)
-    keep(found, config, chosen, echo)
-    return found
+    result = SupernetResult(run, record["mlflow_run_id"], members, agreement, bad)
+    write_results(result, config, drawn)
+    return result
 
 
-# --- what it holds -----------------------------------------------------------------------------------------------
+# --- members -----------------------------------------------------------------------------------------------------
 
 
 def supernet_recipe(space: Space, space_name: str, recipe: Config, name: str) -> Config:
-    """The recipe of a space's supernet. Validation while it trains is of one member: the recipe's own model, or where
-    that is not in the space the last of each choice.
+    """The recipe of a space's supernet.
+
+    Validation during training uses one member: the recipe's own model, or, for each stage's value that is not in the
+    space, the last choice.
 
     Raises:
         StudyError: members differ in more than blocks, groups and depths, or none can be built.
@@ -152,102 +183,117 @@ def supernet_recipe(space: Space, space_name: str, recipe: Config, name: str) ->
     first: dict[str, Value] = {}
     for dimension, values in space.dimensions.items():
         if isinstance(values, Range):
-            raise StudyError(f"space {space_name} has the range {dimension}; members of a supernet differ in {SHARED}")
+            raise StudyError(
+                f"space {space_name} has the range {dimension}; members of a supernet may differ in "
+                f"{describe_choice_keys()} alone"
+            )
         first[dimension] = values[0]
-    choices: dict[str, list[dict[Any, None]]] = {key: [{} for _ in range(4)] for key in SHARED}
+    choices: dict[str, list[dict[Any, None]]] = {key: [{} for _ in range(4)] for key in CHOICE_KEYS}
     for dimension, values in space.dimensions.items():
         for value in cast(tuple[Value, ...], values):
             try:
-                of = space.recipe(recipe, first | {dimension: value})
+                member_recipe = space.recipe(recipe, first | {dimension: value})
             except RecipeError:
                 continue
-            refuse_differences(f"space {space_name}: {dimension} {value!r}", recipe, of)
+            refuse_differences(f"space {space_name}: {dimension} {value!r}", recipe, member_recipe)
             for key, stages in choices.items():
-                for stage, chosen in zip(stages, getattr(of.model.variant(), key), strict=True):
+                for stage, chosen in zip(stages, getattr(member_recipe.model.variant(), key), strict=True):
                     stage[chosen] = None
     if not all(choices["blocks"]):
         raise StudyError(f"space {space_name} has no member that can be built")
     own, tree = recipe.model.variant(), recipe.model_dump(mode="json")
     for key, stages in choices.items():
-        values = [
+        shown = [
             value if value in stage else list(stage)[-1] for stage, value in zip(stages, getattr(own, key), strict=True)
         ]
-        set_value(tree, f"model.{key}", values)
+        set_value(tree, f"model.{key}", shown)
     set_value(tree, "model.choices", {key: [list(stage) for stage in stages] for key, stages in choices.items()})
-    set_value(tree, "tracking.log_model", False)  # it is many
+    set_value(tree, "tracking.log_model", False)  # a supernet is many models
     return Config.model_validate(tree | {"name": name})
 
 
 def refuse_differences(what: str, recipe: Config, other: Config) -> None:
-    """Refuse what differs in more than members of a supernet can.
+    """Refuse a recipe that differs from another in more than members of a supernet may.
 
     Raises:
         StudyError: names the first such key.
     """
     before, now = recipe.flat(), other.flat()
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key.removeprefix("model.") not in SHARED:
+        if before.get(key) != now.get(key) and key.removeprefix("model.") not in CHOICE_KEYS:
             raise StudyError(
                 f"{what} has {key} {now.get(key)!r}, not {before.get(key)!r}; members of a supernet may differ in "
-                f"model.{', model.'.join(SHARED)} alone, as those of the space same_width do"
+                f"{describe_choice_keys()} alone, as those of the space same_width do"
             )
 
 
+def describe_choice_keys() -> str:
+    """The recipe keys in which members may differ, as text."""
+    return f"model.{', model.'.join(CHOICE_KEYS)}"
+
+
 def draw_members(space: Space, recipe: Config, count: int, seed: int) -> Iterator[tuple[Member, Config]]:
-    """Members of a space that can be built, each once, with their recipes: all if there are no more than ``count``."""
-    rng, known = np.random.default_rng(seed), set()
-    if size(space) <= count:
+    """Yield different members of a space that can be built, with their recipes.
+
+    Args:
+        count: number of members to draw; if the space is not larger, all of it is yielded.
+        seed: seed of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    known: set[tuple[tuple[str, Value], ...]] = set()
+    if space_size(space) <= count:
         grid = itertools.product(*(cast(tuple[Value, ...], values) for values in space.dimensions.values()))
         candidates = (dict(zip(space.dimensions, values, strict=True)) for values in grid)
     else:
-        candidates = (space.random(rng) for _ in range(TRIES * count))
+        candidates = (space.random(rng) for _ in range(MAX_DRAWS * count))
     for member in candidates:
         if len(known) == count:
             return
-        if identity(member) in known:
+        if member_key(member) in known:
             continue
         try:
-            of = space.recipe(recipe, member)
+            member_recipe = space.recipe(recipe, member)
         except RecipeError:
             continue
-        known.add(identity(member))
-        yield member, of
+        known.add(member_key(member))
+        yield member, member_recipe
 
 
-def trained_alone(name: str, config: Config) -> list[tuple[Trial, float, Config]]:
-    """A study's finished trials, with their mean accuracy over seeds and their recipes.
+def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
+    """Read a study's finished trials.
 
     Args:
-        config: of the supernet.
+        name: the study's folder or name.
+        config: the recipe of the supernet.
 
     Raises:
-        StudyError: there are not two, or one is no member of the supernet.
+        StudyError: there are fewer than two, or one of them is not a member of the supernet.
     """
     study, _ = find_study(name)
-    space, trials = space_of(study), read_trials(study.folder)
+    space, trials = study_space(study), read_trials(study.folder)
     found = []
-    for trial in full(trials):
-        of = space.recipe(study.recipe, trial.member)
-        mine, theirs = config.model.variant(), of.model.variant()
+    for trial in fully_trained(trials):
+        recipe = space.recipe(study.recipe, trial.member)
+        ours, theirs = config.model.variant(), recipe.model.variant()
         keys = ("dims", "windows", "frames", "image_size")
         different = ", ".join(
-            f"{key} {getattr(theirs, key)}" for key in keys if getattr(mine, key) != getattr(theirs, key)
+            f"{key} {getattr(theirs, key)}" for key in keys if getattr(ours, key) != getattr(theirs, key)
         )
-        assert mine.choices is not None
-        if different or not mine.choices.contains(theirs.architecture()):
-            what = different or fronts.describe_member(trial.member)
-            raise StudyError(f"trial {trial.number} of the study {study.name} is no member of {config.name}: {what}")
-        found.append((trial, fronts.accuracy(trial, trials)[0], of))
+        assert ours.choices is not None
+        if different or not ours.choices.contains(theirs.architecture()):
+            what = different or pareto.describe_member(trial.member)
+            raise StudyError(f"trial {trial.number} of the study {study.name} is not a member of {config.name}: {what}")
+        found.append(StandaloneTrial(trial, pareto.top1_over_seeds(trial, trials)[0], recipe))
     if len(found) < 2:
-        raise StudyError(f"the study {study.name} has {len(found)} finished trials; an order needs at least 2")
+        raise StudyError(f"the study {study.name} has {len(found)} finished trials; a ranking needs at least 2")
     return found
 
 
 # --- training and scoring ----------------------------------------------------------------------------------------
 
 
-def train_once(config: Config, echo: Callable[[str], None]) -> None:
-    """Train, unless a run of that name and recipe is finished.
+def train_unless_finished(config: Config) -> None:
+    """Train a run, unless a run of that name and recipe is finished.
 
     Raises:
         StudyError: the finished run had another recipe.
@@ -256,20 +302,20 @@ def train_once(config: Config, echo: Callable[[str], None]) -> None:
     run = run_folder(config)
     record = read_record(run)
     if record is None or record["metrics"] is None:
-        train(config, echo)
+        train(config)
         return
     train_set, val_set = read_splits(config)
-    lists = {"train": fingerprint(train_set), "val": fingerprint(val_set)}
-    if changed := changes(record, check_data(config, train_set, val_set), lists):
+    lists = {"train": list_fingerprint(train_set), "val": list_fingerprint(val_set)}
+    if changed := changed_keys(record, check_data(config, train_set, val_set), lists):
         raise StudyError(
             f"{run} was trained with another recipe; choose another --name, delete that folder, or restore:"
             + "".join(f"\n  {key}: {change}" for key, change in changed.items())
         )
-    echo(f"{config.name} is trained already, {run}")
+    logger.info("%s is trained already, %s", config.name, run)
 
 
 class MemberScorer(Scorer):
-    """A ``Scorer`` of all members: ``scores`` are the classes that they see, int64 ``[videos, members]``."""
+    """A ``Scorer`` for all members: ``scores`` are the predicted classes, int64 ``[videos, members]``."""
 
     def __init__(self, config: dict[str, Any], architectures: Sequence[Architecture]):
         super().__init__(config)
@@ -279,72 +325,83 @@ class MemberScorer(Scorer):
     def score_clips(self, model: nn.Module, clips: Tensor) -> Tensor:
         if not self.members:
             self.members = [cast(Supernet, model).member(architecture) for architecture in self.architectures]
-        seen = [video_scores(score_views(member, clips, self.config)).argmax(1) for member in self.members]
-        return torch.stack(seen, 1)
+        predicted = [video_scores(score_views(member, clips, self.config)).argmax(1) for member in self.members]
+        return torch.stack(predicted, 1)
 
 
-def score_members(
-    run: str, architectures: Sequence[Architecture], echo: Callable[[str], None]
-) -> tuple[list[float], list[BadVideo]]:
-    """The top-1 of each member on the validation split with the supernet's newest weights; and the bad videos.
+def score_members(run: str, architectures: Sequence[Architecture]) -> tuple[list[float], list[BadVideo]]:
+    """Score members on the validation split with the weights of a supernet's newest checkpoint.
+
+    Returns:
+        The top-1 of each member, and the videos that could not be decoded.
 
     Raises:
         UserError: there is no whole checkpoint, too many videos are bad, or the workers fail.
     """
     checkpoint, problems = checkpoints.newest(run)
     if checkpoint is None:
-        raise StudyError(f"{run} has no whole checkpoint: {'; '.join(problems)}; delete that folder to train it again")
+        reasons = "; ".join(map(str, problems))
+        raise StudyError(f"{run} has no whole checkpoint: {reasons}; delete that folder to train it again")
     about, contents = checkpoints.load(checkpoint, [checkpoints.WEIGHTS])
     config, bad = about.recipe(), list[BadVideo]()
     manifest = read_split(config.data, "val")
-    echo(f"{len(architectures)} members on {len(manifest.rows)} videos, each with the weights of {checkpoint}")
+    logger.info(
+        "scoring %d members on %d videos with the weights of %s", len(architectures), len(manifest.rows), checkpoint
+    )
     labels = manifest.rows["label"].to_numpy()
     hits, videos = np.zeros(len(architectures)), 0
-    blocks = good_scores(manifest, config, contents[checkpoints.WEIGHTS], bad, echo, MemberScorer, list(architectures))
-    for places, seen in blocks:
-        hits += (seen == labels[places][:, None]).sum(0)
-        videos += len(places)
+    blocks = score_good_videos(manifest, config, contents[checkpoints.WEIGHTS], bad, MemberScorer, list(architectures))
+    for rows, predicted in blocks:  # [videos], [videos, members]
+        hits += (predicted == labels[rows][:, None]).sum(0)
+        videos += len(rows)
     return (hits / videos).tolist(), bad
 
 
-def agree(trained: Sequence[tuple[Trial, float, Config]], inherited: Sequence[float]) -> Agreement:
-    """How inherited accuracies and those of members trained alone order the members."""
-    alone = [accuracy for _, accuracy, _ in trained]
-    numbers = [trial.number for trial, _, _ in trained]
-    if len(set(alone)) == 1 or len(set(inherited)) == 1:  # there is no order
-        return Agreement(numbers, list(inherited), alone, float("nan"), float("nan"))
-    ranks = (float(measure(inherited, alone).statistic) for measure in (stats.spearmanr, stats.kendalltau))
-    return Agreement(numbers, list(inherited), alone, *ranks)
+def compare_rankings(standalone: Sequence[StandaloneTrial], inherited: Sequence[float]) -> RankAgreement:
+    """Compare the ranking of members by inherited top-1 with that by the top-1 of members trained alone.
+
+    Args:
+        inherited: top-1 of each trial's member with inherited weights.
+    """
+    numbers, alone = [each.trial.number for each in standalone], [each.top1 for each in standalone]
+    if len(set(alone)) == 1 or len(set(inherited)) == 1:  # there is no ranking
+        return RankAgreement(numbers, list(inherited), alone, float("nan"), float("nan"))
+    spearman, kendall = (float(test(inherited, alone).statistic) for test in (stats.spearmanr, stats.kendalltau))
+    return RankAgreement(numbers, list(inherited), alone, spearman, kendall)
 
 
-# --- what it leaves ----------------------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------------------------
 
 
-def keep(found: Members, config: Config, chosen: Sequence[tuple[Member, Config]], echo: Callable[[str], None]) -> None:
-    """Write the members' front, table and recipes into the run's folder and its MLflow run.
+def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[Member, Config]]) -> None:
+    """Write the members' Pareto front, table and recipes into the run's folder and its MLflow run.
+
+    Args:
+        config: the recipe of the supernet.
+        drawn: the scored members with their recipes.
 
     Raises:
         UserError: they cannot be written.
     """
-    files = fronts.artifacts({config.name: found.members}, config, "gmacs")
+    members = result.members
+    files = pareto.pareto_files({config.name: members}, config, "gmacs")
     files["members.csv"] = files.pop("trials.csv")
-    for number in {trial.number for cost in ("gmacs", "params") for trial in fronts.front(found.members, cost)}:
+    for number in {trial.number for cost in ("gmacs", "params") for trial in pareto.pareto_front(members, cost)}:
         name = f"{config.name}-{number:03d}"
-        tree = without_password(chosen[number][1]).model_dump(mode="json") | {"name": name}
-        head = f"# Member {number} of {config.name}: {found.members[number].metrics[TOP1]:.1%} with its weights.\n"
+        tree = recipe_without_password(drawn[number][1]).model_dump(mode="json") | {"name": name}
+        head = f"# Member {number} of {config.name}: {members[number].metrics[VAL_TOP1]:.1%} with its weights.\n"
         files[f"recipes/{number:03d}.yaml"] = (head + yaml.safe_dump(tree, sort_keys=False)).encode()
-    metrics = {"supernet/best_top1": max(trial.metrics[TOP1] for trial in found.members)}
-    if found.agreement:
-        files["agreement.png"] = front_figures.agreement(found.agreement.inherited, found.agreement.alone)
-        metrics["supernet/spearman"] = found.agreement.spearman
-        metrics["supernet/kendall"] = found.agreement.kendall
-    tracker = Tracker.open(config, {}, found.mlflow_run_id, journal=journal_path(found.run), echo=echo)
+    metrics = {SUPERNET_BEST_TOP1: max(trial.metrics[VAL_TOP1] for trial in members)}
+    if agreement := result.agreement:
+        files["agreement.png"] = pareto_plots.rank_agreement_image(agreement.inherited, agreement.alone)
+        metrics |= {SUPERNET_SPEARMAN: agreement.spearman, SUPERNET_KENDALL: agreement.kendall}
+    tracker = Tracker.open(config, {}, result.mlflow_run_id, journal=journal_path(result.run))
     try:
         for path, content in files.items():
-            storage.write_bytes(storage.join(found.run, f"{FOLDER}/{path}"), content)
-            tracker.log_file(f"{FOLDER}/{path}", content)
-        tracker.log(metrics, step=config.train.epochs)
+            storage.write_bytes(storage.join(result.run, f"{RESULTS_FOLDER}/{path}"), content)
+            tracker.log_file(f"{RESULTS_FOLDER}/{path}", content)
+        tracker.log_metrics(metrics, step=config.train.epochs)
     except OSError as error:
-        raise StudyError(f"{found.run} cannot be written: {error}") from error
+        raise StudyError(f"{result.run} cannot be written: {error}") from error
     finally:
         tracker.close("FINISHED")

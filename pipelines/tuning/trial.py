@@ -1,13 +1,17 @@
-"""One trial of a study: an actor of Ray Tune's that is the driver of a run as ``posmlp train`` makes it."""
+"""One trial of a study: a Ray Tune actor that drives a run like those of ``posmlp train``."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import statistics
+import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import ray.tune
@@ -19,27 +23,89 @@ from pipelines.runs.errors import StoppedError
 from pipelines.runs.models import example_input
 from pipelines.runs.record import read_record, run_folder
 from pipelines.training.train import TrialHooks, train
-from pipelines.tuning.study import FAILED, FINISHED, OVER, RUNNING, TOP1, over_budget
+from pipelines.tuning.study import TrialState, over_budget
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.metrics import EPOCH, VAL_TOP1
 from posmlp.model.cost import cost, seconds
+from tune_spaces import Value
 
-ROUNDS = 9  # interleaved passes of all models when latencies are compared
+TIMED_PASSES = 9  # per model, when latencies are compared
+WARM_UP_PASSES = 2
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """What a ``TrialRun`` needs to run its trial.
+
+    Attributes:
+        config: the recipe of the trial's run.
+        tags, params: for the trial's MLflow run, in addition to a run's own.
+        budgets: the largest allowed costs, by metric name.
+    """
+
+    config: Config
+    tags: Mapping[str, str]
+    params: Mapping[str, Value]
+    budgets: Mapping[str, float]
+
+    def to_json(self) -> str:
+        """The job as text. Ray Tune would flatten nested values in its config."""
+        return json.dumps(
+            {
+                "config": self.config.model_dump(mode="json"),
+                "tags": dict(self.tags),
+                "params": dict(self.params),
+                "budgets": dict(self.budgets),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> TrialJob:
+        """A job from its text."""
+        tree = json.loads(text)
+        return cls(**tree | {"config": Config.model_validate(tree["config"])})
+
+
+@dataclass(frozen=True)
+class TrialEvent:
+    """What a ``TrialRun`` reports: the end of an epoch, or the end of the trial.
+
+    Attributes:
+        state: running after an epoch, otherwise how the trial ended.
+        metrics: the metrics of the last epoch, and the trial's costs.
+        reason: why it failed or was not trained.
+    """
+
+    state: TrialState
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def to_json(self) -> str:
+        """The event as text. Ray Tune would flatten nested values in a result."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrialEvent:
+        """An event from its text."""
+        tree = json.loads(text)
+        return cls(**tree | {"state": TrialState(tree["state"])})
 
 
 class TrialRun(ray.tune.Trainable):
-    """The driver of one trial's run, as an actor of Tune's; a step is an epoch.
+    """Ray Tune's actor for one trial, and the driver of its run. A step of Tune is an epoch.
 
-    The run goes on while Tune decides: what it tells comes through a queue. When Tune wants it to end it saves its
-    state first, so nothing is left behind that still works.
+    The run continues in a thread while Tune decides; its events reach Tune through a queue. When Tune ends the trial,
+    the run saves its state first, so no process is left behind.
     """
 
-    def setup(self, config: dict[str, Any], env: dict[str, str]) -> None:
-        os.environ.update(env)
+    def setup(self, config: dict[str, Any], env: Mapping[str, str] | None = None) -> None:
+        os.environ.update(env or {})
+        log_to_stdout()
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
         self.ending = threading.Event()
-        self.thread = threading.Thread(target=self.work, args=(json.loads(config["job"]),), daemon=True)
+        self.thread = threading.Thread(target=self.run_job, args=(config["job"],), daemon=True)
         self.thread.start()
 
     def step(self) -> dict[str, Any]:
@@ -51,82 +117,92 @@ class TrialRun(ray.tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
-        self.setup(new_config)  # the env is bound already
+        self.setup(new_config)  # with_parameters has bound env
         return True
 
-    def tell(self, state: str, metrics: Mapping[str, float], reason: str = "") -> None:
-        """An event for Tune, which flattens what is nested: hence the text."""
-        event = {"state": state, "reason": reason, "metrics": dict(metrics)}
-        seen = {"epoch": int(metrics.get("epoch", 0)), "top1": metrics.get(TOP1, 0.0), "done": state != RUNNING}
-        self.events.put({"event": json.dumps(event), **seen})
+    def send(self, event: TrialEvent) -> None:
+        """Give Tune an event as a result."""
+        result = {"epoch": int(event.metrics.get(EPOCH, 0)), "top1": event.metrics.get(VAL_TOP1, 0.0)}
+        self.events.put({"event": event.to_json(), "done": event.state != TrialState.RUNNING, **result})
 
-    def work(self, job: dict[str, Any]) -> None:
-        """The run, from its costs to its end; whatever happens is told."""
+    def run_job(self, text: str) -> None:
+        """Run the trial of a ``TrialJob``, given as text, and send how it ended, whatever happens."""
         try:
-            state, metrics, reason = self.outcome(Config.model_validate(job["config"]), job)
-        except StoppedError:  # Tune has ended it, and asks for no more
+            event = self.run_trial(TrialJob.from_json(text))
+        except StoppedError:  # Tune has ended the trial, and asks for no more results
             return
         except UserError as error:
-            state, metrics, reason = FAILED, {}, str(error)
-        except BaseException as error:  # one trial's failure is not the study's
-            state, metrics, reason = FAILED, {}, f"{type(error).__name__}: {error}"
-        self.tell(state, metrics, reason)
+            event = TrialEvent(TrialState.FAILED, reason=str(error))
+        except BaseException as error:  # a failed trial does not end the study
+            event = TrialEvent(TrialState.FAILED, reason=f"{type(error).__name__}: {error}")
+        self.send(event)
 
-    def outcome(self, config: Config, job: dict[str, Any]) -> tuple[str, dict[str, float], str]:
-        """Measure, train if the costs are within the budgets; returns the state, the metrics and the reason."""
+    def run_trial(self, job: TrialJob) -> TrialEvent:
+        """Measure the costs, and train if they are within the budgets; returns how the trial ended."""
         start_ray()
-        costs = ray.get(on_worker(costs_of, config).remote(config.model_dump(mode="json")))
-        if reason := over_budget(job["budgets"], costs):
-            return OVER, costs, reason
+        config = job.config
+        costs = ray.get(on_training_worker(measure_costs, config).remote(config.model_dump(mode="json")))
+        if reason := over_budget(job.budgets, costs):
+            return TrialEvent(TrialState.OVER_BUDGET, costs, reason)
         record = read_record(run_folder(config))
-        if record is not None and record["metrics"] is not None:  # finished, but the study's driver did not hear of it
-            return FINISHED, costs | record["metrics"], ""
+        if record is not None and record["metrics"] is not None:  # finished, but the study's driver did not record it
+            return TrialEvent(TrialState.FINISHED, costs | record["metrics"])
 
         def on_epoch(metrics: Mapping[str, float]) -> None:
-            if TOP1 in metrics and metrics["epoch"] < config.train.epochs:
-                self.tell(RUNNING, costs | dict(metrics))
+            if VAL_TOP1 in metrics and metrics[EPOCH] < config.train.epochs:
+                self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)))
 
-        part = TrialHooks(job["tags"], job["params"], costs, on_epoch, self.ending)
-        return FINISHED, costs | train(config, part=part).metrics, ""
+        hooks = TrialHooks(job.tags, job.params, costs, on_epoch, self.ending)
+        return TrialEvent(TrialState.FINISHED, costs | train(config, hooks=hooks).metrics)
 
 
-def on_worker(function: Callable[..., Any], recipe: Config) -> Any:
-    """A Ray task with the resources of a training worker, outside of the trial's own placement group."""
+def log_to_stdout() -> None:
+    """Print this process's progress lines; Ray writes them to the actor's log file."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    for name in ("pipelines", "posmlp"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def on_training_worker(function: Callable[..., Any], recipe: Config) -> Any:
+    """A Ray task with the resources of a training worker, outside the trial's own placement group."""
     scaling = recipe.scaling
     labels = {"label_selector": scaling.train_on} if scaling.train_on else {}
     return ray.remote(function).options(
         **labels,
         num_cpus=scaling.cpus_per_worker,
         num_gpus=int(scaling.use_gpu),
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
 
 
-def costs_of(recipe: dict[str, Any]) -> dict[str, float]:
-    """On the training device: parameters, MACs, latency, throughput and memory of a recipe's model."""
+def measure_costs(recipe: dict[str, Any]) -> dict[str, float]:
+    """Ray task on the training device: the ``cost/*`` metrics of a recipe's model (``posmlp.metrics``)."""
     config = Config.model_validate(recipe)
-    threads_of(config)
+    set_threads(config)
     scaling = config.scaling
     local = config.train.global_batch // scaling.workers
     batch = min(local, scaling.micro_batch or local)
     return cost(config.model.name, batch=batch, **config.model.overrides()).metrics()
 
 
-def latencies(recipes: list[dict[str, Any]]) -> list[float]:
-    """On the training device: milliseconds of a clip for each recipe's model, the median of interleaved passes."""
+def measure_latencies(recipes: list[dict[str, Any]]) -> list[float]:
+    """Ray task on the training device: the latency of each recipe's model for one clip, in milliseconds.
+
+    The models take turns, so that a disturbance meets all of them. Each latency is the median of ``TIMED_PASSES``.
+    """
     configs = [Config.model_validate(recipe) for recipe in recipes]
-    threads_of(configs[0])
+    set_threads(configs[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [create_model(c.model.name, **c.model.overrides()).eval().to(device) for c in configs]
     clip = example_input(configs[0]).to(device)
     times: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
-        for _ in range(ROUNDS + 2):
+        for _ in range(WARM_UP_PASSES + TIMED_PASSES):
             for model, taken in zip(models, times, strict=True):
-                taken.append(seconds(lambda model=model: model(clip), device))
-    return [1e3 * statistics.median(taken[2:]) for taken in times]
+                taken.append(seconds(partial(model, clip), device))
+    return [1e3 * statistics.median(taken[WARM_UP_PASSES:]) for taken in times]
 
 
-def threads_of(config: Config) -> None:
-    """As many threads as a training worker has."""
+def set_threads(config: Config) -> None:
+    """Use as many PyTorch threads as a training worker."""
     torch.set_num_threads(config.scaling.threads_per_worker or os.cpu_count() or 1)

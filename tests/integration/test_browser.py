@@ -8,13 +8,14 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.tracking.uris import tracking_uri
-from pipelines.tuning.study import TOP1, full
+from pipelines.tuning.study import fully_trained
+from posmlp.metrics import VAL_TOP1
 from tests.helpers.browser import keep, open_browser
 from tests.helpers.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.browser]
 
-COLUMNS = [f"metrics.`{TOP1}`", "metrics.`cost/latency_ms`", "metrics.`cost/gmacs`", "params.`search.block1`"]
+COLUMNS = [f"metrics.`{VAL_TOP1}`", "metrics.`cost/latency_ms`", "metrics.`cost/gmacs`", "params.`search.block1`"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_the_runs_table_shows_the_study_and_its_trials(finished_study, server, e
     shown = page.locator("body").inner_text().split("\n")
     assert {"val/top1", "cost/latency_ms", "cost/gmacs", "search.block1", "look"} <= set(shown)
     for trial in result.trials:
-        assert {trial.member["block1"], str(trial.metrics[TOP1])} <= set(shown)
+        assert {trial.member["block1"], str(trial.metrics[VAL_TOP1])} <= set(shown)
 
 
 def test_the_trials_can_be_compared(finished_study, server, experiment, page, tmp_path):
@@ -101,10 +102,10 @@ def test_the_front_is_a_page_to_point_at(finished_study, server, experiment, pag
     result, _ = finished_study
     page.goto(f"{server}/#/experiments/{experiment}/runs/{result.mlflow_run_id}/artifacts/front.html")
     frame = page.frame_locator("iframe").first
-    frame.locator(".gtitle", has_text=f"look: {len(full(result.trials))} trials").wait_for()
+    frame.locator(".gtitle", has_text=f"look: {len(fully_trained(result.trials))} trials").wait_for()
     titles = frame.locator(".xtitle, .x2title, .x3title").all_text_contents()
-    assert titles == ["ms a clip", "GMACs", "M parameters"]
-    assert frame.locator(".scatterlayer .point").count() == 3 * len(full(result.trials))
+    assert titles == ["ms per clip", "GMACs", "M parameters"]
+    assert frame.locator(".scatterlayer .point").count() == 3 * len(fully_trained(result.trials))
     box = frame.locator(".scatterlayer .point").first.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     frame.locator(".hoverlayer", has_text="block ").wait_for()

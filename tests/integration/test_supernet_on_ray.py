@@ -3,17 +3,18 @@
 import pytest
 
 from pipelines.cli import main
-from pipelines.tuning.study import FINISHED, TOP1
+from pipelines.tuning.study import TrialState
 from pipelines.tuning.supernet import score_members, supernet
 from posmlp import create_model
 from posmlp.config import load_recipe
+from posmlp.metrics import VAL_TOP1
 from posmlp.model.spec import Architecture
 from tune_spaces import load_space
 
 
 @pytest.mark.ray
 def test_a_space_is_trained_and_ranked(finished_study, motion_set, tmp_path, capsys):
-    """Trained, scored and compared with a study; then scored again, without training; and what is wrong is told."""
+    """Train, score and compare with a study; then score again without training; another recipe is refused."""
     from pipelines.inference.scoring import score_split
     from pipelines.runs import checkpoints
     from posmlp.video.manifest import read_split
@@ -21,11 +22,10 @@ def test_a_space_is_trained_and_ranked(finished_study, motion_set, tmp_path, cap
 
     study = finished_study[0].study
     recipe = recipe_for(tmp_path, motion_set, *QUICK, f"data.cache_dir={tmp_path}/cache")
-    lines = []
-    found = supernet(recipe, "block_types", "net", count=5, study=study.folder, echo=lines.append)
+    found = supernet(recipe, "block_types", "net", count=5, study=study.folder)
     assert [member.number for member in found.members] == list(range(5)) and not found.bad
     assert found.agreement.numbers == [
-        t.number for t in finished_study[0].trials if t.repeats is None and t.state == FINISHED
+        t.number for t in finished_study[0].trials if t.repeat_of is None and t.state == TrialState.FINISHED
     ]
 
     # A member's accuracy is that of its own model, built alone and evaluated by itself.
@@ -39,7 +39,7 @@ def test_a_space_is_trained_and_ranked(finished_study, motion_set, tmp_path, cap
         weights = net.member(config.model.variant().architecture()).state_dict()
         scores = score_split(manifest, config, weights, lambda line: None)
         right = scores.views.mean(1).argmax(1) == manifest.rows["label"].to_numpy()
-        assert member.metrics[TOP1] == pytest.approx(right.mean())
+        assert member.metrics[VAL_TOP1] == pytest.approx(right.mean())
 
     client, run = run_of(recipe)
     assert run.info.run_id == found.mlflow_run_id and run.info.status == "FINISHED"

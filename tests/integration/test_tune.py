@@ -1,4 +1,4 @@
-"""Studies through real Ray Tune, Ray Train and MLflow: what they leave, and what they survive."""
+"""Studies with real Ray Tune, Ray Train and MLflow: their results, and the faults they survive."""
 
 import os
 import signal
@@ -19,30 +19,20 @@ from pipelines.runs.record import read_json, read_record
 from pipelines.tracking.mlflow_client import PARENT
 from pipelines.tracking.uris import tracking_uri
 from pipelines.training.train import train
-from pipelines.tuning import pareto as fronts
-from pipelines.tuning.search import propose, static_costs
-from pipelines.tuning.study import (
-    COSTS,
-    FAILED,
-    FINISHED,
-    OVER,
-    RUNNING,
-    STOPPED,
-    TOP1,
-    StudyError,
-    read_trials,
-    space_of,
-)
-from pipelines.tuning.tune import room, tune
+from pipelines.tuning import pareto
+from pipelines.tuning.search import propose_trial, static_costs
+from pipelines.tuning.study import StudyError, TrialState, read_trials, study_space
+from pipelines.tuning.tune import max_concurrent_trials, tune
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
+from posmlp.metrics import COSTS, VAL_TOP1
 from tests.helpers.small_runs import QUICK, log_of, recipe_for, study_for
 
 pytestmark = pytest.mark.ray
 
 
 def mlflow_runs(study):
-    """The study's own runs and its trials' runs, as a live client sees them."""
+    """An MLflow client, the study's own runs, and its trials' runs."""
     client = MlflowClient(tracking_uri(study.recipe))
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments)
@@ -51,7 +41,7 @@ def mlflow_runs(study):
 
 
 def alive():
-    """The actors that belong to trials, and the placement groups, that are left."""
+    """The actors of trials that are alive, and the placement groups that are left."""
     here = ray.get_runtime_context().gcs_address
     ours = ("Trainable", "TrialRun", "TrainController", "RayTrainWorker", "RunChannel", "Synchronization", "Dataset")
     actors = [a.class_name for a in list_actors(address=here, filters=[("state", "=", "ALIVE")], limit=1000)]
@@ -66,20 +56,20 @@ def wait_until(condition, seconds=60):
         time.sleep(0.2)
 
 
-def test_a_study_trains_every_trial_and_notes_it(finished_study):
+def test_a_study_trains_and_records_every_trial(finished_study):
     result, lines = finished_study
-    first = [trial for trial in result.trials if trial.repeats is None]
-    assert [trial.state for trial in result.trials] == [FINISHED] * len(result.trials)
+    first = [trial for trial in result.trials if trial.repeat_of is None]
+    assert [trial.state for trial in result.trials] == [TrialState.FINISHED] * len(result.trials)
     assert [trial.number for trial in first] == [0, 1, 2]
     assert len({tuple(trial.member.items()) for trial in first}) == 3
     assert read_trials(result.study.folder) == result.trials
-    space = space_of(result.study)
+    space = study_space(result.study)
     for trial in result.trials:
         run = f"{result.study.folder}/trial-{trial.number:03d}"
         record = read_record(run)
         assert record["config"]["model"]["blocks"] == [trial.member[f"block{stage}"] for stage in (1, 2, 3, 4)]
-        assert record["metrics"][TOP1] == trial.metrics[TOP1]
-        assert [f.about.epoch for f in checkpoints.find(run) if f.about][-1] == 2
+        assert record["metrics"][VAL_TOP1] == trial.metrics[VAL_TOP1]
+        assert [f.info.epoch for f in checkpoints.find(run) if f.info][-1] == 2
         costs = static_costs(space.recipe(result.study.recipe, trial.member))
         assert {name: trial.metrics[name] for name in costs} == costs
         assert trial.metrics[COSTS["latency"]] > 0
@@ -88,11 +78,11 @@ def test_a_study_trains_every_trial_and_notes_it(finished_study):
 
 def test_the_front_is_repeated_with_another_seed(finished_study):
     result, _ = finished_study
-    again = [trial for trial in result.trials if trial.repeats is not None]
-    assert [trial.repeats for trial in again] == sorted(t.number for t in fronts.front(result.trials, "gmacs"))
+    again = [trial for trial in result.trials if trial.repeat_of is not None]
+    assert [trial.repeat_of for trial in again] == sorted(t.number for t in pareto.pareto_front(result.trials, "gmacs"))
     for trial in again:
         assert trial.seed == 1
-        assert trial.member == result.trials[trial.repeats].member
+        assert trial.member == result.trials[trial.repeat_of].member
 
 
 def test_mlflow_has_one_parent_and_a_child_a_trial(finished_study):
@@ -108,31 +98,31 @@ def test_mlflow_has_one_parent_and_a_child_a_trial(finished_study):
     for run in children:
         trial = result.trials[int(run.data.tags["trial"])]
         assert {k: run.data.params[f"search.{k}"] for k in trial.member} == trial.member
-        assert run.data.metrics[TOP1] == trial.metrics[TOP1]
+        assert run.data.metrics[VAL_TOP1] == trial.metrics[VAL_TOP1]
         first = client.get_metric_history(run.info.run_id, "train/loss")[0].timestamp
-        for cost in COSTS.values():  # known before the first epoch; the latency once more, beside the others
+        for cost in COSTS.values():  # known before the first epoch; latency once more, in turns with the others
             history = client.get_metric_history(run.info.run_id, cost)
             assert history[0].step == 0 and history[0].timestamp < first
-        assert len(client.get_metric_history(run.info.run_id, COSTS["latency"])) == 1 + (trial.repeats is None)
+        assert len(client.get_metric_history(run.info.run_id, COSTS["latency"])) == 1 + (trial.repeat_of is None)
 
 
 def test_the_front_is_read_from_mlflow_alone(finished_study, tmp_path, capsys):
     result, _ = finished_study
     uri = tracking_uri(result.study.recipe)
-    view = fronts.read_view("look", uri)
-    assert view.study == result.study
-    assert view.published == read_json(f"{result.study.folder}/published.json")
-    assert view.published["tiny"] > 0
-    for trial, seen in zip(result.trials, view.trials, strict=True):
-        assert (seen.member, seen.state, seen.repeats, seen.seed) == (
+    logged = pareto.read_study_from_mlflow("look", uri)
+    assert logged.study == result.study
+    assert logged.variant_latencies == read_json(f"{result.study.folder}/published.json")
+    assert logged.variant_latencies["tiny"] > 0
+    for trial, seen in zip(result.trials, logged.trials, strict=True):
+        assert (seen.member, seen.state, seen.repeat_of, seen.seed) == (
             trial.member,
             trial.state,
-            trial.repeats,
+            trial.repeat_of,
             trial.seed,
         )
         assert {k: seen.metrics[k] for k in trial.metrics} == trial.metrics
     assert main(["front", "look", "--uri", uri, "--out", str(tmp_path)]) == 0
-    assert fronts.describe("look", result.trials, "gmacs") in capsys.readouterr().out
+    assert pareto.describe_study("look", result.trials, "gmacs") in capsys.readouterr().out
     assert {"front.html", "front.png", "trials.csv", "progress.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -140,7 +130,7 @@ def test_every_point_of_the_front_has_a_recipe_that_trains(finished_study, tmp_p
     result, _ = finished_study
     client, (parent,), _ = mlflow_runs(result.study)
     names = {item.path for item in client.list_artifacts(parent.info.run_id, "recipes")}
-    for trial in fronts.front(result.trials, "gmacs"):
+    for trial in pareto.pareto_front(result.trials, "gmacs"):
         path = f"recipes/trial-{trial.number:03d}.yaml"
         assert path in names
         config = load_recipe(client.download_artifacts(parent.info.run_id, path, str(tmp_path)))
@@ -156,17 +146,17 @@ def test_the_best_model_is_registered(finished_study):
     client, _, _ = mlflow_runs(result.study)
     version = client.get_model_version_by_alias("look", "best")
     assert version.tags["trial"] == str(result.best.number)
-    assert result.best.number in {trial.repeats for trial in result.trials}
+    assert result.best.number in {trial.repeat_of for trial in result.trials}
     assert any("has the alias best" in line for line in lines)
 
 
 def test_a_finished_study_is_not_repeated(finished_study, capsys):
     result, _ = finished_study
-    with pytest.raises(StudyError, match="is a study already: go on with it, posmlp tune --resume look"):
+    with pytest.raises(StudyError, match="exists already: resume it with posmlp tune --resume look"):
         tune(result.study)
     before = [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]]
     assert main(["tune", "--resume", result.study.folder]) == 0
-    assert fronts.describe("look", result.trials, "gmacs").split("\n")[0].split(";")[0] in capsys.readouterr().out
+    assert pareto.describe_study("look", result.trials, "gmacs").split("\n")[0].split(";")[0] in capsys.readouterr().out
     assert [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]] == before
 
 
@@ -204,24 +194,24 @@ def test_asha_stops_what_is_behind_and_nothing_is_left(local_ray, motion_set, tm
         tmp_path, motion_set, "name=taught", seen[0], "train.epochs=30", "optim.lr=5e-3", "eval.every=30", *QUICK
     )
     result = train(taught)
-    assert result.metrics[TOP1] > 0.5
+    assert result.metrics[VAL_TOP1] > 0.5
     space = tmp_path / "starts.py"
     space.write_text(f"RUN = {result.path!r}\n{WEIGHTS}")
     study = study_for(
         tmp_path, motion_set, *seen, "train.epochs=8", space=str(space), trials=6, searcher="grid", asha=True
     )
-    ended = {trial.number: trial for trial in tune(study, print).trials}
+    ended = {trial.number: trial for trial in tune(study).trials}
     assert [ended[n].member["start"] for n in range(6)] == ["trained"] * 3 + ["random"] * 3
-    assert [ended[n].state for n in range(3)] == [FINISHED] * 3
-    assert [ended[n].state for n in range(3, 6)] == [STOPPED] * 3
-    assert {t.number for t in fronts.front(list(ended.values()), "gmacs")} <= {0, 1, 2}
+    assert [ended[n].state for n in range(3)] == [TrialState.FINISHED] * 3
+    assert [ended[n].state for n in range(3, 6)] == [TrialState.STOPPED] * 3
+    assert {t.number for t in pareto.pareto_front(list(ended.values()), "gmacs")} <= {0, 1, 2}
     for number in range(3, 6):
         run = f"{study.folder}/trial-{number:03d}"
-        assert read_record(run)["metrics"] is None  # it could go on: its state was saved
-        assert [found for found in checkpoints.find(run) if found.about]
+        assert read_record(run)["metrics"] is None  # it could resume: its state was saved
+        assert [found for found in checkpoints.find(run) if found.info]
     states = {run.data.tags["trial"]: (run.data.tags["trial.state"], run.info.status) for run in mlflow_runs(study)[2]}
-    assert states["0"] == (FINISHED, "FINISHED")
-    assert states["5"] == (STOPPED, "KILLED")
+    assert states["0"] == (TrialState.FINISHED, "FINISHED")
+    assert states["5"] == (TrialState.STOPPED, "KILLED")
     wait_until(lambda: alive() == ([], []))
 
 
@@ -239,8 +229,8 @@ def test_a_trial_that_fails_is_one_failed_child_with_its_reason(local_ray, motio
     space = tmp_path / "broken.py"
     space.write_text(BROKEN)
     study = study_for(tmp_path, motion_set, "train.epochs=1", space=str(space), searcher="grid", trials=2)
-    result = tune(study, print)
-    assert [trial.state for trial in result.trials] == [FAILED, FINISHED]
+    result = tune(study)
+    assert [trial.state for trial in result.trials] == [TrialState.FAILED, TrialState.FINISHED]
     assert "exploded" in result.trials[0].reason
     (failed,) = [run for run in mlflow_runs(study)[2] if run.info.status == "FAILED"]
     assert failed.data.tags["trial"] == "0"
@@ -252,19 +242,19 @@ def test_members_over_the_latency_budget_are_not_trained(local_ray, motion_set, 
     space = tmp_path / "broken.py"
     space.write_text(BROKEN)
     study = study_for(tmp_path, motion_set, space=str(space), searcher="grid", budget_ms=1e-3)
-    result = tune(study, print)
-    assert [trial.state for trial in result.trials] == [OVER] * 2
+    result = tune(study)
+    assert [trial.state for trial in result.trials] == [TrialState.OVER_BUDGET] * 2
     assert all("cost/latency_ms" in trial.reason and "0.001" in trial.reason for trial in result.trials)
     assert result.best is None
     assert mlflow_runs(study)[2] == []
     assert not any("checkpoints" in folders for _, folders, _ in os.walk(study.folder))
 
 
-# --- what it survives ----------------------------------------------------------------------------------------------
+# --- faults ------------------------------------------------------------------------------------------------------
 
 
 def start_tune(folder, study, resume=False):
-    """``posmlp tune`` in a process of its own, on the tests' Ray."""
+    """Start ``posmlp tune`` in another process, on the tests' Ray."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(study.recipe.to_yaml())
     command = [sys.executable, "-m", "pipelines.cli", "tune"]
@@ -279,51 +269,51 @@ def start_tune(folder, study, resume=False):
 
 
 def wait_for_trial(folder, study, process, number, step):
-    """Until a trial has a checkpoint of at least that step."""
+    """Wait until a trial has a checkpoint of at least that step."""
 
     def there():
         assert process.poll() is None, log_of(folder)
         found = checkpoints.find(f"{study.folder}/trial-{number:03d}")
-        return any(f.about and f.about.step >= step for f in found)
+        return any(f.info and f.info.step >= step for f in found)
 
     wait_until(there, 180)
 
 
 def actors_of(part):
-    """Processes of the tests' Ray whose actor's class has such a name."""
+    """The processes of the tests' Ray whose actor class name contains the text."""
     here = ray.get_runtime_context().gcs_address
     found = list_actors(address=here, filters=[("state", "=", "ALIVE")], limit=1000)
     return [psutil.Process(actor.pid) for actor in found if part in actor.class_name]
 
 
 def check_whole(study, count):
-    """All trials are finished, each has one MLflow run, and they are those of a search that was never disturbed."""
+    """Check that all trials are finished, each with one MLflow run, and equal those of an undisturbed search."""
     trials = read_trials(study.folder)
-    assert [trial.state for trial in trials] == [FINISHED] * count
+    assert [trial.state for trial in trials] == [TrialState.FINISHED] * count
     undisturbed = []
     for trial in trials:
-        undisturbed.append(propose(study, space_of(study), undisturbed))
+        undisturbed.append(propose_trial(study, study_space(study), undisturbed))
         assert undisturbed[-1].member == trial.member
     _, parents, children = mlflow_runs(study)
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert sorted(run.data.tags["trial"] for run in children) == [str(n) for n in range(count)]
     assert {run.info.status for run in children} == {"FINISHED"}
     for run in children:
-        steps = [m.step for m in MlflowClient(tracking_uri(study.recipe)).get_metric_history(run.info.run_id, TOP1)]
+        steps = [m.step for m in MlflowClient(tracking_uri(study.recipe)).get_metric_history(run.info.run_id, VAL_TOP1)]
         assert steps == list(range(1, study.recipe.train.epochs + 1))
 
 
 def test_a_killed_driver_is_resumed_without_doubles(local_ray, motion_set, tmp_path):
-    """In mid-epoch of the second trial: the first is kept, the second goes on from its checkpoint."""
+    """Within an epoch of the second trial: the first is kept, the second resumes from its checkpoint."""
     study = study_for(tmp_path, motion_set, "train.epochs=3", concurrent=1, trials=2)
     process = start_tune(tmp_path, study)
     wait_for_trial(tmp_path, study, process, 1, step=5)
     first = (tmp_path / "look" / "trial-000" / "run.json").stat().st_mtime_ns
     process.kill()
     process.wait()
-    assert [trial.state for trial in read_trials(study.folder)] == [FINISHED, RUNNING]
+    assert [trial.state for trial in read_trials(study.folder)] == [TrialState.FINISHED, TrialState.RUNNING]
     assert start_tune(tmp_path, study, resume=True).wait(timeout=300) == 0, log_of(tmp_path)
-    assert "going on; trials finished: 1, to be continued: 1" in log_of(tmp_path)
+    assert "resuming; trials finished: 1, trials to resume: 1" in log_of(tmp_path)
     assert (tmp_path / "look" / "trial-000" / "run.json").stat().st_mtime_ns == first
     check_whole(study, 2)
 
@@ -377,7 +367,7 @@ study = Study.model_validate_json(open(sys.argv[1]).read())
 
 
 def kill():
-    while not any(f.about and f.about.step >= 3 for f in checkpoints.find(f"{study.folder}/trial-000")):
+    while not any(f.info and f.info.step >= 3 for f in checkpoints.find(f"{study.folder}/trial-000")):
         time.sleep(0.1)
     here = ray.get_runtime_context().get_node_id()
     groups = [g for g in placement_group_table().values() if g["state"] == "CREATED"]
@@ -388,7 +378,7 @@ def kill():
 
 threading.Thread(target=kill, daemon=True).start()
 try:
-    tune(study, lambda line: print(line, flush=True))
+    tune(study)
 finally:
     ray.shutdown()
     cluster.shutdown()
@@ -407,7 +397,7 @@ def test_a_killed_node_is_survived(motion_set, tmp_path):
     check_whole(study, 2)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -415,16 +405,16 @@ def test_a_killed_node_is_survived(motion_set, tmp_path):
     [
         (["demo"], "give a recipe and --space, or --resume STUDY"),
         (["demo", "--space", "block_type"], "no space 'block_type' (did you mean 'block_types'?)"),
-        (["demo", "--space", "learning", "--searcher", "grid"], "a grid needs values to choose from"),
-        (["demo", "--space", "depths", "--asha", "--against", "gmacs"], "asha stops trials by their accuracy alone"),
-        (["demo", "--space", "depths", "--searcher", "nsga2"], "nsga2 searches for a front"),
+        (["demo", "--space", "learning", "--searcher", "grid"], "searcher grid needs values to choose from"),
+        (["demo", "--space", "depths", "--asha", "--against", "gmacs"], "asha stops trials by their top-1 alone"),
+        (["demo", "--space", "depths", "--searcher", "nsga2"], "nsga2 searches a Pareto front"),
         (["--resume", "nowhere"], "no study nowhere"),
         (["demo", "--resume", "nowhere"], "only --trials, --concurrent and --repeats may be given, not RECIPE"),
         (["demo", "--space", "widths", "--budget-gmacs", "1e-6"], "has no member within the budgets"),
         (["demo", "--space", "widths", "data.train.path=nowhere.csv"], "nowhere.csv"),
     ],
 )
-def test_what_cannot_start_is_told_in_a_line(motion_set, tmp_path, capsys, arguments, message):
+def test_what_cannot_start_is_refused_in_one_line(motion_set, tmp_path, capsys, arguments, message):
     lists = [f"data.train.path={motion_set}/train.csv", f"data.val.path={motion_set}/val.csv"]
     if "--resume" not in arguments:
         arguments = [
@@ -439,6 +429,6 @@ def test_what_cannot_start_is_told_in_a_line(motion_set, tmp_path, capsys, argum
 
 def test_a_cluster_without_room_for_decoding_is_refused(local_ray, motion_set, tmp_path):
     recipe = recipe_for(tmp_path, motion_set, "scaling.cpus_per_worker=1")
-    assert room(recipe) == 3  # of four CPUs, one decodes
+    assert max_concurrent_trials(recipe) == 3  # of four CPUs, one decodes
     with pytest.raises(UserError, match="1 workers x 4 CPUs leave 0 of 4 CPUs for decoding"):
         tune(study_for(tmp_path, motion_set, "scaling.cpus_per_worker=4"))

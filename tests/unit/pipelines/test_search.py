@@ -1,4 +1,4 @@
-"""What the searchers propose, without any training: the truth is a function of the member."""
+"""The trials that searchers propose, without training: top-1 is a function of the member."""
 
 from dataclasses import replace
 
@@ -7,21 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.tuning import study as records
-from pipelines.tuning.search import check_space, choices, objectives, propose, size, static_costs
-from pipelines.tuning.study import (
-    COSTS,
-    FAILED,
-    FINISHED,
-    RUNNING,
-    STOPPED,
-    TOP1,
-    Study,
-    StudyError,
-    Trial,
-    over_budget,
+from pipelines.tuning.search import (
+    check_space,
+    objectives,
+    propose_trial,
+    space_size,
+    static_costs,
+    suggest_members,
 )
+from pipelines.tuning.study import Study, StudyError, Trial, TrialState, over_budget
 from posmlp import create_model
 from posmlp.config import load_recipe
+from posmlp.metrics import COSTS, VAL_TOP1
 from posmlp.model.cost import cost
 from tune_spaces import Range, Space
 
@@ -36,17 +33,17 @@ def study_of(searcher, against=None, **settings):
 
 
 def score(member):
-    """The best is a=4, b=z; c and d do not matter."""
+    """A top-1 that is highest for a=4, b=z; c and d do not matter."""
     return member["a"] / 8 + "xyz".index(member["b"]) / 4
 
 
 def search(study, count, space=FOUR, trials=()):
-    """Trials one after the other, each finished at once."""
+    """Propose trials one after the other, and finish each at once."""
     trials = list(trials)
     while len(trials) < count:
-        trial = propose(study, space, trials)
-        metrics = {TOP1: score(trial.member), COSTS["gmacs"]: 5.0 - trial.member["a"], "epoch": 3.0}
-        trials.append(replace(trial, state=FINISHED, metrics=metrics))
+        trial = propose_trial(study, space, trials)
+        metrics = {VAL_TOP1: score(trial.member), COSTS["gmacs"]: 5.0 - trial.member["a"], "epoch": 3.0}
+        trials.append(replace(trial, state=TrialState.FINISHED, metrics=metrics))
     return trials
 
 
@@ -62,8 +59,8 @@ def test_a_seeded_search_repeats_and_another_seed_differs(searcher, against):
 
 
 @pytest.mark.parametrize(("searcher", "against"), ALL)
-def test_a_search_that_was_cut_off_goes_on_as_if_it_had_not_been(searcher, against, tmp_path):
-    """The trials pass through the study's records on disk, as after a kill."""
+def test_an_interrupted_search_resumes_as_if_it_had_not_been(searcher, against, tmp_path):
+    """The trials are written to the study's folder and read back, as after a kill."""
     recipe = BASE.model_copy(update={"train": BASE.train.model_copy(update={"storage": str(tmp_path)})})
     study = study_of(searcher, against).model_copy(update={"recipe": recipe})
     whole = search(study, 24)
@@ -76,9 +73,11 @@ def test_a_search_that_was_cut_off_goes_on_as_if_it_had_not_been(searcher, again
 def test_no_member_is_proposed_twice_and_a_space_ends(searcher, against):
     study, trials = study_of(searcher, against), []
     space = Space({"a": (1, 2, 3, 4), "b": ("x", "y", "z")}, FOUR.keys)
-    while (trial := propose(study, space, trials)) is not None:
-        trials.append(replace(trial, state=FINISHED, metrics={TOP1: score(trial.member), COSTS["gmacs"]: 1.0}))
-    assert len(trials) == size(space) == 12
+    while (trial := propose_trial(study, space, trials)) is not None:
+        trials.append(
+            replace(trial, state=TrialState.FINISHED, metrics={VAL_TOP1: score(trial.member), COSTS["gmacs"]: 1.0})
+        )
+    assert len(trials) == space_size(space) == 12
     assert len({tuple(trial.member.items()) for trial in trials}) == 12
     assert [trial.number for trial in trials] == list(range(12))
 
@@ -86,7 +85,7 @@ def test_no_member_is_proposed_twice_and_a_space_ends(searcher, against):
 def test_a_grid_is_every_combination_in_order():
     members = [tuple(trial.member.values()) for trial in search(study_of("grid"), 72)]
     assert members == [(a, b, c, d) for a in (1, 2, 3, 4) for b in "xyz" for c in (0.5, 1.0, 2.0) for d in (0, 1)]
-    assert propose(study_of("grid"), FOUR, search(study_of("grid"), 72)) is None
+    assert propose_trial(study_of("grid"), FOUR, search(study_of("grid"), 72)) is None
 
 
 def test_tpe_finds_what_is_good_and_random_does_not():
@@ -94,7 +93,7 @@ def test_tpe_finds_what_is_good_and_random_does_not():
 
     def late(searcher):
         trials = [trial for seed in range(3) for trial in search(study_of(searcher, seed=seed), 30, space)[15:]]
-        return sum(trial.metrics[TOP1] for trial in trials) / len(trials)
+        return sum(trial.metrics[VAL_TOP1] for trial in trials) / len(trials)
 
     assert late("tpe") > late("random") + 0.05
 
@@ -103,30 +102,30 @@ def test_tpe_learns_from_trials_that_were_stopped_and_not_from_failed_ones():
     study = study_of("tpe")
     bad = [trial for trial in search(study_of("grid"), 72) if trial.member["b"] == "x"][:16]
     good = [trial for trial in search(study_of("grid"), 72) if trial.member["b"] == "z"][:16]
-    both = [replace(trial, number=i, ask=i) for i, trial in enumerate(bad + good)]
+    both = [replace(trial, number=i, suggestion=i) for i, trial in enumerate(bad + good)]
 
     def share(state):
-        asked = choices(study, FOUR, [replace(trial, state=state) for trial in both], 100)
+        asked = suggest_members(study, FOUR, [replace(trial, state=state) for trial in both], 100)
         return sum(next(asked).member["b"] == "z" for _ in range(40)) / 40
 
-    assert share(STOPPED) > 0.6
-    assert share(FAILED) < 0.5
+    assert share(TrialState.STOPPED) > 0.6
+    assert share(TrialState.FAILED) < 0.5
 
 
 def test_trials_that_run_at_a_time_differ():
     study, trials = study_of("tpe"), search(study_of("tpe"), 12)
     for _ in range(4):
-        trials.append(propose(study, FOUR, trials))
-        assert trials[-1].state == RUNNING
+        trials.append(propose_trial(study, FOUR, trials))
+        assert trials[-1].state == TrialState.RUNNING
     assert len({tuple(trial.member.items()) for trial in trials}) == 16
 
 
 def test_members_over_a_budget_are_left_out():
-    space = records.space_of(study_of("grid").model_copy(update={"space": "widths"}))
+    space = records.study_space(study_of("grid").model_copy(update={"space": "widths"}))
     study = study_of("grid", budget_gmacs=0.02).model_copy(update={"space": "widths"})
     trials = []
-    while (trial := propose(study, space, trials)) is not None:
-        trials.append(replace(trial, state=FINISHED))
+    while (trial := propose_trial(study, space, trials)) is not None:
+        trials.append(replace(trial, state=TrialState.FINISHED))
     costs = {width: static_costs(space.recipe(BASE, {"width": width}))[COSTS["gmacs"]] for width in (0.5, 0.75, 1.0)}
     assert costs[0.75] < 0.02 < costs[1.0]
     assert [trial.member["width"] for trial in trials] == [0.5, 0.75]
@@ -151,15 +150,15 @@ def test_a_budget_is_kept_or_the_reason_names_it(costs, budget):
 
 def test_a_trial_without_a_finite_result_has_no_objectives():
     study = study_of("tpe", "gmacs")
-    assert objectives(study, Trial(0, {}, metrics={TOP1: 0.5, COSTS["gmacs"]: 2.0})) == [0.5, 2.0]
-    assert objectives(study, Trial(0, {}, metrics={TOP1: float("nan"), COSTS["gmacs"]: 2.0})) is None
-    assert objectives(study, Trial(0, {}, metrics={TOP1: 0.5})) is None
+    assert objectives(study, Trial(0, {}, metrics={VAL_TOP1: 0.5, COSTS["gmacs"]: 2.0})) == [0.5, 2.0]
+    assert objectives(study, Trial(0, {}, metrics={VAL_TOP1: float("nan"), COSTS["gmacs"]: 2.0})) is None
+    assert objectives(study, Trial(0, {}, metrics={VAL_TOP1: 0.5})) is None
 
 
 def test_settings_that_cannot_go_together_are_refused():
-    with pytest.raises(ValueError, match="asha stops trials by their accuracy alone"):
+    with pytest.raises(ValueError, match="asha stops trials by their top-1 alone"):
         study_of("tpe", "gmacs", asha=True)
-    with pytest.raises(ValueError, match="nsga2 searches for a front"):
+    with pytest.raises(ValueError, match="nsga2 searches a Pareto front"):
         study_of("nsga2")
     ranged = Space({"lr": Range(1e-4, 1e-2)}, lambda member: {})
     with pytest.raises(StudyError, match=r"has ranges \(lr\)"):

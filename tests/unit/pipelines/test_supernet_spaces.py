@@ -1,10 +1,10 @@
-"""The supernet of a search space: what it holds, which members are drawn, and how rankings agree."""
+"""The supernet of a search space: its choices, the members that are drawn, and the agreement of rankings."""
 
 import numpy as np
 import pytest
 
-from pipelines.tuning.study import FINISHED, StudyError, Trial
-from pipelines.tuning.supernet import agree, draw_members, supernet_recipe
+from pipelines.tuning.study import StudyError, Trial, TrialState
+from pipelines.tuning.supernet import StandaloneTrial, compare_rankings, draw_members, supernet_recipe
 from posmlp.config import load_recipe
 from tune_spaces import load_space
 
@@ -51,9 +51,10 @@ def test_members_are_drawn_once_each_and_all_of_a_small_space():
 
 def test_agreement_is_that_of_the_ranks():
     """Spearman's coefficient in closed form: 1 - 6 sum(d^2) / (n (n^2 - 1)); one pair of six out of order."""
-    trained = [(Trial(i, {}, state=FINISHED), accuracy, None) for i, accuracy in enumerate((0.1, 0.4, 0.2, 0.9))]
-    found = agree(trained, [0.3, 0.5, 0.6, 0.7])
+    alone = (0.1, 0.4, 0.2, 0.9)
+    trained = [StandaloneTrial(Trial(i, {}, state=TrialState.FINISHED), top1, None) for i, top1 in enumerate(alone)]
+    found = compare_rankings(trained, [0.3, 0.5, 0.6, 0.7])
     assert found.spearman == pytest.approx(1 - 6 * 2 / (4 * 15))
     assert found.kendall == pytest.approx((5 - 1) / 6)
     assert "over 4 members" in str(found)
-    assert np.isnan(agree(trained, [0.5] * 4).spearman)
+    assert np.isnan(compare_rankings(trained, [0.5] * 4).spearman)

@@ -1,0 +1,195 @@
+"""The controller of a study: schedules trials and records their results. Nothing here runs on Ray."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipelines.runs.record import read_json, read_record
+from pipelines.tracking.mlflow_client import PARENT
+from pipelines.tracking.tracker import Tracker
+from pipelines.tuning import pareto
+from pipelines.tuning.search import propose_trial
+from pipelines.tuning.study import Study, Trial, TrialState, trial_folder, write_trial
+from pipelines.tuning.trial import TrialEvent, TrialJob
+from posmlp import storage
+from posmlp.config import Config
+from posmlp.metrics import (
+    COST_GMACS,
+    COST_LATENCY_MS,
+    COSTS,
+    STUDY_BEST_TOP1,
+    STUDY_FINISHED,
+    STUDY_HYPERVOLUME,
+    VAL_TOP1,
+)
+from tune_spaces import Space
+
+VARIANT_LATENCIES_FILE = "published.json"  # in a study's folder: latency of published variants in ms, by name
+PROGRESS_INTERVAL_S = 30.0  # between two progress lines
+FIGURES_INTERVAL_S = 30.0  # between two updates of the figures
+
+logger = logging.getLogger(__name__)
+
+
+class StudyController:
+    """Schedules a study's trials and records their results.
+
+    Attributes:
+        trials: all trials, by number.
+        variant_latencies: latency in ms of the published variants that the figures mark, once it is measured.
+        searching: false once the search is over and the Pareto front is repeated with other seeds.
+        stopping: set when the user has asked to stop.
+    """
+
+    def __init__(self, study: Study, space: Space, trials: Sequence[Trial], tracker: Tracker, concurrent: int):
+        """
+        Args:
+            trials: those that were recorded before; those that were running are resumed first.
+            concurrent: number of trials that run at a time.
+        """
+        self.study, self.space, self.tracker, self.concurrent = study, space, tracker, concurrent
+        self.trials = {trial.number: trial for trial in trials}
+        self.variant_latencies = read_json(storage.join(study.folder, VARIANT_LATENCIES_FILE)) or {}
+        self.pending = [trial for trial in trials if trial.state == TrialState.RUNNING]  # before any new suggestion
+        self.searching = True
+        self.stopping = threading.Event()
+        self.epochs: dict[int, tuple[int, float]] = {}  # last epoch and its top-1, by trial
+        self.started: dict[int, float] = {}
+        self.last_progress = self.last_figures = time.monotonic()
+
+    def in_order(self) -> list[Trial]:
+        """All trials, ordered by number."""
+        return [self.trials[number] for number in sorted(self.trials)]
+
+    def log_start(self) -> None:
+        """Log what the study does, and what is there already."""
+        study = self.study
+        goal = f"top-1 against {study.against}" if study.against else "top-1"
+        settings = f"space {study.space}, {study.trials} trials, {study.searcher}, {goal}"
+        logger.info("%s: %s; %d at a time; %s", study.name, settings, self.concurrent, study.folder)
+        if self.trials:
+            finished = sum(trial.state == TrialState.FINISHED for trial in self.trials.values())
+            logger.info("resuming; trials finished: %d, trials to resume: %d", finished, len(self.pending))
+        if not study.recipe.data.cache_dir:
+            logger.info("every trial decodes all videos; with data.cache_dir=FOLDER each is decoded only once")
+
+    # --- scheduling ----------------------------------------------------------------------------------------------
+
+    def peek_trial(self) -> Trial | None:
+        """The trial that ``next_trial`` would return."""
+        if self.pending:
+            return self.pending[0]
+        scheduled = [t for t in self.trials.values() if t.repeat_of is None and t.state != TrialState.OVER_BUDGET]
+        if not self.searching or len(scheduled) >= self.study.trials:
+            return None
+        return propose_trial(self.study, self.space, self.in_order())
+
+    def next_trial(self) -> Trial | None:
+        """Record and return the next trial to start; None if there is none."""
+        trial = None if self.stopping.is_set() else self.peek_trial()
+        if trial is None:
+            return None
+        if self.pending:
+            self.pending.pop(0)
+        self.save_trial(trial)
+        self.started[trial.number] = time.monotonic()
+        repeat = "" if trial.repeat_of is None else f" (trial {trial.repeat_of} with seed {trial.seed})"
+        logger.info("trial %d%s: %s", trial.number, repeat, pareto.describe_member(trial.member))
+        return trial
+
+    def may_have_more(self) -> bool:
+        """Whether ``next_trial`` may return another trial once a running one turns out to be over a budget."""
+        running = any(trial.state == TrialState.RUNNING for trial in self.trials.values())
+        return running and self.study.budget_ms is not None and not self.stopping.is_set()
+
+    def schedule_repeats(self) -> None:
+        """End the search, and schedule the trials of the Pareto front with further seeds, except those done before."""
+        trials = self.in_order()
+        costs = [self.study.against] if self.study.against else list(COSTS)
+        on_front = {trial.number: trial for cost in costs for trial in pareto.pareto_front(trials, cost)}
+        done = {(trial.repeat_of, trial.seed) for trial in trials}
+        number = max(self.trials) + 1
+        for first in (on_front[n] for n in sorted(on_front)):
+            for seed in range(first.seed + 1, first.seed + self.study.repeats):
+                if (first.number, seed) not in done:
+                    self.pending.append(Trial(number, first.member, seed, repeat_of=first.number))
+                    number += 1
+        self.searching = False
+
+    def trial_job(self, trial: Trial) -> TrialJob:
+        """What a ``TrialRun`` needs to run a trial."""
+        config = self.study.trial_recipe(self.space, trial.member, trial.number, trial.seed)
+        tags = {PARENT: self.tracker.run_id, "study": self.study.name, "trial": str(trial.number)}
+        if trial.repeat_of is not None:
+            tags["trial.repeats"] = str(trial.repeat_of)
+        params = {f"{pareto.SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
+        # The store's address may hold a password, and Tune writes the job to disk: the environment carries it instead.
+        tracking = config.tracking.model_copy(update={"uri": None})
+        return TrialJob(config.model_copy(update={"tracking": tracking}), tags, params, self.study.budgets())
+
+    # --- results -------------------------------------------------------------------------------------------------
+
+    def log_progress(self, number: int, epoch: int, top1: float) -> None:
+        """Note that a trial has finished an epoch; now and then, log how far all running trials are."""
+        self.epochs[number] = (epoch, top1)
+        if time.monotonic() - self.last_progress > PROGRESS_INTERVAL_S:
+            self.last_progress = time.monotonic()
+            running = [n for n in sorted(self.epochs) if self.trials[n].state == TrialState.RUNNING]
+            total = self.study.recipe.train.epochs
+            parts = [f"trial {n} epoch {self.epochs[n][0]}/{total} top-1 {self.epochs[n][1]:.1%}" for n in running]
+            logger.info("  %s", "; ".join(parts))
+
+    def record_result(self, number: int, result: TrialEvent) -> None:
+        """Record how a trial has ended, on disk and in MLflow."""
+        state, reason = result.state, result.reason
+        trial = replace(self.trials[number], state=state, reason=reason, metrics=dict(result.metrics))
+        record = read_record(trial_folder(self.study, number))
+        if record:
+            trial = replace(trial, mlflow_run_id=record["mlflow_run_id"])
+            tags = {"trial.state": str(state)} | ({"trial.reason": reason} if reason else {})
+            self.tracker.log_tags(tags, record["mlflow_run_id"])
+            if state == TrialState.FAILED:  # the trial's own driver may have died before it could end its run
+                self.tracker.end_run(record["mlflow_run_id"], "FAILED")
+        self.save_trial(trial)
+        seconds = time.monotonic() - self.started.get(number, time.monotonic())
+        logger.info("trial %d: %s, %.0f s", number, describe_outcome(trial), seconds)
+        if time.monotonic() - self.last_figures > FIGURES_INTERVAL_S:
+            self.log_figures()
+
+    def save_trial(self, trial: Trial) -> None:
+        """Record a trial, in memory and on disk."""
+        self.trials[trial.number] = trial
+        write_trial(self.study, trial)
+
+    def log_figures(self) -> None:
+        """Log the study's figures, tables, recipes and metrics, as they are now, to its MLflow run."""
+        self.last_figures = time.monotonic()
+        trials, against = self.in_order(), self.study.against or "gmacs"
+        files = pareto.pareto_files({self.study.name: trials}, self.study.recipe, against, self.variant_latencies)
+        for path, content in files.items():
+            self.tracker.log_file(path, content)
+        for trial in pareto.on_any_front(trials):
+            if (record := read_record(trial_folder(self.study, trial.number))) is not None:
+                config = Config.model_validate(record["config"])
+                text = pareto.standalone_recipe(config, self.study, trial.number)
+                self.tracker.log_file(f"recipes/trial-{trial.number:03d}.yaml", text.encode())
+        volumes = pareto.hypervolume_curve(trials, against)
+        if volumes:
+            metrics = {STUDY_HYPERVOLUME: volumes[-1], STUDY_FINISHED: len(volumes)}
+            self.tracker.log_metrics(metrics, step=len(volumes))
+        if best := pareto.best_trial(trials):
+            self.tracker.log_metrics({STUDY_BEST_TOP1: best.metrics[VAL_TOP1]}, step=len(volumes))
+
+
+def describe_outcome(trial: Trial) -> str:
+    """How a trial ended, in words."""
+    if VAL_TOP1 not in trial.metrics or trial.state == TrialState.FAILED:
+        return f"{trial.state}: {trial.reason}"
+    shown = [f"top-1 {trial.metrics[VAL_TOP1]:.1%}"]
+    shown += [f"{trial.metrics[COST_LATENCY_MS]:.4g} ms", f"{trial.metrics[COST_GMACS]:.4g} GMACs"]
+    stopped_after = f" {trial.reason}" if trial.state == TrialState.STOPPED else ""
+    return f"{trial.state}{stopped_after}, {', '.join(shown)}"

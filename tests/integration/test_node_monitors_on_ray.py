@@ -1,4 +1,4 @@
-"""The monitors of nodes that join, hang and are lost."""
+"""System metrics of nodes that join, hang and are lost."""
 
 import os
 import signal
@@ -14,18 +14,20 @@ from tests.helpers.ray_nodes import RayNodes
 from tests.helpers.waiting import until
 
 DRIVER = """
-import os, sys, time
+import logging, os, sys, time
 from pathlib import Path
 ours = os.fdopen(os.dup(1), "w", 1)
-os.dup2(2, 1)  # what Ray tells of lost nodes, sooner or later, is none of ours
+os.dup2(2, 1)  # Ray prints about lost nodes at any time; keep that apart
 import ray
 from pipelines.tracking import node_monitors
 from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
+logging.getLogger("pipelines").setLevel(logging.INFO)
+logging.getLogger("pipelines").addHandler(logging.StreamHandler(ours))
 ray.init(log_to_driver=False)
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
-tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl", echo=lambda line: print(line, file=ours))
+tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl")
 print("STARTED", tracker.run_id, file=ours)
 sys.stdin.readline()
 node_monitors.UNUSED_S = 0.4
@@ -34,12 +36,12 @@ work = ray.remote(lambda: time.sleep(600)).remote()
 sys.stdin.readline()
 begun = time.monotonic()
 left = tracker.close("FINISHED")
-print("ENDED", left, time.monotonic() - begun, tracker.machine.is_alive(), file=ours)
+print("ENDED", left, time.monotonic() - begun, tracker.system_metrics.is_alive(), file=ours)
 sys.stdin.readline()
 """
 
 
-def go_on(driver):
+def continue_driver(driver):
     driver.stdin.write("\n")
     driver.stdin.flush()
 
@@ -57,7 +59,7 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         run_id = driver.stdout.readline().split()[1]
 
         def count(name, key="cpu_utilization_percentage"):
-            """Values that a node has given, by its name; of the driver's machine by none."""
+            """Number and maximum of a node's values, by its name; None for the driver's own ``system/`` metrics."""
             assert driver.poll() is None
             ids = {group: id for id, group in known.items()}
             part = f"{socket.gethostname()}-{ids[name][:6]}/" if name else ""
@@ -80,7 +82,7 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         known = cluster.names()
         until(lambda: count("two")[0] > 2)
         actors = {known[row["node_id"]]: row for row in samplers()}
-        assert set(actors) == {"one", "two"}  # none on the driver's own
+        assert set(actors) == {"one", "two"}  # none on the driver's node
         assert not any(row["required_resources"] for row in actors.values())
 
         os.kill(actors["one"]["pid"], signal.SIGSTOP)  # a node that hangs, and then is lost
@@ -89,21 +91,21 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
         cluster.kill("one")
         os.kill(actors["one"]["pid"], signal.SIGKILL)
         before = count("two")[0]
-        until(lambda: count("two")[0] > before + 4)  # what was on its way to MLflow has arrived
+        until(lambda: count("two")[0] > before + 4)  # values that were on their way to MLflow have arrived
         gone, before = count("one")[0], count("two")[0]
         until(lambda: count("two")[0] > before + 4)
         assert count("one")[0] == gone
-        go_on(driver)  # what is not used is left alone, until it is used
+        continue_driver(driver)  # an unused node is not sampled until it is used again
         until(lambda: not samplers())
         before = count("two")[0]
-        go_on(driver)
+        continue_driver(driver)
         until(lambda: count("two")[0] > before)
         (sampler,) = samplers()
         os.kill(sampler["pid"], signal.SIGSTOP)  # a node that hangs as the run ends
         before = count(None)[0]
         until(lambda: count(None)[0] > before)
-        go_on(driver)
-        word, left, seconds, alive = driver.stdout.readline().split()  # nothing was echoed before
+        continue_driver(driver)
+        word, left, seconds, alive = driver.stdout.readline().split()  # nothing was logged before
         assert (word, left, alive) == ("ENDED", "0", "False") and float(seconds) < 4
         os.kill(sampler["pid"], signal.SIGCONT)
         until(lambda: not samplers())

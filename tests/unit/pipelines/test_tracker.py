@@ -127,6 +127,45 @@ def test_a_killed_writer_leaves_every_metric_once(tmp_path):
     assert rows(tmp_path / "mlflow.db", state.run_id, "val/top1") == once(*range(1, state.last_epoch + 1))
 
 
+OLD_JOURNAL = """\
+{"op": "open", "uri": "sqlite:///FOLDER/mlflow.db", "run_id": "RUN", "blind": true}
+{"op": "metrics", "time": 1700000000001, "step": 1, "values": {"train/loss": 9.0}}
+{"op": "metrics", "time": 1700000000002, "step": 2, "values": {"train/loss": 0.5, "val/top1": 0.25}}
+{"op": "metrics of", "of": "TRIAL", "time": 1700000000003, "step": 4, "values": {"cost/latency_ms": 7.5}}
+{"op": "tags", "tags": {"state": "failed"}, "of": "TRIAL"}
+{"op": "tags", "tags": {"colour": "green"}}
+{"op": "file", "path": "plots/loss.png", "file": "0a1b2c3d4e5f/loss.png"}
+{"op": "fly"}
+{"op": "status", "status": "FAILED", "time": 1700000000004, "of": "TRIAL"}
+{"op": "status", "status": "KILLED", "time": 1700000000005}
+"""
+
+
+def test_a_journal_of_an_earlier_version_is_delivered(tmp_path, lines):
+    run, trial = (start(tmp_path / name, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db") for name in ("run", "trial"))
+    run.log_metrics({"train/loss": 1.0}, step=1)  # MLflow has this epoch already
+    assert run.close("FINISHED") == trial.close("FINISHED") == 0
+    journal = tmp_path / "old" / "journal.jsonl"
+    (tmp_path / "old" / "journal.files" / "0a1b2c3d4e5f").mkdir(parents=True)
+    (tmp_path / "old" / "journal.files" / "0a1b2c3d4e5f" / "loss.png").write_bytes(b"picture")
+    text = OLD_JOURNAL.replace("FOLDER", str(tmp_path)).replace("RUN", run.run_id).replace("TRIAL", trial.run_id)
+    journal.write_text(text)
+    assert sync_journals(journal) == 0
+    assert f"{journal}: 10 operations delivered to MLflow run {run.run_id}, 0 left" in lines
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.get_run(run.run_id)
+    losses = client.get_metric_history(run.run_id, "train/loss")
+    assert {(m.step, m.value, m.timestamp == 1700000000002) for m in losses} == {(1, 1.0, False), (2, 0.5, True)}
+    assert (found.data.metrics["val/top1"], found.data.tags["colour"]) == (0.25, "green")
+    assert (found.info.status, found.info.end_time) == ("KILLED", 1700000000005)
+    assert mlflow.artifacts.load_text(f"{found.info.artifact_uri}/plots/loss.png") == "picture"
+    other = client.get_run(trial.run_id)
+    assert (other.data.metrics["cost/latency_ms"], other.data.tags["state"]) == (7.5, "failed")
+    assert (other.info.status, other.info.end_time) == ("FAILED", 1700000000004)
+    (rejected,) = (tmp_path / "old" / "journal.rejected").read_text().splitlines()
+    assert json.loads(rejected)["line"] == '{"op": "fly"}\n'
+
+
 def test_refused_operations_are_kept_apart_and_delay_nothing(tmp_path, lines):
     tracker = start(tmp_path)
     tracker.log_metrics({"train/loss": 1.0, "bad*name": 2.0, "val/top1": 3.0}, step=1)

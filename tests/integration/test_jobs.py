@@ -82,10 +82,11 @@ def test_the_doctor_finds_no_problem_and_the_upload_is_small(cluster, motion_set
     code, out = run_job(cluster, "sh", "-c", work)
     assert code == 0 and "nodes that answer: 3 of 3, 4 CPUs" in out and "0 warn, 0 fail" in out, out
     assert float(re.search(r"the job's working directory: \d+ files, ([\d.]+) MiB", out)[1]) < 8
-    told = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("THERE", "BYTES"))}
-    assert int(told["BYTES"][0]) < 8e6, told
-    assert {"posmlp", "pipelines", "tune_spaces", "cluster.yaml"} <= {*told["THERE"]}
-    assert not {".venv", ".git", "mlruns"} & {*told["THERE"]}  # an earlier job may have left its cache of clips, data/
+    printed = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("THERE", "BYTES"))}
+    assert int(printed["BYTES"][0]) < 8e6, printed
+    assert {"posmlp", "pipelines", "tune_spaces", "cluster.yaml"} <= {*printed["THERE"]}
+    # An earlier job may have left its cache of clips, data/.
+    assert not {".venv", ".git", "mlruns"} & {*printed["THERE"]}
 
 
 @contextmanager

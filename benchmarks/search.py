@@ -1,11 +1,12 @@
-"""A study of short trials against as many separate ``posmlp train`` runs of the same recipes: wall-clock and its parts.
+"""Time a study of short trials, and the same number of separate ``posmlp train`` runs of the same recipes.
 
     python benchmarks/search.py
     python benchmarks/search.py --trials 8 train.epochs=2
 
-Both start from nothing, each with a clip cache and an MLflow store of its own; Ray is started and ended in the time.
-Training is the time of the epochs' steps, in which waiting for clips (decoding) is told apart; the rest is start-up,
-validation, checkpoints and the end. Of the study, trials run at a time, so its parts can add up to more than its time.
+Both start with an empty clip cache and an empty MLflow store. The times include the start and the end of Ray.
+"training" is the time of the epochs' steps, including the wait for clips (decoding). "everything else" is start-up,
+validation, checkpoints and the end. Trials of a study run concurrently, so their parts can add up to more than the
+wall-clock time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ POSMLP = [sys.executable, "-m", "pipelines.cli"]
 
 
 def timed(command: list[str], folder: Path) -> float:
-    """Seconds of a command that starts a Ray of its own."""
+    """Run a command that starts its own Ray; returns the seconds that it takes."""
     env = os.environ | {"RAY_ADDRESS": "local"}
     start = time.perf_counter()
     with open(folder / "log.txt", "a") as log:
@@ -37,8 +38,8 @@ def timed(command: list[str], folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def parts(folder: Path) -> tuple[float, float]:
-    """Seconds of all training epochs in a folder's MLflow store, and those of them that waited for clips."""
+def training_times(folder: Path) -> tuple[float, float]:
+    """Seconds of all training epochs in a folder's MLflow store, and the seconds of these that waited for clips."""
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     training = waiting = 0.0
     for run in client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]):
@@ -53,8 +54,8 @@ def parts(folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe demo")
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe demo")
+    parser.add_argument("--trials", type=int, default=8, help="number of trials (default: %(default)s)")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as work:
         data, one, other = make_motion_set(Path(work, "motion")), Path(work, "study"), Path(work, "separate")
@@ -75,10 +76,11 @@ def main() -> None:
             recipe = other / f"{trial.number}.yaml"
             recipe.write_text(config.to_yaml())
             apart += timed([*POSMLP, "train", str(recipe), f"name=run-{trial.number}"], other)
-        print("| | wall-clock, s | training, s | of it waiting for clips, s | all else, s |\n|---|---|---|---|---|")
+        print("| | wall-clock, s | training, s | of it waiting for clips, s | everything else, s |")
+        print("|---|---|---|---|---|")
         for name, seconds, folder in (("separate runs", apart, other), ("trials of a study", together, one)):
-            training, waiting = parts(folder)
-            rest = f"{seconds - training:.0f}" if name == "separate runs" else "at a time with training"
+            training, waiting = training_times(folder)
+            rest = f"{seconds - training:.0f}" if name == "separate runs" else "overlaps with training"
             print(f"| {args.trials} {name} | {seconds:.0f} | {training:.0f} | {waiting:.0f} | {rest} |")
         print(f"\nseparate / study: {apart / together:.2f}")
 

@@ -48,7 +48,7 @@ from posmlp.learn.evaluation import video_scores
 from posmlp.learn.learner import score_views
 from posmlp.metrics import SUPERNET_BEST_TOP1, SUPERNET_KENDALL, SUPERNET_SPEARMAN, VAL_TOP1
 from posmlp.model.backbone import PosMLPVideo
-from posmlp.model.spec import Architecture
+from posmlp.model.spec import STAGES, Architecture
 from posmlp.model.supernet import Supernet
 from posmlp.video.manifest import read_split
 from tune_spaces import Member, Range, Space, Value, load_space
@@ -188,7 +188,7 @@ def supernet_recipe(space: Space, space_name: str, recipe: Config, name: str) ->
                 f"{describe_choice_keys()} alone"
             )
         first[dimension] = values[0]
-    choices: dict[str, list[dict[Any, None]]] = {key: [{} for _ in range(4)] for key in CHOICE_KEYS}
+    choices: dict[str, list[dict[Any, None]]] = {key: [{} for _ in range(STAGES)] for key in CHOICE_KEYS}
     for dimension, values in space.dimensions.items():
         for value in cast(tuple[Value, ...], values):
             try:
@@ -342,8 +342,8 @@ def score_members(run: str, architectures: Sequence[Architecture]) -> tuple[list
     if checkpoint is None:
         reasons = "; ".join(map(str, problems))
         raise StudyError(f"{run} has no whole checkpoint: {reasons}; delete that folder to train it again")
-    about, contents = checkpoints.load(checkpoint, [checkpoints.WEIGHTS])
-    config, bad = about.recipe(), list[BadVideo]()
+    info, contents = checkpoints.load(checkpoint, [checkpoints.WEIGHTS])
+    config, bad = info.recipe(), list[BadVideo]()
     manifest = read_split(config.data, "val")
     logger.info(
         "scoring %d members on %d videos with the weights of %s", len(architectures), len(manifest.rows), checkpoint

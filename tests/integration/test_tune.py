@@ -85,7 +85,7 @@ def test_the_front_is_repeated_with_another_seed(finished_study):
         assert trial.member == result.trials[trial.repeat_of].member
 
 
-def test_mlflow_has_one_parent_and_a_child_a_trial(finished_study):
+def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
     result, _ = finished_study
     client, parents, children = mlflow_runs(result.study)
     (parent,) = parents
@@ -160,7 +160,7 @@ def test_a_finished_study_is_not_repeated(finished_study, capsys):
     assert [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]] == before
 
 
-def test_what_a_study_and_its_trials_could_not_deliver_is_synced_with_one_call(finished_study, capsys):
+def test_one_sync_delivers_what_a_study_and_its_trials_could_not(finished_study, capsys):
     result, _ = finished_study
     assert main(["sync", result.study.folder]) == 0
     assert capsys.readouterr().out.count(" delivered to MLflow run ") == 1 + len(result.trials)

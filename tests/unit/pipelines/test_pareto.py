@@ -49,13 +49,13 @@ def test_the_hypervolume_is_the_area_that_some_point_beats(places, reference):
     assert pareto.hypervolume(places, reference) == len(cells)
 
 
-def test_only_whole_trials_of_the_first_seed_count():
+def test_only_fully_trained_trials_of_the_first_seed_count():
     trials = [trial(0, 0.5, 2.0), trial(1, 0.9, 1.0, state=TrialState.STOPPED), trial(2, 0.9, 1.0, repeat_of=0)]
     trials += [trial(3, math.nan, 1.0), trial(4, 0.5, 2.0), trial(5, 0.9, 1.0, state=TrialState.FAILED)]
     assert [t.number for t in pareto.pareto_front(trials, "gmacs")] == [0]
 
 
-def test_the_accuracy_of_a_member_is_over_its_seeds():
+def test_top1_of_a_trial_is_over_its_seeds():
     trials = [
         trial(0, 0.5, 1.0),
         trial(1, 0.7, 1.0, repeat_of=0),
@@ -69,7 +69,7 @@ def test_the_accuracy_of_a_member_is_over_its_seeds():
     assert pareto.top1_over_seeds(trials[0], strange) == (mean, deviation, seeds)
 
 
-def test_hypervolumes_never_shrink_and_end_with_the_whole():
+def test_the_hypervolume_never_shrinks_and_ends_with_that_of_all_trials():
     dice = random.Random(0)
     trials = [trial(i, dice.random(), dice.uniform(1, 9)) for i in range(20)]
     volumes = pareto.hypervolume_curve(trials, "gmacs")
@@ -115,7 +115,7 @@ def many(seed=0):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 12])
-def test_pictures_and_tables_of_any_number_of_trials(count, recwarn):
+def test_figures_and_tables_of_any_number_of_trials(count, recwarn):
     trials = many()[:count]
     trials += [trial(12 + i, 0.5, t.metrics[GMACS], repeat_of=t.number) for i, t in enumerate(trials[:1])]
     files = pareto.pareto_files({"look": trials}, BASE, "latency")
@@ -140,7 +140,7 @@ def test_trials_whose_latency_is_not_known_are_drawn_by_their_other_costs(recwar
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
 
-def test_two_studies_are_laid_over_each_other():
+def test_two_studies_share_one_figure():
     files = pareto.pareto_files({"look": many(), "other": many(1)}, BASE, "gmacs")
     assert {"look-trials.csv", "other-trials.csv", "look-progress.png"} <= set(files)
     assert "look: 12 trials; other: 12 trials" in files["front.html"].decode()

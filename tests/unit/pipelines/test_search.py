@@ -112,7 +112,7 @@ def test_tpe_learns_from_trials_that_were_stopped_and_not_from_failed_ones():
     assert share(TrialState.FAILED) < 0.5
 
 
-def test_trials_that_run_at_a_time_differ():
+def test_concurrent_trials_differ():
     study, trials = study_of("tpe"), search(study_of("tpe"), 12)
     for _ in range(4):
         trials.append(propose_trial(study, FOUR, trials))

@@ -33,7 +33,7 @@ def test_the_supernet_of_a_space_holds_all_its_members():
         ("widths", r"space widths: width 0\.5 has model\.dims"),
     ],
 )
-def test_a_space_of_more_is_refused(space, message):
+def test_a_space_with_other_dimensions_is_refused(space, message):
     recipe = load_recipe("demo")
     with pytest.raises(StudyError, match=message):
         supernet_recipe(load_space(space, recipe), space, recipe, "net")
@@ -49,7 +49,7 @@ def test_members_are_drawn_once_each_and_all_of_a_small_space():
     assert len({tuple(member.items()) for member in whole}) == len(whole) == 108
 
 
-def test_agreement_is_that_of_the_ranks():
+def test_rank_agreement_is_in_closed_form():
     """Spearman's coefficient in closed form: 1 - 6 sum(d^2) / (n (n^2 - 1)); one pair of six out of order."""
     alone = (0.1, 0.4, 0.2, 0.9)
     trained = [StandaloneTrial(Trial(i, {}, state=TrialState.FINISHED), top1, None) for i, top1 in enumerate(alone)]

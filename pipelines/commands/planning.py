@@ -81,15 +81,15 @@ def add_plan(verbs: Verbs) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from pipelines.planning.plan import MFU, make_cluster, make_plan, table
+    from pipelines.planning.plan import ASSUMED_MFU, format_plan, make_cluster_spec, make_plan
 
-    cluster = make_cluster(
+    cluster = make_cluster_spec(
         args.gpus,
         nodes=args.nodes,
         gpus_per_node=args.gpus_per_node,
         gpu=args.gpu,
         tflops=args.tflops,
-        mfu=args.mfu or MFU,
+        mfu=args.mfu or ASSUMED_MFU,
         gpu_node_cores=args.cores,
         decode_node_cores=args.decode_cores,
         decode_nodes=args.decode_nodes,
@@ -98,7 +98,7 @@ def run_plan(args: argparse.Namespace) -> None:
         store_share=args.store_share,
     )
     given = {key: getattr(args, key) for key in ("videos", "val_videos", "source", "decode_ms", "video_kb")}
-    print(table(make_plan(args.recipe, args.overrides, cluster, **given)))
+    print(format_plan(make_plan(args.recipe, args.overrides, cluster, **given)))
 
 
 def add_cost(verbs: Verbs) -> None:

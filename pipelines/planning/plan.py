@@ -1,9 +1,9 @@
-"""What a recipe takes on a cluster that need not be there: a model of the whole system, by arithmetic alone.
+"""Estimate what a recipe needs on a cluster that does not have to exist. Pure arithmetic: nothing is started.
 
-Each part of the system has a rate in training clips a second: the GPUs, the cores that decode, the object store, the
-network into and out of a GPU node, the network of a decode node. The slowest is the run's rate. Nothing is started
-and no Ray is needed. Constants are measured (the command is named), taken from the code (which a test compares), or
-assumed; ``table`` says which. What is left out is listed in docs/scale.md.
+Each part of the system has a highest rate in training clips per second: the GPUs, the cores that decode, the object
+store, the network into and out of a GPU node, and the network of a decode node. The slowest part sets the rate of the
+run. No Ray is needed. Each constant is measured (the command is named), taken from the code (a test compares them), or
+assumed; ``format_plan`` says which. docs/scale.md lists what is left out.
 """
 
 from __future__ import annotations
@@ -21,72 +21,92 @@ from posmlp.errors import UserError
 from posmlp.model.cost import PEAKS, count_macs, count_params
 from posmlp.video.manifest import read_split
 
-TRAIN_FLOPS, TEST_FLOPS = 6, 2  # for each multiply-accumulate: a training step is three forward passes
-MFU = 0.15  # share of the peak that training reaches. ASSUMED: it is not measured here; perf/mfu of a run tells
-RAY_SHARE = 0.96  # of a decoding core goes into decoding under Ray Data: 14.2 / 14.8 (benchmarks/ingest.py throughput)
-STORE_SHARE, QUEUED = 0.25, 2  # pipelines.data.loader
-RAY_STORE_GB = 200.0  # most that a node's object store takes by itself (ray._private.ray_constants)
-SAMPLE_S = 10.0  # between two lines of system metrics (pipelines.tracking.tracker)
-MAX_PARAMS = 100  # in one call (pipelines.tracking.tracker)
-TRAIN_METRICS, SPEED_METRICS, EPOCH_METRICS, VAL_METRICS = (
-    9,
-    4,
-    2,
-    5,
-)  # values of an epoch (pipelines.training.worker, ClassificationMetrics)
-COST_METRICS = 5  # values (posmlp.model.cost)
-MACHINE_METRICS, GPU_METRICS = 8, 5  # values of a line of system metrics, and more for each GPU (mlflow.system_metrics)
-START_CALLS = 4  # create the run, store config.yaml, note that it runs, log the cost; params come on top
-END_CALLS = 4  # two pictures, the last line of system metrics, the status
-MODEL_CALLS = 4  # create, outputs, files, finalize
+# GPUs
+TRAIN_FLOPS_PER_MAC = 6  # two operations for a multiply-accumulate; a training step costs three forward passes
+EVAL_FLOPS_PER_MAC = 2
+ASSUMED_MFU = 0.15  # share of the peak that training reaches. Not measured here; perf/mfu of a run measures it
 
-MEASURED_FRAMES, MEASURED_SIZE = 16, 224  # of the clips in SOURCES
-MEASURED_SPAN, MEASURED_LENGTH = 31, 300  # frames from the first to the last wanted one, dense; and of a whole video
+# Data
+RAY_DECODE_SHARE = 0.96  # of a core's time under Ray Data: 14.2 / 14.8 (benchmarks/ingest.py throughput)
+OBJECT_STORE_SHARE = 0.25  # of the object store is for training (pipelines.data.loader)
+DECODE_TASKS_PER_CPU = 2  # running or waiting (pipelines.data.loader)
+RAY_MAX_STORE_GB = 200.0  # largest object store that Ray gives a node by default (ray._private.ray_constants)
+
+# MLflow
+SYSTEM_SAMPLE_S = 10.0  # seconds between two samples of system metrics (pipelines.tracking.node_monitors)
+MAX_PARAMS = 100  # parameters in one call (pipelines.tracking.mlflow_client)
+TRAIN_METRICS = 9  # values per epoch (Worker.train_epoch in pipelines.training.worker)
+SPEED_METRICS = 4  # values per epoch without perf/mfu (Worker.speed)
+EPOCH_METRICS = 2  # values per epoch without data/decoded_by_pyav (Worker.epoch)
+VAL_METRICS = 5  # values per validation (posmlp.learn.evaluation.ClassificationMetrics)
+COST_METRICS = 5  # values per run (posmlp.model.cost)
+NODE_METRICS = 8  # values in a node's sample of system metrics, without its GPUs (mlflow.system_metrics)
+GPU_METRICS = 5  # values in that sample for each GPU (mlflow.system_metrics)
+START_WRITES = 4  # create the run, store config.yaml, set the status, log the cost; params are counted apart
+END_WRITES = 4  # two plots, the last sample of system metrics, the status
+MODEL_WRITES = 4  # create the model, its outputs, its files, finalize it
+
+# The clips and videos that VIDEO_STORAGE was measured with
+MEASURED_CLIP_FRAMES = 16
+MEASURED_IMAGE_SIZE = 224  # pixels
+MEASURED_DENSE_SPAN = 31  # frames of the video from the first to the last frame of a dense clip
+MEASURED_VIDEO_FRAMES = 300
 
 
 @dataclass(frozen=True)
-class Source:
-    """How videos are stored, and what that costs.
+class VideoStorage:
+    """Measured costs of one way to store videos.
 
     Attributes:
-        kb: of a video (10 s, 340x256, H.264), in 1000 bytes.
-        uniform, dense, decord_uniform, decord_dense: milliseconds of one core for one clip of 16 frames of 224x224.
+        video_kb: size of a video (10 s, 340x256, H.264), in 1000 bytes.
+        uniform_ms, dense_ms: milliseconds of one core to decode a clip of 16 frames of 224x224 with PyAV, by sampling.
+        decord_uniform_ms, decord_dense_ms: the same with decord.
     """
 
-    kb: float
-    uniform: float
-    dense: float
-    decord_uniform: float
-    decord_dense: float
+    video_kb: float
+    uniform_ms: float
+    dense_ms: float
+    decord_uniform_ms: float
+    decord_dense_ms: float
 
 
-SETTINGS = "python benchmarks/ingest.py settings"
-SOURCES = {  # measured on one core of an AMD EPYC (Zen 5) by SETTINGS; the table is in the README
-    "as-is": Source(581, 69, 43, 92, 63),
-    "shard": Source(583, 68, 41, 94, 63),
-    "key250": Source(716, 75, 51, 113, 75),
-    "key32": Source(785, 67, 27, 112, 75),
-    "key12": Source(907, 48, 24, 119, 80),
-    "key4": Source(1372, 35, 27, 153, 101),
+MEASURE_COMMAND = "python benchmarks/ingest.py settings"
+# By the value of --source. Measured on one core of an AMD EPYC (Zen 5) by MEASURE_COMMAND; also in docs/results.md.
+VIDEO_STORAGE = {
+    "as-is": VideoStorage(581, 69, 43, 92, 63),
+    "shard": VideoStorage(583, 68, 41, 94, 63),
+    "key250": VideoStorage(716, 75, 51, 113, 75),
+    "key32": VideoStorage(785, 67, 27, 112, 75),
+    "key12": VideoStorage(907, 48, 24, 119, 80),
+    "key4": VideoStorage(1372, 35, 27, 153, 101),
 }
 
-GIVEN = "given"
-GPUS, DECODING, STORE = "GPUs", "decoding", "object store"
-NETWORK_IN, NETWORK_OUT = "network into a GPU node", "network out of a GPU node"
+GIVEN = "given"  # origin of a number that the user gave
+
+# Parts of the system
+GPUS = "GPUs"
+DECODING = "decoding"
+OBJECT_STORE = "object store"
+NETWORK_IN = "network into a GPU node"
+NETWORK_OUT = "network out of a GPU node"
 NETWORK_DECODE = "network of a decode node"
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """The machines.
+class ClusterSpec:
+    """Nodes of a cluster. All nodes of a kind are alike; a decode node has no GPU.
 
     Attributes:
-        gpus, gpus_per_node: one training worker a GPU.
-        gpu_node_cores, decode_nodes, decode_node_cores: cores are those of Ray, all nodes of a kind are alike.
-        gbit: network of a node, each way, 1e9 bits a second.
-        memory_gb, store_share: of a node; the share of it is the object store.
-        peak: operations a second of one GPU; peak_from says where that is from.
+        gpus, gpus_per_node: number of GPUs; each runs one training worker.
+        gpu_node_cores, decode_nodes, decode_node_cores: number of decode nodes, and of the CPU cores that Ray counts
+            on a node of each kind.
+        gbit: network of a node in each direction, 1e9 bits per second.
+        memory_gb, store_share: memory of a node, in 1e9 bytes, and the share of it that is Ray's object store.
+        peak_flops, peak_origin: peak of one GPU, in operations per second, and where the number is from.
         mfu: share of the peak that training reaches.
+
+    Raises:
+        UserError: the GPUs do not fill the nodes, or a share is not above 0 and at most 1.
     """
 
     gpus: int
@@ -97,235 +117,265 @@ class Cluster:
     gbit: float = 100.0
     memory_gb: float = 256.0
     store_share: float = 0.3
-    peak: float = PEAKS["H100"]
-    peak_from: str = "H100, data sheet"
-    mfu: float = MFU
+    peak_flops: float = PEAKS["H100"]
+    peak_origin: str = "H100, data sheet"
+    mfu: float = ASSUMED_MFU
 
     def __post_init__(self) -> None:
         if self.gpus % self.gpus_per_node:
-            raise UserError(f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; change --gpus or the nodes")
+            raise UserError(
+                f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; change --gpus, --gpus-per-node or --nodes"
+            )
         for name, value in (("--mfu", self.mfu), ("--store-share", self.store_share)):
             if not 0 < value <= 1:
-                raise UserError(f"{name} {value:g} is a share, above 0 and at most 1")
+                raise UserError(f"{name} {value:g} is a share; give a number above 0 and at most 1")
 
     @property
-    def nodes(self) -> int:
-        """GPU nodes."""
+    def gpu_nodes(self) -> int:
+        """Return the number of GPU nodes."""
         return self.gpus // self.gpus_per_node
 
     @property
     def store_bytes(self) -> float:
-        """The object stores of all nodes together."""
-        return (self.nodes + self.decode_nodes) * min(self.memory_gb * self.store_share, RAY_STORE_GB) * 1e9
+        """Return the bytes of the object stores of all nodes together."""
+        return (self.gpu_nodes + self.decode_nodes) * min(self.memory_gb * self.store_share, RAY_MAX_STORE_GB) * 1e9
 
     @property
-    def bytes_per_s(self) -> float:
-        """A node's network, each way."""
+    def network_bytes_per_s(self) -> float:
+        """Return the bytes per second of a node's network, in each direction."""
         return self.gbit * 1e9 / 8
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A recipe on a cluster. Bytes are bytes, times are seconds, rates are clips a second of the whole cluster.
+class RunPlan:
+    """Estimates for one run of a recipe on a cluster. Rates are clips per second of the whole cluster.
 
     Attributes:
-        config: with a worker for each GPU.
-        videos, val_videos: of the two lists.
-        decode_ms, video_kb: what a clip takes of a core, and the size of a video; decode_from says where from.
-        macs: of one clip.
-        params, tensors, buffer_bytes: numbers in parameters, parameters, and what else the weights hold.
+        config: the recipe, with one worker for each GPU.
+        cluster: the nodes.
+        videos, val_videos: number of videos in the training and the validation split.
+        decode_ms, decode_origin: milliseconds of one core to decode a clip, and where the number is from.
+        video_kb: size of a video, in 1000 bytes.
+        macs: multiply-accumulates of a forward pass of one clip.
+        num_params: number of values in all parameters.
+        num_param_tensors: number of parameter tensors.
+        buffer_bytes: bytes of the model's buffers.
     """
 
     config: Config
-    cluster: Cluster
+    cluster: ClusterSpec
     videos: int
     val_videos: int
     decode_ms: float
     video_kb: float
-    decode_from: str
+    decode_origin: str
     macs: int
-    params: int
-    tensors: int
+    num_params: int
+    num_param_tensors: int
     buffer_bytes: int
 
     # --- cores and bytes -----------------------------------------------------------------------------------------
 
     @property
-    def cores_here(self) -> float:
-        """Cores of one GPU node that training leaves for decoding."""
-        taken = self.cluster.gpus_per_node * self.config.scaling.cpus_per_worker
-        return max(0.0, self.cluster.gpu_node_cores - taken)
+    def decode_cores_per_gpu_node(self) -> float:
+        """Return the cores of one GPU node that training leaves for decoding."""
+        training_cores = self.cluster.gpus_per_node * self.config.scaling.cpus_per_worker
+        return max(0.0, self.cluster.gpu_node_cores - training_cores)
 
     @property
-    def cores(self) -> float:
-        """Cores that decode, in the whole cluster."""
-        return self.cluster.nodes * self.cores_here + self.cluster.decode_nodes * self.cluster.decode_node_cores
+    def decode_cores(self) -> float:
+        """Return the cores of the whole cluster that decode."""
+        cluster = self.cluster
+        return cluster.gpu_nodes * self.decode_cores_per_gpu_node + cluster.decode_nodes * cluster.decode_node_cores
 
     @property
     def clip_bytes(self) -> int:
-        """A decoded clip, uint8 ``[T, H, W, 3]``."""
+        """Return the bytes of a decoded clip, uint8 ``[T, H, W, 3]``."""
         variant = self.config.model.variant()
         return variant.frames * variant.image_size**2 * 3
 
     @property
     def block_bytes(self) -> int:
-        """What one training decode task returns."""
-        views = self.config.data.repeats
-        return max(1, self.config.data.rows_per_block // views) * views * self.clip_bytes
+        """Return the bytes that one training decode task returns."""
+        repeats = self.config.data.repeats
+        return max(1, self.config.data.rows_per_block // repeats) * repeats * self.clip_bytes
 
     @property
     def gradient_bytes(self) -> float:
-        """Into each node, and out of it, in one step: gradients in fp32 by a ring over all GPUs that enters and leaves
-        a node once. FSDP also gathers the weights, twice for each part of the batch."""
-        if self.cluster.nodes == 1:
+        """Return the bytes of gradients that enter each node, and leave it, in one training step.
+
+        Gradients are fp32 and travel in a ring over all GPUs that enters and leaves a node once. FSDP also gathers the
+        weights, twice for each micro-batch.
+        """
+        if self.cluster.gpu_nodes == 1:
             return 0.0
         passes, scaling = 2, self.config.scaling
         if scaling.parallel == "fsdp":
-            local = self.config.train.global_batch / self.cluster.gpus
-            passes = 1 + 2 * math.ceil(local / (scaling.micro_batch or local))
-        return passes * (self.cluster.gpus - 1) / self.cluster.gpus * 4 * self.params
+            local_batch = self.config.train.global_batch / self.cluster.gpus
+            passes = 1 + 2 * math.ceil(local_batch / (scaling.micro_batch or local_batch))
+        return passes * (self.cluster.gpus - 1) / self.cluster.gpus * 4 * self.num_params
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Tensors of one: the weights that count, AdamW's two moments and counter, the weights behind the average."""
-        weights = 4 * self.params + self.buffer_bytes
-        moments = 2 * 4 * self.params + 4 * self.tensors
+        """Return the bytes of a checkpoint's tensors.
+
+        They are the evaluation weights, AdamW's two moments and counters and, with EMA, the weights that are trained.
+        """
+        weights = 4 * self.num_params + self.buffer_bytes
+        moments = 2 * 4 * self.num_params + 4 * self.num_param_tensors
         return weights + moments + (weights if self.config.optim.ema else 0)
 
-    def node_bytes(self, train: bool) -> dict[str, float]:
-        """What crosses a node's network for one clip of the cluster, by the network's name.
+    def network_bytes_per_clip(self, train: bool) -> dict[str, float]:
+        """Return the bytes that cross a node's network for each clip of the whole cluster, by network.
 
-        Decode tasks run on any free core, so a node decodes as large a part as it has of the cores.
+        Decode tasks run on any free core, so a node's share of the decoding is its share of the decoding cores.
         """
-        here, views = self.cores_here / self.cores, self.views(train)
-        video = 1000 * self.video_kb / views
-        gradients = self.gradient_bytes / self.config.train.global_batch if train else 0.0
+        node_share = self.decode_cores_per_gpu_node / self.decode_cores
+        video_bytes = 1000 * self.video_kb / self.clips_per_video(train)
+        gradient_bytes = self.gradient_bytes / self.config.train.global_batch if train else 0.0
+        nodes = self.cluster.gpu_nodes
         found = {
-            NETWORK_IN: self.clip_bytes * (1 - here) / self.cluster.nodes + video * here + gradients,
-            NETWORK_OUT: self.clip_bytes * here * (1 - 1 / self.cluster.nodes) + gradients,
+            NETWORK_IN: self.clip_bytes * (1 - node_share) / nodes + video_bytes * node_share + gradient_bytes,
+            NETWORK_OUT: self.clip_bytes * node_share * (1 - 1 / nodes) + gradient_bytes,
         }
         if self.cluster.decode_nodes:
-            found[NETWORK_DECODE] = max(self.clip_bytes, video) * self.cluster.decode_node_cores / self.cores
+            node_share = self.cluster.decode_node_cores / self.decode_cores
+            found[NETWORK_DECODE] = max(self.clip_bytes, video_bytes) * node_share
         return found
 
-    def views(self, train: bool) -> int:
-        """Clips of a video, decoded together."""
+    def clips_per_video(self, train: bool) -> int:
+        """Return the number of clips of a video, which are decoded together."""
         return self.config.data.repeats if train else self.config.eval.clips * self.config.eval.crops
 
     # --- rates and times -----------------------------------------------------------------------------------------
 
-    def limits(self, train: bool = True) -> dict[str, float]:
-        """The most clips a second that each part of the system takes or gives."""
-        cluster, flops = self.cluster, (TRAIN_FLOPS if train else TEST_FLOPS) * self.macs
-        core = RAY_SHARE * 1000 / self.decode_ms
-        found = {
-            GPUS: cluster.gpus * cluster.peak * cluster.mfu / flops,
-            DECODING: self.cores * core,
-            STORE: cluster.store_bytes * STORE_SHARE / self.block_bytes * core,  # tasks whose blocks fit
+    def max_rates(self, train: bool = True) -> dict[str, float]:
+        """Return the highest rate of each part of the system, in clips per second."""
+        cluster = self.cluster
+        flops = (TRAIN_FLOPS_PER_MAC if train else EVAL_FLOPS_PER_MAC) * self.macs
+        core_rate = RAY_DECODE_SHARE * 1000 / self.decode_ms
+        tasks_that_fit = cluster.store_bytes * OBJECT_STORE_SHARE / self.block_bytes
+        rates = {
+            GPUS: cluster.gpus * cluster.peak_flops * cluster.mfu / flops,
+            DECODING: self.decode_cores * core_rate,
+            OBJECT_STORE: tasks_that_fit * core_rate,
         }
-        return found | {n: cluster.bytes_per_s / b if b else math.inf for n, b in self.node_bytes(train).items()}
+        for network, size in self.network_bytes_per_clip(train).items():
+            rates[network] = cluster.network_bytes_per_s / size if size else math.inf
+        return rates
 
     @property
     def bottleneck(self) -> str:
-        """The slowest part, in training."""
-        found = self.limits()
-        return min(found, key=found.__getitem__)
+        """Return the slowest part of the system in training."""
+        rates = self.max_rates()
+        return min(rates, key=rates.__getitem__)
 
     @property
     def rate(self) -> float:
-        """Training clips a second."""
-        return min(self.limits().values())
+        """Return the training clips per second."""
+        return min(self.max_rates().values())
 
     @property
-    def cores_needed(self) -> float:
-        """Decoding cores with which the GPUs would not wait."""
-        return self.limits()[GPUS] * self.decode_ms / 1000 / RAY_SHARE
+    def decode_cores_needed(self) -> float:
+        """Return the number of decoding cores with which the GPUs do not wait for clips."""
+        return self.max_rates()[GPUS] * self.decode_ms / 1000 / RAY_DECODE_SHARE
 
     @property
     def decode_nodes_needed(self) -> int:
-        """Nodes for those cores that the GPU nodes do not have."""
-        missing = self.cores_needed - self.cluster.nodes * self.cores_here
+        """Return the number of decode nodes for the needed cores that the GPU nodes do not have."""
+        missing = self.decode_cores_needed - self.cluster.gpu_nodes * self.decode_cores_per_gpu_node
         return max(0, math.ceil(missing / self.cluster.decode_node_cores))
 
     @property
-    def steps(self) -> int:
-        """Training steps of an epoch."""
+    def steps_per_epoch(self) -> int:
+        """Return the number of training steps in an epoch."""
         return self.videos // (self.config.train.global_batch // self.config.data.repeats)
 
     @property
-    def train_s(self) -> float:
-        """The training of an epoch."""
-        return self.steps * self.config.train.global_batch / self.rate
+    def train_epoch_s(self) -> float:
+        """Return the seconds of the training steps of one epoch."""
+        return self.steps_per_epoch * self.config.train.global_batch / self.rate
 
     @property
-    def val_s(self) -> float:
-        """One validation."""
-        return self.val_videos * self.views(False) / min(self.limits(train=False).values())
+    def validation_s(self) -> float:
+        """Return the seconds of one validation."""
+        return self.val_videos * self.clips_per_video(False) / min(self.max_rates(train=False).values())
 
     @property
     def validations(self) -> int:
-        """Of the run."""
+        """Return the number of validations in the run."""
         epochs, every = self.config.train.epochs, self.config.eval.every
         return epochs // every + (epochs % every > 0)
 
     @property
-    def checkpoints(self) -> float:
-        """Written in an epoch: one at its end, and those within it, on average."""
-        every, steps, epochs = self.config.train.checkpoint_every_steps, self.steps, self.config.train.epochs
+    def checkpoints_per_epoch(self) -> float:
+        """Return the mean number of checkpoints written in an epoch: one at its end, and those within it."""
+        every, steps, epochs = self.config.train.checkpoint_every_steps, self.steps_per_epoch, self.config.train.epochs
         if not every:
             return 1.0
         return 1 + (epochs * steps // every - epochs * steps // math.lcm(every, steps)) / epochs
 
     @property
-    def checkpoints_s(self) -> float:
-        """Writing an epoch's checkpoints at the network's rate; all workers wait for the one that writes."""
-        return self.checkpoints * self.checkpoint_bytes / self.cluster.bytes_per_s
+    def checkpoint_s_per_epoch(self) -> float:
+        """Return the seconds to write an epoch's checkpoints at the network's rate.
+
+        One worker writes, and all workers wait for it.
+        """
+        return self.checkpoints_per_epoch * self.checkpoint_bytes / self.cluster.network_bytes_per_s
 
     @property
     def run_s(self) -> float:
-        """The run."""
-        return self.config.train.epochs * (self.train_s + self.checkpoints_s) + self.validations * self.val_s
+        """Return the seconds of the whole run."""
+        epoch_s = self.train_epoch_s + self.checkpoint_s_per_epoch
+        return self.config.train.epochs * epoch_s + self.validations * self.validation_s
 
     # --- MLflow --------------------------------------------------------------------------------------------------
 
     @property
-    def epoch_values(self) -> int:
-        """Metrics of an epoch with validation."""
+    def values_per_epoch(self) -> int:
+        """Return the number of metric values of an epoch with validation."""
         mfu, decord = self.config.train.precision != "fp32", self.config.data.decoder == "decord"
         return TRAIN_METRICS + SPEED_METRICS + EPOCH_METRICS + VAL_METRICS + mfu + decord
 
     @property
-    def samples(self) -> int:
-        """Lines of system metrics in a run, without the last."""
-        return int(self.run_s / SAMPLE_S)
+    def system_samples(self) -> int:
+        """Return the number of samples of system metrics in a run, without the last one."""
+        return int(self.run_s / SYSTEM_SAMPLE_S)
 
     @property
-    def sample_values(self) -> int:
-        """Values in such a line, if the driver is on a GPU node: of its machine, and then of each of several nodes."""
-        own, cluster = MACHINE_METRICS + GPU_METRICS * self.cluster.gpus_per_node, self.cluster
-        if cluster.nodes + cluster.decode_nodes == 1:
-            return own
-        return own + cluster.nodes * own + cluster.decode_nodes * MACHINE_METRICS
+    def values_per_system_sample(self) -> int:
+        """Return the number of values in a sample of system metrics, if the driver runs on a GPU node.
+
+        A sample has the values of the driver's node and, in a cluster of several nodes, those of every node.
+        """
+        cluster = self.cluster
+        gpu_node = NODE_METRICS + GPU_METRICS * cluster.gpus_per_node
+        if cluster.gpu_nodes + cluster.decode_nodes == 1:
+            return gpu_node
+        return gpu_node + cluster.gpu_nodes * gpu_node + cluster.decode_nodes * NODE_METRICS
 
     @property
-    def tracking_calls(self) -> int:
-        """Writes to MLflow over the run, if each epoch has a bad video, and MLflow keeps up with single lines."""
+    def mlflow_writes(self) -> int:
+        """Return an upper bound of the writes to MLflow in a run.
+
+        Each epoch is assumed to have a bad video, and MLflow to be fast enough that no two writes are joined.
+        """
         params = math.ceil(len(self.config.flat()) / MAX_PARAMS)
-        model = MODEL_CALLS if self.config.tracking.log_model else 0
-        return START_CALLS + params + 2 * self.config.train.epochs + self.samples + END_CALLS + model
+        model = MODEL_WRITES if self.config.tracking.log_model else 0
+        return START_WRITES + params + 2 * self.config.train.epochs + self.system_samples + END_WRITES + model
 
     @property
-    def tracking_values(self) -> int:
-        """Metric values over the run."""
+    def mlflow_values(self) -> int:
+        """Return the number of metric values that a run writes to MLflow."""
         epochs = self.config.train.epochs
-        values = epochs * self.epoch_values - (epochs - self.validations) * VAL_METRICS
-        return COST_METRICS + values + (self.samples + 1) * self.sample_values
+        values = epochs * self.values_per_epoch - (epochs - self.validations) * VAL_METRICS
+        return COST_METRICS + values + (self.system_samples + 1) * self.values_per_system_sample
 
 
-# --- making one ------------------------------------------------------------------------------------------------------
+# --- making a plan ---------------------------------------------------------------------------------------------------
 
 
-def make_cluster(
+def make_cluster_spec(
     gpus: int,
     *,
     nodes: int | None = None,
@@ -333,88 +383,90 @@ def make_cluster(
     gpu: str = "H100",
     tflops: float | None = None,
     **rest: float,
-) -> Cluster:
-    """A cluster from what the command line has.
+) -> ClusterSpec:
+    """Return the cluster that the options of the command line describe.
 
     Args:
-        nodes, gpus_per_node: one of them, or neither: 8 GPUs a node, or all if there are fewer.
-        gpu, tflops: a name in ``posmlp.model.cost.PEAKS``, or the peak in 1e12 operations a second.
-        rest: fields of ``Cluster``.
+        gpus: number of GPUs.
+        nodes, gpus_per_node: give at most one of them; the default is 8 GPUs per node, or all if there are fewer.
+        gpu, tflops: a name in ``posmlp.model.cost.PEAKS``, or the peak of a GPU in 1e12 operations per second.
+        rest: other fields of ``ClusterSpec``.
 
     Raises:
-        UserError: the numbers do not fit together.
+        UserError: the numbers do not fit together, or the GPU's peak is not known.
     """
     if nodes and gpus % nodes:
-        raise UserError(f"{gpus} GPUs do not spread evenly over {nodes} nodes")
+        raise UserError(f"{gpus} GPUs do not spread evenly over {nodes} nodes; change --gpus or --nodes")
     if tflops is None and gpu not in PEAKS:
         raise UserError(f"the peak of {gpu!r} is not known; give --tflops, or one of {', '.join(PEAKS)} for --gpu")
-    peak, peak_from = (tflops * 1e12, GIVEN) if tflops else (PEAKS[gpu], f"{gpu}, data sheet")
+    peak_flops, peak_origin = (tflops * 1e12, GIVEN) if tflops else (PEAKS[gpu], f"{gpu}, data sheet")
     per_node = gpus // nodes if nodes else gpus_per_node or min(8, gpus)
     fields: dict[str, Any] = rest
-    return Cluster(gpus, per_node, peak=peak, peak_from=peak_from, **fields)
+    return ClusterSpec(gpus, per_node, peak_flops=peak_flops, peak_origin=peak_origin, **fields)
 
 
 def make_plan(
     recipe: str,
     overrides: list[str],
-    cluster: Cluster,
+    cluster: ClusterSpec,
     *,
     videos: int | None = None,
     val_videos: int | None = None,
     source: str = "as-is",
     decode_ms: float | None = None,
     video_kb: float | None = None,
-) -> Plan:
-    """A recipe on a cluster.
+) -> RunPlan:
+    """Return the estimates for a recipe on a cluster.
 
     Args:
         recipe, overrides: as for ``load_recipe``; ``scaling.workers`` becomes the number of GPUs.
-        videos, val_videos: None counts the recipe's own lists.
-        source: one of ``SOURCES``.
-        decode_ms, video_kb: measured by the user, in place of the source's.
+        cluster: the nodes.
+        videos, val_videos: number of videos; None counts the recipe's own lists.
+        source: how the videos are stored, a name in ``VIDEO_STORAGE``.
+        decode_ms, video_kb: measured by the user; None takes the values of ``source``.
 
     Raises:
-        UserError: it cannot run, or what it takes is not known.
+        UserError: the recipe cannot run on this cluster, or a number is missing.
     """
     try:
         config = load_recipe(recipe, [*overrides, f"scaling.workers={cluster.gpus}", "scaling.use_gpu=true"])
     except UserError as error:
         before = load_recipe(recipe, overrides)
         batch = before.train.global_batch // before.scaling.workers * cluster.gpus
-        text = f"{error}\n  with scaling.workers={cluster.gpus}, a worker for each GPU; train.global_batch={batch} "
-        raise UserError(f"{text}would keep the recipe's clips a worker") from error
-    if config.train.precision == "fp32" and cluster.peak_from != GIVEN:
-        raise UserError("train.precision is fp32, and only peaks of half precision are known: give --tflops")
-    if source not in SOURCES:
-        raise UserError(f"--source {source!r} was not measured; choose one of {', '.join(SOURCES)}")
+        text = f"{error}\n  with scaling.workers={cluster.gpus}, one worker per GPU; train.global_batch={batch} "
+        raise UserError(f"{text}would keep the recipe's number of clips per worker") from error
+    if config.train.precision == "fp32" and cluster.peak_origin != GIVEN:
+        raise UserError("train.precision is fp32, and only peaks of half precision are known; give --tflops")
+    if source not in VIDEO_STORAGE:
+        raise UserError(f"--source {source!r} was not measured; choose one of {', '.join(VIDEO_STORAGE)}")
     if config.model.choices:
-        raise UserError("model.choices trains many models at once; a plan is of one: leave it out")
+        raise UserError("model.choices trains many models at once, and a plan is for one model; leave it out")
     variant = config.model.variant()
     with torch.device("meta"):
         model = create_model(config.model.name, **config.model.overrides())
-    origin = GIVEN
+    decode_origin = GIVEN
     if decode_ms is None:
         decode_ms = measured_decode_ms(config, source)
-        origin = f"{source}: README, `{SETTINGS}`"
-    plan = Plan(
+        decode_origin = f"{source}: docs/results.md, `{MEASURE_COMMAND}`"
+    plan = RunPlan(
         config,
         cluster,
         count_videos(config, "train", "--videos", videos),
         count_videos(config, "val", "--val-videos", val_videos),
         decode_ms,
-        SOURCES[source].kb if video_kb is None else video_kb,
-        origin,
+        VIDEO_STORAGE[source].video_kb if video_kb is None else video_kb,
+        decode_origin,
         count_macs(variant),
         count_params(model),
         len(list(model.parameters())),
         sum(b.numel() * b.element_size() for b in model.buffers()),
     )
-    if plan.cores < 1:
+    if plan.decode_cores < 1:
         raise UserError(
             f"{cluster.gpus_per_node} workers x {config.scaling.cpus_per_worker:g} CPUs leave no core of a GPU node "
             "for decoding; give --decode-nodes or more --cores, or lower scaling.cpus_per_worker"
         )
-    if not plan.steps:
+    if not plan.steps_per_epoch:
         raise UserError(
             f"train.global_batch {config.train.global_batch} is more than the "
             f"{plan.videos * config.data.repeats} training clips; lower it"
@@ -423,173 +475,191 @@ def make_plan(
 
 
 def measured_decode_ms(config: Config, source: str) -> float:
-    """Milliseconds of a core for one clip, from ``SOURCES``.
+    """Return the milliseconds of one core to decode a clip, from ``VIDEO_STORAGE``.
 
-    Dense clips were measured with stride 2, over 31 frames; longer ones lie between these and uniform clips, over the
-    whole video, in proportion to their length. More or fewer frames than 16 cost in proportion. Both are assumed.
+    Dense clips were measured with stride 2, over 31 frames of the video. A longer dense clip is assumed to lie between
+    that and a uniform clip, which covers the whole video, in proportion to its length. The time is assumed to be
+    proportional to the number of frames.
 
     Raises:
-        UserError: nothing like it was measured.
+        UserError: no similar clip was measured.
     """
     data, variant = config.data, config.model.variant()
-    if variant.image_size != MEASURED_SIZE or data.cache_dir or data.format in ("images", "ssv1"):
+    if variant.image_size != MEASURED_IMAGE_SIZE or data.cache_dir or data.format in ("images", "ssv1"):
         raise UserError(
-            f"decoding was measured for clips of {MEASURED_SIZE} pixels from videos without a cache, and this recipe "
-            f"has model.image_size {variant.image_size}, data.cache_dir {data.cache_dir}, data.format {data.format}; "
-            f"give --decode-ms and --video-kb (`{SETTINGS} --manifest LIST` measures them)"
+            f"decoding was measured for clips of {MEASURED_IMAGE_SIZE} pixels from videos without a cache, and this "
+            f"recipe has model.image_size {variant.image_size}, data.cache_dir {data.cache_dir}, data.format "
+            f"{data.format}; give --decode-ms and --video-kb (`{MEASURE_COMMAND} --manifest LIST` measures them)"
         )
-    found = SOURCES[source]
-    pyav = data.decoder == "pyav"
-    uniform, dense = (found.uniform, found.dense) if pyav else (found.decord_uniform, found.decord_dense)
-    place = 1.0
+    costs = VIDEO_STORAGE[source]
+    uniform_ms, dense_ms = costs.uniform_ms, costs.dense_ms
+    if data.decoder != "pyav":
+        uniform_ms, dense_ms = costs.decord_uniform_ms, costs.decord_dense_ms
+    uniform_share = 1.0
     if data.sampling == "dense":
         span = (variant.frames - 1) * data.stride + 1
-        place = min(1.0, max(0.0, (span - MEASURED_SPAN) / (MEASURED_LENGTH - MEASURED_SPAN)))
-    return (dense + (uniform - dense) * place) * variant.frames / MEASURED_FRAMES
+        uniform_share = (span - MEASURED_DENSE_SPAN) / (MEASURED_VIDEO_FRAMES - MEASURED_DENSE_SPAN)
+        uniform_share = min(1.0, max(0.0, uniform_share))
+    return (dense_ms + (uniform_ms - dense_ms) * uniform_share) * variant.frames / MEASURED_CLIP_FRAMES
 
 
 def count_videos(config: Config, split: str, option: str, given: int | None) -> int:
-    """The number given, else that of a recipe's list.
+    """Return the given number of videos, or else the length of the recipe's list.
 
     Raises:
-        UserError: neither is there, or the list is wrong.
+        UserError: no number is given, and the list does not exist or is wrong.
     """
     if given is not None:
         return given
     path = config.data.train.path if split == "train" else config.data.val.path
     if not storage.are_files([path])[0] and not os.path.isdir(path):
         raise UserError(
-            f"data.{split}.path {path} is not here: give {option} N "
+            f"data.{split}.path {path} does not exist here: give {option} N "
             "(Kinetics-400 has about 240000 training and 20000 validation videos)"
         )
     return len(read_split(config.data, "train" if split == "train" else "val").rows)
 
 
-# --- telling ---------------------------------------------------------------------------------------------------------
+# --- printing a plan -------------------------------------------------------------------------------------------------
+
+TableRow = tuple[str, float, str, str]  # label, number, unit, where the number is from
 
 
-def table(plan: Plan) -> str:
-    """All numbers, each with its unit and where it is from; then the bottleneck and what would relieve it."""
-    rows = [*training_rows(plan), *data_rows(plan), *network_rows(plan), *run_rows(plan)]
-    lines = [f"  {name:<27}{show(value):>9}  {unit:<15}{origin}" for name, value, unit, origin in rows]
-    return "\n".join([heading(plan), *lines, verdict(plan)])
+def format_plan(plan: RunPlan) -> str:
+    """Return the text that ``posmlp plan`` prints: a line for each number, then the bottleneck and what removes it."""
+    rows = [*gpu_rows(plan), *data_rows(plan), *network_rows(plan), *run_rows(plan)]
+    lines = [f"  {label:<27}{format_number(value):>9}  {unit:<15}{origin}" for label, value, unit, origin in rows]
+    return "\n".join([describe_cluster(plan), *lines, describe_bottleneck(plan)])
 
 
-Row = tuple[str, float, str, str]  # name, number, unit, where it is from
-
-
-def heading(plan: Plan) -> str:
-    """The recipe and the machines."""
+def describe_cluster(plan: RunPlan) -> str:
+    """Return the first line: the recipe's name and the nodes."""
     cluster = plan.cluster
-    nodes = f"{plural(cluster.gpus, 'GPU')} in {plural(cluster.nodes, 'node')} of {cluster.gpu_node_cores} cores"
+    nodes = f"{plural(cluster.gpus, 'GPU')} in {plural(cluster.gpu_nodes, 'node')} of {cluster.gpu_node_cores} cores"
     if cluster.decode_nodes:
         nodes += f", {plural(cluster.decode_nodes, 'decode node')} of {cluster.decode_node_cores} cores"
-    return f"{plan.config.name}: {nodes}, {cluster.gbit:g} Gbit/s"
+    return f"{plan.config.name}: {nodes}, {cluster.gbit:g} Gbit/s per node"
 
 
-def training_rows(plan: Plan) -> list[Row]:
-    """What the GPUs do."""
+def gpu_rows(plan: RunPlan) -> list[TableRow]:
+    """Return the lines for the GPUs."""
     cluster, batch = plan.cluster, plan.config.train.global_batch
-    mfu = f"MFU {cluster.mfu:g} ({'assumed, not measured' if cluster.mfu == MFU else GIVEN})"
-    peak = f"{cluster.peak / 1e12:g} TFLOP/s ({cluster.peak_from})"
+    mfu = f"MFU {cluster.mfu:g} ({'assumed, not measured' if cluster.mfu == ASSUMED_MFU else GIVEN})"
+    peak = f"{cluster.peak_flops / 1e12:g} TFLOP/s ({cluster.peak_origin})"
     return [
-        ("arithmetic", plan.macs / 1e9, "GMACs a clip", "posmlp.model.cost.count_macs"),
-        ("batch on a GPU", batch / cluster.gpus, "clips", f"train.global_batch {batch}"),
-        ("GPUs take", plan.limits()[GPUS], "clips/s", f"{TRAIN_FLOPS} FLOPs a MAC, {peak}, {mfu}"),
+        ("forward pass of the model", plan.macs / 1e9, "GMACs/clip", "posmlp.model.cost.count_macs"),
+        ("batch of a GPU", batch / cluster.gpus, "clips", f"train.global_batch {batch}"),
+        ("GPU rate", plan.max_rates()[GPUS], "clips/s", f"{TRAIN_FLOPS_PER_MAC} FLOPs per MAC, {peak}, {mfu}"),
     ]
 
 
-def data_rows(plan: Plan) -> list[Row]:
-    """From the videos to the object store."""
-    limits, cluster, repeats = plan.limits(), plan.cluster, plan.config.data.repeats
-    read, tasks = plan.rate / repeats * plan.video_kb / 1e6, plan.rate * plan.clip_bytes / plan.block_bytes
-    asked = QUEUED * plan.cores * plan.block_bytes / 1e9
+def data_rows(plan: RunPlan) -> list[TableRow]:
+    """Return the lines for storage, decoding and the object store."""
+    rates, cluster, repeats = plan.max_rates(), plan.cluster, plan.config.data.repeats
+    read_gb_per_s = plan.rate / repeats * plan.video_kb / 1e6
+    tasks_per_s = plan.rate * plan.clip_bytes / plan.block_bytes
+    store_gb_needed = DECODE_TASKS_PER_CPU * plan.decode_cores * plan.block_bytes / 1e9
+    per_node = f"{plan.decode_cores_per_gpu_node:g} of a GPU node, all of a decode node"
+    decode_share = f"{RAY_DECODE_SHARE:.0%} of a core's time: `benchmarks/ingest.py throughput`"
     return [
-        ("videos read from storage", read, "GB/s", f"{plan.video_kb:g} KB each, for {plural(repeats, 'clip')}"),
-        ("decoding a clip", plan.decode_ms, "ms of a core", plan.decode_from),
-        ("cores that decode", plan.cores, "cores", f"{plan.cores_here:g} of a GPU node, all of a decode node"),
-        ("they give", limits[DECODING], "clips/s", f"{RAY_SHARE:.0%} decoding: `benchmarks/ingest.py throughput`"),
-        ("cores that the GPUs need", plan.cores_needed, "cores", "for all that the GPUs take"),
-        ("decode nodes they need", plan.decode_nodes_needed, "nodes", "beside the GPU nodes' cores"),
-        ("decode tasks", tasks, "a second", "data.rows_per_block"),
-        ("a clip", plan.clip_bytes / 1e6, "MB", "uint8, T x H x W x 3"),
-        ("object store", cluster.store_bytes / 1e9, "GB", f"{cluster.store_share:g} of memory, at most 200 a node"),
-        ("blocks asked for", asked, "GB", f"at most, {QUEUED} tasks a core"),
-        ("the store lets through", limits[STORE], "clips/s", f"{STORE_SHARE:g} of it is for training"),
+        (
+            "video storage reads",
+            read_gb_per_s,
+            "GB/s",
+            f"{plan.video_kb:g} KB per video, for {plural(repeats, 'clip')}",
+        ),
+        ("decode time", plan.decode_ms, "core ms/clip", plan.decode_origin),
+        ("decode cores", plan.decode_cores, "cores", per_node),
+        ("decode rate", rates[DECODING], "clips/s", decode_share),
+        ("decode cores needed", plan.decode_cores_needed, "cores", "to reach the GPU rate"),
+        ("decode nodes needed", plan.decode_nodes_needed, "nodes", "in addition to the GPU nodes"),
+        ("decode tasks", tasks_per_s, "tasks/s", "data.rows_per_block"),
+        ("clip size", plan.clip_bytes / 1e6, "MB", "uint8, T x H x W x 3"),
+        (
+            "object store",
+            cluster.store_bytes / 1e9,
+            "GB",
+            f"{cluster.store_share:g} of memory, at most 200 GB per node",
+        ),
+        ("object store needed", store_gb_needed, "GB", f"at most, {DECODE_TASKS_PER_CPU} tasks per core"),
+        ("object store rate", rates[OBJECT_STORE], "clips/s", f"{OBJECT_STORE_SHARE:g} of the store for training"),
     ]
 
 
-def network_rows(plan: Plan) -> list[Row]:
-    """A node's network, by what crosses it."""
-    limits, ways = plan.limits(), plan.node_bytes(True)
-    what = {NETWORK_IN: "clips, videos, gradients", NETWORK_OUT: "clips for others, gradients"}
-    parallel, capacity = plan.config.scaling.parallel, plan.cluster.bytes_per_s / 1e9
-    rows: list[Row] = [("gradients of a step", plan.gradient_bytes / 1e6, "MB a node", f"fp32, {parallel}, each way")]
-    for name, per_clip in ways.items():
-        crossing = f"{per_clip / 1e3:,.0f} KB for each clip of the run: {what.get(name, 'clips')}"
-        rows.append((name, limits[name], "clips/s", crossing))
-        rows.append(("  at the run's rate", plan.rate * per_clip / 1e9, "GB/s", f"of {capacity:g}"))
+def network_rows(plan: RunPlan) -> list[TableRow]:
+    """Return the lines for the gradients and for each network of a node."""
+    rates, capacity = plan.max_rates(), plan.cluster.network_bytes_per_s / 1e9
+    contents = {NETWORK_IN: "clips, videos, gradients", NETWORK_OUT: "clips for other nodes, gradients"}
+    parallel = f"fp32, {plan.config.scaling.parallel}, in each direction"
+    rows: list[TableRow] = [("gradients", plan.gradient_bytes / 1e6, "MB/node/step", parallel)]
+    for network, size in plan.network_bytes_per_clip(True).items():
+        origin = f"{size / 1e3:,.0f} KB per clip of the run: {contents.get(network, 'clips')}"
+        rows.append((network, rates[network], "clips/s", origin))
+        rows.append(("  at the run's rate", plan.rate * size / 1e9, "GB/s", f"of {capacity:g}"))
     return rows
 
 
-def run_rows(plan: Plan) -> list[Row]:
-    """Checkpoints, times, MLflow."""
-    config, size, writes = plan.config, plan.checkpoint_bytes / 1e6, plan.checkpoints
+def run_rows(plan: RunPlan) -> list[TableRow]:
+    """Return the lines for checkpoints, times and MLflow."""
+    config, checkpoint_mb, writes = plan.config, plan.checkpoint_bytes / 1e6, plan.checkpoints_per_epoch
     kept = config.train.keep_last + config.train.keep_best
-    what = f"{plan.params:,} parameters, AdamW" + ", average" * bool(config.optim.ema)
-    samples = (plan.train_s + plan.checkpoints_s) / SAMPLE_S
-    values = f"{plan.epoch_values} of an epoch, {plan.sample_values} every {SAMPLE_S:g} s"
+    contents = f"{plan.num_params:,} parameters, AdamW" + ", EMA" * bool(config.optim.ema)
+    samples = (plan.train_epoch_s + plan.checkpoint_s_per_epoch) / SYSTEM_SAMPLE_S
+    steps = f"{plan.videos:,} videos x {plural(config.data.repeats, 'clip')}"
+    validation = f"{plan.val_videos:,} videos x {plural(plan.clips_per_video(False), 'clip')}"
+    values = f"{plan.values_per_epoch} per epoch, {plan.values_per_system_sample} every {SYSTEM_SAMPLE_S:g} s"
     return [
-        ("a checkpoint", size, "MB", what),
-        ("checkpoints written", writes * size, "MB an epoch", f"{writes:g} an epoch"),
-        ("checkpoints kept", kept * size, "MB", "keep_last + keep_best, at most"),
-        ("writing them", plan.checkpoints_s, "s an epoch", "at the network's rate; training waits"),
-        ("steps", plan.steps, "an epoch", f"{plan.videos:,} videos x {plural(config.data.repeats, 'clip')}"),
-        ("training", plan.train_s, "s an epoch", f"at {show(plan.rate)} clips/s"),
-        ("validation", plan.val_s, "s each", f"{plan.val_videos:,} videos x {plural(plan.views(False), 'clip')}"),
-        ("the run", plan.run_s / 3600, "hours", f"{config.train.epochs} epochs, {plan.validations} validations"),
-        ("MLflow in an epoch", 1 + samples, "writes", "its metrics, system metrics; one more with bad videos"),
-        ("MLflow in the run", plan.tracking_calls, "writes", "at most, all by the driver (pipelines/tracking.py)"),
-        ("MLflow in the run", plan.tracking_values, "values", values),
+        ("checkpoint size", checkpoint_mb, "MB", contents),
+        ("checkpoints written", writes * checkpoint_mb, "MB/epoch", f"{writes:g} per epoch"),
+        ("checkpoints kept", kept * checkpoint_mb, "MB", "at most train.keep_last + train.keep_best"),
+        ("checkpoint time", plan.checkpoint_s_per_epoch, "s/epoch", "at the network's rate; training waits"),
+        ("steps", plan.steps_per_epoch, "steps/epoch", steps),
+        ("training time", plan.train_epoch_s, "s/epoch", f"at {format_number(plan.rate)} clips/s"),
+        ("validation time", plan.validation_s, "s/validation", validation),
+        ("run time", plan.run_s / 3600, "hours", f"{config.train.epochs} epochs, {plan.validations} validations"),
+        ("MLflow writes per epoch", 1 + samples, "writes", "metrics, system metrics; one more with bad videos"),
+        ("MLflow writes per run", plan.mlflow_writes, "writes", "at most, all by the driver (pipelines/tracking)"),
+        ("MLflow values per run", plan.mlflow_values, "values", values),
     ]
 
 
-def verdict(plan: Plan) -> str:
-    """The bottleneck, the next one, and what would relieve it."""
-    limits, name = plan.limits(), plan.bottleneck
-    second = min((n for n in limits if n != name), key=limits.__getitem__)
-    text = f"{name}, {show(plan.rate)} clips/s; next {second}, {show(limits[second])}"
-    return f"bottleneck: {text}. What would relieve it: {relief(plan, name)}"
+def describe_bottleneck(plan: RunPlan) -> str:
+    """Return the last line: the bottleneck, the next one, and what would remove the first."""
+    rates, part = plan.max_rates(), plan.bottleneck
+    second = min((name for name in rates if name != part), key=rates.__getitem__)
+    text = f"{part}, {format_number(plan.rate)} clips/s; next {second}, {format_number(rates[second])} clips/s"
+    return f"bottleneck: {text}. To remove it: {suggest_change(plan, part)}"
 
 
-def relief(plan: Plan, name: str) -> str:
-    """What would make a part of the system faster."""
-    if name == GPUS:
+def suggest_change(plan: RunPlan, part: str) -> str:
+    """Return what would make a part of the system faster."""
+    if part == GPUS:
         return "more GPUs, or a higher MFU (train.compile)"
-    if name == STORE:
-        return "more memory for it (--memory-gb, --store-share), or a smaller data.rows_per_block"
-    if name == DECODING:
+    if part == OBJECT_STORE:
+        return "a larger object store (--memory-gb, --store-share), or a smaller data.rows_per_block"
+    if part == DECODING:
         text = f"{plural(plan.decode_nodes_needed, 'decode node')} of {plan.cluster.decode_node_cores} cores"
-        packed = plan.decode_ms if plan.decode_from == GIVEN else measured_decode_ms(plan.config, "key12")
-        if packed < plan.decode_ms:
-            pack = "posmlp data shard --short-side 256 --keyframe-interval 12"
-            text += f"; or `{pack}` (--source key12), {packed / plan.decode_ms:.0%} of the cores for a clip"
+        packed_ms = plan.decode_ms if plan.decode_origin == GIVEN else measured_decode_ms(plan.config, "key12")
+        if packed_ms < plan.decode_ms:
+            command = "posmlp data shard --short-side 256 --keyframe-interval 12"
+            text += f"; or `{command}` (--source key12), {packed_ms / plan.decode_ms:.0%} of the decode time"
         return text
-    others = min(rate for part, rate in plan.limits().items() if part in (GPUS, DECODING, STORE))
-    gbit = others * plan.node_bytes(True)[name] * 8 / 1e9
-    text = f"{math.ceil(gbit)} Gbit/s a node, with which {show(others)} clips/s would cross"
-    if plan.gradient_bytes / plan.config.train.global_batch > plan.node_bytes(True)[name] / 2:
-        text += "; or a larger train.global_batch, as most of it is gradients"
+    bytes_per_clip = plan.network_bytes_per_clip(True)[part]
+    other_rates = min(rate for name, rate in plan.max_rates().items() if name in (GPUS, DECODING, OBJECT_STORE))
+    gbit = other_rates * bytes_per_clip * 8 / 1e9
+    text = f"{math.ceil(gbit)} Gbit/s per node, enough for {format_number(other_rates)} clips/s"
+    if plan.gradient_bytes / plan.config.train.global_batch > bytes_per_clip / 2:
+        text += "; or a larger train.global_batch, because most of the traffic is gradients"
     return text
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 node``, ``2 nodes``."""
+    """Return a count with its noun: ``1 node``, ``2 nodes``."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def show(value: float) -> str:
-    """Readable at any size."""
+def format_number(value: float) -> str:
+    """Return a number with four digits, or with all digits before the point."""
     if math.isinf(value):
         return "no limit"
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"

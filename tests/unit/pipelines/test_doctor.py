@@ -105,7 +105,7 @@ def test_a_store_on_disk_and_one_that_is_too_small_are_told():
 @pytest.mark.parametrize(
     ("uri", "level", "what"),
     [
-        ("sqlite:////nowhere/mlflow.db", "ok", "will be made"),
+        ("sqlite:////nowhere/mlflow.db", "ok", "will be created"),
         ("http://ann:secret@127.0.0.1:9", "fail", "MLflow at http://127.0.0.1:9: "),
     ],
 )

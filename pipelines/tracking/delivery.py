@@ -199,7 +199,7 @@ class DeliveryWorker(threading.Thread):
 
         Raises:
             LostError: the line cannot be read, or its file is missing.
-            Exception: whatever MLflow's client, or the artifact store, raises.
+            Exception: any error of MLflow's client or of the artifact store.
         """
         entry, client = entries[0], self.client()
         file = self.journal.files_folder / entry.file

@@ -142,18 +142,18 @@ def test_what_a_dead_server_missed_is_synced_later(server, tmp_path, lines):
 def test_a_run_can_be_resumed_while_the_server_is_down(server, tmp_path):
     overrides = [f"tracking.uri={server.uri}"]
     first = start(tmp_path, *overrides)
-    first.log({"train/loss": 1.0}, step=1)
+    first.log_metrics({"train/loss": 1.0}, step=1)
     assert first.close("KILLED") == 0
     server.kill()
     second = start(tmp_path, *overrides, run_id=first.run_id)
     assert second.epochs_logged() == 1
-    second.log({"train/loss": 0.5}, step=2)
+    second.log_metrics({"train/loss": 0.5}, step=2)
     assert second.close("KILLED") == 4  # OpenRun, the epoch, system metrics, EndRun
     elsewhere = tmp_path / "elsewhere"  # a third driver, on a machine that has no journal and no MLflow
     third = start(elsewhere, *overrides, run_id=first.run_id)
     assert third.epochs_logged() == 0
     for step in (1, 2, 3):
-        third.log({"train/loss": 1 / step}, step)
+        third.log_metrics({"train/loss": 1 / step}, step)
     assert third.close("FINISHED") > 0
     server.start()
     assert sync_journals(tmp_path / "journal.jsonl") == 0

@@ -1,9 +1,10 @@
-"""How fast a model classifies clips: as it is, compiled, and from its exported files.
+"""Measure the latency and throughput of a model on the CPU: eager, compiled, and from its exported files.
 
     python benchmarks/inference.py s16 [b16 tiny] [--repeats 7 --batches 1 2 4]
 
-Weights are fresh; clips are uint8 noise, and normalising them counts. All ways are run in turn, round by round, so that
-whatever else the machine does meets them alike; the median round counts. A way that fails is left out, and says why.
+Weights are random. Clips are uint8 noise, and the time includes their normalisation. All runners run in turn, round by
+round, so that other load on the machine affects all of them; the table has medians over the rounds. A runner that
+fails is left out, and its error is printed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import onnxruntime
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from posmlp import create_model
 from posmlp.config import Config, load_recipe
-from posmlp.export import Runner, export, load
+from posmlp.export import Runner, export, load_exported
 from posmlp.model.cost import device_name, seconds
 from posmlp.video.augment import to_input
 
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def in_bf16(run: Runner) -> Runner:
-    """The same under autocast."""
+    """Return the runner under bf16 autocast."""
 
     def run_in_bf16(clips: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -37,8 +39,8 @@ def in_bf16(run: Runner) -> Runner:
     return run_in_bf16
 
 
-def ways(config: Config, compiled: bool) -> dict[str, tuple[Runner, float | None]]:
-    """What runs the recipe's model, by name, and the megabytes of its file."""
+def make_runners(config: Config, compiled: bool) -> dict[str, tuple[Runner, float | None]]:
+    """Return functions that run the recipe's model, by name, each with the megabytes of its file or None."""
     model = create_model(config.model.name, **config.model.overrides()).eval()
 
     def eager(clips: Tensor) -> Tensor:
@@ -51,55 +53,59 @@ def ways(config: Config, compiled: bool) -> dict[str, tuple[Runner, float | None
         found["torch.compile bf16"] = torch.compile(in_bf16(eager), dynamic=False), None
     for label, suffix, int8 in ((".pt2", ".pt2", False), ("ONNX Runtime", ".onnx", False), ("", ".onnx", True)):
         content = export(model, config, {}, suffix, int8=int8).content
-        run = load(content, suffix)
+        run = load_exported(content, suffix)
         found["ONNX Runtime int8" if int8 else f"{label} fp32"] = run, len(content) / 1e6
     return found
 
 
-def clips_of(config: Config, batch: int) -> Tensor:
-    """Noise, uint8 ``[B, T, H, W, 3]``."""
+def random_clips(config: Config, batch: int) -> Tensor:
+    """Return noise, uint8 ``[B, T, H, W, 3]``."""
     variant = config.model.variant()
     return torch.randint(256, (batch, variant.frames, variant.image_size, variant.image_size, 3), dtype=torch.uint8)
 
 
-def call(run: Runner, clips: Tensor) -> Callable[[], object]:
-    return lambda: run(clips)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["s16"], help="of tiny, s16, b16 (%(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="(%(default)s); the first: latency")
+    parser.add_argument("models", nargs="*", default=["s16"], help="tiny, s16 or b16 (default: s16)")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        help="batch sizes (default: 1 2 4); the latency is that of the first",
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: minutes a row")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes per row"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(
         f"{device_name(CPU)}, {args.threads} threads; torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
     )
-    print(f"median of {args.repeats} interleaved rounds; best clips/s of batches {args.batches}")
+    print(f"medians of {args.repeats} interleaved rounds; best clips/s over the batches {args.batches}")
     for name in args.models:
         torch.manual_seed(0)
         config = load_recipe("demo" if name == "tiny" else f"k400_{name}")
-        found, start = ways(config, not args.no_compile), time.perf_counter()
-        times: dict[str, dict[int, list[float]]] = {label: {} for label in found}
+        runners, start = make_runners(config, not args.no_compile), time.perf_counter()
+        times: dict[str, dict[int, list[float]]] = {label: {} for label in runners}
         for batch in args.batches:
-            clips = clips_of(config, batch)
-            runs = {}
-            for label, (run, _) in found.items():
+            clips = random_clips(config, batch)
+            calls: dict[str, Callable[[], object]] = {}
+            for label, (run, _) in runners.items():
                 try:
-                    run(clips)  # warms up, compiles
-                    runs[label], times[label][batch] = call(run, clips), []
-                except Exception as error:  # of a compiler, of any kind
+                    run(clips)  # warm up, compile
+                    calls[label], times[label][batch] = partial(run, clips), []
+                except Exception as error:  # compilers raise many kinds
                     print(f"{label}, batch {batch}: {str(error).splitlines()[0]}", file=sys.stderr)
             for _ in range(args.repeats):
-                for label, run_once in runs.items():
-                    times[label][batch].append(seconds(run_once, CPU))
-        print(f"\n| {name} | ms at batch {args.batches[0]} | clips/s | at batch | file, MB |")
+                for label, call in calls.items():
+                    times[label][batch].append(seconds(call, CPU))
+        print(f"\n| {name} | ms at batch {args.batches[0]} | best clips/s | at batch | file, MB |")
         print("|---|---:|---:|---:|---:|")
-        for label, (_, megabytes) in found.items():
-            medians = {batch: statistics.median(each) for batch, each in times[label].items()}
+        for label, (_, megabytes) in runners.items():
+            medians = {batch: statistics.median(values) for batch, values in times[label].items()}
             if not medians:
                 continue
             latency = f"{1e3 * medians[args.batches[0]]:.0f}" if args.batches[0] in medians else "-"

@@ -1,13 +1,14 @@
-"""How fast the model is against the same model written the plain way (``benchmarks/plain.py``).
+"""Measure the model's time and memory against the same model written the plain way (``benchmarks/plain.py``).
 
     python benchmarks/model.py --model s16 --batch 1 --repeats 9 [--no-compile] [--record]
 
-Both have the same parameters and give the same logits and gradients, which is checked first. Then one process times
-them in turn, round by round, so that whatever else the machine does meets both alike. The model runs a third time as
-its reference, without ``posmlp/model/cpu.py`` and ``posmlp/model/gpu.py``: what is gained there is the layout's, the
-rest is that of those files; where blocks are compiled, a third time in eager mode. Eager runs are taken apart, each
-part beside its floor (``benchmarks/floors.py``), and ratios are compared with those last recorded
-(``benchmarks/guard.py``).
+Both models have the same parameters. The script first checks that their logits and gradients are equal. Then it times
+them in turn, round by round, in one process, so that other load on the machine affects both. A third column times the
+reference: the model without the fast paths of ``posmlp/model/cpu.py`` and ``posmlp/model/gpu.py``. It shows what the
+memory layout gains alone. With compiled blocks, the third column is the model in eager mode.
+
+Eager runs are also split into parts, each next to its floor (``benchmarks/floors.py``). Ratios are compared with the
+recorded ones (``benchmarks/ratios.py``).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from collections.abc import Callable
 
 import torch
 from floors import print_parts
-from guard import finish
 from plain import PlainBlock, PlainModel
+from ratios import record_or_compare
 from torch import Tensor, nn
 from torch._inductor.exc import InductorError
 
@@ -33,7 +34,7 @@ from posmlp.model.spec import model_variant
 
 
 def check_equal(ours: nn.Module, plain: nn.Module, clip: Tensor) -> None:
-    """Fail unless both give the same logits and the same gradient of the stem (fp32, to rounding)."""
+    """Fail unless both models have the same logits and the same gradient of the stem (fp32, up to rounding)."""
     results = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions of GPUs round to TF32 otherwise
         for model in (ours, plain):
@@ -44,8 +45,8 @@ def check_equal(ours: nn.Module, plain: nn.Module, clip: Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
-def passes(model: nn.Module, clip: Tensor, dtype: torch.dtype, step: bool) -> Callable[[], None]:
-    """A function that runs one forward pass in eval mode, or one training step (forward and backward)."""
+def make_pass(model: nn.Module, clip: Tensor, dtype: torch.dtype, step: bool) -> Callable[[], None]:
+    """Return a function that runs one forward pass in eval mode, or one training step (forward and backward)."""
 
     def run() -> None:
         model.train(step)
@@ -58,27 +59,27 @@ def passes(model: nn.Module, clip: Tensor, dtype: torch.dtype, step: bool) -> Ca
     return run
 
 
-def none(*_: Tensor) -> bool:
-    """Serves nothing; one function for all calls, so that what was compiled with it is found again."""
+def supports_nothing(*_: Tensor) -> bool:
+    """Replace ``supports``. One function for all calls, because the compiler's cache is bound to it."""
     return False
 
 
-def as_reference(run: Callable[[], None]) -> Callable[[], None]:
-    """The same without the fast paths for CPUs and GPUs."""
+def without_fast_paths(run: Callable[[], None]) -> Callable[[], None]:
+    """Return the run without the fast paths for CPUs and GPUs."""
 
     def run_reference() -> None:
-        serve = cpu.serves, gpu.serves
-        cpu.serves, gpu.serves = none, none
+        supports = cpu.supports, gpu.supports
+        cpu.supports, gpu.supports = supports_nothing, supports_nothing
         try:
             run()
         finally:
-            cpu.serves, gpu.serves = serve
+            cpu.supports, gpu.supports = supports
 
     return run_reference
 
 
-def eagerly(run: Callable[[], None]) -> Callable[[], None]:
-    """The same as if nothing were compiled."""
+def in_eager_mode(run: Callable[[], None]) -> Callable[[], None]:
+    """Return the run as if nothing were compiled."""
 
     def run_eagerly() -> None:
         with torch.compiler.set_stance("force_eager"):
@@ -87,8 +88,11 @@ def eagerly(run: Callable[[], None]) -> Callable[[], None]:
     return run_eagerly
 
 
-def interleaved(runs: list[Callable[[], None]], device: torch.device, repeats: int) -> list[float]:
-    """Median milliseconds of each, timed in turn after two calls that warm up; NaN for one that does not compile."""
+def interleaved_medians(runs: list[Callable[[], None]], device: torch.device, repeats: int) -> list[float]:
+    """Return the median milliseconds of each run; NaN if it does not compile.
+
+    Each run is called twice to warm up. Then the runs are timed in turn.
+    """
     medians = [math.nan] * len(runs)
     times: dict[int, list[float]] = {}
     for i, run in enumerate(runs):
@@ -106,14 +110,15 @@ def interleaved(runs: list[Callable[[], None]], device: torch.device, repeats: i
     return medians
 
 
-def print_head(title: str, third: str) -> None:
-    labels = ("plain", "ours", "plain/ours", third, "plain/that", "plain, MB", "ours, MB")
+def print_header(title: str, third: str) -> None:
+    """Print the labels of a table's columns."""
+    labels = ("plain", "ours", "plain/ours", third, f"plain/{third}", "plain, MB", "ours, MB")
     print(f"{title:<24}{''.join(f'{label:>12}' for label in labels)}")
 
 
-def print_row(label: str, runs: list[Callable[[], None]], device: torch.device, repeats: int) -> float:
-    """Time plain, ours and a third way in turn; returns plain / ours."""
-    plain, ours, third = interleaved(runs, device, repeats)
+def print_comparison(label: str, runs: list[Callable[[], None]], device: torch.device, repeats: int) -> float:
+    """Time the plain model, ours and a third run in turn. Returns plain / ours."""
+    plain, ours, third = interleaved_medians(runs, device, repeats)
     memory = [
         math.nan if math.isnan(ms) else peak_mb(run, device) for run, ms in zip(runs, (plain, ours), strict=False)
     ]
@@ -131,10 +136,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--no-compile", action="store_true", help="eager only; to compile the blocks takes minutes a row"
+        "--no-compile", action="store_true", help="eager mode only; compiling the blocks takes minutes per row"
     )
-    parser.add_argument("--forward-only", action="store_true", help="no training steps")
-    parser.add_argument("--record", action="store_true", help="keep the ratios, for later runs to be compared with")
+    parser.add_argument("--forward-only", action="store_true", help="leave out training steps")
+    parser.add_argument("--record", action="store_true", help="store the ratios, for comparison with later runs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -149,27 +154,27 @@ def main() -> None:
     ratios = {}
 
     print(f"{args.model}, batch {args.batch}; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
-    print(f"median of {args.repeats}, ms; a step is forward and backward; MB: most in use on top\n")
-    print_head("eager", "reference")
+    print(f"ms, medians of {args.repeats} rounds; a step is forward and backward; MB: peak on top of weights and clip\n")
+    print_header("eager", "reference")
     for dtype, step in kinds:
-        runs = [passes(model, clip, dtype, step) for model in (plain, ours)]
+        runs = [make_pass(model, clip, dtype, step) for model in (plain, ours)]
         label = f"{dtype} {'step' if step else 'forward'}".removeprefix("torch.")
-        ratios[label] = print_row(label, [*runs, as_reference(runs[1])], device, args.repeats)
+        ratios[label] = print_comparison(label, [*runs, without_fast_paths(runs[1])], device, args.repeats)
     for dtype, step in kinds:
-        print_parts(variant, passes(ours, clip, dtype, step), clip, dtype, step)
+        print_parts(variant, make_pass(ours, clip, dtype, step), clip, dtype, step)
     if not args.no_compile:
         print()
-        print_head("blocks compiled", "ours, eager")
+        print_header("blocks compiled", "eager")
         for dtype, step in kinds:
             torch._dynamo.reset()
             for model in (plain, ours):
                 for block in model.modules():
                     if isinstance(block, (PlainBlock, Block)):
                         block.compile(dynamic=False)
-            runs = [passes(model, clip, dtype, step) for model in (plain, ours)]
+            runs = [make_pass(model, clip, dtype, step) for model in (plain, ours)]
             label = f"{dtype} {'step' if step else 'forward'}, compiled".removeprefix("torch.")
-            ratios[label] = print_row(label, [*runs, eagerly(runs[1])], device, args.repeats)
-    finish(f"{args.model}, batch {args.batch}, {device_name(device)}, {args.threads} threads", ratios, args.record)
+            ratios[label] = print_comparison(label, [*runs, in_eager_mode(runs[1])], device, args.repeats)
+    record_or_compare(f"{args.model}, batch {args.batch}, {device_name(device)}, {args.threads} threads", ratios, args.record)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A trained model as one file that runs without this project: PyTorch's ``.pt2``, or ONNX.
+"""Export a trained model as one file that runs without this project: PyTorch's ``.pt2``, or ONNX.
 
-The file takes decoded pictures as they are, uint8 ``[B, T, H, W, 3]``, and normalises them itself; B is free. What else
-a user must know (class names, how to choose the frames) travels in it as JSON. It computes in fp32 by the reference,
-``Block.add``: PyTorch's exporter does not enter ``posmlp.model.cpu``.
+The file takes decoded frames, uint8 ``[B, T, H, W, 3]`` with any B, and normalises them itself. Whatever else a user
+must know (class names, how to choose the frames) is in the file as JSON. The file computes in fp32 by the reference
+path of ``Block.run_step``, because PyTorch's exporter does not use ``posmlp.model.cpu``.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from posmlp.model.backbone import Block, PosMLPVideo
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import to_input
 
-FORMATS = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}  # and the packages that each needs
-ABOUT = "posmlp.json"  # the name of the JSON in a file of either format
-BATCHES = (1, 3)  # checked; neither is the one that was traced
-TOLERANCE, TOLERANCE_INT8 = 1e-4, 0.2  # largest difference from the model, as a share of its largest logit
+FORMATS = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}  # suffix -> packages that it needs
+METADATA_NAME = "posmlp.json"  # of the JSON in a file of either format
+BATCH_SIZES = (1, 3)  # compared with the model; neither is the batch size that is traced
+TOLERANCE, TOLERANCE_INT8 = 1e-4, 0.2  # largest accepted difference from the model, relative to its largest logit
 
-Runner = Callable[[Tensor], Tensor]  # uint8 clips [B, T, H, W, 3] to float32 logits [B, classes]
+Runner = Callable[[Tensor], Tensor]  # uint8 clips [B, T, H, W, 3] -> float32 logits [B, classes]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file's content, and how it compares with the model on random clips.
+    """Content of an exported file, and its comparison with the model on random clips.
 
     Attributes:
-        difference: the largest between two logits.
-        largest: absolute value of the model's logits.
-        tolerance: share of ``largest`` that ``difference`` may be.
+        content: the file's bytes.
+        difference: largest absolute difference between a logit of the file and of the model.
+        largest: largest absolute value of the model's logits.
+        tolerance: largest accepted ``difference``, relative to ``largest``.
     """
 
     content: bytes
@@ -53,15 +54,15 @@ class Exported:
     tolerance: float
 
     @property
-    def good(self) -> bool:
-        """Whether the file computes what the model does. (A NaN is not good.)"""
+    def matches_model(self) -> bool:
+        """Whether the file's logits are within the tolerance. False for NaN."""
         return self.difference <= self.tolerance * self.largest
 
 
 class Recogniser(nn.Module):
     """A model with its preprocessing, in eval mode; a copy that shares nothing with the original.
 
-    Blocks hold their ``linears``, which else are worked out from several parameters in each pass, and nothing more.
+    Blocks hold only their merged ``linears``, which a model otherwise computes from several parameters in each pass.
     """
 
     def __init__(self, model: PosMLPVideo, config: Config):
@@ -70,18 +71,18 @@ class Recogniser(nn.Module):
         self.model = copy.deepcopy(model.member(model.own) if isinstance(model, Supernet) else model)
         self.eval().requires_grad_(False)
         for block in [module for module in self.modules() if isinstance(module, Block)]:
-            made = {step: block.linears(step) for step in block.steps}
-            block.linears = made.__getitem__  # type: ignore[assignment, method-assign]
+            merged = {step: block.linears(step) for step in block.steps}
+            block.linears = merged.__getitem__  # type: ignore[assignment, method-assign]
             for unit in block.units.values():
                 del unit.norm, unit.fc1, unit.fc2
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Logits, float32 ``[B, classes]``, of uint8 ``[B, T, H, W, 3]``."""
+        """Logits, float32 ``[B, classes]``, of uint8 clips ``[B, T, H, W, 3]``."""
         return cast(Tensor, self.model(to_input(clips, self.config)))
 
 
 def check_format(suffix: str, int8: bool) -> None:
-    """Whether a file of this kind can be made here.
+    """Check that a file of this format can be written on this machine.
 
     Raises:
         UserError: the suffix is unknown, has no int8, or needs packages that are not installed.
@@ -89,65 +90,65 @@ def check_format(suffix: str, int8: bool) -> None:
     if suffix not in FORMATS:
         raise UserError(f"unknown format {suffix!r}: expected a file that ends in {' or '.join(FORMATS)}")
     if int8 and suffix != ".onnx":
-        raise UserError(f"--int8 makes ONNX files; expected a file that ends in .onnx, not {suffix}")
+        raise UserError(f"--int8 writes ONNX files; expected a file that ends in .onnx, not {suffix}")
     if missing := [name for name in FORMATS[suffix] if importlib.util.find_spec(name) is None]:
         raise UserError(f"{suffix} files need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def export(
-    model: PosMLPVideo, config: Config, about: Mapping[str, Any], suffix: str, *, int8: bool = False
+    model: PosMLPVideo, config: Config, metadata: Mapping[str, Any], suffix: str, *, int8: bool = False
 ) -> Exported:
-    """Trace a model, write it, load what was written anew, and compare the two.
+    """Trace a model, write it to bytes, load those bytes, and compare the result with the model.
 
     Args:
-        model: on the CPU, in fp32 and eval mode; a supernet stands for its own architecture.
+        model: on the CPU, in fp32 and eval mode; of a supernet, its own architecture is exported.
         config: the recipe, for the clip's shape and ``data.modality``.
-        about: plain data to travel in the file.
+        metadata: plain data to store in the file.
         suffix: a key of ``FORMATS``.
-        int8: hold the weights of blocks' linear layers as int8; their inputs are rounded to 8 bits too, as they come.
+        int8: store the weights of the blocks' linear layers as int8; their inputs are quantised to 8 bits at run time.
 
     Raises:
-        UserError: as of ``check_format``.
+        UserError: as for ``check_format``.
     """
     check_format(suffix, int8)
     variant = config.model.variant()
     shape = (variant.frames, variant.image_size, variant.image_size, 3)
-    recogniser, text = Recogniser(model, config), json.dumps(about)
-    with torch.no_grad(), quiet():
+    recogniser, text = Recogniser(model, config), json.dumps(metadata)
+    with torch.no_grad(), silence_exporters():
         program = torch.export.export(
             recogniser,
             (torch.zeros(2, *shape, dtype=torch.uint8),),
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            # Some equations that always hold are too hard for the tracer. It asserts them instead of fixing the batch.
+            # The tracer cannot prove some equations that always hold: assert them instead of fixing the batch size.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        content = as_torch(program, text) if suffix == ".pt2" else as_onnx(program, text, int8)
-    runner, differences, largest = load(content, suffix), [], 0.0
-    for batch in BATCHES:
+        content = to_pt2(program, text) if suffix == ".pt2" else to_onnx(program, text, int8)
+    runner, differences, largest = load_exported(content, suffix), [], 0.0
+    for batch in BATCH_SIZES:
         noise = torch.Generator().manual_seed(batch)
         clips = torch.randint(256, (batch, *shape), dtype=torch.uint8, generator=noise)
         with torch.no_grad():
             expected = model(to_input(clips, config))
         differences.append((runner(clips) - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
-    # Of several numbers max() may lose a NaN.
+    # Python's max() may lose a NaN, torch's does not.
     difference = float(torch.tensor(differences).max())
     return Exported(content, difference, largest, TOLERANCE_INT8 if int8 else TOLERANCE)
 
 
-def as_torch(program: torch.export.ExportedProgram, about: str) -> bytes:
-    """A ``.pt2`` file."""
-    program.example_inputs = None  # clips: tens of megabytes
+def to_pt2(program: torch.export.ExportedProgram, metadata: str) -> bytes:
+    """Content of a ``.pt2`` file; ``metadata`` is JSON."""
+    program.example_inputs = None  # the traced clips, tens of megabytes
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # names places on this machine
+        node.meta.pop("stack_trace", None)  # contains paths of this machine
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={ABOUT: about})
+    torch.export.save(program, buffer, extra_files={METADATA_NAME: metadata})
     return buffer.getvalue()
 
 
-def as_onnx(program: torch.export.ExportedProgram, about: str, int8: bool) -> bytes:
-    """An ONNX file, weights included."""
-    made = torch.onnx.export(
+def to_onnx(program: torch.export.ExportedProgram, metadata: str, int8: bool) -> bytes:
+    """Content of an ONNX file, weights included; ``metadata`` is JSON."""
+    exported = torch.onnx.export(
         program,
         input_names=["clips"],
         output_names=["logits"],
@@ -155,26 +156,26 @@ def as_onnx(program: torch.export.ExportedProgram, about: str, int8: bool) -> by
         dynamo=True,
         verbose=False,
     )
-    assert made is not None
-    model = made.model_proto
+    assert exported is not None
+    model = exported.model_proto
     for node in model.graph.node:
-        del node.metadata_props[:]  # names places on this machine
-    model = quantised(model) if int8 else model
-    model.metadata_props.add(key=ABOUT, value=about)
+        del node.metadata_props[:]  # contains paths of this machine
+    model = quantise(model) if int8 else model
+    model.metadata_props.add(key=METADATA_NAME, value=metadata)
     return cast(bytes, model.SerializeToString())
 
 
-def quantised(model: Any) -> Any:
-    """An ONNX model whose linear layers multiply 8-bit integers (dynamic quantisation); each channel has a scale.
+def quantise(model: Any) -> Any:
+    """Make an ONNX model's linear layers multiply 8-bit integers (dynamic quantisation, one scale per channel).
 
-    ONNX Runtime takes constant weights on the right alone, ``[tokens, K] @ [K, M]``; here they are on the left, as
-    tokens are channels first. So such a product is turned round first. The gates' products stay as they are.
+    ONNX Runtime accepts constant weights only on the right, ``[tokens, K] @ [K, M]``. Here they are on the left, as
+    tokens are stored channels first, so these products are transposed first. The gates' products are not changed.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph, turned = model.graph, dict[str, Any]()
-    # [2C * units, C] or [C, C * units]; the transforms of joint gates, [2t-1, t] and [t, 2t-1], are no layers.
+    graph, transposed = model.graph, dict[str, Any]()
+    # [2C * units, C] or [C, C * units]; the Fourier transforms of joint gates are [2t-1, t] and [t, 2t-1].
     layers = [
         tensor for tensor in graph.initializer if len(tensor.dims) == 2 and max(tensor.dims) % min(tensor.dims) == 0
     ]
@@ -184,8 +185,8 @@ def quantised(model: Any) -> Any:
         if node.op_type != "MatMul" or node.input[0] not in matrices:
             nodes.append(node)
             continue
-        name, (weight, x), (out,) = f"linear_{len(turned)}", node.input, node.output
-        turned[name] = onnx.numpy_helper.to_array(matrices[weight]).T
+        name, (weight, x), (out,) = f"linear_{len(transposed)}", node.input, node.output
+        transposed[name] = onnx.numpy_helper.to_array(matrices[weight]).T
         nodes += [
             onnx.helper.make_node("Transpose", [x], [f"{name}_x"], perm=[1, 0]),
             onnx.helper.make_node("MatMul", [f"{name}_x", f"{name}_weight"], [f"{name}_out"], name),
@@ -193,22 +194,24 @@ def quantised(model: Any) -> Any:
         ]
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    kept += [onnx.numpy_helper.from_array(weight.copy(), f"{name}_weight") for name, weight in turned.items()]
+    kept += [onnx.numpy_helper.from_array(weight.copy(), f"{name}_weight") for name, weight in transposed.items()]
     for field, content in ((graph.node, nodes), (graph.initializer, kept), (graph.value_info, [])):
-        values = [copy.deepcopy(each) for each in content]  # they go with the field's old content
+        values = [copy.deepcopy(each) for each in content]  # clearing the field deletes the originals
         del field[:]
         field.extend(values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8, nodes_to_quantize=list(turned))
+        quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8, nodes_to_quantize=list(transposed))
         return onnx.load(path)
 
 
-def load(content: bytes, suffix: str, threads: int | None = None) -> Runner:
-    """What a file computes, as its users would run it: by ``torch.export.load``, or ONNX Runtime on the CPU.
+def load_exported(content: bytes, suffix: str, threads: int | None = None) -> Runner:
+    """Load an exported file as its users do: with ``torch.export.load``, or with ONNX Runtime on the CPU.
 
     Args:
-        threads: of ONNX Runtime; None: as PyTorch. (A ``.pt2`` file always has PyTorch's.)
+        content: the file's bytes.
+        suffix: a key of ``FORMATS``.
+        threads: threads of ONNX Runtime; None: as many as PyTorch uses. (A ``.pt2`` file always uses PyTorch's.)
     """
     if suffix == ".pt2":
         module = torch.export.load(io.BytesIO(content)).module()
@@ -227,12 +230,12 @@ def load(content: bytes, suffix: str, threads: int | None = None) -> Runner:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """The exporters' remarks about themselves and about packages that they can do without are kept from the user."""
+def silence_exporters() -> Iterator[None]:
+    """Hide the exporters' warnings about themselves and about optional packages."""
     logger, root = logging.getLogger("torch.onnx"), logging.getLogger()
     levels = logger.level, root.level
     logger.setLevel(logging.ERROR)
-    root.setLevel(logging.ERROR)  # of ONNX Runtime's quantiser
+    root.setLevel(logging.ERROR)  # ONNX Runtime's quantiser logs there
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,8 +1,9 @@
-"""What to search: each module here is a space, found by its name. One of your own is one file more, here or anywhere.
+"""Search spaces. Each module here is a space with the module's name; a Python file elsewhere works too.
 
-A module has one function, ``space(base)``: from a recipe to the dimensions that differ from trial to trial, and to what
-a choice of them means as recipe keys. ``tune_spaces/block_types.py`` is a short one to start from. What no model can be
-built of (channels that do not divide by groups) need not be left out by hand: the search asks the recipe.
+A module has one function, ``space(base)``. It takes a recipe and returns a ``Space``: the dimensions that differ from
+trial to trial, and a function that turns a choice of values into recipe keys. ``tune_spaces/block_types.py`` is a short
+example. A space need not leave out impossible combinations (channels that do not divide by groups): the search skips
+members whose recipe is refused.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from posmlp.config import Config, RecipeError, describe, set_value
 from posmlp.errors import UserError
-from posmlp.model.spec import suggest
+from posmlp.model.spec import STAGES, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Value = str | int | float
-Member = Mapping[str, Value]  # a value for each dimension
+Member = Mapping[str, Value]  # dimension -> value
 
 
 @dataclass(frozen=True)
 class Range:
-    """A dimension of all numbers from ``low`` to ``high``; with ``log`` each decade is as likely as another."""
+    """A dimension of all numbers from ``low`` to ``high``, uniform, or log-uniform with ``log``."""
 
     low: float
     high: float
@@ -43,11 +46,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """What differs between trials.
+    """A search space.
 
     Attributes:
-        dimensions: by name: the values to choose from, in their natural order, or a ``Range``.
-        keys: what a member means: recipe keys (``model.blocks``) and their values.
+        dimensions: dimension name -> the values to choose from, in their natural order, or a ``Range``.
+        keys: function from a member (a value for each dimension) to recipe keys (``model.blocks``) and their values.
     """
 
     dimensions: dict[str, tuple[Value, ...] | Range]
@@ -60,16 +63,16 @@ class Space:
                 raise UserError(f"dimension {name}: {values!r} must be a tuple of numbers or words, or a Range")
 
     def recipe(self, base: Config, member: Member) -> Config:
-        """The recipe of a member: the base but for what the member says.
+        """The recipe of a member: the base recipe with the keys that the member sets.
 
         Raises:
-            RecipeError: it cannot be run; the message says why.
+            RecipeError: the recipe cannot be run; the message says why.
             UserError: the space itself is wrong.
         """
         tree = base.model_dump(mode="json")
         try:
             keys = self.keys(member)
-        except Exception as error:  # whatever the user's function raises is told in a line
+        except Exception as error:  # any error of the user's function is reported in one line
             raise UserError(f"the space's keys({dict(member)}) failed: {type(error).__name__}: {error}") from error
         for key, value in keys.items():
             set_value(tree, key, value)
@@ -79,12 +82,12 @@ class Space:
             raise RecipeError("; ".join(describe(problem) for problem in error.errors())) from error
 
     def random(self, rng: np.random.Generator) -> dict[str, Value]:
-        """A member, any as likely as another; it may be impossible to build."""
-        return {name: draw(values, rng) for name, values in self.dimensions.items()}
+        """Draw a member uniformly. Its recipe may be refused."""
+        return {name: draw_value(values, rng) for name, values in self.dimensions.items()}
 
 
-def draw(values: tuple[Value, ...] | Range, rng: np.random.Generator) -> Value:
-    """One value of a dimension."""
+def draw_value(values: tuple[Value, ...] | Range, rng: np.random.Generator) -> Value:
+    """Draw one value of a dimension."""
     if isinstance(values, tuple):
         return values[rng.integers(len(values))]
     if values.log:
@@ -93,18 +96,19 @@ def draw(values: tuple[Value, ...] | Range, rng: np.random.Generator) -> Value:
 
 
 def list_spaces() -> list[str]:
-    """Names of the spaces here."""
+    """Names of the spaces in this package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_space(name: str, base: Config) -> Space:
-    """A space around a recipe.
+    """Load a space and apply it to a recipe.
 
     Args:
         name: one of ``list_spaces()``, or a Python file.
+        base: the recipe that the members vary.
 
     Raises:
-        UserError: there is none, or it has no dimensions.
+        UserError: there is no such space, it fails, or it has no dimensions.
     """
     module = import_space(name)
     if not hasattr(module, "space"):
@@ -113,7 +117,7 @@ def load_space(name: str, base: Config) -> Space:
         space = module.space(base)
     except UserError as error:
         raise UserError(f"space {name}: {error}") from error
-    except Exception as error:  # likewise
+    except Exception as error:  # any error of the user's function is reported in one line
         raise UserError(f"space {name}: space(base) failed: {type(error).__name__}: {error}") from error
     if not isinstance(space, Space) or not space.dimensions:
         raise UserError(f"space {name}: space(base) must return a tune_spaces.Space with at least one dimension")
@@ -121,10 +125,10 @@ def load_space(name: str, base: Config) -> Space:
 
 
 def import_space(name: str) -> ModuleType:
-    """The module of a space.
+    """Import the module of a space.
 
     Raises:
-        UserError: there is none, or it cannot be imported.
+        UserError: there is no such space, or it cannot be imported.
     """
     if name.endswith(".py"):
         if not Path(name).is_file():
@@ -134,7 +138,7 @@ def import_space(name: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # likewise
+        except (Exception, SystemExit) as error:  # any error of the user's file is reported in one line
             raise UserError(f"space {name} cannot be imported: {type(error).__name__}: {error}") from error
         return module
     if name not in list_spaces():
@@ -143,11 +147,11 @@ def import_space(name: str) -> ModuleType:
     return importlib.import_module(f"tune_spaces.{name}")
 
 
-def per_stage(name: str, values: tuple[Value, ...], stages: int = 4) -> dict[str, tuple[Value, ...] | Range]:
-    """The same values to choose from for each stage, as dimensions ``NAME1``, ``NAME2``, ..."""
+def per_stage(name: str, values: tuple[Value, ...], stages: int = STAGES) -> dict[str, tuple[Value, ...] | Range]:
+    """Dimensions ``NAME1``, ``NAME2``, ..., one for each stage, with the same values to choose from."""
     return {f"{name}{stage}": values for stage in range(1, stages + 1)}
 
 
-def stages_of(member: Member, name: str, stages: int = 4) -> list[Value]:
-    """What a member chose for each stage."""
+def stages_of(member: Member, name: str, stages: int = STAGES) -> list[Value]:
+    """A member's values of the dimensions ``NAME1``, ``NAME2``, ..., one for each stage."""
     return [member[f"{name}{stage}"] for stage in range(1, stages + 1)]

@@ -1,4 +1,4 @@
-"""How many channel groups each stage has, and so how many position tables: from one for all channels to many."""
+"""Number of channel groups of each stage, which is the number of position tables: from 1 to 64."""
 
 from posmlp.config import Config
 from tune_spaces import Space, stages_of
@@ -7,7 +7,7 @@ GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def space(base: Config) -> Space:
-    """Every combination over the four stages of counts that divide the stage's channels."""
+    """All combinations over the four stages, of counts that divide the stage's channels."""
     return Space(
         {
             f"groups{stage}": tuple(count for count in GROUPS if dim % count == 0)

@@ -1,11 +1,11 @@
-"""How the recipe's model learns: the optimizer's hyper-parameters and the share of blocks left out (drop path)."""
+"""Hyper-parameters of training: learning rate, weight decay, warm-up, label smoothing and drop path."""
 
 from posmlp.config import Config
 from tune_spaces import Range, Space
 
 
 def space(base: Config) -> Space:
-    """Around the recipe's own values; the architecture stays."""
+    """Learning rates around the recipe's own, fixed values for the others; the architecture does not change."""
     lr = base.optim.lr
     return Space(
         {

@@ -1,7 +1,7 @@
 """PosMLP-Video: stem, four stages of gating blocks, head (arXiv:2407.02934, section 3).
 
-Read top to bottom: ``Unit`` (norm, fc1, gate, fc2), ``Block`` (how units combine), ``Stage`` (window order, blocks),
-``PosMLPVideo``. Block types and variants are plain data in ``spec.py``.
+Read from top to bottom: ``Unit`` (norm, fc1, gate, fc2), ``Block`` (combines units), ``Stage`` (window order, blocks),
+``PosMLPVideo``. Block types, unit kinds and variants are plain data in ``spec.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from posmlp.model import cpu
 from posmlp.model.gates import PositionGate
-from posmlp.model.spec import BLOCKS, Window, unit_window
+from posmlp.model.spec import BLOCKS, Window, block_units, unit_window
 
 
 def channel_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm without its affine over the first axis of ``[C, ...]``, in fp32 or better."""
+    """LayerNorm without its affine over the first axis of ``[C, ...]``, computed in fp32 or better."""
     dtype = x.dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
     x = x - x.mean(0)
@@ -29,9 +29,9 @@ def channel_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class Unit(nn.Module):
-    """One gating unit: ``fc2(gate(u, v))`` with ``u, v = split(gelu(fc1(norm(x))))``, u and v as wide as x.
+    """One gating unit: ``fc2(gate(u, v))`` with ``u, v = split(gelu(fc1(norm(x))))``; u and v have the width of x.
 
-    It only holds the parameters; ``Block`` runs the units of a step together.
+    It only holds the parameters. ``Block`` runs the units of a step together.
     """
 
     def __init__(self, dim: int, groups: int, window: Window):
@@ -48,51 +48,66 @@ class Block(nn.Module):
     def __init__(self, kind: str, dim: int, groups: int, window: Window, drop_path: float):
         super().__init__()
         self.steps = BLOCKS[kind]
-        self.units = nn.ModuleDict({u: Unit(dim, groups, unit_window(u, window)) for step in self.steps for u in step})
+        self.units = nn.ModuleDict({unit: Unit(dim, groups, unit_window(unit, window)) for unit in block_units(kind)})
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, extent: Window, real: Tensor | None) -> Tensor:
-        """x and the result are ``[C, B, W, T, N]``; ``real`` ``[W, T, N]`` is 0 at padded tokens (None: no padding)."""
+    def forward(self, x: Tensor, extent: Window, mask: Tensor | None) -> Tensor:
+        """Run all steps; x and the result are ``[C, B, W, T, N]``.
+
+        Args:
+            extent: tokens (t, h, w) that a window of the input has.
+            mask: ``[W, T, N]``, 0 at padded tokens and 1 at the others; None if nothing is padded.
+        """
         for step in self.steps:
-            keep = None
+            keep_scale = None
             if self.training and self.drop_path > 0:
-                drawn = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
-                keep = drawn / (1 - self.drop_path)
-            x = self.add(step, x, extent, real, keep)
+                kept = torch.rand(x.shape[1], device=x.device) >= self.drop_path  # one draw per clip
+                keep_scale = kept / (1 - self.drop_path)
+            x = self.run_step(step, x, extent, mask, keep_scale)
         return x
 
-    def add(self, step: Sequence[str], x: Tensor, extent: Window, real: Tensor | None, keep: Tensor | None) -> Tensor:
-        """x plus the branches of a step's units, a clip's multiplied with its entry of ``keep`` (None: 1)."""
-        units = [cast(Unit, self.units[u]) for u in step]
-        weight, bias, last, last_bias = self.linears(step)
-        if cpu.serves(x):
-            dtype = cpu.work_type(x)
+    def run_step(
+        self, step: Sequence[str], x: Tensor, extent: Window, mask: Tensor | None, keep_scale: Tensor | None
+    ) -> Tensor:
+        """Add the outputs of a step's units to x.
+
+        Args:
+            step: unit kinds, an entry of ``self.steps``.
+            x, extent, mask: as in ``forward``.
+            keep_scale: ``[B]``, factor of the units' outputs for each clip (drop path); None: 1.
+        """
+        units = [cast(Unit, self.units[unit]) for unit in step]
+        weight1, bias1, weight2, bias2 = self.linears(step)
+        if cpu.supports(x):
+            dtype = cpu.compute_dtype(x)
             gates = [each for u in units for each in (u.gate.position_map(extent, dtype), u.gate.token_bias(extent))]
-            return cpu.step(x, weight, bias, last, last_bias, real, keep, *gates)
-        hidden = weight @ channel_norm(x).flatten(1)  # [2C * units, tokens]
-        hidden = F.gelu(hidden.add_(bias[:, None].to(hidden.dtype)))  # adding another type would copy
+            return cpu.run_step(x, weight1, bias1, weight2, bias2, mask, keep_scale, *gates)
+        hidden = weight1 @ channel_norm(x).flatten(1)  # [2C * units, tokens]
+        hidden = F.gelu(hidden.add_(bias1[:, None].to(hidden.dtype)))  # adding another dtype would copy
         halves = hidden.view(2 * len(units), *x.shape)
         gated = []
         for unit, u, v in zip(units, halves[::2], halves[1::2], strict=True):
-            gated.append(unit.gate(u if real is None else u * real.to(u.dtype), v, extent))
-        out = last @ torch.cat(gated).flatten(1)
-        residual = (out + last_bias[:, None].to(out.dtype)).view(x.shape)
-        if keep is not None:
-            residual = residual * keep.to(residual.dtype).view(-1, 1, 1, 1)
+            gated.append(unit.gate(u if mask is None else u * mask.to(u.dtype), v, extent))
+        out = weight2 @ torch.cat(gated).flatten(1)
+        residual = (out + bias2[:, None].to(out.dtype)).view(x.shape)
+        if keep_scale is not None:
+            residual = residual * keep_scale.to(residual.dtype).view(-1, 1, 1, 1)
         return x + residual if x.requires_grad or residual.requires_grad else x.add_(residual)
 
     def linears(self, step: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The linear layers of a step's units as one before the gates and one after, the norms' affines in the first.
+        """Merge the linear layers of a step's units: all fc1 with the norms' affines folded in, and all fc2.
 
         Returns:
-            Weight and bias of each: ``[2C * units, C]``, ``[2C * units]``, ``[C, C * units]``, ``[C]``.
+            Weight and bias of fc1, ``[2C * units, C]`` and ``[2C * units]``, then of fc2, ``[C, C * units]`` and
+            ``[C]``.
         """
-        units = [cast(Unit, self.units[u]) for u in step]
-        weight = torch.cat([u.fc1.weight * u.norm.weight for u in units])
-        bias = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
-        last = torch.cat([u.fc2.weight for u in units], 1)
-        last_bias = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)  # of a stack, gradients would share memory
-        return weight, bias, last, last_bias
+        units = [cast(Unit, self.units[unit]) for unit in step]
+        weight1 = torch.cat([u.fc1.weight * u.norm.weight for u in units])
+        bias1 = torch.cat([u.fc1.bias + u.fc1.weight @ u.norm.bias for u in units])
+        weight2 = torch.cat([u.fc2.weight for u in units], 1)
+        # Not the sum of a stack: gradients of the biases would share memory.
+        bias2 = sum((u.fc2.bias for u in units[1:]), units[0].fc2.bias)
+        return weight1, bias1, weight2, bias2
 
 
 class Downsample(nn.Module):
@@ -105,13 +120,13 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, T, H, W]`` -> ``[B, C, T, H/2, W/2]``."""
-        x = frame_conv(self.proj, x).permute(0, 2, 3, 4, 1)  # as it lies in memory
+        x = frame_conv(self.proj, x).permute(0, 2, 3, 4, 1)  # the memory order, so this is a view
         normed = F.layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
         return normed.to(x.dtype).permute(0, 4, 1, 2, 3)
 
 
 class Stem(nn.Module):
-    """Two Conv(1,3,3) with stride (1,2,2), each with BatchNorm, and a GELU between them."""
+    """Two Conv(1,3,3) with stride (1,2,2), each followed by BatchNorm, with a GELU in between."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -127,10 +142,16 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution; the tokens are put into window order once, on entry.
+    """Blocks at one resolution. Tokens are put into window order once, on entry.
+
+    Args:
+        dim_in: channels of the previous stage; None for the first stage, which follows the stem without downsampling.
+        dim, kind, depth, groups, window: channels, block type, number of blocks, channel groups and window (t, h, w).
+        drop_path: stochastic-depth rate of each block.
 
     Attributes:
-        recompute: blocks compute their activations again in the backward pass: less memory, more time.
+        recompute: activation checkpointing; blocks compute their activations again in the backward pass, which takes
+            less memory and more time.
     """
 
     recompute = False
@@ -140,7 +161,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.window = window
-        self.downsample = Downsample(dim_in, dim) if dim_in else None  # the first stage follows the stem
+        self.downsample = Downsample(dim_in, dim) if dim_in else None
         self.blocks = nn.ModuleList(Block(kind, dim, groups, window, drop_path[i]) for i in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,87 +169,93 @@ class Stage(nn.Module):
         if self.downsample:
             x = self.downsample(x)
         size = x.shape[2:]
-        # An input smaller than the window takes the window's first tokens.
+        # An input smaller than the window uses the window's first tokens.
         extent = cast(Window, tuple(min(n, w) for n, w in zip(size, self.window, strict=True)))
-        real = padding_mask(size, extent, x.device)
+        mask = padding_mask(size, extent, x.device)
         x = to_windows(x, extent)
         for block in self.blocks:
             if self.recompute and x.requires_grad:
-                x = cast(Tensor, checkpoint(block, x, extent, real, use_reentrant=False))
+                x = cast(Tensor, checkpoint(block, x, extent, mask, use_reentrant=False))
             else:
-                x = block(x, extent, real)
+                x = block(x, extent, mask)
         return from_windows(x, extent, size)
 
 
 def frame_conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """A convolution within frames, ``[B, C_in, T, H_in, W_in]`` -> ``[B, C, T, H, W]``, channels last in memory.
+    """Convolve each frame, ``[B, C_in, T, H_in, W_in]`` -> ``[B, C, T, H, W]``, channels last in memory.
 
-    As one in two dimensions, on frames with channels last: the kernels for that form are the fastest, on CPUs by far.
+    It runs as a 2D convolution on channels-last frames, the form with the fastest kernels, on CPUs by far.
     """
     frames = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     (_, *stride), (_, *padding) = conv.stride, cast(tuple[int, ...], conv.padding)
     frames = F.conv2d(frames, conv.weight[:, :, 0], conv.bias, stride, padding)
-    # Not len(x), a plain number: an exported model would take no other batch.
+    # Not len(x), which is a plain number: an exported model would then accept this batch size only.
     return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def grid(size: Sequence[int], extent: Window) -> Window:
-    """Number of windows along time, height, width that cover ``size``."""
+    """Number of windows along time, height and width that cover ``size``."""
     t, h, w = (math.ceil(n / e) for n, e in zip(size, extent, strict=True))
     return t, h, w
 
 
 def to_windows(x: Tensor, extent: Window) -> Tensor:
-    """``[B, C, T, H, W]`` -> ``[C, B, windows, t, h*w]``, zero-padded at the far ends to whole windows."""
+    """Put tokens into window order: ``[B, C, T, H, W]`` -> ``[C, B, windows, t, h*w]``.
+
+    The far ends are zero-padded to whole windows.
+    """
     (t, h, w), (gt, gh, gw) = extent, grid(x.shape[2:], extent)
     pad = [g * e - n for g, e, n in zip((gw, gh, gt), (w, h, t), reversed(x.shape[2:]), strict=True)]
-    x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C], as it lies in memory
+    x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C], the memory order
     if any(pad):
         x = F.pad(x, [0, 0, 0, pad[0], 0, pad[1], 0, pad[2]])
     x = x.unflatten(3, (gw, w)).unflatten(2, (gh, h)).unflatten(1, (gt, t)).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    # In two steps, as whole tokens and as transpositions of matrices, it is faster than in one.
+    # Two steps, a copy of whole tokens and matrix transposes, are faster than a single permuting copy.
     tokens = x.reshape(-1, x.shape[-1])
-    if cpu.serves(x):  # window by window in memory
+    if cpu.supports(x):  # the CPU path wants one window after another in memory
         windows = tokens.unflatten(0, (-1, t * h * w)).mT.contiguous()
         return windows.view(x.shape[0], -1, x.shape[-1], t, h * w).permute(2, 0, 1, 3, 4)
     return tokens.mT.contiguous().view(x.shape[-1], x.shape[0], gt * gh * gw, t, h * w)
 
 
 def from_windows(x: Tensor, extent: Window, size: Sequence[int]) -> Tensor:
-    """``[C, B, windows, t, h*w]`` -> ``[B, C, T, H, W]`` of the given ``size``, channels last in memory."""
+    """Undo ``to_windows``: ``[C, B, windows, t, h*w]`` -> ``[B, C, T, H, W]``, channels last in memory.
+
+    Padding is cut off; ``size`` is (T, H, W).
+    """
     (t, h, w), (gt, gh, gw) = extent, grid(size, extent)
-    tokens = cpu.by_window(x).flatten(2).mT if cpu.serves(x) else x.flatten(1).mT
+    tokens = cpu.by_window(x).flatten(2).mT if cpu.supports(x) else x.flatten(1).mT
     tokens = tokens.contiguous().view(x.shape[1], gt, gh, gw, t, h, w, len(x))
     x = tokens.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[1], gt * t, gh * h, gw * w, len(x))
     return x[:, : size[0], : size[1], : size[2]].permute(0, 4, 1, 2, 3)
 
 
 def padding_mask(size: Sequence[int], extent: Window, device: torch.device) -> Tensor | None:
-    """``[windows, t, h*w]``, 1 at real tokens and 0 at padded ones; None if nothing is padded."""
+    """Mask of the tokens, ``[windows, t, h*w]``: 1 at real tokens, 0 at padded ones. None if nothing is padded."""
     if all(n % e == 0 for n, e in zip(size, extent, strict=True)):
         return None
     return to_windows(torch.ones(1, 1, *size, device=device), extent)[0, 0]
 
 
 def init_linear(module: nn.Module) -> None:
-    """Fresh weights of a linear layer; other modules stay as they are."""
+    """Initialise a linear layer; leave other modules unchanged."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 class PosMLPVideo(nn.Module):
-    """The backbone and its classifier. Build one with ``posmlp.create_model``, which checks the arguments.
+    """Backbone and classifier. Build one with ``posmlp.create_model``, which checks the arguments.
 
     Args:
         dims: channels of each of the four stages.
-        depths: blocks of each stage.
-        groups: channel groups S of each stage; divides its channels.
+        depths: number of blocks of each stage.
+        groups: channel groups S of each stage; must divide its channels.
         windows: window (t, h, w) of each stage.
         blocks: block type of each stage, a key of ``BLOCKS``.
         num_classes: length of the logits.
-        drop_path: stochastic-depth rate of the last block; it rises linearly from 0 at the first.
-        dropout: rate before the classifier.
+        drop_path: stochastic-depth rate of the last block; the rates rise linearly from 0 at the first.
+        dropout: dropout rate before the classifier.
     """
 
     def __init__(
@@ -261,7 +288,7 @@ class PosMLPVideo(nn.Module):
         """Feature maps of the four stages, ``[B, C_i, T, H_i, W_i]`` with strides 4, 8, 16, 32 in space, 1 in time.
 
         Args:
-            clip: ``[B, 3, T, H, W]``, normalised; T, H and W are free.
+            clip: ``[B, 3, T, H, W]``, normalised; any T, H and W.
         """
         x = self.stem(clip)
         maps = []
@@ -271,7 +298,7 @@ class PosMLPVideo(nn.Module):
         return maps
 
     def forward(self, clip: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` of normalised clips ``[B, 3, T, H, W]``; T, H and W are free."""
+        """Logits ``[B, num_classes]`` of normalised clips ``[B, 3, T, H, W]``; any T, H and W."""
         x = self.features(clip)[-1].flatten(2)  # [B, C, tokens]
         x = F.layer_norm(x.mT, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
         return self.head(self.dropout(x.mean(1)))

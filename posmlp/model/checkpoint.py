@@ -1,7 +1,7 @@
-"""Weights from a file into a model: the published release's checkpoints and this project's own.
+"""Load weights into a model, from checkpoints of the published release or of this project.
 
-``load_published`` renames the release's tensors, makes channel groups contiguous, and adapts what may differ between
-the checkpoint and the model: number of classes, window, clip length, and a missing time axis (image -> video).
+``load_published`` renames the release's tensors, makes channel groups contiguous, and adapts differences between the
+checkpoint and the model: number of classes, window, clip length, and a missing time axis (image -> video).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ State = dict[str, Tensor]
 
 
 class CheckpointError(UserError):
-    """A checkpoint that does not fit the model; the message lists the keys that are missing, extra or misshapen."""
+    """A checkpoint that does not fit the model; the message lists missing, extra and misshapen keys."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``load_published`` did.
+    """Result of ``load_published``.
 
     Attributes:
         loaded: number of tensors taken from the checkpoint.
-        adapted: one sentence for each thing that was not copied as it is.
+        adapted: one sentence for each adaptation.
     """
 
     loaded: int
@@ -47,16 +47,18 @@ class LoadReport:
 def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> LoadReport:
     """Load a published checkpoint (or one saved from ``model.state_dict()``) into ``model``, in place.
 
-    - Another number of classes: the model keeps its own fresh head.
-    - Another window or clip length: position tables and token biases are resized (``resize_offsets``).
-    - An image checkpoint, of spatial units alone, into a video model: temporal units start as no-ops, and a joint unit
-      starts as the spatial unit within each moment. Features of each frame then equal the image model's.
+    Differences are adapted as follows:
+
+    - Number of classes: the model keeps its own fresh head.
+    - Window or clip length: position tables and token biases are resized (``resize_offsets``).
+    - An image checkpoint, which has spatial units only, for a video model: temporal units start as no-ops, and a joint
+      unit starts as the spatial unit within each frame. The features of each frame then equal those of the image model.
 
     Args:
         model: any variant.
-        path_or_state_dict: a file of PyTorch (read with ``weights_only=True``) or safetensors, local or a URI, or its
-            tensors by name. An entry ``weights``, ``model`` or ``state_dict`` is unwrapped; ``module.`` prefixes are
-            dropped.
+        path_or_state_dict: a PyTorch file (read with ``weights_only=True``) or a safetensors file, as a path or URI; or
+            a mapping from names to tensors. An entry ``weights``, ``model`` or ``state_dict`` is unwrapped, and
+            ``module.`` prefixes are dropped.
 
     Raises:
         CheckpointError: the file holds no tensors or is unsafe to read, or keys are missing, extra or misshapen beyond
@@ -93,23 +95,23 @@ def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[
 
 
 def read_state(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> State:
-    """The tensors of a checkpoint by name, unwrapped; runs no code from the file, which may lie anywhere."""
+    """Tensors of a checkpoint by name, unwrapped. Runs no code from the file; a path may be a URI."""
     content: object = path_or_state_dict
     if isinstance(path_or_state_dict, str | Path):
         content = read_tensors(str(path_or_state_dict))
-    for wrapper in ("weights", "model", "state_dict"):  # the first is what a run of this project evaluates
+    for wrapper in ("weights", "model", "state_dict"):  # the first: evaluation weights of a run of this project
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError("the checkpoint holds no tensors by name, nor has an entry weights, model or state_dict")
+        raise CheckpointError("the checkpoint holds no named tensors and has no entry weights, model or state_dict")
     return {str(k).removeprefix("module."): v for k, v in content.items()}
 
 
 def read_tensors(uri: str) -> object:
-    """What a file of PyTorch or safetensors holds, on the CPU.
+    """Content of a PyTorch or safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: it cannot be read, is damaged, or holds more than plain data and tensors.
+        CheckpointError: the file cannot be read, is damaged, or holds more than plain data and tensors.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -119,13 +121,13 @@ def read_tensors(uri: str) -> object:
     except OSError as error:
         raise CheckpointError(f"{uri}: cannot be read ({error}); expected a file of weights") from error
     try:
-        # A safetensors file begins with the length of its JSON header, 8 bytes; what PyTorch writes never does.
+        # In a safetensors file, 8 bytes of length come before the JSON header. No PyTorch file has { at that place.
         if content[8:9] == b"{":
             return safetensors.torch.load(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere in its reader, with any type of error
+    except Exception as error:  # the reader of a damaged file can fail anywhere, with any type of error
         raise CheckpointError(
-            f"{uri}: damaged, or not a checkpoint of tensors alone, so it is not loaded: {error}"
+            f"{uri}: damaged, or not a checkpoint that holds only tensors; nothing was loaded: {error}"
         ) from error
 
 
@@ -142,13 +144,13 @@ RELEASE_NAMES = (
 
 
 def canonical(state: State) -> State:
-    """This project's names and channel order; a state that has them already is returned as it is."""
+    """Convert a state to this project's names and channel order; one that has them already is returned unchanged."""
     if not any(k.startswith(("patch_embed", "blocks")) for k in state):
         return dict(state)
     out: State = {}
     for name, tensor in state.items():
         if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
-            continue  # the release stores its position index; here it is derived
+            continue  # the release stores its position index; here it is computed
         for pattern, replacement in RELEASE_NAMES:
             name = re.sub(pattern, replacement, name)
         if ".gate." in name:
@@ -165,9 +167,9 @@ def canonical(state: State) -> State:
 
 
 def contiguous_groups(x: Tensor, dim: int, parts: int, groups: int) -> Tensor:
-    """Make the groups of the channels along ``dim`` contiguous in each of its ``parts``; the release's are c mod S.
+    """Make channel groups along ``dim`` contiguous in each of its ``parts``; in the release, group(c) is c mod S.
 
-    A tensor that does not divide comes back as it is, for the caller to report its shape.
+    A tensor that does not divide is returned unchanged, so that the caller reports its shape.
     """
     if x.ndim <= dim or groups < 1 or x.shape[dim] % (parts * groups):
         return x
@@ -179,7 +181,7 @@ def contiguous_groups(x: Tensor, dim: int, parts: int, groups: int) -> Tensor:
 
 
 def extend_to_time(model: PosMLPVideo, source: State, adapted: list[str]) -> None:
-    """Complete an image checkpoint for the temporal and joint units of ``model``, in place."""
+    """Complete an image checkpoint ``source`` for the temporal and joint units of ``model``, in place."""
     if any(".units.temporal." in k or ".units.joint." in k for k in source):
         return
     fresh, temporal, joint = model.state_dict(), 0, 0
@@ -194,9 +196,11 @@ def extend_to_time(model: PosMLPVideo, source: State, adapted: list[str]) -> Non
             for key in [k for k in source if k.startswith(f"{name}.units.spatial.")]:
                 source[key.replace(".spatial.", ".joint.")] = source.pop(key)
     if temporal:
-        adapted.append(f"{temporal} temporal units: no-ops at the start (fc2 = 0), as the checkpoint is of images")
+        adapted.append(
+            f"{temporal} temporal units: no-ops at the start (fc2 = 0), as the checkpoint is an image model's"
+        )
     if joint:
-        adapted.append(f"{joint} joint units: the image's spatial unit in each moment at the start")
+        adapted.append(f"{joint} joint units: the image model's spatial unit in each frame at the start")
 
 
 def resize_windows(model: PosMLPVideo, source: State, adapted: list[str]) -> None:
@@ -208,10 +212,10 @@ def resize_windows(model: PosMLPVideo, source: State, adapted: list[str]) -> Non
         window = source_window(table.shape[1], bias.numel(), gate.window) if table.ndim == 2 else None
         if window is None or window == gate.window:
             continue
-        if window[0] == 1 and gate.window[0] > 1:  # an image's table: moments do not mix at the start
-            still = table.new_zeros(len(table), 2 * gate.window[0] - 1, table.shape[1])
-            still[:, gate.window[0] - 1] = table
-            table, bias = still.flatten(1), bias.repeat(gate.window[0])
+        if window[0] == 1 and gate.window[0] > 1:  # table of an image model: time steps do not mix at the start
+            static = table.new_zeros(len(table), 2 * gate.window[0] - 1, table.shape[1])
+            static[:, gate.window[0] - 1] = table
+            table, bias = static.flatten(1), bias.repeat(gate.window[0])
             window = (gate.window[0], *window[1:])
         if window != gate.window:
             adapted.append(f"{name}: window {window} resized to {gate.window}")
@@ -220,12 +224,15 @@ def resize_windows(model: PosMLPVideo, source: State, adapted: list[str]) -> Non
 
 
 def source_window(offsets: int, tokens: int, like: Window) -> Window | None:
-    """The window with so many offsets and tokens: with the places of ``like`` if that fits, else square; or None."""
+    """Find the window of a table with ``offsets`` entries and a bias with ``tokens`` entries; None if none fits.
+
+    A window that differs from ``like`` along one axis is preferred to a square one.
+    """
     candidates = [like, (tokens // math.prod(like[1:]), *like[1:])]
     if like[1:] != (1, 1):
         if 1 in like[1:]:
             t, h, w = (tokens // like[0] if axis and side > 1 else side for axis, side in enumerate(like))
-            candidates.append((t, h, w))  # a unit that mixes one of height and width
+            candidates.append((t, h, w))  # of a unit that mixes only one of height and width
         sides = range(1, math.isqrt(tokens) + 1)
         candidates += [(tokens // n**2, n, n) for n in sides if tokens % n**2 == 0]
     fits = (w for w in candidates if math.prod(w) == tokens and math.prod(2 * n - 1 for n in w) == offsets)
@@ -233,10 +240,10 @@ def source_window(offsets: int, tokens: int, like: Window) -> Window | None:
 
 
 def resize_offsets(table: Tensor, window: Window, new: Window) -> Tensor:
-    """Resize position tables ``[S, offsets]`` to another window, trilinearly in the relative offset.
+    """Resize position tables ``[S, offsets]`` from ``window`` to ``new``, trilinearly in the relative offset.
 
-    The farthest offsets keep their places, and so does offset 0. The gate sums over the window's tokens, so entries are
-    scaled by old tokens / new tokens: a clip of twice the frames then mixes to the same values.
+    The farthest offsets map to the farthest offsets, and offset 0 to offset 0. The gate sums over the window's tokens,
+    so entries are scaled by old tokens / new tokens: a clip of twice the frames then mixes to the same values.
     """
     maps = table.view(len(table), 1, *(2 * n - 1 for n in window))
     size = [2 * n - 1 for n in new]
@@ -245,5 +252,5 @@ def resize_offsets(table: Tensor, window: Window, new: Window) -> Tensor:
 
 
 def resize_tokens(bias: Tensor, window: Window, new: Window) -> Tensor:
-    """Resize a token bias ``[tokens]`` to another window, trilinearly in the position."""
+    """Resize a token bias ``[tokens]`` from ``window`` to ``new``, trilinearly in the position."""
     return F.interpolate(bias.view(1, 1, *window), size=list(new), mode="trilinear", align_corners=True).flatten()

@@ -1,7 +1,7 @@
-"""What a model costs: parameters, multiply-accumulates, latency, throughput and memory.
+"""Cost of a model: parameters, multiply-accumulates, latency, throughput and memory.
 
-``count_macs`` is a closed form of the plain data: a search can ask it for thousands of candidates and build none.
-``measure`` runs the model that it is given, and ``cost`` does everything for a named model.
+``count_macs`` is a closed form of the plain data, so a search can call it for thousands of candidates without building
+them. ``measure`` times a given model. ``cost`` does everything for a named model.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from posmlp.model.spec import Variant, Window, block_units, model_variant, unit_
 
 @dataclass(frozen=True)
 class Measurement:
-    """What ``measure`` found.
+    """Result of ``measure``.
 
     Attributes:
         latency_ms: median milliseconds of a forward pass of one clip.
-        clips_per_s: clips a second at the batch size asked for.
-        peak_mb: most megabytes (1e6 bytes) that a forward pass at that batch size takes on top of the weights and the
-            clips; None where the system does not tell.
+        clips_per_s: clips per second at the given batch size.
+        peak_mb: peak megabytes (1e6 bytes) of a forward pass at that batch size, without the weights and the clips;
+            None where the system does not report it.
     """
 
     latency_ms: float
@@ -46,16 +46,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a named model on one device. Plain data: ``dataclasses.asdict`` makes it JSON.
+    """Cost of a named model on one device. Plain data: ``dataclasses.asdict`` gives JSON-compatible values.
 
     Attributes:
         params: number of parameters.
-        macs: multiply-accumulates of one clip.
+        macs: multiply-accumulates per clip.
         latency_ms, clips_per_s, peak_mb: as in ``Measurement``.
-        device: readable name of the device.
+        device: human-readable name of the device.
         threads: CPU threads that PyTorch used.
-        batch: clips at once for ``clips_per_s`` and ``peak_mb``.
-        frames, image_size: the clip is ``[3, frames, image_size, image_size]``.
+        batch: batch size of ``clips_per_s`` and ``peak_mb``.
+        frames, image_size: a clip is ``[3, frames, image_size, image_size]``.
         name: the model, one of ``posmlp.list_models()``.
     """
 
@@ -72,7 +72,7 @@ class Cost:
     name: str
 
     def metrics(self) -> dict[str, float]:
-        """The numbers under the names that trackers and searches use; what could not be measured is left out."""
+        """The numbers by metric name; a number that could not be measured is left out."""
         values = {
             COST_PARAMS_M: self.params / 1e6,
             COST_GMACS: self.macs / 1e9,
@@ -91,19 +91,19 @@ def cost(
     device: str | torch.device | None = None,
     **overrides: Any,
 ) -> Cost:
-    """Build a model with fresh weights and measure it, in fp32, on the clip that its variant is meant for.
+    """Build a model with fresh weights and measure it in fp32, on clips of its variant's size.
 
     Args:
-        name, overrides: as for ``create_model``; ``frames`` and ``image_size`` among them set the clip.
+        name, overrides: as for ``create_model``; the overrides ``frames`` and ``image_size`` set the clip's size.
         batch, repeats: as for ``measure``.
-        device: where to measure; None: the first CUDA device if there is one, otherwise the CPU.
+        device: device to measure on; None: the first CUDA device if there is one, otherwise the CPU.
 
     Raises:
         ValueError: as for ``create_model`` and ``measure``.
     """
     variant = model_variant(name, **overrides)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with torch.random.fork_rng(devices=[]):  # a training run that asks for its cost draws the same numbers after it
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay the same
         model = create_model(name, **overrides).to(device)
     measured = measure(model, (3, variant.frames, variant.image_size, variant.image_size), repeats=repeats, batch=batch)
     return Cost(
@@ -122,7 +122,7 @@ def cost(
 
 
 def format_cost(cost: Cost) -> str:
-    """A table to read, one line a number."""
+    """Format a cost as a table for people, one line per number."""
     device = cost.device + (f", {cost.threads} threads" if cost.threads > 1 else ", 1 thread")
     rows = [
         ("model", f"{cost.name}, {cost.frames} frames of {cost.image_size} x {cost.image_size}"),
@@ -138,18 +138,18 @@ def format_cost(cost: Cost) -> str:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, trained or frozen; a shared one counts once."""
+    """Number of parameters, trainable or frozen; a shared parameter counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[int, int] | None = None) -> int:
-    """Multiply-accumulates of one clip: convolutions, linear layers and gates as they are computed, padding included.
+    """Multiply-accumulates of one clip: convolutions, linear layers and gates as computed, padding included.
 
-    Elementwise work (norms, GELU, the product with v) is not counted, as is usual.
+    As usual, elementwise work (norms, GELU, the product with v) is not counted.
 
     Args:
         variant: from ``model_variant``, which checks it.
-        frames, size: clip length and image size (a number or (height, width)), if not the variant's own.
+        frames, size: clip length and image size (a number or (height, width)); None: those of the variant.
     """
     size = size or variant.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -157,7 +157,7 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
     blocks = (variant.blocks,) * len(variant.dims) if isinstance(variant.blocks, str) else variant.blocks
 
     def conv(dim_in: int, dim: int) -> int:
-        """A convolution (1,3,3) with stride (1,2,2); moves on to its output's size."""
+        """Count a convolution (1,3,3) with stride (1,2,2), and set height and width to those of its output."""
         nonlocal height, width
         height, width = (height + 1) // 2, (width + 1) // 2
         return 9 * dim_in * dim * frames * height * width
@@ -168,11 +168,11 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
     ):
         if i:
             macs += conv(variant.dims[i - 1], dim)
-        (t, h, w), (frames_, height_, width_) = window, (frames, height, width)
-        extent = min(t, frames_), min(h, height_), min(w, width_)  # as in Stage: a small input fills part of a window
+        t, h, w = window
+        extent = min(t, frames), min(h, height), min(w, width)  # as in Stage: a small input fills part of a window
         tokens = math.prod(extent) * math.prod(grid((frames, height, width), extent))
-        for unit in block_units(block):
-            gate = gate_macs(unit_window(unit, window), extent, dim, groups, tokens)
+        for kind in block_units(block):
+            gate = gate_macs(unit_window(kind, window), extent, dim, groups, tokens)
             macs += depth * (tokens * dim * 3 * dim + gate)  # fc1 and fc2, gate
     return macs + variant.dims[-1] * variant.num_classes
 
@@ -198,13 +198,13 @@ def gate_macs(window: Window, extent: Window, dim: int, groups: int, tokens: int
 
 
 def measure(model: nn.Module, clip_shape: tuple[int, ...], *, repeats: int = 5, batch: int = 1) -> Measurement:
-    """Time the forward pass of a model, in eval mode and without gradients, on the device and in the type it is in.
+    """Time the forward pass of a model in eval mode, without gradients, on the model's device and in its dtype.
 
     Args:
-        model: takes clips ``[B, *clip_shape]``. Its training mode, module by module, is put back afterwards.
-        clip_shape: one clip, ``(3, T, H, W)``.
-        repeats: timed passes, of which the median counts; two more before them warm up.
-        batch: clips at once for throughput and memory.
+        model: takes clips ``[B, *clip_shape]``. The training mode of each module is restored afterwards.
+        clip_shape: shape of one clip, ``(3, T, H, W)``.
+        repeats: number of timed passes, whose median is returned; two passes before them are for warm-up.
+        batch: batch size for throughput and memory.
 
     Raises:
         ValueError: ``repeats`` or ``batch`` is less than 1.
@@ -228,12 +228,12 @@ def measure(model: nn.Module, clip_shape: tuple[int, ...], *, repeats: int = 5, 
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of ``repeats`` calls, after two that warm up caches, allocators and kernel choices."""
+    """Median seconds of ``repeats`` calls, after two calls that warm up caches, allocators and kernel choices."""
     return statistics.median([seconds(run, device) for _ in range(2 + repeats)][2:])
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, until the device has finished it."""
+    """Seconds of one call, including all work that it queues on the device."""
     wait(device)
     start = time.perf_counter()
     run()
@@ -242,43 +242,43 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done everything asked of it; a CPU always has."""
+    """Wait until the device has finished all queued work; nothing to do on a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
-    """Most megabytes (1e6 bytes) in use during a call beyond those before it, or None where the system does not tell.
+    """Peak megabytes (1e6 bytes) during a call on top of those before it; None where the system does not report it.
 
-    On CUDA it is what tensors hold. On Linux CPUs it is the growth of the process's resident size, so it is right only
-    while nothing else in the process allocates.
+    On CUDA this is the memory of tensors. On Linux CPUs it is the growth of the process's resident size, so it is right
+    only while nothing else in the process allocates.
     """
     if device.type == "cuda":
         wait(device)
         torch.cuda.reset_peak_memory_stats(device)
-        resting = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return (torch.cuda.max_memory_allocated(device) - resting) / 1e6
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
     try:
-        # Memory that was freed but kept by the C library would be taken again unseen: give it back first (glibc only).
+        # glibc keeps freed memory, and reusing it would not show in the resident size: return it to the system first.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) becomes the present resident size
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to the current resident size
     except (AttributeError, OSError):
-        return None  # another C library, or a kernel or sandbox without the reset
-    resting = resident_peak()
+        return None  # another C library, or a kernel or sandbox without this reset
+    before = resident_peak()
     run()
-    return (resident_peak() - resting) / 1e6
+    return (resident_peak() - before) / 1e6
 
 
 def resident_peak() -> int:
-    """Peak resident bytes of this process since it was last reset (Linux)."""
+    """Peak resident bytes of this process since the last reset (Linux)."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
 
 
-# Dense matrix products in half precision, operations a second, from the makers' data sheets (half of "with sparsity").
+# Dense matrix products in half precision, FLOP/s, from the vendors' data sheets (half of the figure "with sparsity").
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -294,7 +294,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations a second that the device could do at most; None where that is not known (CPUs, fp32)."""
+    """Peak FLOP/s of a device; None where it is not known (CPUs, fp32)."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -302,7 +302,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """A name to print: of the GPU, or of the processor."""
+    """Human-readable name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

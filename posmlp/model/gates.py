@@ -161,7 +161,7 @@ class PositionGate(nn.Module):
 
         Padded tokens must be zero in ``u``.
         """
-        if gpu.serves(u, v):
+        if gpu.supports(u, v):
             return gpu.gate(u, v, *self.map_parameters(extent), extent)
         maps = self.position_map(extent, u.dtype)
         if maps.ndim == 3:

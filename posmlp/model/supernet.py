@@ -1,10 +1,11 @@
-"""One model that holds many: every architecture of a set, with shared weights, trained a random one a step.
+"""A supernet: all architectures of a search space in one model with shared weights.
 
-An architecture chooses block type, group count and depth for each stage. Two of them share all that they have in
-common: one of depth d has the first d blocks of a stage; block types share the units of a kind, so ``parallel`` and
-both cascades have the same spatial and temporal units; and where only the group counts differ, all but the position
-tables is shared. Training draws architectures uniformly, one path a step (Guo et al., arXiv:1904.00420). The stem,
-which has the only batch norms, is the same for all, so that no statistics need to be taken anew for one of them.
+An architecture chooses block type, group count and depth for each stage. Two architectures share everything that they
+have in common. One of depth d uses the first d blocks of a stage. Block types share the units of a kind, so
+``parallel`` and both cascades have the same spatial and temporal units. Where only the group counts differ, everything
+but the position tables is shared. Each training step draws one architecture uniformly (single path, Guo et al.,
+arXiv:1904.00420). All architectures share the stem, which has the only batch norms, so no architecture needs its
+statistics recomputed.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from posmlp.model.spec import Architecture, Choices, Window, block_units, unit_w
 
 
 class Supernet(PosMLPVideo):
-    """All architectures of some choices. In training it runs the one drawn last, else its own.
+    """All architectures of some choices. In training mode it runs the one drawn last, in eval mode its own.
 
     Args:
-        choices: an entry for each of the four stages, none of them empty.
-        own: the architecture that it runs as when it does not train.
-        dims, windows, num_classes, drop_path, dropout: of all; as for ``PosMLPVideo``.
+        choices: candidate values for each of the four stages, none of them empty.
+        own: the architecture that runs in eval mode.
+        dims, windows, num_classes, drop_path, dropout: as for ``PosMLPVideo``, the same for all architectures.
 
     Attributes:
-        drawn: what the next training step runs; see ``draw``.
+        drawn: the architecture of the next training step, see ``draw``.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Supernet(PosMLPVideo):
         deepest = [max(depths) for depths in choices.depths]
         super().__init__(dims, deepest, own.groups, windows, own.blocks, num_classes, drop_path, dropout)
         self.choices, self.own, self.drawn = choices, own, own
-        self.plan: dict[str, Any] = {
+        self.shared_args: dict[str, Any] = {
             "dims": dims,
             "windows": windows,
             "num_classes": num_classes,
@@ -64,40 +65,40 @@ class Supernet(PosMLPVideo):
                 cast(Block, block).units = nn.ModuleDict(units)
 
     def draw(self, *seed: int) -> None:
-        """Draw the architecture of the next training steps; the same seed draws the same, on every worker."""
+        """Draw the architecture of the next training steps; equal seeds draw equal architectures, on every worker."""
         self.drawn = self.choices.draw(np.random.default_rng(seed))
 
     def member(self, architecture: Architecture) -> PosMLPVideo:
-        """The model of one architecture, on the supernet's own weights: who trains the one trains the other.
+        """Build the model of one architecture on the supernet's own weights: training one trains the other.
 
         Its ``state_dict()`` fits ``create_model`` with the same blocks, groups and depths.
         """
-        with torch.device("meta"):  # no memory, no random numbers
-            model = PosMLPVideo(**self.plan, **asdict(architecture))
+        with torch.device("meta"):  # takes no memory and draws no random numbers
+            model = PosMLPVideo(**self.shared_args, **asdict(architecture))
         model.stem, model.norm, model.head, model.dropout = self.stem, self.norm, self.head, self.dropout
-        for i, (source, stage) in enumerate(self.pairs(model)):
+        for i, (source, stage) in enumerate(self.stage_pairs(model)):
             stage.downsample, stage.recompute = source.downsample, source.recompute
-            for shared, block in zip(source.blocks, stage.blocks, strict=False):  # a stage has its first blocks
+            for shared, block in zip(source.blocks, stage.blocks, strict=False):  # the first blocks of the stage
                 for kind, unit in cast(Block, block).units.items():
-                    take(cast(Unit, unit), cast(Unit, cast(Block, shared).units[kind]), architecture.groups[i])
+                    share(cast(Unit, unit), cast(Unit, cast(Block, shared).units[kind]), architecture.groups[i])
         return model.train(self.training)
 
-    def pairs(self, model: PosMLPVideo) -> Iterator[tuple[Stage, Stage]]:
-        """Each stage of the supernet beside that of a member."""
+    def stage_pairs(self, model: PosMLPVideo) -> Iterator[tuple[Stage, Stage]]:
+        """Yield each stage of the supernet with the same stage of a member."""
         return zip(map(as_stage, self.stages), map(as_stage, model.stages), strict=True)
 
     def features(self, clip: Tensor) -> list[Tensor]:
-        """As of a ``PosMLPVideo``, of the architecture that was drawn last in training, else of its own."""
+        """Feature maps as of ``PosMLPVideo``: of the drawn architecture in training mode, otherwise of its own."""
         return self.member(self.drawn if self.training else self.own).features(clip)
 
 
 def as_stage(module: nn.Module) -> Stage:
-    """A module list's entry, for the type checker."""
+    """Cast a module list's entry for the type checker."""
     return cast(Stage, module)
 
 
-def take(unit: Unit, shared: Unit, groups: int) -> None:
-    """Give a member's unit the weights of the supernet's."""
+def share(unit: Unit, shared: Unit, groups: int) -> None:
+    """Let a member's unit use the weights of the supernet's unit."""
     unit.norm, unit.fc1, unit.fc2 = shared.norm, shared.fc1, shared.fc2
     tables = cast(nn.ParameterDict, shared.gate.tables)
     unit.gate.table, unit.gate.bias = tables[str(groups)], shared.gate.bias

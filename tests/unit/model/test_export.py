@@ -1,11 +1,15 @@
 """Exported files: they compute what the model does, alone; and what is refused."""
 
 import ast
+import contextlib
+import copy
+import functools
 import importlib.util
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +22,7 @@ from pipelines.cli import main
 from pipelines.inference.predict import predict
 from posmlp import create_model
 from posmlp import export as exporting
-from posmlp.export import ABOUT, Exported, export, load
+from posmlp.export import METADATA_NAME, Exported, export, load_exported
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
@@ -38,6 +42,14 @@ def recipe(*overrides):
     return recipe_for("unused", "unused", "model.num_classes=8", SHALLOW, *overrides)
 
 
+@functools.cache
+def exported(overrides, suffix, int8=False):
+    """A recipe, its random model, and the file exported from it: made once, as tracing takes seconds."""
+    config = recipe(*overrides)
+    model = random_model(config)
+    return config, model, export(model, config, {"classes": CLASSES}, suffix, int8=int8)
+
+
 def some_clips(config, batch, seed=0):
     variant = config.model.variant()
     shape = (batch, variant.frames, variant.image_size, variant.image_size, 3)
@@ -52,14 +64,12 @@ def exact_logits(model, config, clips):
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize(
-    "overrides", [[BLOCKS[0]], [BLOCKS[1], *PADDED]], ids=["whole windows, frame differences", "padded, frames"]
+    "overrides", [(BLOCKS[0],), (BLOCKS[1], *PADDED)], ids=["whole windows, frame differences", "padded, frames"]
 )
 def test_a_file_computes_what_the_model_does_for_any_batch(overrides, suffix):
-    config = recipe(*overrides)
-    model = random_model(config)
-    found = export(model, config, {"classes": CLASSES}, suffix)
-    assert found.good and found.difference < 1e-4 * found.largest
-    run = load(found.content, suffix)
+    config, _, found = exported(overrides, suffix)
+    assert found.matches_model and found.difference < 1e-4 * found.largest
+    run = load_exported(found.content, suffix)
     for batch in (1, 2, 5):
         clips = some_clips(config, batch)
         expected = exact_logits(random_model(config), config, clips)
@@ -70,7 +80,7 @@ def test_the_largest_published_windows_and_depths():
     """s16's own, at a fraction of its width and size: windows of 14, 14, 14 and 7 places, all blocks."""
     small = ["model.dims=[16, 32, 32, 64]", "model.groups=[4, 4, 8, 8]", "model.image_size=112", "model.frames=8"]
     config = recipe_for("unused", "unused", "model.name=s16", "model.num_classes=8", *small, "data.short_side=null")
-    assert export(random_model(config), config, {}, ".pt2").good
+    assert export(random_model(config), config, {}, ".pt2").matches_model
 
 
 def test_a_supernet_stands_for_its_own_architecture():
@@ -78,7 +88,7 @@ def test_a_supernet_stands_for_its_own_architecture():
     config = recipe(choices)
     model = random_model(config)
     assert isinstance(model, Supernet)
-    run = load(export(model, config, {}, ".pt2").content, ".pt2")
+    run = load_exported(export(model, config, {}, ".pt2").content, ".pt2")
     member = create_model("tiny", **recipe().model.overrides())
     member.load_state_dict(model.member(model.own).state_dict())
     clips = some_clips(config, 2)
@@ -87,20 +97,17 @@ def test_a_supernet_stands_for_its_own_architecture():
 
 
 def test_exporting_leaves_the_model_as_it_was():
-    config = recipe()
-    model = random_model(config)
-    names, clips = list(model.state_dict()), some_clips(config, 2)
-    export(model, config, {}, ".pt2")
-    assert list(model.state_dict()) == names
-    expected = exact_logits(random_model(config), config, clips)
-    torch.testing.assert_close(exact_logits(model, config, clips), expected)
+    config, model, _ = exported((BLOCKS[0],), ".pt2")
+    fresh, clips = random_model(config), some_clips(config, 2)
+    assert list(model.state_dict()) == list(fresh.state_dict())
+    expected = exact_logits(fresh, config, clips)
+    torch.testing.assert_close(exact_logits(copy.deepcopy(model), config, clips), expected)
 
 
 def test_int8_keeps_the_linear_weights_in_a_byte_and_about_the_scores():
-    config = recipe(BLOCKS[0])
-    model = random_model(config)
-    exact, found = (export(model, config, {}, ".onnx", int8=int8) for int8 in (False, True))
-    assert found.good
+    _, model, exact = exported((BLOCKS[0],), ".onnx")
+    _, _, found = exported((BLOCKS[0],), ".onnx", int8=True)
+    assert found.matches_model
     assert 0 < found.difference < 0.1 * found.largest
     kinds = {tensor.name: tensor.data_type for tensor in onnx.load(io.BytesIO(found.content)).graph.initializer}
     weights = [kind for name, kind in kinds.items() if name.endswith("weight_quantized")]
@@ -121,40 +128,55 @@ print(json.dumps([about["classes"], about["input"]["shape"], model(clips).softma
 """
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_the_verb_writes_a_file_that_works_alone(motion_set, tmp_path, monkeypatch, capsys, named):
-    """Of the best checkpoint; its probabilities are those of `posmlp predict`."""
-    config = recipe_for(tmp_path / "runs", motion_set, "model.num_classes=8", SHALLOW, "data.cache_dir=null")
-    run = tmp_path / "runs" / "small"
+@pytest.fixture(scope="module")
+def exported_run(motion_set, tmp_path_factory):
+    """A folder where ``posmlp export`` was called twice, with its run, the run's recipe, and what was printed.
+
+    The best of the run's two checkpoints is in ``small.pt2``, which is the default name, and in ``made/demo.onnx``.
+    """
+    folder = tmp_path_factory.mktemp("exported")
+    config = recipe_for(folder / "runs", motion_set, "model.num_classes=8", SHALLOW, "data.cache_dir=null")
+    run = folder / "runs" / "small"
     write_checkpoint(run, config, step=3, metrics={"val/top1": 0.9})
     write_checkpoint(run, config, step=9, metrics={"val/top1": 0.4})
     (run / "run.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "made" / "model.pt2" if named else tmp_path / "small.pt2"
-    assert main(["export", "small", *(["--out", "made/model.pt2"] if named else [])]) == 0
-    assert f"{out}: " in capsys.readouterr().out
-    assert {path.name for path in out.parent.iterdir()} <= {out.name, "runs"}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        assert main(["export", "small"]) == 0
+        assert main(["export", "small", "--out", "made/demo.onnx"]) == 0
+    return folder, run, config, printed.getvalue()
+
+
+def test_the_verb_writes_files_and_nothing_else(exported_run):
+    folder, _, _, printed = exported_run
+    for out in (folder / "small.pt2", folder / "made" / "demo.onnx"):
+        assert f"{out}: " in printed
+        assert {path.name for path in out.parent.iterdir()} <= {out.name, "made", "runs"}
+
+
+def test_an_exported_file_works_alone(exported_run, motion_set, tmp_path):
+    """Of the best checkpoint; its probabilities are those of `posmlp predict`."""
+    folder, run, config, _ = exported_run
     (video,) = videos_of(motion_set, 1)
     clips, _ = load_clips(video, "any", config, epoch=0, train=False)
     np.save(tmp_path / "clips.npy", clips)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", ALONE, str(out), str(tmp_path / "clips.npy")]
+    command = [sys.executable, "-c", ALONE, str(folder / "small.pt2"), str(tmp_path / "clips.npy")]
     done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     classes, shape, shares = json.loads(done.stdout)
     assert classes == CLASSES
     assert shape == [None, *clips.shape[1:]]
-    (expected,) = predict("small", [video], top=8)
+    (expected,) = predict(str(run), [video], top=8)
     assert dict(zip(classes, shares[0], strict=True)) == pytest.approx(dict(expected.top), abs=1e-5)
 
 
 def test_an_onnx_file_says_what_it_is(tmp_path):
     import onnxruntime
 
-    config = recipe("data.modality=rgb")
-    content = export(random_model(config), config, {"classes": CLASSES}, ".onnx").content
+    content = exported((BLOCKS[0],), ".onnx")[2].content
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    assert json.loads(session.get_modelmeta().custom_metadata_map[ABOUT]) == {"classes": CLASSES}
+    assert json.loads(session.get_modelmeta().custom_metadata_map[METADATA_NAME]) == {"classes": CLASSES}
     (clips,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (clips.name, clips.type, clips.shape) == ("clips", "tensor(uint8)", ["batch", 4, 32, 32, 3])
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 8])
@@ -162,10 +184,11 @@ def test_an_onnx_file_says_what_it_is(tmp_path):
         assert place not in content
 
 
-def test_the_files_are_used_as_the_docs_say(run_folder, tmp_path, monkeypatch, capsys):
+def test_the_files_are_used_as_the_docs_say(exported_run, tmp_path, monkeypatch, capsys):
+    folder, *_ = exported_run
+    shutil.copy(folder / "small.pt2", tmp_path / "demo.pt2")
+    shutil.copy(folder / "made" / "demo.onnx", tmp_path)
     monkeypatch.chdir(tmp_path)
-    for suffix in (".pt2", ".onnx"):
-        assert main(["export", str(run_folder), "--out", f"demo{suffix}"]) == 0
     snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert len(snippets) == 2
     for snippet in snippets:
@@ -188,8 +211,8 @@ def run_folder(motion_set, tmp_path_factory):
     [
         (["--out", "model.pth"], "unknown format '.pth': expected a file that ends in .pt2 or .onnx"),
         (["--out", "model"], "unknown format ''"),
-        (["--out", "model.pt2", "--int8"], "--int8 makes ONNX files"),
-        (["--int8"], "--int8 makes ONNX files"),
+        (["--out", "model.pt2", "--int8"], "--int8 writes ONNX files"),
+        (["--int8"], "--int8 writes ONNX files"),
         (["--out", "file/model.pt2"], "cannot be written, see --out"),
     ],
 )
@@ -219,13 +242,13 @@ def test_missing_packages_are_named_with_what_installs_them(run_folder, tmp_path
 
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])
 def test_a_file_that_computes_something_else_is_not_written(run_folder, tmp_path, monkeypatch, capsys, wrong):
-    honest = exporting.load
+    honest = exporting.load_exported
 
     def dishonest(*args):
         run = honest(*args)
         return lambda clips: run(clips) * (1 + wrong)
 
-    monkeypatch.setattr(exporting, "load", dishonest)
+    monkeypatch.setattr(exporting, "load_exported", dishonest)
     assert main(["export", str(run_folder), "--out", str(tmp_path / "model.pt2")]) == 1
     assert "was not written: its logits differ" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -233,14 +256,13 @@ def test_a_file_that_computes_something_else_is_not_written(run_folder, tmp_path
 
 @pytest.mark.parametrize(("difference", "good"), [(0.0, True), (0.2, True), (0.21, False), (float("nan"), False)])
 def test_what_is_good(difference, good):
-    assert Exported(b"", difference, 2.0, 0.1).good is good
+    assert Exported(b"", difference, 2.0, 0.1).matches_model is good
 
 
 def test_scores_of_int8_are_close_on_pictures(motion_set):
     """On drawn clips, not noise: the likeliest class of a model with clear scores stays."""
-    config = recipe_for("unused", motion_set, "model.num_classes=8", SHALLOW, "data.cache_dir=null")
-    model = random_model(config)
-    run = load(export(model, config, {}, ".onnx", int8=True).content, ".onnx")
+    config = recipe(BLOCKS[0], "data.cache_dir=null")
+    run = load_exported(exported((BLOCKS[0],), ".onnx", int8=True)[2].content, ".onnx")
     clips = [load_clips(video, "any", config, epoch=0, train=False)[0] for video in videos_of(motion_set, 8)]
     clips = torch.from_numpy(np.concatenate(clips))
     expected = exact_logits(random_model(config), config, clips)

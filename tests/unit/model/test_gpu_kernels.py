@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not isinstance(gpu_kernels.mix, interpreter.InterpretedFunction):
     pytest.skip("Triton was imported before tests/conftest.py chose its interpreter", allow_module_level=True)
 
-capable = gpu.capable  # as it is outside these tests
+has_kernels = gpu.has_kernels  # as it is outside these tests
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 KINDS = ("temporal", "spatial", "joint")
 
@@ -41,8 +41,8 @@ def everywhere():
     """The operator serves CPUs too, in the interpreter, and the fast path for CPUs none."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(gpu, "capable", lambda device: True)
-            patch.setattr(cpu, "serves", lambda x: False)
+            patch.setattr(gpu, "has_kernels", lambda device: True)
+            patch.setattr(cpu, "supports", lambda x: False)
             # The interpreter holds bfloat16 as integers, and would multiply those.
             whole = interpreter.InterpreterBuilder.create_dot
             patch.setattr(
@@ -264,18 +264,18 @@ def test_ddp_has_the_same_gradients(tmp_path):
 
 def test_served_are_two_of_one_type_on_a_device_with_the_kernels(monkeypatch):
     u = torch.empty(1, device=DEVICE)
-    assert all(gpu.serves(u.to(dtype), u.to(dtype)) for dtype in gpu.TYPES)
-    assert not gpu.serves(u.double(), u.double())
-    assert not gpu.serves(u, u.half())
+    assert all(gpu.supports(u.to(dtype), u.to(dtype)) for dtype in gpu.TYPES)
+    assert not gpu.supports(u.double(), u.double())
+    assert not gpu.supports(u, u.half())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for major in (7, 8, 9):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device, major=major: SimpleNamespace(major=major)
         )
-        assert capable(torch.device("cuda", 0)) == (major >= 8)
-    assert not capable(torch.device("cpu"))
+        assert has_kernels(torch.device("cuda", 0)) == (major >= 8)
+    assert not has_kernels(torch.device("cpu"))
     monkeypatch.setattr(torch.version, "cuda", None)  # as on AMD's GPUs
-    assert not capable(torch.device("cuda", 0))
+    assert not has_kernels(torch.device("cuda", 0))
 
 
 def test_kernels_compile_for_gpus_and_fit_them():
@@ -302,7 +302,7 @@ def test_the_released_model_on_a_gpu_equals_its_reference(dtype, served, monkeyp
     clip, weight = torch.randn(2, 3, 16, 224, 224, device=DEVICE), torch.randn(2, 400, device=DEVICE)
     results = gradients(model, clip, weight, dtype)
     assert len(served) >= 2 * 19
-    monkeypatch.setattr(gpu, "serves", lambda u, v: False)
+    monkeypatch.setattr(gpu, "supports", lambda u, v: False)
     for actual, reference in zip(results, gradients(model, clip, weight, dtype), strict=True):
         assert (actual - reference).norm() <= (1e-3 if dtype is None else 1e-1) * reference.norm()
 

@@ -11,8 +11,8 @@ import torch
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
 from posmlp.errors import UserError
-from tune_spaces import Range, Space, draw, list_spaces, load_space
-from tune_spaces.depths import counts
+from tune_spaces import Range, Space, draw_value, list_spaces, load_space
+from tune_spaces.depths import depth_values
 
 MEMBERS = 100
 
@@ -53,17 +53,17 @@ def test_the_recipes_own_model_is_in_the_spaces_of_architectures(recipe):
 
 @pytest.mark.parametrize("depth", range(1, 22))
 def test_depths_go_from_one_to_twice_the_depth(depth):
-    values = counts(depth)
+    values = depth_values(depth)
     assert values[0] == 1 and values[-1] == max(3, 2 * depth) and depth in values
     assert len(values) <= 5 and list(values) == sorted(set(values))
 
 
 def test_ranges_are_drawn_evenly_or_evenly_over_decades():
     rng = np.random.default_rng(0)
-    even = [draw(Range(2.0, 6.0), rng) for _ in range(4000)]
+    even = [draw_value(Range(2.0, 6.0), rng) for _ in range(4000)]
     assert min(even) >= 2 and max(even) <= 6
     assert np.mean(even) == pytest.approx(4, abs=0.1)
-    decades = [math.log10(draw(Range(1e-4, 1e-1, log=True), rng)) for _ in range(4000)]
+    decades = [math.log10(draw_value(Range(1e-4, 1e-1, log=True), rng)) for _ in range(4000)]
     assert min(decades) >= -4 and max(decades) <= -1
     assert np.mean(decades) == pytest.approx(-2.5, abs=0.08)
     assert np.std(decades) == pytest.approx(3 / math.sqrt(12), abs=0.05)

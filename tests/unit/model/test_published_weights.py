@@ -227,7 +227,7 @@ def test_what_cannot_be_read_is_told(tmp_path):
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2], {"model": {"a": 1}}], ids=str)
 def test_a_file_without_tensors_by_name_is_refused(save, content):
-    with pytest.raises(CheckpointError, match="no tensors"):
+    with pytest.raises(CheckpointError, match="no named tensors"):
         posmlp.load_published(tiny(), save(content))
 
 

@@ -29,6 +29,7 @@ UNITS: dict[str, str] = {
 }
 
 # Block type -> its residual steps, in order. The units of one step share one normalised input; their outputs are added.
+# A unit kind may occur only once in a block, as it names the unit's weights.
 BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "parallel": (("spatial", "temporal"),),  # the released block: x + PoSGU(x) + PoTGU(x)
     "cascade_ts": (("temporal",), ("spatial",)),

@@ -1,6 +1,7 @@
 """Two workers (gloo, two processes) give the same losses and weights as one, at the same global batch."""
 
 import math
+import multiprocessing
 import os
 
 import pytest
@@ -43,20 +44,27 @@ def train(rank, world, overrides, state=None):
     return losses, learner.weights(), learner.state_dict()
 
 
-def worker(rank, world, folder, overrides, state):
+def worker(rank, world, folder, overrides):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    result = train(rank, world, overrides, state)
+    result = train(rank, world, overrides, torch.load(f"{folder}/state.pt", weights_only=True))
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
     dist.destroy_process_group()
 
 
+def start_two(function, args):
+    """Run a function of the rank and the arguments in two processes, which are forked from one that has PyTorch."""
+    multiprocessing.set_forkserver_preload(["pytest", "posmlp.learn.learner"])
+    mp.start_processes(function, args, nprocs=2, start_method="forkserver")
+
+
 def on_two(folder, *overrides, state=None):
     """Run ``train`` on two workers; returns the result of rank 0."""
     folder.mkdir()
-    mp.spawn(worker, (2, str(folder), overrides, state), nprocs=2)
+    torch.save(state, folder / "state.pt")
+    start_two(worker, (2, str(folder), overrides))
     return torch.load(folder / "result.pt", weights_only=True)
 
 
@@ -178,7 +186,7 @@ def norm_case(kind):
 
 def test_sync_batch_norm_equals_batch_norm_over_all_clips(tmp_path):
     """Output, gradient and running statistics against ``nn.BatchNorm3d`` on the whole batch."""
-    mp.spawn(norm_worker, (str(tmp_path),), nprocs=2)
+    start_two(norm_worker, (str(tmp_path),))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     layer, x = norm_case(nn.BatchNorm3d)
     x.requires_grad_()

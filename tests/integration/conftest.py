@@ -3,6 +3,15 @@
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mlflow_tables(tmp_path_factory):
+    """New MLflow stores of this process get their tables from a copy, see ``copied_tables``."""
+    from tests.helpers.mlflow_store import copied_tables
+
+    with copied_tables(tmp_path_factory.mktemp("mlflow")):
+        yield
+
+
 @pytest.fixture(scope="session")
 def local_ray():
     """One Ray for all tests (two on a host disturb each other), with more CPUs than the machine may have."""

@@ -1,22 +1,22 @@
-"""The least time that a model can take on a device, part by part, beside the time that it takes.
+"""Compute the lower bound (floor) of a model's time on this device, and on an H100 from its data sheet.
 
-    python benchmarks/floors.py [s16 s32 b16 b32]   # floors on this device, and on an H100 on paper
+    python benchmarks/floors.py [s16 s32 b16 b32]
 
-``benchmarks/model.py`` prints the parts.
+``benchmarks/model.py`` prints the floor of each part of a model next to the part's measured time.
 
-A part takes at least its arithmetic at the device's best rate, and at least its bytes at the bandwidth of its memory.
-Bytes are the fewest that a program without recomputation must move, an activation once written and once read where
-it has to go to memory at all:
+The floor of a part is the larger of two times: its arithmetic at the device's best rate, and its bytes at the bandwidth
+of the memory. The bytes are the fewest that a program without recomputation must move. Each activation that has to go
+to memory is written once and read once:
 
-- a convolution reads its input and writes its output; its backward pass reads both and the gradient of the output, and
-  writes that of the input;
-- a step of a block reads x and writes x; what lies between stays in caches. To train, it also keeps what the backward
-  pass needs and could not have again without a matrix product: the hidden layer before GELU, and the mixed tokens; the
-  backward pass reads them, x and the gradient of the output, and writes that of x;
-- weights, which are fp32, are read once in each pass, and their gradients written once.
+- A convolution reads its input and writes its output. Its backward pass reads both and the gradient of the output, and
+  writes the gradient of the input.
+- A step of a block reads x and writes x; everything in between stays in caches. In training it also stores what the
+  backward pass needs and could only recompute with a matrix product: the hidden layer before GELU, and the mixed
+  tokens. The backward pass reads them, x and the gradient of the output, and writes the gradient of x.
+- Weights are fp32. They are read once in each pass, and their gradients are written once.
 
-The whole can overlap one part's arithmetic with another's bytes: its floor is the larger of both sums. Arithmetic other
-than products counts as nothing, so no program reaches a floor quite.
+The whole model can overlap the arithmetic of one part with the bytes of another. So its floor is the larger of the two
+sums. Arithmetic other than matrix products is not counted, so no program reaches a floor completely.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from posmlp.model.gates import PositionGate
 from posmlp.model.spec import BLOCKS, Variant, Window, model_variant, unit_window
 
 PARTS = ("stem", "downsampling", "norms", "fc1", "gates", "fc2", "elementwise", "window order")
-Known = dict[tuple[int, int], str | None]  # part of an operation of the forward pass, by its thread and number there
+ForwardParts = dict[tuple[int, int], str | None]  # part of each forward operation, by thread and sequence number
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations (a multiply-add is two) and bytes of memory traffic."""
+    """Operations (two for a multiply-accumulate) and bytes of memory traffic."""
 
     flops: float = 0
     bytes: float = 0
@@ -54,24 +54,25 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
-    def least_seconds(self, peak: Peak) -> float:
+    def floor_seconds(self, peak: DevicePeak) -> float:
+        """Return the larger of the time of the arithmetic and the time of the memory traffic."""
         return max(self.flops / peak.flops, self.bytes / peak.bandwidth)
 
 
 @dataclass(frozen=True)
-class Peak:
-    """What a device does at best: operations and bytes a second."""
+class DevicePeak:
+    """Highest operations per second and bytes per second of a device."""
 
     flops: float
     bandwidth: float
 
 
 # SXM5, from the maker's data sheet (without sparsity); fp32 products without TF32.
-H100 = {torch.bfloat16: Peak(989e12, 3.35e12), torch.float32: Peak(67e12, 3.35e12)}
+H100 = {torch.bfloat16: DevicePeak(989e12, 3.35e12), torch.float32: DevicePeak(67e12, 3.35e12)}
 
 
-def least_work(variant: Variant, dtype: torch.dtype, train: bool, batch: int = 1) -> dict[str, Work]:
-    """The work of a forward pass, or of a forward and a backward pass, for each of ``PARTS`` that has any."""
+def minimum_work(variant: Variant, dtype: torch.dtype, train: bool, batch: int = 1) -> dict[str, Work]:
+    """Return the work of each of ``PARTS`` in a forward pass, or in a forward and a backward pass (``train``)."""
     size, found = dtype.itemsize, {part: Work() for part in PARTS}
     passes = 3 if train else 1  # the backward pass has two products for each of the forward pass
     traffic = {"weights": 4 * passes, "kept": 2 * size if train else 0}
@@ -79,14 +80,15 @@ def least_work(variant: Variant, dtype: torch.dtype, train: bool, batch: int = 1
     blocks = (variant.blocks,) * len(variant.dims) if isinstance(variant.blocks, str) else variant.blocks
 
     def conv(dim_in: int, dim: int) -> Work:
-        """A convolution (1,3,3) with stride (1,2,2); moves on to its output's size."""
+        """Return the work of a convolution (1,3,3) with stride (1,2,2), and set the size to that of its output."""
         nonlocal height, width
         pixels_in = batch * variant.frames * height * width
         height, width = (height + 1) // 2, (width + 1) // 2
         pixels, weights = batch * variant.frames * height * width, 9 * dim_in * dim
-        given, back = dim_in * pixels_in, dim_in > 3  # nothing asks for the gradient of the clip
-        moved = (given + dim * pixels) * (2 if train else 1) + (given if train and back else 0)
-        products = passes if back else min(passes, 2)
+        input_values, input_gradient = dim_in * pixels_in, dim_in > 3  # the clip needs no gradient
+        moved = (input_values + dim * pixels) * (2 if train else 1)
+        moved += input_values if train and input_gradient else 0
+        products = passes if input_gradient else min(passes, 2)
         return Work(2 * products * pixels * weights, size * moved + traffic["weights"] * weights)
 
     found["stem"] = conv(3, variant.dims[0] // 2) + conv(variant.dims[0] // 2, variant.dims[0])
@@ -101,7 +103,7 @@ def least_work(variant: Variant, dtype: torch.dtype, train: bool, batch: int = 1
         for step in BLOCKS[block] * depth:
             x = size * tokens * dim
             found["norms"] += Work(bytes=(2 if train else 1) * x)  # reads x
-            found["elementwise"] += Work(bytes=(3 if train else 1) * x)  # adds to x; the gradient's way back
+            found["elementwise"] += Work(bytes=(3 if train else 1) * x)  # adds to x; its gradient is read and written
             for unit in step:
                 unit_extent = unit_window(unit, extent)
                 gate = gate_macs(unit_window(unit, window), extent, dim, groups, tokens)
@@ -115,8 +117,8 @@ def least_work(variant: Variant, dtype: torch.dtype, train: bool, batch: int = 1
     return found
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The best that the device was seen to do: a product of large matrices, and a copy beyond all caches."""
+def measured_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
+    """Return the best rates measured on the device: a product of large matrices, and a copy larger than all caches."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**26, device=device)  # 256 MiB
@@ -126,12 +128,12 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
         run()
     product = min(seconds(lambda: multiply(a, b), device) for _ in range(7))
     copy = min(seconds(lambda: target.copy_(source), device) for _ in range(7))
-    return Peak(2 * side**3 / product, 2 * source.nbytes / copy)
+    return DevicePeak(2 * side**3 / product, 2 * source.nbytes / copy)
 
 
 @contextlib.contextmanager
-def parts_marked() -> Iterator[None]:
-    """Within it the profiler sees which part of the model runs."""
+def mark_parts() -> Iterator[None]:
+    """Mark the parts of a model for the profiler, inside the context."""
 
     def marked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -159,34 +161,35 @@ def parts_marked() -> Iterator[None]:
         yield
 
 
-def seconds_of_parts(run: Callable[[], None], dims: tuple[int, ...], device: torch.device) -> dict[str, float]:
-    """Seconds of a call in each of ``PARTS``, by PyTorch's profiler: of the CPU's thread, or of a GPU's kernels.
+def measure_parts(run: Callable[[], None], dims: tuple[int, ...], device: torch.device) -> dict[str, float]:
+    """Return the seconds of a call in each of ``PARTS``, from PyTorch's profiler (CPU thread, or kernels of a GPU).
 
-    An operation of the backward pass belongs where that of the forward pass does. fc1 and fc2 are told by their shapes:
-    they are the products, other than those of gates, between C and 4C channels, and between 2C and C (parallel blocks).
+    An operation of the backward pass belongs to the part of its forward operation. fc1 and fc2 are identified by their
+    shapes: they are the products, other than those of gates, between C and 4C channels, and between 2C and C (parallel
+    blocks).
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with parts_marked(), profile(activities=activities, record_shapes=True) as profiler:
+    with mark_parts(), profile(activities=activities, record_shapes=True) as profiler:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     events = profiler.events()
-    forward: Known = {}
+    forward: ForwardParts = {}
     for event in events:
         if event.sequence_nr >= 0 and event.scope == 0:
-            forward.setdefault((event.thread, event.sequence_nr), part_around(event))
+            forward.setdefault((event.thread, event.sequence_nr), enclosing_part(event))
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
-        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         if event.name in PARTS and device.type == "cuda":
-            continue  # a mark, which has the time of all in it
-        part = part_around(event, forward) or linear_part(event.input_shapes, dims) or "elementwise"
-        found[part] += 1e-6 * taken
+            continue  # a mark, whose time is that of the operations inside it
+        part = enclosing_part(event, forward) or linear_part(event.input_shapes, dims) or "elementwise"
+        found[part] += 1e-6 * microseconds
     return found
 
 
-def part_around(event: Any, forward: Known | None = None) -> str | None:
-    """The mark around an operation; of one of the backward pass, in ``forward``, that around its forward pass."""
+def enclosing_part(event: Any, forward: ForwardParts | None = None) -> str | None:
+    """Return the mark around an operation, or for a backward operation its part in ``forward``; None without a mark."""
     while event is not None:
         if event.name in PARTS:
             return str(event.name)
@@ -199,33 +202,36 @@ def part_around(event: Any, forward: Known | None = None) -> str | None:
 
 
 def linear_part(shapes: list[list[int]], dims: tuple[int, ...]) -> str | None:
-    """Whether a product of these shapes is fc1 or fc2, forward or backward; None if neither."""
+    """Return ``fc1`` or ``fc2`` if a product of these shapes is one of them, forward or backward, or else None."""
     sides = {side for shape in shapes[:2] if len(shape) >= 2 for side in shape[-2:]}
-    if any(4 * dim in sides and sides & {dim, dim + 1} for dim in dims):  # with the column of the bias or without
+    if any(4 * dim in sides and sides & {dim, dim + 1} for dim in dims):  # with or without the column of the bias
         return "fc1"
     return "fc2" if any(dim in sides and sides & {2 * dim, 2 * dim + 1} for dim in dims) else None
 
 
 def print_parts(variant: Variant, run: Callable[[], None], clip: Tensor, dtype: torch.dtype, step: bool) -> None:
-    """A table of the parts of a model that ``run`` runs on ``clip``: work, floor, time, and the share of the floor in
-    the time; the median of three profiles."""
-    peak, work = measured_peak(clip.device, dtype), least_work(variant, dtype, step, len(clip))
+    """Print work, floor, time and floor / time of each part of a model that ``run`` runs on ``clip``.
+
+    Times are medians of three profiles.
+    """
+    peak, work = measured_peak(clip.device, dtype), minimum_work(variant, dtype, step, len(clip))
     run()
-    rounds = [seconds_of_parts(run, variant.dims, clip.device) for _ in range(3)]
-    taken = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
+    rounds = [measure_parts(run, variant.dims, clip.device) for _ in range(3)]
+    measured = {part: statistics.median(times[part] for times in rounds) for part in PARTS}
     best = f"{peak.flops / 1e9:.0f} GFLOP/s in a large product, {peak.bandwidth / 1e9:.0f} GB/s in a copy"
-    print(f"\neager {dtype} {'step' if step else 'forward'}; at best {best}")
+    print(f"\neager {dtype} {'step' if step else 'forward'}; best rates {best}")
     print(f"{'part':<14}{'GFLOP':>9}{'MB':>9}{'floor, ms':>11}{'ms':>9}{'floor/ms':>10}")
     for part in PARTS:
-        print_row(part, work[part], work[part].least_seconds(peak), taken[part])
-    whole = sum(work.values(), Work())
-    print_row("all", whole, whole.least_seconds(peak), sum(taken.values()))
+        print_part(part, work[part], work[part].floor_seconds(peak), measured[part])
+    total = sum(work.values(), Work())
+    print_part("all", total, total.floor_seconds(peak), sum(measured.values()))
 
 
-def print_row(label: str, work: Work, floor: float, taken: float) -> None:
-    share = f"{floor / taken:.0%}" if taken else "-"
+def print_part(label: str, work: Work, floor: float, measured: float) -> None:
+    """Print the line of one part; times are seconds."""
+    share = f"{floor / measured:.0%}" if measured else "-"
     sizes = f"{work.flops / 1e9:>9.3g}{work.bytes / 1e6:>9.3g}"
-    print(f"{label:<14}{sizes}{1e3 * floor:>11.2f}{1e3 * taken:>9.1f}{share:>10}", flush=True)
+    print(f"{label:<14}{sizes}{1e3 * floor:>11.2f}{1e3 * measured:>9.1f}{share:>10}", flush=True)
 
 
 def main() -> None:
@@ -236,9 +242,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    here = {dtype: measured_peak(device, dtype) for dtype in H100}
+    this_device = {dtype: measured_peak(device, dtype) for dtype in H100}
     print(f"{device_name(device)}, {args.threads} threads; torch {torch.__version__}")
-    for where, peaks in (("here, measured", here), ("H100, data sheet", H100)):
+    for where, peaks in (("here, measured", this_device), ("H100, data sheet", H100)):
         for dtype, peak in peaks.items():
             print(f"{where}, {dtype}: {peak.flops / 1e12:.3g} TFLOP/s, {peak.bandwidth / 1e9:.0f} GB/s")
     print("\n| floor | GFLOP | MB bf16 | bf16 here, ms | bf16 H100, ms | MB fp32 | fp32 here, ms | fp32 H100, ms |")
@@ -247,9 +253,9 @@ def main() -> None:
         for train in (False, True):
             cells = []
             for dtype in H100:
-                work = sum(least_work(model_variant(name), dtype, train).values(), Work())
+                work = sum(minimum_work(model_variant(name), dtype, train).values(), Work())
                 cells.append(f"{work.bytes / 1e6:.0f}")
-                cells += [f"{1e3 * work.least_seconds(peaks[dtype]):.3g}" for peaks in (here, H100)]
+                cells += [f"{1e3 * work.floor_seconds(peaks[dtype]):.3g}" for peaks in (this_device, H100)]
             label = f"{name} {'step' if train else 'inference'}"
             print(f"| {label} | {work.flops / 1e9:.1f} | {' | '.join(cells)} |")
 

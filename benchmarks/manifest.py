@@ -1,13 +1,14 @@
-"""What a long list of videos costs a run before its first clip: the driver's way and a worker's, step by step.
+"""Measure what a long list of videos costs a run before the first clip is decoded: seconds and memory of each step.
 
     python benchmarks/manifest.py                                   # 1,000, 100,000 and 1,000,000 rows, all formats
-    python benchmarks/manifest.py --rows 1000000 --formats csv      # one of each
+    python benchmarks/manifest.py --rows 1000000 --formats csv      # one size, one format
     python benchmarks/manifest.py --code OLD --code . --repeats 3   # two checkouts, in turns
 
-Makes the lists and a folder of empty files that they name, once (``data/manifest``). Each list goes through what
-``posmlp train`` calls, in a fresh process: read and checked, fingerprinted, fitted to the recipe, put into Ray's object
-store; then what a worker does with it: its split, an epoch's order, the rows of the first decode task. Nothing is
-decoded. For each step: its seconds, and how far the process grew during it at most.
+The script makes the lists and a folder of the empty files that they name, once (``data/manifest``). Each list goes
+through the steps of ``posmlp train`` in a fresh process. The driver reads and checks it, computes its fingerprint,
+checks it against the recipe and puts it into Ray's object store. A worker makes its loader, shuffles an epoch and takes
+the rows of the first decode task. Nothing is decoded. For each step the script prints the seconds, and the largest
+growth of the process's memory.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ import pyarrow.parquet as pq
 
 FORMATS = ("csv", "names", "parquet", "kinetics", "ssv2")
 CLASSES = 400
-CHILD = "POSMLP_MANIFEST_CHILD"  # marks a process that measures
+CHILD = "POSMLP_MANIFEST_CHILD"  # environment variable of a process that measures
 
 
 def make_lists(folder: Path, rows: int) -> None:
-    """The same videos and labels in each format; ``names`` is CSV with class names in place of numbers."""
+    """Write the same videos and labels in each format; ``names`` is CSV with class names instead of numbers."""
     videos = folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     files = [f"{number:08d}.webm" for number in range(rows)]
-    for name in files[len(os.listdir(videos)) :]:  # of a list with more rows, all are there
+    for name in files[len(os.listdir(videos)) :]:  # files of a longer list are already there
         (videos / name).touch()
-    if ready(folder, rows):
+    if lists_exist(folder, rows):
         return
     labels = np.random.default_rng(0).integers(0, CLASSES, rows)
     labels[:CLASSES] = np.arange(CLASSES)
@@ -64,21 +65,22 @@ def make_lists(folder: Path, rows: int) -> None:
         (folder / f"{rows}.{kind}").write_text(text)
 
 
-def ready(folder: Path, rows: int) -> bool:
+def lists_exist(folder: Path, rows: int) -> bool:
+    """Return whether all lists of this length are in the folder."""
     return all((folder / f"{rows}.{kind}").exists() for kind in FORMATS)
 
 
-def measure(folder: Path, kind: str, rows: int) -> dict[str, tuple[float, float]]:
-    """Seconds and megabytes of each step, in this process.
+def measure_steps(folder: Path, kind: str, rows: int) -> dict[str, tuple[float, float]]:
+    """Return seconds and megabytes of each step, measured in this process.
 
-    What the process has once all is imported and Ray is started counts for none of them.
+    The memory after imports and the start of Ray is not counted.
     """
     import ray
     import torch
 
     from pipelines.cluster.session import start_ray
-    from pipelines.data.loader import Split, global_order, rows_per_block
-    from pipelines.training.preflight import check_data, fingerprint
+    from pipelines.data.loader import SplitLoader, global_order, rows_per_block
+    from pipelines.training.preflight import check_data, list_fingerprint
     from posmlp.config import load_recipe
     from posmlp.model.cost import peak_mb
     from posmlp.video.manifest import read_split
@@ -93,25 +95,25 @@ def measure(folder: Path, kind: str, rows: int) -> dict[str, tuple[float, float]
     found: dict[str, tuple[float, float]] = {}
 
     def step(name: str, run: Callable[[], Any]) -> Any:
-        result, taken = [], []
+        result, elapsed = [], []
 
         def timed() -> None:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             result.append(run())
-            taken.append(time.perf_counter() - begun)
+            elapsed.append(time.perf_counter() - start)
 
         megabytes = peak_mb(timed, torch.device("cpu"))
-        found[name] = taken[0], megabytes or 0.0
+        found[name] = elapsed[0], megabytes or 0.0
         return result[0]
 
     manifest = step("read and check", lambda: read_split(config.data, "train"))
     assert len(manifest.rows) == rows and len(manifest.classes) == CLASSES
-    step("fingerprint", lambda: fingerprint(manifest))
-    config = step("fit to the recipe", lambda: check_data(config, manifest, manifest))
-    reference = step("into the object store", lambda: ray.put(manifest.rows))
-    split = step("a worker's split", lambda: Split(reference, config, True))
-    step("an epoch's order", lambda: global_order(rows, config, 1, train=True))
-    first = step("its first part", lambda: next(split.segments(1, 0)))
+    step("fingerprint", lambda: list_fingerprint(manifest))
+    config = step("check against the recipe", lambda: check_data(config, manifest, manifest))
+    reference = step("put into the object store", lambda: ray.put(manifest.rows))
+    loader = step("make a worker's loader", lambda: SplitLoader(reference, config, True))
+    step("shuffle an epoch", lambda: global_order(rows, config, 1, train=True))
+    first = step("first segment", lambda: next(loader.segments(1, 0)))
     task = first[: rows_per_block(config, True)]
     step("rows of a decode task", lambda: ray.get(reference).take(task).to_pylist())
     ray.shutdown()
@@ -119,7 +121,7 @@ def measure(folder: Path, kind: str, rows: int) -> dict[str, tuple[float, float]
 
 
 def run_child(code: Path, folder: Path, kind: str, rows: int) -> dict[str, tuple[float, float]]:
-    """``measure`` in a fresh process, with the code of a checkout."""
+    """Call ``measure_steps`` in a fresh process, with the code of a checkout."""
     command = [sys.executable, str(Path(__file__).resolve()), "--folder", str(folder), "--formats", kind]
     env = os.environ | {"PYTHONPATH": str(code.resolve()), CHILD: "1"}
     out = subprocess.run([*command, "--rows", str(rows)], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -130,13 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS])
-    parser.add_argument("--code", type=Path, action="append", help="a checkout to measure; more than one take turns")
-    parser.add_argument("--repeats", type=int, default=1, help="turns, of which the medians are shown")
+    parser.add_argument("--code", type=Path, action="append", help="a checkout to measure; several take turns")
+    parser.add_argument("--repeats", type=int, default=1, help="number of turns; the medians are printed")
     parser.add_argument("--folder", type=Path, default=Path("data/manifest"))
     args = parser.parse_args()
     folder = args.folder.resolve()
     if os.environ.get(CHILD):
-        print(json.dumps(measure(folder, args.formats[0], args.rows[0])))
+        print(json.dumps(measure_steps(folder, args.formats[0], args.rows[0])))
         return
     codes = args.code or [Path(__file__).parents[1]]
     for rows in args.rows:
@@ -148,14 +150,14 @@ def main() -> None:
                 found[code, rows].append(run_child(code, folder, kind, rows))
         for code in codes:
             print(f"\n{kind}, {code}" if args.code else f"\n{kind}")
-            print(f"{'':<22}" + "".join(f"{rows:>17,} rows  " for rows in args.rows))
+            print(f"{'':<28}" + "".join(f"{rows:>17,} rows  " for rows in args.rows))
             for name in found[code, args.rows[0]][0]:
                 cells = ""
                 for rows in args.rows:
                     turns = [turn[name] for turn in found[code, rows]]
                     seconds, megabytes = (statistics.median(turn[i] for turn in turns) for i in (0, 1))
                     cells += f"{seconds:>11.3f} s{megabytes:>8.1f} MB"
-                print(f"{name:<22}{cells}", flush=True)
+                print(f"{name:<28}{cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def interleaved_medians(runs: list[Callable[[], None]], device: torch.device, re
 def print_header(title: str, third: str) -> None:
     """Print the labels of a table's columns."""
     labels = ("plain", "ours", "plain/ours", third, f"plain/{third}", "plain, MB", "ours, MB")
-    print(f"{title:<24}{''.join(f'{label:>12}' for label in labels)}")
+    print(f"{title:<24}{''.join(f'{label:>16}' for label in labels)}")
 
 
 def print_comparison(label: str, runs: list[Callable[[], None]], device: torch.device, repeats: int) -> float:
@@ -124,7 +124,7 @@ def print_comparison(label: str, runs: list[Callable[[], None]], device: torch.d
     ]
     cells = [f"{plain:.1f}", f"{ours:.1f}", f"{plain / ours:.2f}x", f"{third:.1f}", f"{plain / third:.2f}x"]
     cells += ["" if mb is None else f"{mb:.0f}" for mb in memory]
-    print(f"{label:<24}{''.join(f'{cell:>12}' for cell in cells)}", flush=True)
+    print(f"{label:<24}{''.join(f'{cell:>16}' for cell in cells)}", flush=True)
     return plain / ours
 
 
@@ -154,7 +154,9 @@ def main() -> None:
     ratios = {}
 
     print(f"{args.model}, batch {args.batch}; {device_name(device)}, {args.threads} threads; torch {torch.__version__}")
-    print(f"ms, medians of {args.repeats} rounds; a step is forward and backward; MB: peak on top of weights and clip\n")
+    print(
+        f"ms, medians of {args.repeats} rounds; a step is forward and backward; MB: peak on top of weights and clip\n"
+    )
     print_header("eager", "reference")
     for dtype, step in kinds:
         runs = [make_pass(model, clip, dtype, step) for model in (plain, ours)]
@@ -174,7 +176,9 @@ def main() -> None:
             runs = [make_pass(model, clip, dtype, step) for model in (plain, ours)]
             label = f"{dtype} {'step' if step else 'forward'}, compiled".removeprefix("torch.")
             ratios[label] = print_comparison(label, [*runs, in_eager_mode(runs[1])], device, args.repeats)
-    record_or_compare(f"{args.model}, batch {args.batch}, {device_name(device)}, {args.threads} threads", ratios, args.record)
+    record_or_compare(
+        f"{args.model}, batch {args.batch}, {device_name(device)}, {args.threads} threads", ratios, args.record
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""PosMLP-Video written the plain way: channels last, windows cut in every unit, gates as einsum.
+"""PosMLP-Video written the plain way: channels last, windows split in every unit, gates as einsum.
 
-The baseline of ``benchmarks/model.py`` and an independent reference of the whole model in the tests. It takes the same
-parameters (``PlainModel(model)`` reads them from a ``PosMLPVideo``) and shares none of its arithmetic. Whole windows
-only: sizes must divide.
+The baseline of ``benchmarks/model.py``, and an independent reference of the whole model in the tests; not a command.
+``PlainModel(model)`` shares the parameters of a ``PosMLPVideo``, and none of its arithmetic. The sizes must be
+multiples of the windows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from posmlp.model.backbone import Block, PosMLPVideo
 
 
 def position_index(window: tuple[int, int, int]) -> Tensor:
-    """``[N, N]``: table row of the offset from each input token (second axis) to each output token (first axis)."""
+    """Return ``[N, N]``: the table row of the offset from each input token (axis 1) to each output token (axis 0)."""
     t, h, w = window
     place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), -1).view(-1, 3)
     dt, dy, dx = (place[:, None] - place[None]).unbind(-1)
@@ -23,7 +23,7 @@ def position_index(window: tuple[int, int, int]) -> Tensor:
 
 
 class PlainUnit(nn.Module):
-    """LayerNorm, fc1, GELU, windows, einsum gate, windows back, fc2 on ``[B, T, H, W, C]``."""
+    """A unit on ``[B, T, H, W, C]``: LayerNorm, fc1, GELU, split windows, einsum gate, join windows, fc2."""
 
     def __init__(self, unit: nn.Module):
         super().__init__()
@@ -34,24 +34,26 @@ class PlainUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u, v = F.gelu(self.fc1(self.norm(x))).chunk(2, -1)
         maps = self.table[:, self.index]  # [S, N, N]
-        u = self.cut(u)  # [B, windows, N, C]
+        u = self.split_windows(u)  # [B, windows, N, C]
         u = u.view(*u.shape[:-1], maps.shape[0], -1)
         mixed = torch.einsum("smn,bwnsv->bwmsv", maps, u).flatten(-2) + self.bias[:, None]
-        return self.fc2(self.join(mixed, v.shape) * v)
+        return self.fc2(self.join_windows(mixed, v.shape) * v)
 
-    def cut(self, x: Tensor) -> Tensor:
+    def split_windows(self, x: Tensor) -> Tensor:
+        """Return ``[B, T, H, W, C]`` as ``[B, windows, N, C]``."""
         (b, t, h, w, c), (tt, wh, ww) = x.shape, self.window
         x = x.view(b, t // tt, tt, h // wh, wh, w // ww, ww, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
         return x.reshape(b, -1, tt * wh * ww, c)
 
-    def join(self, x: Tensor, shape: torch.Size) -> Tensor:
+    def join_windows(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """Invert ``split_windows``; ``shape`` is that of its input."""
         (b, t, h, w, c), (tt, wh, ww) = shape, self.window
         x = x.view(b, t // tt, h // wh, w // ww, tt, wh, ww, c).permute(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(shape)
 
 
 class PlainBlock(nn.Module):
-    """``Block`` on ``[B, T, H, W, C]``: residual steps of units."""
+    """A ``Block`` on ``[B, T, H, W, C]``: residual steps of units."""
 
     def __init__(self, block: Block):
         super().__init__()
@@ -64,7 +66,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """The same function of ``[B, 3, T, H, W]`` as the ``PosMLPVideo`` whose parameters it shares."""
+    """The same function of ``[B, 3, T, H, W]`` as the ``PosMLPVideo`` whose parameters it shares, to logits."""
 
     def __init__(self, model: PosMLPVideo):
         super().__init__()

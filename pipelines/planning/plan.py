@@ -27,7 +27,7 @@ EVAL_FLOPS_PER_MAC = 2
 ASSUMED_MFU = 0.15  # share of the peak that training reaches. Not measured here; perf/mfu of a run measures it
 
 # Data
-RAY_DECODE_SHARE = 0.96  # of a core's time under Ray Data: 14.2 / 14.8 (benchmarks/ingest.py throughput)
+RAY_DECODE_SHARE = 0.96  # of a core's time under Ray Data: 14.2 / 14.8 (benchmarks/data_loading.py throughput)
 OBJECT_STORE_SHARE = 0.25  # of the object store is for training (pipelines.data.loader)
 DECODE_TASKS_PER_CPU = 2  # running or waiting (pipelines.data.loader)
 RAY_MAX_STORE_GB = 200.0  # largest object store that Ray gives a node by default (ray._private.ray_constants)
@@ -70,7 +70,7 @@ class VideoStorage:
     decord_dense_ms: float
 
 
-MEASURE_COMMAND = "python benchmarks/ingest.py settings"
+MEASURE_COMMAND = "python benchmarks/data_loading.py settings"
 # By the value of --source. Measured on one core of an AMD EPYC (Zen 5) by MEASURE_COMMAND; also in docs/results.md.
 VIDEO_STORAGE = {
     "as-is": VideoStorage(581, 69, 43, 92, 63),
@@ -560,7 +560,7 @@ def data_rows(plan: RunPlan) -> list[TableRow]:
     tasks_per_s = plan.rate * plan.clip_bytes / plan.block_bytes
     store_gb_needed = DECODE_TASKS_PER_CPU * plan.decode_cores * plan.block_bytes / 1e9
     per_node = f"{plan.decode_cores_per_gpu_node:g} of a GPU node, all of a decode node"
-    decode_share = f"{RAY_DECODE_SHARE:.0%} of a core's time: `benchmarks/ingest.py throughput`"
+    decode_share = f"{RAY_DECODE_SHARE:.0%} of a core's time: `benchmarks/data_loading.py throughput`"
     return [
         (
             "video storage reads",

@@ -1,21 +1,21 @@
-"""Floors of a model's work and the times of its parts (``benchmarks/floors.py``), and kept ratios."""
+"""Floors and times of a model's parts (``benchmarks/floors.py``), and stored ratios (``benchmarks/ratios.py``)."""
 
 import pytest
 import torch
 
 import posmlp
-from benchmarks.floors import PARTS, Peak, Work, least_work, linear_part, seconds_of_parts
-from benchmarks.guard import finish
+from benchmarks.floors import PARTS, DevicePeak, Work, linear_part, measure_parts, minimum_work
+from benchmarks.ratios import record_or_compare
 from posmlp.model.cost import count_macs
 from posmlp.model.spec import model_variant
 
 
 @pytest.mark.parametrize("blocks", ["parallel", "cascade_ts", "joint", "spatial"])
 @pytest.mark.parametrize("name", ["tiny", "s16", "b32"])
-def test_products_are_those_that_cost_counts(name, blocks):
+def test_products_are_those_that_count_macs_counts(name, blocks):
     variant = model_variant(name, blocks=blocks)
     macs = count_macs(variant) - variant.dims[-1] * variant.num_classes  # without the head
-    forward, step = (sum(least_work(variant, torch.float32, train).values(), Work()) for train in (False, True))
+    forward, step = (sum(minimum_work(variant, torch.float32, train).values(), Work()) for train in (False, True))
     assert forward.flops == 2 * macs
     size, frames = variant.image_size, variant.frames
     first = 2 * 9 * 3 * variant.dims[0] // 2 * frames * size**2 // 4  # the clip has no gradient
@@ -28,7 +28,7 @@ def test_bytes_by_hand():
     stem, fc1 = 4 * 9 * (3 * 4 + 4 * 8), 4 * 2 * 2 * 8 * 8  # bytes of weights
 
     def of_stem_and_a_block(train: bool) -> tuple[float, dict[str, float]]:
-        a, b = (least_work(model_variant("tiny", **each), torch.bfloat16, train) for each in (few, more))
+        a, b = (minimum_work(model_variant("tiny", **each), torch.bfloat16, train) for each in (few, more))
         return a["stem"].bytes, {part: b[part].bytes - a[part].bytes for part in PARTS}
 
     of_stem, of_block = of_stem_and_a_block(train=False)
@@ -41,12 +41,12 @@ def test_bytes_by_hand():
 
 
 def test_a_floor_is_the_slower_of_arithmetic_and_memory():
-    assert Work(6, 1).least_seconds(Peak(2, 1)) == 3
-    assert Work(6, 4).least_seconds(Peak(2, 1)) == 4
+    assert Work(6, 1).floor_seconds(DevicePeak(2, 1)) == 3
+    assert Work(6, 4).floor_seconds(DevicePeak(2, 1)) == 4
 
 
 @pytest.mark.parametrize("step", [False, True])
-def test_all_that_takes_time_has_a_part(step):
+def test_every_operation_that_takes_time_has_a_part(step):
     model = posmlp.create_model("tiny").train(step)
     clip = torch.randn(2, 3, 8, 32, 32)
 
@@ -57,12 +57,12 @@ def test_all_that_takes_time_has_a_part(step):
             loss.backward()
 
     run()
-    found = seconds_of_parts(run, model_variant("tiny").dims, torch.device("cpu"))
+    found = measure_parts(run, model_variant("tiny").dims, torch.device("cpu"))
     assert set(found) == set(PARTS)
     assert all(found.values())
 
 
-def test_products_are_told_by_their_shapes():
+def test_products_are_identified_by_their_shapes():
     dims = (72, 144, 288, 576)
     assert linear_part([[1, 288, 73], [1, 73, 3136]], dims) == "fc1"
     assert linear_part([[1, 288, 3136], [1, 3136, 73]], dims) == "fc1"
@@ -72,13 +72,13 @@ def test_products_are_told_by_their_shapes():
     assert linear_part([], dims) is None
 
 
-def test_ratios_are_kept_and_compared(tmp_path, capsys):
+def test_ratios_are_stored_and_compared(tmp_path, capsys):
     path = tmp_path / "ratios.json"
-    finish("here", {"step": 2.0, "forward": 1.5, "failed": float("nan")}, keep=True, path=path)
-    finish("here", {"step": 1.85}, keep=False, path=path)  # one row, a little slower
-    finish("elsewhere", {"step": 0.1}, keep=False, path=path)
+    record_or_compare("here", {"step": 2.0, "forward": 1.5, "failed": float("nan")}, record=True, path=path)
+    record_or_compare("here", {"step": 1.85}, record=False, path=path)  # one row, a little slower
+    record_or_compare("elsewhere", {"step": 0.1}, record=False, path=path)
     assert "nothing recorded for: elsewhere" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"here: step is 1\.70, recorded 2\.00"):
-        finish("here", {"step": 1.7, "forward": 1.5, "failed": 0.1}, keep=False, path=path)
+        record_or_compare("here", {"step": 1.7, "forward": 1.5, "failed": 0.1}, record=False, path=path)
     with pytest.raises(SystemExit, match="forward is nan"):
-        finish("here", {"forward": float("nan")}, keep=False, path=path)
+        record_or_compare("here", {"forward": float("nan")}, record=False, path=path)

@@ -1,9 +1,9 @@
-"""The peers of ``benchmarks/peers.py`` are the models that their papers describe."""
+"""The models in ``benchmarks/peer_models.py`` are those of their papers."""
 
 import pytest
 import torch
 
-from benchmarks.peer_models import R2Plus1D, VideoSwin, WindowAttention, counted_macs, cut, join
+from benchmarks.peer_models import R2Plus1D, VideoSwin, WindowAttention, count_torch_macs, join_windows, split_windows
 from posmlp.model.cost import count_params
 
 
@@ -14,15 +14,15 @@ from posmlp.model.cost import count_params
 def test_parameters_and_work_are_the_published_ones(model, size, params, gmacs):
     with torch.device("meta"):
         peer = model()
-        macs = counted_macs(peer, torch.empty(1, 3, 16, size, size))
+        macs = count_torch_macs(peer, torch.empty(1, 3, 16, size, size))
         assert peer(torch.empty(2, 3, 16, size, size)).shape == (2, 400)
     assert count_params(peer) == params
     assert macs / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
-def test_windows_are_joined_as_they_were_cut():
+def test_joining_windows_inverts_splitting():
     x = torch.randn(2, 4, 6, 6, 5)
-    torch.testing.assert_close(join(cut(x, (2, 3, 2)), (2, 3, 2), x.shape), x)
+    torch.testing.assert_close(join_windows(split_windows(x, (2, 3, 2)), (2, 3, 2), x.shape), x)
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -37,7 +37,7 @@ def test_window_attention_against_loops_over_tokens(shift):
     scores = torch.full((2, heads, len(places), len(places)), float("-inf"))
     for i, a in enumerate(places):
         for j, b in enumerate(places):
-            # Windows start `move` later, so those at the border are cut short; no token sees across a border.
+            # Windows start `move` later, so windows at the border are smaller; no token attends across a border.
             if all((a[n] - move + 3) // 3 == (b[n] - move + 3) // 3 for n in (1, 2)):
                 row = ((a[0] - b[0] + 1) * 5 + a[1] - b[1] + 2) * 5 + a[2] - b[2] + 2
                 scores[:, :, i, j] = (q[:, :, i] * k[:, :, j]).sum(-1) / (dim // heads) ** 0.5 + attention.table[row]

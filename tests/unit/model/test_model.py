@@ -111,14 +111,14 @@ def test_a_window_is_a_side_a_pair_or_a_triple():
 class PaddedUnit(plain.PlainUnit):
     """The plain unit at any size: zeros after the GELU fill up the last windows, and what they give is cut off."""
 
-    def cut(self, x):
+    def split_windows(self, x):
         sides = zip(reversed(x.shape[1:4]), reversed(self.window), strict=True)
-        return super().cut(F.pad(x, [0, 0, *(p for n, side in sides for p in (0, -n % side))]))
+        return super().split_windows(F.pad(x, [0, 0, *(p for n, side in sides for p in (0, -n % side))]))
 
-    def join(self, x, shape):
+    def join_windows(self, x, shape):
         b, *size, c = shape
         whole = [math.ceil(n / side) * side for n, side in zip(size, self.window, strict=True)]
-        return super().join(x, (b, *whole, c))[:, : size[0], : size[1], : size[2]]
+        return super().join_windows(x, (b, *whole, c))[:, : size[0], : size[1], : size[2]]
 
 
 @pytest.mark.parametrize("blocks", [*BLOCKS, MIXED], ids=[*BLOCKS, "mixed"])

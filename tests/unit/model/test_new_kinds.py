@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.floors import least_work
+from benchmarks.floors import minimum_work
 from posmlp import create_model, load_published
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Learner
@@ -81,7 +81,7 @@ def test_its_arithmetic_is_counted(blocks, size):
         model(torch.empty(1, 3, *size, device="meta"))
     variant = model_variant("tiny", num_classes=7, blocks=blocks, windows=WINDOWS)
     assert count_macs(variant, frames, (height, width)) == counter.get_total_flops() / 2
-    floor = sum(work.flops for work in least_work(variant, torch.float32, train=False).values())
+    floor = sum(work.flops for work in minimum_work(variant, torch.float32, train=False).values())
     assert floor == 2 * (count_macs(variant) - variant.dims[-1] * variant.num_classes)
 
 

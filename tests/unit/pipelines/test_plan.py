@@ -64,8 +64,8 @@ def k400(*overrides, **cluster):
 
 @pytest.mark.parametrize(("cores", "measured"), [(1, 14.2), (2, 28.4)])
 def test_decoding_on_one_and_two_cores_is_as_measured(cores, measured):
-    """The rates of ``python benchmarks/ingest.py throughput`` (docs/results.md): Ray Data, 1 and 2 decoding processes,
-    uniform clips. The estimate uses the milliseconds of another command, ``settings``, and is within 5 %."""
+    """The rates of ``python benchmarks/data_loading.py throughput`` (docs/results.md): Ray Data, 1 and 2 decoding
+    processes, uniform clips. The estimate uses the milliseconds of another command, ``settings``. Within 5 %."""
     keys = ["data.sampling=uniform", "data.fps=null", "data.repeats=1"]
     found = k400(*keys, gpus=1, gpus_per_node=1, gpu_node_cores=cores + 1)
     assert found.decode_cores == cores

@@ -1,9 +1,9 @@
-"""Does a model need the order of the frames? Validation of a run, with frames in order and shuffled.
+"""Measure a run's validation top-1 with the frames of each clip in order and shuffled.
 
-    python benchmarks/order.py runs/demo
+    python benchmarks/frame_order.py runs/demo
 
-For each pair of the embedded data set (the second class is the first played backwards) it prints how often the model
-chooses the right one of the two: 50 % is chance.
+In each pair of classes of the embedded data set, the second class is the first played backwards. For each pair the
+script also prints how often the model prefers the right class of the two; chance is 50 %.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import argparse
 
 import torch
 
-from pipelines.runs.models import trained_model
+from pipelines.runs.models import load_trained_model
 from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_split
 
 
 def validation_logits(run: str, frame_order: str) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
-    """Logits ``[N, classes]`` of a run's validation videos in a plain loop, their labels ``[N]``, and the class names.
+    """Return the logits ``[N, classes]`` of a run's validation videos, their labels ``[N]``, and the class names.
+
+    A plain loop on the CPU, without Ray.
 
     Args:
         run: the run's folder.
         frame_order: ``ordered`` or ``shuffled``.
     """
-    model, about = trained_model(run)
-    config = about.recipe()
+    model, info = load_trained_model(run)
+    config = info.recipe()
     config = config.model_copy(update={"data": config.data.model_copy(update={"frame_order": frame_order})})
     manifest = read_split(config.data, "val")
     logits = []

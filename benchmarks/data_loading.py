@@ -1,11 +1,11 @@
-"""How fast clips come: Ray Data against a torch DataLoader and against decoding alone, and what each setting is worth.
+"""Measure the data loader: its throughput against a torch DataLoader, decode times by setting, memory of a long list.
 
-    python benchmarks/ingest.py throughput      # clips/s with 1 and 2 decoding processes
-    python benchmarks/ingest.py settings        # decode time by decoder, sampling, scale and key frames
-    python benchmarks/ingest.py memory          # a manifest of 100,000 rows
+    python benchmarks/data_loading.py throughput      # clips/s with 1 and 2 decoding processes
+    python benchmarks/data_loading.py settings        # ms per clip, by decoder, sampling, scale and key frames
+    python benchmarks/data_loading.py memory          # MB for a manifest of 100,000 rows
 
-Without ``--manifest`` a set of 340x256 H.264 videos is made first (``data/ingest``). All contestants call the same
-function for the same clips, take turns in one process, and give the median of their turns.
+Without ``--manifest`` the script first makes H.264 videos of 340x256 (``data/ingest``). All loaders call the same
+function for the same clips and take turns in one process. The figures are medians over the turns.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.cluster.session import start_ray
-from pipelines.data.loader import Split, global_order, object_store
-from pipelines.data.scan import ShardSettings, shard
+from pipelines.data.loader import SplitLoader, global_order, object_store_usage
+from pipelines.data.shard import ShardSettings, shard
 from posmlp.config import Config, load_recipe
 from posmlp.model.cost import device_name
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
 
 CPU = device_name(torch.device("cpu"))
-FRAMES, WIDTH, HEIGHT, FPS = 300, 340, 256, 30  # of a made video: Kinetics' usual size
+FRAMES, WIDTH, HEIGHT, FPS = 300, 340, 256, 30  # of the videos that the script makes: the usual size of Kinetics
 
 
 def make_videos(folder: Path, count: int) -> Path:
-    """H.264 videos as a user has them (x264's defaults, a key frame every 250): textures that move, with noise."""
+    """Make H.264 videos of moving textures with noise, and return the path of their list.
+
+    They are encoded with x264's defaults (a key frame every 250 frames), as most users' videos are.
+    """
     manifest = folder / "list.csv"
     if manifest.exists() and len(manifest.read_text().splitlines()) == count + 1:
         return manifest
@@ -66,8 +69,8 @@ def make_videos(folder: Path, count: int) -> Path:
     return manifest
 
 
-def recipe(manifest: Path | str, *overrides: str) -> Config:
-    """S/16 on the published clip: 16 frames of 224x224, cut from a short side of 256, batch 8."""
+def s16_recipe(manifest: Path | str, *overrides: str) -> Config:
+    """Return a recipe for S/16 on the published clip: 16 frames of 224x224, from a short side of 256; batch 8."""
     keys = ["model.name=s16", "model.frames=16", "model.image_size=224", "data.short_side=256", "data.cache_dir=null"]
     keys += [
         f"data.train.path={manifest}",
@@ -80,8 +83,8 @@ def recipe(manifest: Path | str, *overrides: str) -> Config:
 # --- throughput ------------------------------------------------------------------------------------------------------
 
 
-class Clips(Dataset):
-    """An epoch as a DataLoader reads it."""
+class ClipDataset(Dataset):
+    """The clips of one epoch, in the data loader's order, for a torch DataLoader."""
 
     def __init__(self, rows: pa.Table, config: Config):
         order = global_order(len(rows), config, 0, train=True)
@@ -96,40 +99,42 @@ class Clips(Dataset):
         return clips, row["label"]
 
 
-def by_loop(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
-    """Decoding alone, in this process: the floor."""
+def decode_in_loop(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
+    """Yield the number of clips of each batch: decoding alone, in this process."""
     del processes
-    clips = Clips(rows, config)
+    clips = ClipDataset(rows, config)
     for first in range(0, len(clips), 8):
         yield sum(len(clips[i][0]) for i in range(first, first + 8))
 
 
-def by_loader(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
-    """A torch DataLoader."""
-    for clips, _ in DataLoader(Clips(rows, config), batch_size=8, num_workers=processes, prefetch_factor=2):
+def load_with_torch(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
+    """Yield the number of clips of each batch of a torch DataLoader."""
+    for clips, _ in DataLoader(ClipDataset(rows, config), batch_size=8, num_workers=processes, prefetch_factor=2):
         yield len(clips)
 
 
-def by_ray(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
-    """The platform's own; of the cluster's 3 CPUs, ``processes`` are left for decoding."""
-    holder = Holder.options(num_cpus=3 - processes).remote()
+def load_with_ray(rows: pa.Table, config: Config, processes: int) -> Iterator[int]:
+    """Yield the number of clips of each batch of the data loader; ``processes`` of the cluster's 3 CPUs decode."""
+    holder = CpuHolder.options(num_cpus=3 - processes).remote()
     ray.get(holder.ready.remote())
     scaling = config.scaling.model_copy(update={"cpus_per_worker": 3 - processes})
-    for batch in Split(rows, config.model_copy(update={"scaling": scaling}), True).batches(0):
+    for batch in SplitLoader(rows, config.model_copy(update={"scaling": scaling}), True).batches(0):
         yield len(batch.labels)
 
 
 @ray.remote
-class Holder:
-    """Has its CPUs, as a training worker would, and does nothing with them."""
+class CpuHolder:
+    """Reserves its CPUs, as a training worker does, and does nothing."""
 
     def ready(self) -> None:
         pass
 
 
-def rate(run: Callable[..., Iterator[int]], rows: pa.Table, config: Config, processes: int) -> float:
-    """Clips a second: what a long epoch takes more than a short one. Both start processes, fill buffers and drain them,
-    so that none of this is in the difference."""
+def measure_rate(run: Callable[..., Iterator[int]], rows: pa.Table, config: Config, processes: int) -> float:
+    """Return clips per second, from the difference between a long and a short epoch.
+
+    Both epochs start processes, fill buffers and drain them, so the difference has only the steady state.
+    """
     clips, seconds = [], []
     for part in (rows.slice(0, len(rows) // 4), rows):
         start = time.perf_counter()
@@ -138,22 +143,22 @@ def rate(run: Callable[..., Iterator[int]], rows: pa.Table, config: Config, proc
     return (clips[1] - clips[0]) / (seconds[1] - seconds[0])
 
 
-def throughput(manifest_path: Path, repeats: int) -> None:
-    """Clips/s of the three, and the ratios that matter."""
-    rows, config = pa.concat_tables([read_manifest(manifest_path).rows] * 4).combine_chunks(), recipe(manifest_path)
+def measure_throughput(manifest_path: Path, repeats: int) -> None:
+    """Print clips/s of the loaders, and ratios between them."""
+    rows, config = pa.concat_tables([read_manifest(manifest_path).rows] * 4).combine_chunks(), s16_recipe(manifest_path)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     start_ray(num_cpus=3)
-    contestants: dict[str, tuple[Callable[..., Iterator[int]], int]] = {
-        "decoding alone, 1 process": (by_loop, 1),
-        "DataLoader, 1 worker": (by_loader, 1),
-        "Ray Data, 1 worker": (by_ray, 1),
-        "DataLoader, 2 workers": (by_loader, 2),
-        "Ray Data, 2 workers": (by_ray, 2),
+    loaders: dict[str, tuple[Callable[..., Iterator[int]], int]] = {
+        "decoding alone, 1 process": (decode_in_loop, 1),
+        "DataLoader, 1 worker": (load_with_torch, 1),
+        "Ray Data, 1 worker": (load_with_ray, 1),
+        "DataLoader, 2 workers": (load_with_torch, 2),
+        "Ray Data, 2 workers": (load_with_ray, 2),
     }
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in range(1, repeats + 1):
-        for name, (run, processes) in contestants.items():
-            rates[name].append(rate(run, rows, config, processes))
+        for name, (run, processes) in loaders.items():
+            rates[name].append(measure_rate(run, rows, config, processes))
             print(f"  turn {turn}  {name:<28}{rates[name][-1]:7.1f} clips/s", flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
     print(f"\n{len(rows)} videos of {FRAMES} frames, {config.data.sampling} sampling, on {CPU}")
@@ -164,7 +169,7 @@ def throughput(manifest_path: Path, repeats: int) -> None:
         ("Ray Data / DataLoader, 2 workers", "Ray Data, 2 workers", "DataLoader, 2 workers"),
         ("Ray Data, 2 workers / 1", "Ray Data, 2 workers", "Ray Data, 1 worker"),
         ("DataLoader, 2 workers / 1", "DataLoader, 2 workers", "DataLoader, 1 worker"),
-        ("share of decoding, Ray Data, 1 worker", "Ray Data, 1 worker", "decoding alone, 1 process"),
+        ("Ray Data, 1 worker / decoding alone", "Ray Data, 1 worker", "decoding alone, 1 process"),
     ]
     for text, above, below in ratios:
         print(f"  {text:<40}{median[above] / median[below]:.2f}")
@@ -172,28 +177,28 @@ def throughput(manifest_path: Path, repeats: int) -> None:
 
 
 def print_copies(config: Config) -> None:
-    """What is written for one clip, by hand count of the code."""
+    """Print the megabytes that are written for one clip, counted by hand from the code."""
     variant, side = config.model.variant(), config.data.short_side or 0
     scaled = variant.frames * side * round(side * WIDTH / HEIGHT) * 3 / 1e6
     clip = variant.frames * variant.image_size**2 * 3 / 1e6
-    print(f"\nMB written a clip: {scaled:.1f} by FFmpeg's scaler (short side {side}, into shared memory)")
-    print(f"  {clip:.1f} each: cut and resized; into Ray's object store; into the batch")
+    print(f"\nMB written per clip: {scaled:.1f} by FFmpeg's scaler (short side {side}, into shared memory)")
+    print(f"  {clip:.1f} each for crop and resize, for Ray's object store, and for the batch")
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def settings(manifest_path: Path, repeats: int) -> None:
-    """Milliseconds a clip and bytes a video, by how videos are stored and read."""
+def measure_settings(manifest_path: Path, repeats: int) -> None:
+    """Print the milliseconds per clip and KB per video, by how videos are stored and read."""
     start_ray()
     manifest = read_manifest(manifest_path)
-    sources = {"as they came": manifest}
-    stored = {"as they came": sum(Path(uri).stat().st_size for uri in manifest.rows["uri"].to_pylist())}
+    sources = {"original files": manifest}
+    stored = {"original files": sum(Path(uri).stat().st_size for uri in manifest.rows["uri"].to_pylist())}
     shards: list[tuple[int | None, int | None]] = [(None, None), (256, 250), (256, 32), (256, 12), (256, 4), (128, 12)]
     for short_side, interval in shards:
-        name = "shards, not encoded anew" if interval is None else f"shards, {short_side} px, key frame each {interval}"
+        name = f"shards, {short_side} px, key frame every {interval}" if interval else "shards, not re-encoded"
         out = manifest_path.parent / f"shards-{short_side}-{interval}"
-        result = shard(manifest, str(out), ShardSettings(16, short_side, interval), lambda line: None)
+        result = shard(manifest, str(out), ShardSettings(16, short_side, interval))
         sources[name], stored[name] = read_manifest(result.manifest), result.bytes
     ray.shutdown()
     readers = {
@@ -206,41 +211,41 @@ def settings(manifest_path: Path, repeats: int) -> None:
     times: dict[tuple[str, str], list[float]] = {key: [] for key in itertools.product(sources, readers)}
     for turn in range(repeats + 1):
         for source, reader in times:
-            config, rows = recipe(manifest_path, *readers[reader]), sources[source].rows.to_pylist()[:16]
+            config, rows = s16_recipe(manifest_path, *readers[reader]), sources[source].rows.to_pylist()[:16]
             start = time.perf_counter()
             for row in rows:
                 load_clips(row["uri"], row["sample_id"], config, epoch=turn, train=True)
             if turn:
                 times[source, reader].append((time.perf_counter() - start) / len(rows) * 1000)
-    print(f"\nms a clip (16 frames), one process, on {CPU}")
-    print(f"{'':<38}{'KB a video':>11}" + "".join(f"{reader:>17}" for reader in readers))
+    print(f"\nms per clip (16 frames), one process, on {CPU}")
+    print(f"{'':<38}{'KB per video':>13}" + "".join(f"{reader:>17}" for reader in readers))
     for source, table in sources.items():
         cells = "".join(f"{statistics.median(times[source, reader]):>17.1f}" for reader in readers)
-        print(f"{source:<38}{stored[source] / len(table.rows) / 1000:>11.0f}{cells}")
+        print(f"{source:<38}{stored[source] / len(table.rows) / 1000:>13.0f}{cells}")
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def memory(manifest_path: Path, rows: int) -> None:
-    """What a manifest of many rows costs the worker and the object store."""
+def measure_memory(manifest_path: Path, rows: int) -> None:
+    """Print the memory that a manifest of many rows needs in the worker and in the object store."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     start_ray(num_cpus=3)
     few = read_manifest(manifest_path).rows
     many = pa.concat_tables([few] * (rows // len(few) + 1)).slice(0, rows).combine_chunks()
     for name, table in (("few", few), ("many", many)):
-        split = Split(table, recipe(manifest_path), True)
+        loader = SplitLoader(table, s16_recipe(manifest_path), True)
         process, peak, store = psutil.Process(), 0, 0.0
         start = time.perf_counter()
-        for count, _ in enumerate(split.batches(0, until=4)):
+        for count, _ in enumerate(loader.batches(0, until=4)):
             if not count:
                 first = time.perf_counter() - start
-            peak, store = max(peak, process.memory_info().rss), max(store, object_store()[0])
+            peak, store = max(peak, process.memory_info().rss), max(store, object_store_usage()[0])
             if count == 40:
                 break
         print(
-            f"{name:<5}{len(table):>8} rows: first batch after {first:.1f} s; at most {peak / 2**20:.0f} MB resident in"
-            f" the worker, {store:.0f} MB in the object store, table {table.nbytes / 2**20:.1f} MB",
+            f"{name:<5}{len(table):>8} rows: first batch after {first:.1f} s; peak {peak / 2**20:.0f} MB resident in"
+            f" the worker, peak {store:.0f} MB in the object store, table {table.nbytes / 2**20:.1f} MB",
             flush=True,
         )
 
@@ -248,17 +253,19 @@ def memory(manifest_path: Path, rows: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("throughput", "settings", "memory"))
-    parser.add_argument("--manifest", type=Path, help="a list of videos; without it a set is made")
-    parser.add_argument("--videos", type=int, default=64, help="of the set that is made (%(default)s)")
+    parser.add_argument("--manifest", type=Path, help="a list of videos (default: videos that the script makes)")
+    parser.add_argument(
+        "--videos", type=int, default=64, help="number of videos that the script makes (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     manifest = args.manifest or make_videos(Path("data/ingest"), args.videos)
     if args.part == "throughput":
-        throughput(manifest, args.repeats)
+        measure_throughput(manifest, args.repeats)
     elif args.part == "settings":
-        settings(manifest, args.repeats)
+        measure_settings(manifest, args.repeats)
     else:
-        memory(manifest, 100_000)
+        measure_memory(manifest, 100_000)
 
 
 if __name__ == "__main__":

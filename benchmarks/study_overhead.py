@@ -1,7 +1,7 @@
 """Time a study of short trials, and the same number of separate ``posmlp train`` runs of the same recipes.
 
-    python benchmarks/search.py
-    python benchmarks/search.py --trials 8 train.epochs=2
+    python benchmarks/study_overhead.py
+    python benchmarks/study_overhead.py --trials 8 train.epochs=2
 
 Both start with an empty clip cache and an empty MLflow store. The times include the start and the end of Ray.
 "training" is the time of the epochs' steps, including the wait for clips (decoding). "everything else" is start-up,
@@ -29,7 +29,7 @@ from posmlp.video.motion import make_motion_set
 POSMLP = [sys.executable, "-m", "pipelines.cli"]
 
 
-def timed(command: list[str], folder: Path) -> float:
+def run_timed(command: list[str], folder: Path) -> float:
     """Run a command that starts its own Ray; returns the seconds that it takes."""
     env = os.environ | {"RAY_ADDRESS": "local"}
     start = time.perf_counter()
@@ -58,9 +58,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8, help="number of trials (default: %(default)s)")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as work:
-        data, one, other = make_motion_set(Path(work, "motion")), Path(work, "study"), Path(work, "separate")
-        one.mkdir()
-        other.mkdir()
+        data = make_motion_set(Path(work, "motion"))
+        study_folder, runs_folder = Path(work, "study"), Path(work, "separate")
+        study_folder.mkdir()
+        runs_folder.mkdir()
 
         def settings(folder: Path) -> list[str]:
             lists = [f"data.{split}.path={data}/{split}.csv" for split in ("train", "val")]
@@ -68,21 +69,24 @@ def main() -> None:
             return ["train.epochs=2", *lists, *own, *args.overrides]
 
         search = ["--space", "block_types", "--searcher", "random", "--name", "s", "--trials", str(args.trials)]
-        together = timed([*POSMLP, "tune", "demo", *search, *settings(one)], one)
-        study, _ = find_study(str(one / "s"))
-        apart = 0.0
+        study_s = run_timed([*POSMLP, "tune", "demo", *search, *settings(study_folder)], study_folder)
+        study, _ = find_study(str(study_folder / "s"))
+        runs_s = 0.0
         for trial in read_trials(study.folder):
-            config = study_space(study).recipe(load_recipe("demo", settings(other)), trial.member)
-            recipe = other / f"{trial.number}.yaml"
+            config = study_space(study).recipe(load_recipe("demo", settings(runs_folder)), trial.member)
+            recipe = runs_folder / f"{trial.number}.yaml"
             recipe.write_text(config.to_yaml())
-            apart += timed([*POSMLP, "train", str(recipe), f"name=run-{trial.number}"], other)
+            runs_s += run_timed([*POSMLP, "train", str(recipe), f"name=run-{trial.number}"], runs_folder)
         print("| | wall-clock, s | training, s | of it waiting for clips, s | everything else, s |")
         print("|---|---|---|---|---|")
-        for name, seconds, folder in (("separate runs", apart, other), ("trials of a study", together, one)):
+        for name, seconds, folder in (
+            ("separate runs", runs_s, runs_folder),
+            ("trials of a study", study_s, study_folder),
+        ):
             training, waiting = training_times(folder)
             rest = f"{seconds - training:.0f}" if name == "separate runs" else "overlaps with training"
             print(f"| {args.trials} {name} | {seconds:.0f} | {training:.0f} | {waiting:.0f} | {rest} |")
-        print(f"\nseparate / study: {apart / together:.2f}")
+        print(f"\nseparate / study: {runs_s / study_s:.2f}")
 
 
 if __name__ == "__main__":

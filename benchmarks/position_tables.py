@@ -1,6 +1,6 @@
-"""Picture of what a trained model learned: its relative-position tables, under the motions of the embedded data set.
+"""Draw the relative-position tables of a trained model, below the motions of the embedded data set.
 
-python benchmarks/tables.py runs/demo --out docs/tables.png
+python benchmarks/position_tables.py runs/demo --out docs/tables.png
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import SubFigure
 
-from pipelines.runs.models import trained_model
+from pipelines.runs.models import load_trained_model
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.video.motion import MOTION_CLASSES, render_motion
 
-SCENE = 2081  # a seed whose shape stays inside the frame in all motions
+SCENE = 2081  # a seed with which the shape stays inside the frame in all motions
 
 
 def draw_motions(figure: SubFigure) -> None:
-    """Each class as a strip of four moments of the same scene."""
+    """Draw each class as a strip of four moments of the same scene."""
     axes = figure.subplots(2, 4, gridspec_kw={"left": 0.02, "right": 0.98, "wspace": 0.06, "bottom": 0.02})
     figure.suptitle("eight motions: each of a pair is the other played backwards", fontsize=10, x=0.01, ha="left")
     for k, (ax, name) in enumerate(zip(axes.T.flatten(), MOTION_CLASSES, strict=True)):
@@ -35,7 +35,7 @@ def draw_motions(figure: SubFigure) -> None:
 
 
 def draw_tables(figure: SubFigure, model: PosMLPVideo) -> None:
-    """One row a stage: the spatial tables as maps over (dy, dx), the temporal ones as lines of a map over dt."""
+    """Draw a row for each stage: spatial tables as maps over (dy, dx), temporal tables as lines of a map over dt."""
     grids = figure.subfigures(1, 2, width_ratios=[3, 2])
     titles = ("spatial tables, one map a channel group", "temporal tables, one line a channel group")
     for grid, title in zip(grids, titles, strict=True):
@@ -51,18 +51,18 @@ def draw_tables(figure: SubFigure, model: PosMLPVideo) -> None:
         for ax in spatial[i]:
             ax.axis("off")
         for ax, image in zip(spatial[i], maps[:columns], strict=False):
-            show(ax, image, np.abs(maps).max())
+            draw_map(ax, image, np.abs(maps).max())
         table = block.units["temporal"].gate.table.detach().numpy()
         t = block.units["temporal"].gate.window[0]
-        show(temporal[i], table, np.abs(table).max(), extent=(-t + 0.5, t - 0.5, len(table) - 0.5, -0.5))
+        draw_map(temporal[i], table, np.abs(table).max(), extent=(-t + 0.5, t - 0.5, len(table) - 0.5, -0.5))
         temporal[i].set_yticks([])
         temporal[i].set_ylabel(f"stage {i + 1}", fontsize=8)
     temporal[-1].set_xlabel("frames from input to output", fontsize=8)
     temporal[-1].tick_params(labelsize=7)
 
 
-def show(ax: plt.Axes, image: np.ndarray, limit: float, **kwargs: object) -> None:
-    """A map in which white is 0, red adds and blue subtracts."""
+def draw_map(ax: plt.Axes, image: np.ndarray, limit: float, **kwargs: object) -> None:
+    """Draw a map; white is 0, red is positive and blue is negative."""
     ax.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest", **kwargs)
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     figure = plt.figure(figsize=(11, 7))
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.9])
     draw_motions(top)
-    draw_tables(bottom, trained_model(str(args.run))[0])
+    draw_tables(bottom, load_trained_model(str(args.run))[0])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     print(args.out)

@@ -29,15 +29,15 @@ def test_a_space_is_trained_and_ranked(finished_study, motion_set, tmp_path, cap
     ]
 
     # A member's accuracy is that of its own model, built alone and evaluated by itself.
-    about, contents = checkpoints.load(checkpoints.newest(found.run)[0], [checkpoints.WEIGHTS])
-    net = create_model(about.recipe().model.name, **about.recipe().model.overrides())
+    info, contents = checkpoints.load(checkpoints.newest(found.run)[0], [checkpoints.WEIGHTS])
+    net = create_model(info.recipe().model.name, **info.recipe().model.overrides())
     net.load_state_dict(contents[checkpoints.WEIGHTS])
     manifest = read_split(recipe.data, "val")
     for member in found.members[:2]:
-        config = load_space("block_types", recipe).recipe(about.recipe(), member.member)
+        config = load_space("block_types", recipe).recipe(info.recipe(), member.member)
         config = config.model_copy(update={"model": config.model.model_copy(update={"choices": None})})
         weights = net.member(config.model.variant().architecture()).state_dict()
-        scores = score_split(manifest, config, weights, lambda line: None)
+        scores = score_split(manifest, config, weights)
         right = scores.views.mean(1).argmax(1) == manifest.rows["label"].to_numpy()
         assert member.metrics[VAL_TOP1] == pytest.approx(right.mean())
 
@@ -56,6 +56,5 @@ def test_a_space_is_trained_and_ranked(finished_study, motion_set, tmp_path, cap
     assert "net is trained already" in shown and "3 finished" in shown
     assert main(["supernet", *options, "optim.lr=0.1"]) == 1
     assert "was trained with another recipe" in capsys.readouterr().err
-    assert (
-        score_members(found.run, [Architecture(("joint",) * 4, (4, 8, 8, 16), (1, 2, 1, 1))], lambda _: None)[1] == []
-    )
+    joint = Architecture(("joint",) * 4, (4, 8, 8, 16), (1, 2, 1, 1))
+    assert score_members(found.run, [joint])[1] == []

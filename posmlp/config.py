@@ -4,6 +4,11 @@ A recipe is a YAML file (``posmlp/recipes/*.yaml`` or the user's own). ``load_re
 ``section.key=value`` overrides and returns a frozen ``Config``. Unknown keys, wrong types and impossible combinations
 raise one ``RecipeError`` that lists every problem. A key that was renamed is still read by its old name
 (``RENAMED_KEYS``). This module imports neither PyTorch nor NumPy, so that it is quick to import.
+
+Text is read as it is written: for a key that takes text, ``001``, ``1.50``, ``2024-01-01`` and ``yes`` are text, in a
+recipe and in an override, although YAML by itself reads a number, a date or a truth value. This includes the keys and
+values of mappings such as ``data.train.where``. Where a key can be null, ``null`` and ``~`` are null; in quotes
+(``"null"``) they are text.
 """
 
 from __future__ import annotations
@@ -11,9 +16,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -39,6 +46,17 @@ Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1
 
 class RecipeError(UserError):
     """A recipe is not valid. The message lists every problem, one per line."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A value in a YAML file that is not text to YAML, such as ``001``: as it is written, and as YAML reads it."""
+
+    text: str
+    value: Any
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 class Section(BaseModel):
@@ -310,18 +328,20 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         recipe: a YAML file, or the name of a file in ``posmlp/recipes``.
-        overrides: each is ``section.key=value``. The value is YAML, so ``null``, ``[1, 2]`` and ``{a: b}`` work.
+        overrides: each is ``section.key=value``, see ``set_key``.
 
     Raises:
         RecipeError: there is no such recipe, or it is not YAML or not a valid ``Config``; lists every problem.
     """
     path = find_recipe(recipe)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
+        found = type(as_typed(tree, Any)).__name__
+        raise RecipeError(f"{path}: expected sections such as 'model:' and 'data:', found {found}")
+    tree = as_typed(current_keys(tree), Config)
     for override in overrides:
         set_key(tree, override)
     try:
@@ -334,17 +354,118 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 def set_key(tree: dict[str, Any], override: str) -> None:
     """Apply one override, ``section.key=value``, to the tree, in place.
 
+    The value is YAML, so ``null``, ``[1, 2]`` and ``{a: b}`` work. A key that takes text takes all that follows the
+    equals sign, also what is not YAML, as in ``data.template={:05d}.jpg``; quotes around it are left out.
+
     Raises:
         RecipeError: the override has no key, its value is not YAML, or a section of the key is a value.
     """
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise RecipeError(f"override {override!r}: expected section.key=value, as in train.epochs=20")
+    key, text = key.strip(), text.strip()
+    kind = kind_of(key)
     try:
-        value = yaml.safe_load(text)
+        value = as_typed(read_yaml(text), kind)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
-    set_value(tree, key.strip(), value)
+        if not takes_text(kind) or text.startswith("!"):
+            raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+        value = text
+    quoted = text.startswith(("'", '"', "!"))
+    if takes_text(kind) and text and not quoted and (isinstance(value, str) or not takes(kind, value)):
+        value = text  # without what YAML leaves out or finds in it: comments, mappings, ...
+    set_value(tree, key, value)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads YAML; a value that is not text becomes a ``Scalar``, which also has the text."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep)
+        if node.tag == "tag:yaml.org,2002:value":  # an equals sign alone, which has no meaning here
+            return node.value
+        try:
+            value = super().construct_object(node, deep)
+        except ValueError:  # it has the form of a date or a number, but not a possible value, such as 2024-13-01
+            self.recursive_objects.pop(node, None)  # an alias may refer to it
+            return node.value
+        return value if isinstance(value, str) else Scalar(node.value, value)
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML. What is not text to YAML is a ``Scalar``, which ``as_typed`` replaces.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or has tags of Python objects.
+    """
+    return yaml.load(text, RecipeLoader)
+
+
+def as_typed(value: Any, kind: Any) -> Any:
+    """Replace each ``Scalar`` by its text where the recipe takes text, and by its value elsewhere.
+
+    Null stays null where the recipe takes it, and where nothing is written. A part that the recipe does not know, or in
+    whose place it takes something else, stays as it is: the validation refuses it.
+
+    Args:
+        value: as ``read_yaml`` returns it.
+        kind: the type that the recipe has in its place: a section, or the annotation of a field.
+    """
+    if isinstance(value, Scalar):
+        is_null = value.value is None and (not value.text or takes(kind, None))
+        return value.text if takes_text(kind) and not is_null else value.value
+    for option in options_of(kind):
+        origin, args = get_origin(option), get_args(option)
+        if isinstance(value, list) and origin is tuple:
+            return [as_typed(item, args[0]) for item in value]
+        if isinstance(value, dict) and origin is dict:
+            return {as_typed(key, args[0]): as_typed(item, args[1]) for key, item in value.items()}
+        if isinstance(value, dict) and isinstance(option, type) and issubclass(option, Section):
+            names = {as_typed(key, str): item for key, item in value.items()}
+            return {name: as_typed(item, field_kind(option, name)) for name, item in names.items()}
+    return value
+
+
+def options_of(kind: Any) -> list[Any]:
+    """The types that a field's annotation accepts, without the conditions on their values."""
+    if get_origin(kind) is Annotated:
+        return options_of(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [option for part in get_args(kind) for option in options_of(part)]
+    return [kind]
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether a field takes text: any, or one of some words."""
+    return any(
+        option is str or (get_origin(option) is Literal and all(isinstance(word, str) for word in get_args(option)))
+        for option in options_of(kind)
+    )
+
+
+def takes(kind: Any, value: Any) -> bool:
+    """Whether a field takes a value such as this one: null, a list or a mapping."""
+    wanted = {NoneType: NoneType, list: tuple, dict: dict}.get(type(value))
+    return any(wanted in (option, get_origin(option)) for option in options_of(kind))
+
+
+def field_kind(kind: Any, name: Any) -> Any:
+    """The type of a section's field or of a mapping's values; ``Any`` if there is no such field."""
+    for option in options_of(kind):
+        if isinstance(option, type) and issubclass(option, Section) and name in option.model_fields:
+            return option.model_fields[name].annotation
+        if get_origin(option) is dict:
+            return get_args(option)[1]
+    return Any
+
+
+def kind_of(key: str) -> Any:
+    """The type of ``section.key``, also by its old name; ``Any`` if the recipe does not have it."""
+    kind: Any = Config
+    for name in RENAMED_KEYS.get(key, key).split("."):
+        kind = field_kind(kind, name)
+    return kind
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -204,7 +204,7 @@ def step_of(config):
     return loss
 
 
-# Each model and each data set once, with ssv2_s16 below: recipes of a model differ in the data alone, and the other way.
+# With ssv2_s16 below, each model and each data set. The tests above compare the recipes of a model and of a data set.
 @pytest.mark.parametrize("name", ["k400_s32", "ssv1_b16", "ssv2_b32", *IMAGE])
 def test_a_recipe_takes_a_step(name, workplace, monkeypatch):
     """Everything but the place of the run is the recipe's, with pictures of 64 pixels to keep it short."""

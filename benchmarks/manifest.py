@@ -114,7 +114,7 @@ def measure_steps(folder: Path, kind: str, rows: int) -> dict[str, tuple[float, 
     loader = step("make a worker's loader", lambda: SplitLoader(reference, config, True))
     step("shuffle an epoch", lambda: global_order(rows, config, 1, train=True))
     first = step("first segment", lambda: next(loader.segments(1, 0)))
-    task = first[: rows_per_block(config, True)]
+    task = first.reshape(-1)[: rows_per_block(config, True)]
     step("rows of a decode task", lambda: ray.get(reference).take(task).to_pylist())
     ray.shutdown()
     return found

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Each private name, and what happens without it.
 WITHOUT = {
+    "ray._private.utils.read_ray_address": "the Ray of `ray start` is used only if RAY_ADDRESS names it",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "a local Ray may listen on all network interfaces",
     "ray._private.state.available_resources_per_node": "MLflow gets no system metrics of the cluster's other nodes",
     "ray._private.internal_api.get_state_from_address": "data/object_store_mb and data/spilled_mb are NaN",
@@ -68,6 +69,20 @@ def listen_on_loopback() -> None:
     if private_name("ray._private.ray_constants.ENABLE_RAY_CLUSTER") is not None:
         constants: Any = importlib.import_module("ray._private.ray_constants")
         constants.ENABLE_RAY_CLUSTER = False
+
+
+def silence_start() -> None:
+    """Suppress Ray's long warnings about its start: a small ``/dev/shm``, and several Rays on a machine."""
+    logging.getLogger("ray._private.services").setLevel(logging.ERROR)  # an unknown logger name does no harm
+
+
+def recorded_address() -> str | None:
+    """The address that the last ``ray start`` on this machine has recorded; None if there is none."""
+    function = private_name("ray._private.utils.read_ray_address")
+    try:
+        return (function() or None) if function else None
+    except OSError:  # the file is another user's
+        return None
 
 
 def available_resources_per_node() -> dict[str, dict[str, float]] | None:

@@ -7,12 +7,21 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 
-from pipelines.cluster.ray_internals import listen_on_loopback
+from pipelines.cluster.address import (
+    RayChoice,
+    choose_ray,
+    describe,
+    explain,
+    free_shared_memory,
+    shared_memory_warning,
+    token_without_home,
+)
+from pipelines.cluster.ray_internals import listen_on_loopback, silence_start
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +41,47 @@ CUBLAS_ENV = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # cuBLAS is deterministic o
 def start_ray(**options: Any) -> None:
     """Connect to the cluster (``RAY_ADDRESS``, or one on this machine), else start a local Ray with ``options``.
 
-    All processes of a Ray started here listen on loopback only. Ray's default does this on macOS and Windows only, and
-    it advertises an external address of this machine, on which nothing of this Ray listens.
+    One line says which. All processes of a Ray started here listen on loopback only. Ray's default does this on macOS
+    and Windows only, and it advertises an external address of this machine, on which nothing of this Ray listens.
+
+    Raises:
+        RayUnavailable: there is no such cluster, it cannot be joined, or Ray cannot be started here.
     """
     listen_on_loopback()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for the next health check
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # saves a process; lost nodes are noticed anyway
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # runs on Ray's dashboard; one actor for all runs
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+    if ray.is_initialized():
+        announce(RayChoice(ray.get_runtime_context().gcs_address))
+        return
+    choice = choose_ray(options.pop("address", None))
+    if choice.notice:
+        logger.warning("Ray: %s", choice.notice)
+    if choice.address is None:
+        token_without_home()
+    free = free_shared_memory()
+    silence_start()  # the lines below say the same
+    try:
+        ray.init(address=choice.init_address, log_to_driver=False, logging_level=logging.WARNING, **options)
+    except Exception as error:  # of the network, the token, the versions, the disk
+        with suppress(Exception):  # what has started of it ends
+            ray.shutdown()
+        raise explain(error, choice) from error
+    announce(choice)
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    if choice.address is None and (warning := shared_memory_warning(free, store)):
+        logger.warning("%s", warning)
+
+
+announced: set[str] = set()  # addresses of the Rays that this process has named in its log
+
+
+def announce(choice: RayChoice) -> None:
+    """Log which Ray this process uses, once."""
+    address = ray.get_runtime_context().gcs_address
+    if address not in announced:
+        announced.add(address)
+        logger.info("%s", describe(choice, ray.nodes()))
 
 
 @contextmanager

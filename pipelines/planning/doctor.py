@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import socket
 import statistics
 import time
 import uuid
@@ -37,10 +36,9 @@ from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.video.clip import views_per_video
-from posmlp.video.manifest import read_split
+from posmlp.video.manifest import read_split, training_classes
 
 PACKAGES = ("ray", "torch", "mlflow", "av", "decord2", "numpy", "pyarrow")
-CONNECT_S = 10.0  # until the head must accept a connection
 ANSWER_S = 120.0  # until a node must have started a process and answered
 SKEW_S = 2.0  # clocks that differ by more make times of different nodes incomparable
 BLOCKS_AHEAD = 4  # fewest decoded blocks in the object store, so that decoding and training overlap
@@ -92,15 +90,11 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         config: recipe of the planned run.
         address: address of the cluster; None: as for ``posmlp train``.
     """
-    head = address or os.environ.get("RAY_ADDRESS", "")
-    if not accepts_connections(head):  # Ray itself would try for many minutes
-        yield Finding("fail", f"Ray: nothing answers at {head}", "see RAY_ADDRESS, and `ray status` on the head")
-        return
     try:
         start_ray(**({"address": address} if address else {}))
-    except Exception as error:  # a network, authentication, or two versions that do not match
+    except UserError as error:  # a network, authentication, or two versions that do not match
         advice = "see RAY_ADDRESS and RAY_AUTH_MODE, and `ray status` on the head"
-        yield Finding("fail", f"Ray: {one_line(error)}", advice)
+        yield Finding("fail", f"Ray: {error}", advice)
         return
     yield from check_upload(Path.cwd())
     marker = storage.join(config.train.storage, f".doctor-{uuid.uuid4().hex}") if config else None
@@ -133,18 +127,6 @@ def check_upload(folder: Path) -> Iterator[Finding]:
         f"each change uploads all of it again; list what is not source in .rayignore (the largest file is {largest})"
     )
     yield Finding("ok" if small else "warn", what, "" if small else advice)
-
-
-def accepts_connections(address: str) -> bool:
-    """Return whether ``HOST:PORT`` accepts connections. True for addresses of other forms, which only Ray can check."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        return True
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 # --- on every node -----------------------------------------------------------------------------------------------
@@ -293,11 +275,12 @@ def remove_marker(marker: str) -> None:
 
 def check_lists(config: Config) -> Generator[Finding, None, pa.Table | None]:
     """Read both lists; the generator returns the first row of the training list, or None."""
-    row = None
+    row = known = None
     for split in ("train", "val"):
         path = getattr(config.data, split).path
         try:
-            manifest = read_split(config.data, split)
+            manifest = read_split(config.data, split, known)
+            known = training_classes(config.data, manifest) if split == "train" else known
         except (UserError, OSError) as error:
             what = f"data.{split}.path {path}: {shorten(str(error), 300)}"
             yield Finding("fail", what, "`posmlp data check` tells more")

@@ -132,4 +132,5 @@ def test_what_a_probe_cannot_do_is_its_report(tmp_path, monkeypatch):
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once():
-    assert lines(doctor(None, "127.0.0.1:1")) == [("fail", "Ray: nothing answers at 127.0.0.1:1")]
+    ((level, what),) = lines(doctor(None, "127.0.0.1:1"))
+    assert level == "fail" and "127.0.0.1:1: nothing answers there" in what

@@ -20,6 +20,7 @@ STATS = "ray.data._internal.stats.get_or_create_stats_actor"
 COORDINATOR = "ray.data._internal.cluster_autoscaler.get_or_create_autoscaling_coordinator"
 USAGE_DISABLED = "ray.data._internal.usage.collector.usage_collection_disabled"
 USAGE = "ray.data._internal.usage.actor.get_or_create_usage_collection_actor"
+RECORDED = "ray._private.utils.read_ray_address"
 AVAILABLE = "ray._private.state.available_resources_per_node"
 LOOPBACK = "ray._private.ray_constants.ENABLE_RAY_CLUSTER"
 PROPAGATED = "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE"
@@ -74,6 +75,7 @@ def test_a_missing_name_costs_only_its_feature(monkeypatch, mocked, path):
         ray_internals.listen_on_loopback()
         ray_internals.place_ray_data_actors()
         ray_internals.withhold_from_tune_actors({"SECRET"})
+        assert (ray_internals.recorded_address() is None) == (path == RECORDED)
         assert (ray_internals.available_resources_per_node() is None) == (path == AVAILABLE)
         assert (ray_internals.object_store_stats() is None) == (path in WORKER_NAMES)
     assert len(lines) == 1 and path in lines[0]

@@ -1,8 +1,9 @@
 # make demo      install, and train the demo
 # make test      run the tests: unit tests in parallel, then integration tests (Ray, MLflow, PostgreSQL) one by one
-# make test-all  also run the slow tests: those that compile, train for long, or kill processes again and again
+# make test-all  also run the slow tests, which compile, train for long, or kill processes many times
 # make lint      run ruff and mypy
-# make clean     delete .venv and what was built
+# make docs      build the documentation site in site/
+# make clean     delete .venv and build output
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -23,7 +24,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation site, in site/. Broken links, pages outside the navigation and wrong docstrings are errors.
+# Broken links, pages outside the navigation and wrong docstrings are errors.
 docs: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -32,7 +33,7 @@ docs: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 
-# All versions are pinned by constraints.txt; pyproject.toml has the ranges that are meant to work.
+# constraints.txt pins all versions; pyproject.toml has the ranges that should work.
 .venv/installed: .venv/bin/pip pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@

@@ -19,14 +19,15 @@ A mirrored clip belongs to another class, so train on this set without flips.
 import csv
 import json
 import math
-import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from math import tau
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -50,7 +51,6 @@ CAMERA_DRIFT = 0.05  # largest distance that the background drifts in a clip, in
 RIM = 0.02  # width of the rim of a shape, in frame sizes
 SPOT_PLACE, SPOT_RADIUS = 0.3, 0.2  # in radii; the spot lies inside every outline
 
-BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # read when a process first loads NumPy
 PART_SUFFIX = ".part"  # of a file that is being written
 
 
@@ -314,22 +314,12 @@ def make_motion_set(
             writer.writerows([_clip_name(classes, split, i), label, classes[label]] for i, label in enumerate(labels))
 
     keys = [(split, i) for split, count in counts.items() for i in range(count)]
-    write = partial(_write_clip, kind, out, size, seed)
     workers = processes or min(os.cpu_count() or 1, len(keys) // 256)  # starting a process costs more than fewer clips
-    if workers > 1:
-        # One OpenBLAS thread per process, because its threads wait for each other in a busy loop.
-        before = os.environ.get(BLAS_THREADS)
-        os.environ[BLAS_THREADS] = "1"
-        try:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                list(pool.map(write, keys, chunksize=16))  # list: raises what a worker raised
-        finally:
-            os.environ.pop(BLAS_THREADS)
-            if before is not None:
-                os.environ[BLAS_THREADS] = before
+    if workers > 1 and sys.executable:  # an embedded interpreter has no executable
+        _draw_in_processes(kind, out, size, seed, counts, workers)
     else:
         for key in keys:
-            write(key)
+            _write_clip(kind, out, size, seed, key)
 
     for leftover in out.rglob(f"*.mp4.*{PART_SUFFIX}"):  # of a killed run
         leftover.unlink(missing_ok=True)
@@ -337,6 +327,47 @@ def make_motion_set(
     part.write_text(record)
     os.replace(part, out / "motion.json")
     return out
+
+
+def _draw_in_processes(kind: str, out: Path, size: int, seed: int, counts: dict[str, int], workers: int) -> None:
+    """Draw all clips of a set in processes, each of which takes every `workers`-th clip.
+
+    They are commands of their own, not children of `multiprocessing`: those import the script that called, which is
+    impossible if Python reads it from a pipe, and starts them again without end if it has no `__name__` guard.
+
+    Raises:
+        OSError: a process cannot write a clip, or fails otherwise.
+    """
+    code = "import sys, posmlp.video.motion as m; m._draw_share(*sys.argv[1:3], *map(int, sys.argv[3:]))"
+    command = [sys.executable, "-P", "-c", code, kind, os.path.abspath(out), size, seed, *counts.values()]
+    # One OpenBLAS thread per process, because its threads wait for each other in a busy loop.
+    search = {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+    environment = os.environ | search | {"OPENBLAS_NUM_THREADS": "1"}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    drawing = []
+    try:
+        for share in range(workers):
+            words = [str(word) for word in (*command, share, workers, os.getpid())]
+            drawing.append(subprocess.Popen(words, env=environment, text=True, **streams))
+        for process in drawing:
+            _, text = process.communicate()
+            if process.returncode:
+                last = (text.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+                raise OSError(f"the clips of {out} cannot be drawn: {last}")
+    finally:
+        for process in drawing:
+            process.kill()
+            process.wait()
+
+
+def _draw_share(kind: str, out: str, size: int, seed: int, train: int, val: int, share: int, of: int, pid: int) -> None:
+    """Draw every clip whose number is `share` modulo `of`; stop if the process `pid` that asked for it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked handles Ctrl-C, and kills this one
+    keys = [(split, i) for split, count in zip(SPLITS, (train, val), strict=True) for i in range(count)]
+    for key in keys[share::of]:
+        if os.getppid() != pid:
+            return
+        _write_clip(kind, Path(out), size, seed, key)
 
 
 def _is_complete_set(out: Path, classes: tuple[str, ...], counts: dict[str, int], record: str) -> bool:

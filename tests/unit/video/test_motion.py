@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -223,6 +225,38 @@ def test_a_set_is_balanced_and_described_by_its_tables(small_set):
 def test_the_same_seed_gives_the_same_bytes_for_any_number_of_processes(small_set, tmp_path):
     again = make_motion_set(tmp_path / "again", **{**SMALL, "processes": 2})
     assert tree(again) == tree(small_set)
+
+
+SCRIPT = """
+from posmlp.video.motion import make_motion_set
+print(make_motion_set({folder!r}, train=16, val=8, size=32, processes=2))
+"""
+
+
+@pytest.mark.parametrize("how", ["from a pipe", "without a guard", "as an argument"])
+def test_a_script_can_make_a_set_at_its_top_level(small_set, tmp_path, how):
+    """Processes that import the caller's script fail for the first, and start without end for the second."""
+    folder, script = tmp_path / "set", tmp_path / "script.py"
+    text = SCRIPT.format(folder=str(folder))
+    script.write_text(text)
+    arguments = {"from a pipe": ["-"], "without a guard": [str(script)], "as an argument": ["-c", text]}[how]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=text,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(Path(motion.__file__).parents[2])},
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{folder}\n", "")
+    assert tree(folder) == tree(small_set)
+
+
+def test_a_clip_that_cannot_be_written_is_named_by_its_process(tmp_path):
+    (tmp_path / "train" / "right_00001.mp4").mkdir(parents=True)
+    with pytest.raises(OSError, match=rf"the clips of {tmp_path} cannot be drawn: IsADirectoryError.*right_00001\.mp4"):
+        make_motion_set(tmp_path, **{**SMALL, "processes": 2})
+    assert not (tmp_path / "motion.json").exists()
 
 
 def test_a_larger_set_begins_with_the_smaller_and_another_seed_gives_another(small_set, tmp_path):

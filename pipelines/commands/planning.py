@@ -33,7 +33,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def add_plan(verbs: Verbs) -> None:
-    plan = add_verb(verbs, "plan", run_plan, "estimate what a run takes on a cluster: rates, cores, bytes, bottleneck")
+    plan = add_verb(verbs, "plan", run_plan, "estimate what a run needs on a cluster: rates, cores, bytes, bottleneck")
     add_recipe(plan, "train.global_batch=1024")
     plan.add_argument(
         "--gpus", type=positive, required=True, help="number of GPUs in all; each runs one training worker"

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -164,16 +165,23 @@ def learner():
     return Learner(create_model(config.model.name, **config.model.overrides()), config, 5)
 
 
+@functools.cache
+def six_steps():
+    """Losses and final weights of six steps in a row."""
+    one = learner()
+    losses = [one.train_step(make_batch(seed=step)).loss for step in range(6)]
+    return losses, one.weights()
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_training_goes_on_as_if_it_had_not_stopped(stop):
     """Also while some units have not been on a path, so that the optimizer knows nothing of them yet."""
-    one = learner()
-    losses = [one.train_step(make_batch(seed=step)).loss for step in range(6)]
+    losses, weights = six_steps()
     first = learner()
     again = [first.train_step(make_batch(seed=step)).loss for step in range(stop)]
     second = learner()
     second.load_state_dict(first.weights(), first.state_dict())
     again += [second.train_step(make_batch(seed=step)).loss for step in range(stop, 6)]
     assert again == losses
-    for name, tensor in one.weights().items():
+    for name, tensor in weights.items():
         assert torch.equal(tensor, second.weights()[name])

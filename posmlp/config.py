@@ -371,9 +371,10 @@ def set_key(tree: dict[str, Any], override: str) -> None:
         if not takes_text(kind) or text.startswith("!"):
             raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
         value = text
-    quoted = text.startswith(("'", '"', "!"))
-    if takes_text(kind) and text and not quoted and (isinstance(value, str) or not takes(kind, value)):
-        value = text  # without what YAML leaves out or finds in it: comments, mappings, ...
+    if takes_text(kind) and text and not text.startswith(("'", '"', "!")):
+        is_null = value is None and text.lower() in ("null", "~")
+        if not (is_null or isinstance(value, list | dict)) or not takes(kind, value):
+            value = text  # without what YAML leaves out or finds in it: comments, anchors, mappings, ...
     set_value(tree, key, value)
 
 

@@ -14,7 +14,7 @@ from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.video.augment import MEAN, STD, flip_labels, to_input, to_train_input
 from posmlp.video.clip import views_per_video
-from posmlp.video.manifest import read_split
+from posmlp.video.manifest import read_split, training_classes
 
 matplotlib.use("Agg")
 
@@ -33,7 +33,8 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
         ManifestError: the data set's list is wrong.
         UserError: ``out`` cannot be written.
     """
-    manifest = read_split(config.data, "train" if train else "val")
+    known = None if train else training_classes(config.data)
+    manifest = read_split(config.data, "train" if train else "val", known)
     count = len(manifest.rows)
     if train and count < rows_per_step(config, train=True):
         raise UserError(

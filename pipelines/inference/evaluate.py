@@ -34,7 +34,7 @@ from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, SplitScores, score_spl
 from pipelines.inference.views import with_views
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
-from pipelines.runs.models import find_checkpoint, output_names
+from pipelines.runs.models import find_checkpoint, known_classes, output_names
 from pipelines.runs.record import read_record
 from pipelines.tracking import plots
 from pipelines.tracking.mlflow_client import create_run, now_ms, prepare_mlflow
@@ -166,8 +166,7 @@ def evaluate(
     tracking_uri(config)  # raises now what it would raise after scoring
     if not any(override.strip().startswith("tracking.uri") for override in overrides):
         refuse_foreign_server(config)
-    manifest = read_split(config.data, split)
-    check_classes(manifest.classes, info.classes, getattr(config.data, split).path)
+    manifest = read_split(config.data, split, known_classes(info))
     name = evaluation_name(split, config, info, overrides)
     folder = storage.join(".", out) if out else storage.join(run if record else checkpoint, f"{FOLDER}/{name}")
     start_ray()
@@ -232,24 +231,6 @@ def with_workers(config: Config, workers: int | None) -> Config:
     if workers is None:
         return config
     return config.model_copy(update={"scaling": config.scaling.model_copy(update={"workers": workers})})
-
-
-def check_classes(found: Sequence[str], expected: Sequence[str], path: str) -> None:
-    """Check that the labels of a split mean the same classes as those of the model.
-
-    Args:
-        path: of the split's list, for the error.
-
-    Raises:
-        UserError: they do not; names the first difference.
-    """
-    if len(found) != len(expected):
-        raise UserError(
-            f"{path} has {len(found)} classes, the checkpoint {len(expected)}; name all in a file (data.classes)"
-        )
-    for label, (here, there) in enumerate(zip(found, expected, strict=True)):
-        if here != there:
-            raise UserError(f"label {label} is class {here!r} in {path}, but {there!r} in the checkpoint")
 
 
 def evaluation_name(split: str, config: Config, info: checkpoints.CheckpointInfo, overrides: Sequence[str]) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from posmlp import create_model, storage
+from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
 from posmlp.model.cost import PEAKS, count_macs, count_params
-from posmlp.video.manifest import read_split
+from posmlp.video.manifest import read_split, training_classes
 
 # GPUs
 TRAIN_FLOPS_PER_MAC = 6  # two operations for a multiply-accumulate; a training step costs three forward passes
@@ -38,7 +38,7 @@ MAX_PARAMS = 100  # parameters in one call (pipelines.tracking.mlflow_client)
 TRAIN_METRICS = 9  # values per epoch (Worker.train_epoch in pipelines.training.worker)
 SPEED_METRICS = 4  # values per epoch without perf/mfu (Worker.speed)
 EPOCH_METRICS = 2  # values per epoch without data/decoded_by_pyav (Worker.epoch)
-VAL_METRICS = 5  # values per validation (posmlp.learn.evaluation.ClassificationMetrics)
+VAL_METRICS = sum(str(name).startswith(metrics.VAL) for name in vars(metrics).values()) - 1  # without the prefix itself
 COST_METRICS = 5  # values per run (posmlp.model.cost)
 NODE_METRICS = 8  # values in a node's sample of system metrics, without its GPUs (mlflow.system_metrics)
 GPU_METRICS = 5  # values in that sample for each GPU (mlflow.system_metrics)
@@ -511,13 +511,15 @@ def count_videos(config: Config, split: str, option: str, given: int | None) -> 
     """
     if given is not None:
         return given
-    path = config.data.train.path if split == "train" else config.data.val.path
-    if not storage.are_files([path])[0] and not os.path.isdir(path):
+    paths = {"train": config.data.train.path, "val": config.data.val.path}
+    here = {name: storage.are_files([path])[0] or os.path.isdir(path) for name, path in paths.items()}
+    if not here[split]:
         raise UserError(
-            f"data.{split}.path {path} does not exist here: give {option} N "
+            f"data.{split}.path {paths[split]} does not exist here: give {option} N "
             "(Kinetics-400 has about 240000 training and 20000 validation videos)"
         )
-    return len(read_split(config.data, "train" if split == "train" else "val").rows)
+    known = training_classes(config.data) if split == "val" and here["train"] else None
+    return len(read_split(config.data, "train" if split == "train" else "val", known).rows)
 
 
 # --- printing a plan -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from posmlp import create_model, storage
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
+from posmlp.video.classes import KnownClasses
 
 
 def find_checkpoint(text: str) -> str:
@@ -72,6 +73,14 @@ def example_input(config: Config) -> torch.Tensor:
     """A clip of zeros with the shape that the recipe's model takes: float32 ``[1, 3, T, H, W]``."""
     variant = config.model.variant()
     return torch.zeros(1, 3, variant.frames, variant.image_size, variant.image_size)
+
+
+def known_classes(info: checkpoints.CheckpointInfo) -> KnownClasses:
+    """The classes of a checkpoint, which the labels of a list refer to when its model is tested."""
+    advice = (
+        "correct the names, leave these videos out, or, if labels are numbers, name them in a file (`data.classes`)"
+    )
+    return KnownClasses(tuple(info.classes), "the checkpoint", advice)
 
 
 def output_names(classes: Sequence[str], count: int) -> list[str]:

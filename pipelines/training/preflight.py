@@ -7,14 +7,17 @@ import json
 import os
 from typing import Any
 
+import torch
+
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
-from posmlp import storage
+from posmlp import create_model, storage
 from posmlp.config import Config, current_keys, flatten
 from posmlp.errors import UserError
 from posmlp.metrics import VAL_TOP1
+from posmlp.model.checkpoint import CheckpointError, fit_published
 from posmlp.video.augment import flip_labels
-from posmlp.video.manifest import Manifest, ManifestError, read_split
+from posmlp.video.manifest import Manifest, ManifestError, read_split, training_classes
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
 KEYS_FREE_ON_RESUME = (
@@ -58,13 +61,18 @@ KEYS_FIXED_ON_RESUME = (
 def read_splits(config: Config) -> tuple[Manifest, Manifest]:
     """Read the lists of both splits, training first.
 
+    The training list defines the classes: the labels of both splits refer to them. The validation list may lack some.
+
     Raises:
-        ManifestError: a list is wrong; the message has the problems of both.
+        ManifestError: a list is wrong, or the validation list has a class that the training list lacks; the message has
+            the problems of both.
     """
-    manifests, problems = [], []
+    manifests, problems, known = [], [], None
     for name in ("train", "val"):
         try:
-            manifests.append(read_split(config.data, name))
+            manifests.append(read_split(config.data, name, known))
+            if name == "train":
+                known = training_classes(config.data, manifests[0])
         except ManifestError as error:
             problems += error.problems
     if problems:
@@ -73,7 +81,10 @@ def read_splits(config: Config) -> tuple[Manifest, Manifest]:
 
 
 def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config:
-    """Check that the splits fit each other and the batch size.
+    """Check that the splits fit the recipe: batch size, frame rate, number and names of the classes.
+
+    Args:
+        train_set, val_set: as ``read_splits`` returns them.
 
     Returns:
         the recipe with the number of classes filled in, and with absolute paths of the cache and of ``model.weights``.
@@ -81,11 +92,6 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     Raises:
         RunError: they do not fit; the message names the key to change.
     """
-    if train_set.classes != val_set.classes:
-        raise RunError(
-            f"the splits have different classes: {config.data.train.path} has {list(train_set.classes)}, "
-            f"{config.data.val.path} has {list(val_set.classes)}"
-        )
     clips = len(train_set.rows) * config.data.repeats
     if clips < config.train.global_batch:
         raise RunError(
@@ -172,17 +178,37 @@ def list_fingerprint(manifest: Manifest) -> str:
 
 
 def find_weights(config: Config) -> str | None:
-    """Resolve ``model.weights``, which names a file of weights, or a run or a checkpoint, to a file.
+    """Resolve ``model.weights``, which names a file of weights, a run or a checkpoint, to a file, and check that file.
 
     Returns:
         the file's path or URI; None if the recipe starts from random weights.
 
     Raises:
-        UserError: it names neither a file nor a run with a checkpoint.
+        UserError: it names neither a file nor a run with a checkpoint, or the weights do not fit the recipe's model.
     """
-    weights = config.model.weights
-    if weights is None or storage.are_files([weights])[0]:
-        return weights
+    if config.model.weights is None:
+        return None
+    file = find_weight_file(config.model.weights)
+    with torch.device("meta"):  # the model itself takes no memory
+        model = create_model(config.model.name, **config.model.overrides())
+    try:
+        fit_published(model, file)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise UserError(f"model.weights: {error}\nmodel.weights=null starts from random weights") from error
+    return file
+
+
+def find_weight_file(weights: str) -> str:
+    """Resolve a file of weights, a run or a checkpoint to a file of weights.
+
+    Raises:
+        UserError: it is neither a file nor a run with a checkpoint.
+    """
+    try:
+        if storage.are_files([weights])[0]:
+            return weights
+    except OSError as error:
+        raise UserError(f"model.weights: {weights} cannot be read: {' '.join(str(error).split())}") from error
     try:
         checkpoint = checkpoints.choose(weights)
         checkpoints.read_verified(checkpoint, checkpoints.WEIGHTS, checkpoints.read_info(checkpoint))

@@ -26,6 +26,7 @@ from pipelines.cluster.session import start_ray
 from pipelines.inference.scoring import Scorer, score_good_videos
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
+from pipelines.runs.models import known_classes
 from pipelines.runs.record import read_record, run_folder
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import journal_path, recipe_without_password
@@ -344,7 +345,7 @@ def score_members(run: str, architectures: Sequence[Architecture]) -> tuple[list
         raise StudyError(f"{run} has no whole checkpoint: {reasons}; delete that folder to train it again")
     info, contents = checkpoints.load(checkpoint, [checkpoints.WEIGHTS])
     config, bad = info.recipe(), list[BadVideo]()
-    manifest = read_split(config.data, "val")
+    manifest = read_split(config.data, "val", known_classes(info))
     logger.info(
         "scoring %d members on %d videos with the weights of %s", len(architectures), len(manifest.rows), checkpoint
     )

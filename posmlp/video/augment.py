@@ -19,6 +19,7 @@ from posmlp.config import AugmentSection, Config
 from posmlp.errors import UserError
 from posmlp.model.spec import suggest
 from posmlp.video.batch import Batch
+from posmlp.video.classes import ClassIndex
 from posmlp.video.randaugment import draw_operations, randaugment
 from posmlp.video.sampling import Box, random_resized_crop
 
@@ -82,22 +83,28 @@ def flip_labels(flip_classes: Mapping[str, str], classes: Sequence[str], num_cla
     """The label of each class after a horizontal flip: int64 ``[num_classes]``.
 
     Args:
-        flip_classes: ``augment.flip_classes``; a flip swaps the two classes of each item.
+        flip_classes: ``augment.flip_classes``; a flip swaps the two classes of each item. Names match in any spelling
+            (``posmlp.video.classes.same_name``).
         classes: the class names. If empty, the labels ``"0"``, ``"1"``, ... are the names.
 
     Raises:
         UserError: an unknown class, or a class with two partners.
     """
-    names = {name: i for i, name in enumerate(classes or map(str, range(num_classes)))}
-    partner: dict[str, str] = {}
-    for one, other in [pair for item in flip_classes.items() for pair in (item, item[::-1])]:
-        if one not in names:
-            raise UserError(f"augment.flip_classes: the data set has no class {one!r}{suggest(one, names)}")
-        if partner.setdefault(one, other) != other:
-            raise UserError(f"augment.flip_classes: a flip cannot turn {one!r} into {partner[one]!r} and {other!r}")
+    names = list(classes) or [str(label) for label in range(num_classes)]
+    index = ClassIndex(names)
+    partner: dict[int, int] = {}
+    for one, other in flip_classes.items():
+        for name in (one, other):
+            if index.get(name) < 0:
+                raise UserError(f"augment.flip_classes: the data set has no class {name!r}{suggest(name, names)}")
+        left, right = index.get(one), index.get(other)
+        for label, flipped in ((left, right), (right, left)):
+            if partner.setdefault(label, flipped) != flipped:
+                both = f"{names[partner[label]]!r} and {names[flipped]!r}"
+                raise UserError(f"augment.flip_classes: a flip cannot turn {names[label]!r} into {both}")
     labels = torch.arange(num_classes)
-    for one, other in partner.items():
-        labels[names[one]] = names[other]
+    for label, flipped in partner.items():
+        labels[label] = flipped
     return labels
 
 

@@ -19,18 +19,20 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from posmlp import storage
+from posmlp.video.classes import NUMBER, ClassIndex, KnownClasses, clean_name, number_or_name, whole
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogg"),
     *(".ogv", ".ts", ".webm", ".wmv"),
 )
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-INTEGER = re.compile(r"-?[0-9]{1,18}")
-PATH_AND_NUMBER = re.compile(r"(.+?)(?:\s*,\s*|\s+)(-?[0-9]{1,18})")  # separated by the last blank or comma
-NUMBER_AND_NAME = re.compile(r"([0-9]{1,9})\s*[\s,;]\s*(.+)")
-NAME_AND_NUMBER = re.compile(r"(.+?)\s*[,;\t]\s*([0-9]{1,9})")
+QUOTED_NUMBER = rf"""{NUMBER}|"\s*{NUMBER}\s*"|'\s*{NUMBER}\s*'"""
+PATH_AND_NUMBER = re.compile(rf"(.+?)(?:\s*,\s*|\s+)({QUOTED_NUMBER})")  # separated by the last blank or comma
+NUMBER_AND_NAME = re.compile(rf"({QUOTED_NUMBER})\s*[\s,;]\s*(.+)")
+NAME_AND_NUMBER = re.compile(rf"(.+?)\s*[,;\t]\s*({QUOTED_NUMBER})")
+JSON = re.compile(r"""\s*(\{|\[\s*(["\[\]{0-9-]|$))""")  # not a name that begins with a bracket
 HMDB_FILE = re.compile(r"(.+)_test_split([0-9]+)\.txt")
-HMDB_SUBSETS = {"0": "unused", "1": "train", "2": "test"}
+HMDB_SUBSETS: dict[int | float | str, str] = {0: "unused", 1: "train", 2: "test"}
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -40,7 +42,7 @@ class ListingRow(NamedTuple):
     file: str
     line: int | None  # counted from 1; in a Parquet file the row, counted from 0; None: found in a folder
     path: str  # relative to the root, absolute, or a URI
-    label: int | str  # a number, or the name of a class
+    label: int | float | str  # a number, or the name of a class; a fraction is refused
     sample_id: str = ""  # empty: the path
     name: str | None = None  # the class, if the list has it in addition to a number
     frames: int | None = None  # images of a frame folder; None: count them
@@ -57,6 +59,7 @@ class Listing:
         columns: the names of ``ListingRow.values``, which ``where`` filters by.
         classes: the name of each label; None: derive the classes from the rows.
         first_label: the smallest number that a label may have in this list.
+        labels_typed: whether labels are stored as numbers, so that they are certainly not names.
         images: each path is a folder of images.
         pictures: each path is one image.
         present: the videos are known to exist.
@@ -68,6 +71,7 @@ class Listing:
     columns: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     first_label: int = 0
+    labels_typed: bool = False
     images: bool = False
     pictures: bool = False
     present: bool = False
@@ -89,6 +93,7 @@ class ManifestSource:
     template: str
     format: str
     missing_ok: bool = False
+    known: KnownClasses | None = None
     problems: list[tuple[str, int | None, str]] = field(default_factory=list)
 
     def problem(self, file: str, line: int | None, text: str) -> None:
@@ -159,6 +164,12 @@ def read_lines(source: ManifestSource, uri: str, expected: str) -> list[tuple[in
     return lines
 
 
+def clean_path(text: str) -> str:
+    """A path in a line of text, without quotes around it."""
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
 def file_names(source: ManifestSource, folder: str) -> list[str]:
     """The sorted names of the files in a folder, without its subfolders."""
     with source.reading(folder):
@@ -169,14 +180,6 @@ def file_names(source: ManifestSource, folder: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
 
 
-def number_or_name(text: str) -> int | str:
-    return int(text) if INTEGER.fullmatch(text) else text
-
-
-def unquoted(text: str) -> str:
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
-
-
 # Class names ----------------------------------------------------------------------------------------------------------
 
 
@@ -184,23 +187,30 @@ def class_names(source: ManifestSource, first: int = 0) -> tuple[str, ...] | Non
     """Read the class names in the file ``source.classes``; None if it is not given.
 
     The file has one name per line, or ``id name`` or ``name,id`` lines (with an optional header), or JSON: a list of
-    names, or an object ``{"name": "id"}``. The ids count from ``first`` without gaps.
+    names, or an object ``{"name": "id"}`` or ``{"id": "name"}``. The ids count from ``first`` without gaps.
     """
     uri = source.classes
     if uri is None:
         return None
     text = read_text(source, uri, "a list of class names")
-    numbered = _json_names(source, uri, text) if text.lstrip()[:1] in ("{", "[") else _line_names(source, uri, text)
+    numbered = _json_names(source, uri, text) if JSON.match(text) else _line_names(source, uri, text)
     names: dict[int, str] = {}
     seen: set[str] = set()
-    for line, given, quoted in numbered:
-        name, number = unquoted(quoted), first + len(names) if given is None else given
+    for line, given, text in numbered:
+        name, number = clean_name(text), first + len(names) if given is None else given
+        if isinstance(number, float):
+            text = (
+                f"id {number:g} of class {name!r} is not a whole number; number the classes {first}, {first + 1}, ..."
+            )
+            source.problem(uri, line, text)
+            continue
         if number in names:
             source.problem(uri, line, f"id {number} is class {name!r} here, but {names[number]!r} above")
         elif name in seen:
             source.problem(uri, line, f"class {name!r} is listed twice; every class needs its own name")
         names.setdefault(number, name)
         seen.add(name)
+    source.stop_if_bad()
     if not names:
         source.stop(uri, 1, "the file is empty; expected a list of class names")
     gap = next((i for i in range(first, first + len(names)) if i not in names), None)
@@ -211,7 +221,17 @@ def class_names(source: ManifestSource, first: int = 0) -> tuple[str, ...] | Non
     return tuple(names[number] for number in sorted(names))
 
 
-def _line_names(source: ManifestSource, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
+NumberedNames = list[tuple[int | None, int | float | None, str]]  # line, id and name of each class
+
+
+def _id(text: str) -> int | float:
+    """The number in a text that is one."""
+    number = number_or_name(text)
+    assert not isinstance(number, str)
+    return number
+
+
+def _line_names(source: ManifestSource, uri: str, text: str) -> NumberedNames:
     lines = [(number, line) for number, raw in enumerate(text.split("\n"), 1) if (line := raw.strip())]
     first = [NUMBER_AND_NAME.fullmatch(line) for _, line in lines]
     last = [NAME_AND_NUMBER.fullmatch(line) for _, line in lines]
@@ -219,21 +239,28 @@ def _line_names(source: ManifestSource, uri: str, text: str) -> list[tuple[int |
     matches, name, number = (first, 2, 1) if id_first else (last, 1, 2)
     if sum(map(bool, matches)) * 2 < len(lines):
         return [(line, None, written) for line, written in lines]
-    found: list[tuple[int | None, int | None, str]] = []
+    found: NumberedNames = []
     for (line_number, written), match in zip(lines, matches, strict=True):
         if match:
-            found.append((line_number, int(match[number]), match[name]))
+            found.append((line_number, _id(match[number]), match[name]))
         elif line_number != lines[0][0] or not re.search("[,;]", written):  # a header
             source.problem(uri, line_number, f"{written!r} has no id, as other classes here have; expected id and name")
     return found
 
 
-def _json_names(source: ManifestSource, uri: str, text: str) -> list[tuple[int | None, int | None, str]]:
+def _json_names(source: ManifestSource, uri: str, text: str) -> NumberedNames:
     data = _parse_json(source, uri, text)
     if isinstance(data, list) and all(isinstance(name, str) for name in data):
         return [(None, None, name) for name in data]
-    if isinstance(data, dict) and all(INTEGER.fullmatch(str(number)) for number in data.values()):
-        return [(None, int(number), name) for name, number in data.items()]
+    if isinstance(data, dict):
+        for pairs in ([*data.items()], [(name, number) for number, name in data.items()]):
+            found: NumberedNames = [
+                (None, number, name)
+                for name, value in pairs
+                if isinstance(name, str) and not isinstance(number := number_or_name(str(value)), str)
+            ]
+            if len(found) == len(pairs):
+                return found
     source.stop(uri, 1, 'expected a JSON object {"class": "id", ...} or a list of class names')
 
 
@@ -265,7 +292,7 @@ def _csv(source: ManifestSource) -> Listing:
             line,
             cells[path],
             number_or_name(cells[label]),
-            name=None if name is None else cells[name],
+            name=None if name is None else clean_name(cells[name]),
             values=cells,
         )
         for line, cells in lines
@@ -338,18 +365,20 @@ def _folder(source: ManifestSource) -> Listing:
         if _has_suffix(stray, suffixes):
             source.problem(storage.join(root, stray), None, f"is not in a class folder; move it to {short}/<class>/")
     if not classes:
-        parquet = any(stray.endswith(".parquet") for stray in strays)
+        parquet = any(_is_parquet(stray) for stray in strays)
         hint = "; for Parquet files set `format: parquet`" if parquet else ""
         source.problem(root, None, f"has no class folders; expected {short}/<class>/<{what}>{hint}")
     rows = []
     for name in sorted(classes):
         files = sorted(path for path in classes[name] if _has_suffix(path, suffixes))
-        if not files:
+        if not files and not (source.classes or source.known):  # otherwise a class may have no videos
             other = not pictures and any(_has_suffix(path, PICTURE_SUFFIXES) for path in classes[name])
             hint = "; if each picture is a sample, set `format: images`" if other else ""
-            text = f"holds no {what}s ({' '.join(suffixes)}); add some or remove it{hint}"
-            source.problem(storage.join(root, name), None, text)
+            text = f"holds no {what}s ({' '.join(suffixes)}); add some, remove it, or name all classes in a file "
+            source.problem(storage.join(root, name), None, f"{text}(`data.classes`){hint}")
         rows += [ListingRow(storage.join(root, name), None, path, name) for path in files]
+    if classes and not rows and not source.problems:
+        source.problem(root, None, f"holds no {what}s ({' '.join(suffixes)}); expected {short}/<class>/<{what}>")
     return Listing(rows, root, classes=class_names(source), present=True, pictures=pictures)
 
 
@@ -403,16 +432,20 @@ def _is_video(path: str) -> bool:
     return _has_suffix(path, VIDEO_SUFFIXES)
 
 
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")
+
+
 # images ---------------------------------------------------------------------------------------------------------------
 
 
 def _images(source: ManifestSource) -> Listing:
     """Images in place of videos: a tree ``class/**/image`` (ImageNet), Parquet files, or a CSV file."""
     if path_kind(source, source.path) == "folder":
-        inline = any(name.endswith(".parquet") for name in file_names(source, source.path))
+        inline = any(map(_is_parquet, file_names(source, source.path)))
         parser = _parquet if inline else _folder
     else:
-        parser = _parquet if storage.OPTIONS.split(source.path)[0].endswith(".parquet") else _csv
+        parser = _parquet if _is_parquet(storage.OPTIONS.split(source.path)[0]) else _csv
     listing = parser(source)
     listing.pictures = True
     return listing
@@ -425,12 +458,13 @@ def _parquet(source: ManifestSource) -> Listing:
     """A Parquet file, or all Parquet files of a folder.
 
     Columns: ``uri`` (or ``path``), or the video's bytes in ``data``, which are not read here and take precedence over
-    ``uri``; ``label``, a number or a name; optionally ``class``, ``sample_id`` and others to filter by. Key ``classes``
-    of the schema's metadata, a JSON list, names the classes and takes precedence over column ``class``.
+    ``uri``; ``label``, a whole number (also in a column of floats) or a name; optionally ``class``, ``sample_id`` and
+    others to filter by. Key ``classes`` of the schema's metadata, a JSON list, names the classes and takes precedence
+    over column ``class``.
     """
     path, is_folder = source.path, path_kind(source, source.path) == "folder"
     if is_folder:
-        files = [storage.join(path, name) for name in file_names(source, path) if name.endswith(".parquet")]
+        files = [storage.join(path, name) for name in file_names(source, path) if _is_parquet(name)]
         if not files:
             source.stop(path, None, "holds no .parquet files; expected a Parquet file or a folder of them")
     else:
@@ -439,7 +473,7 @@ def _parquet(source: ManifestSource) -> Listing:
     rows: list[ListingRow] = []
     columns = tuple(source.where)
     named: dict[tuple[str, ...], str] = {}
-    inline = []
+    inline, typed = [], []
     for file in files:
         with source.reading(file):
             system, place = storage.resolve(file)
@@ -447,6 +481,7 @@ def _parquet(source: ManifestSource) -> Listing:
                 schema = table.schema_arrow
                 inline.append(storage.BYTES_COLUMN in schema.names)
                 if _check_columns(source, file, schema):
+                    typed.append(not _is_text(schema.field("label").type))
                     rows += _parquet_rows(source, file, table, columns)
                     for names in _metadata_names(source, file, schema.metadata or {}):
                         named.setdefault(names, file)
@@ -460,7 +495,8 @@ def _parquet(source: ManifestSource) -> Listing:
     classes = class_names(source) or next(iter(named), None)
     if classes and not source.classes:
         rows = [row._replace(name=None) for row in rows] if rows[0].name is not None else rows
-    return Listing(rows, path if is_folder else storage.parent(path), columns, classes, present=all(inline))
+    folder = path if is_folder else storage.parent(path)
+    return Listing(rows, folder, columns, classes, labels_typed=all(typed), present=all(inline))
 
 
 def _check_columns(source: ManifestSource, file: str, schema: pa.Schema) -> bool:
@@ -475,10 +511,10 @@ def _check_columns(source: ManifestSource, file: str, schema: pa.Schema) -> bool
     for name in sorted({name for name in names if names.count(name) > 1}):
         source.problem(file, None, f"column {name!r} appears twice; rename or remove one")
     allowed = {"uri": _is_text, "path": _is_text, "class": _is_text, "sample_id": lambda t: _is_text(t) or _is_int(t)}
-    allowed |= {"label": lambda type: _is_int(type) or _is_text(type), storage.BYTES_COLUMN: _is_bytes}
+    allowed |= {"label": lambda type: _is_number(type) or _is_text(type), storage.BYTES_COLUMN: _is_bytes}
     for name, test in allowed.items():
         if names.count(name) == 1 and not test(type := schema.field(name).type):
-            wanted = {"label": "integers or strings", storage.BYTES_COLUMN: "binary"}.get(name, "strings")
+            wanted = {"label": "whole numbers or strings", storage.BYTES_COLUMN: "binary"}.get(name, "strings")
             source.problem(file, None, f"column {name} has type {type}; expected {wanted}")
     if storage.BYTES_COLUMN in names and not storage.parquet_row(f"{file}#0"):
         text = "inline videos need a file name that ends in .parquet, without options after it; rename the file, or"
@@ -499,6 +535,10 @@ def _is_int(type: pa.DataType) -> bool:
     return pa.types.is_integer(type)
 
 
+def _is_number(type: pa.DataType) -> bool:
+    return _is_int(type) or pa.types.is_floating(type) or pa.types.is_decimal(type)
+
+
 def _is_bytes(type: pa.DataType) -> bool:
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
 
@@ -514,7 +554,7 @@ def _parquet_rows(
     count = data.num_rows
     texts = {name: data[name].to_pylist() for name in needed}
     nothing = [None] * count
-    values = list(zip(*([str(value) for value in texts[name]] for name in columns), strict=True)) or [()] * count
+    values = list(zip(*(_texts(texts[name], source.where[name]) for name in columns), strict=True)) or [()] * count
     if inline:
         _check_bytes(source, file, table.metadata)
     short = file.rpartition("/")[2]
@@ -528,11 +568,32 @@ def _parquet_rows(
             strict=True,
         )
     ):
-        name = "" if name is None and "class" in texts else name
-        label = "" if label is None else label
+        name = "" if name is None and "class" in texts else name and clean_name(name)
+        label = _stored_label(label)
         if sample_id is None and "sample_id" in texts:
             source.problem(file, row, "sample_id is null; give it, or leave out the column")
         yield ListingRow(file, row, place or "", label, "" if sample_id is None else str(sample_id), name, None, value)
+
+
+def _stored_label(value: Any) -> int | float | str:
+    """A label of a Parquet file: empty if it is null or not a number."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str):
+        return number_or_name(value)
+    return "" if value is None or value != value else whole(float(value))
+
+
+def _texts(values: list[Any], wanted: str) -> list[str]:
+    """The values of a column as text; a number or a truth value that is the wanted one, as the recipe writes it."""
+    number = number_or_name(wanted)
+    return [
+        wanted
+        if (isinstance(value, float) and value == number)
+        or (isinstance(value, bool) and str(value).lower() == wanted.lower())
+        else str(value)
+        for value in values
+    ]
 
 
 def _check_bytes(source: ManifestSource, file: str, metadata: Any) -> None:
@@ -583,10 +644,10 @@ def _kinetics(source: ManifestSource) -> Listing:
     rows = []
     for number, line in lines:
         if match := PATH_AND_NUMBER.fullmatch(line):
-            rows.append(ListingRow(source.path, number, unquoted(match[1]), int(match[2])))
+            rows.append(ListingRow(source.path, number, clean_path(match[1]), number_or_name(match[2])))
         elif "," in line:
             path, _, name = line.rpartition(",")
-            rows.append(ListingRow(source.path, number, unquoted(path.strip()), unquoted(name.strip())))
+            rows.append(ListingRow(source.path, number, clean_path(path), clean_name(name)))
         else:
             text = f"{_shorten(line)!r} has no label; expected `path label` or `path,label`"
             source.problem(source.path, number, text)
@@ -608,7 +669,7 @@ def _official_kinetics(source: ManifestSource) -> tuple[list[ListingRow], tuple[
             continue
         clip = f"{cells[video]}_{times[0]:06d}_{times[1]:06d}"
         path = f"{clip}.mp4" if cells[video] else ""
-        rows.append(ListingRow(source.path, line, path, cells[label], clip, values=cells))
+        rows.append(ListingRow(source.path, line, path, number_or_name(cells[label]), clip, values=cells))
     return rows, header
 
 
@@ -620,7 +681,7 @@ def _official_places(row: ListingRow) -> list[str]:
 
 def _other_suffixes(row: ListingRow) -> list[str]:
     stem, suffix = os.path.splitext(row.path)
-    return [stem + other for other in (".mkv", ".webm")] if suffix == ".mp4" else []
+    return [stem + other for other in (".mkv", ".webm")] if suffix.lower() == ".mp4" else []
 
 
 def _shorten(text: str) -> str:
@@ -649,16 +710,18 @@ def _ssv1(source: ManifestSource) -> Listing:
         if official:
             folder, separator, text = (part.strip() for part in line.partition(";"))
             if separator and text:
-                rows.append(ListingRow(file, number, folder, unquoted(text)))
+                rows.append(ListingRow(file, number, clean_path(folder), number_or_name(text)))
                 continue
         else:
             parts = line.rsplit(maxsplit=2)
-            if len(parts) == 3 and INTEGER.fullmatch(parts[1]) and INTEGER.fullmatch(parts[2]):
-                rows.append(ListingRow(file, number, parts[0], int(parts[2]), frames=int(parts[1])))
-                if int(parts[1]) < 1:
+            frames, label = map(number_or_name, parts[1:]) if len(parts) == 3 else ("", "")
+            if isinstance(frames, int) and not isinstance(label, str):
+                rows.append(ListingRow(file, number, clean_path(parts[0]), label, frames=frames))
+                if frames < 1:
                     source.problem(file, number, f"{parts[1]} frames; a video has at least one")
                 continue
-        hint = "; the test list has no labels, use the train or validation list" if INTEGER.fullmatch(line) else ""
+        no_label = isinstance(number_or_name(line), int)
+        hint = "; the test list has no labels, use the train or validation list" if no_label else ""
         source.problem(file, number, f"{_shorten(line)!r} is malformed; expected {expected}{hint}")
     return Listing(rows, storage.parent(file), classes=class_names(source), images=True)
 
@@ -683,13 +746,14 @@ def _ssv2(source: ManifestSource) -> Listing:
     rows, without = [], []
     for line, item in _json_items(source, text):
         sample = item.get("id") if isinstance(item, dict) else None
+        sample = whole(sample) if isinstance(sample, float) else sample
         if not isinstance(sample, str | int) or isinstance(sample, bool) or not str(sample).strip():
             source.problem(file, line, 'expected an object with "id" and "template"')
         elif not isinstance(item.get("template"), str):
             without.append(line)
         else:
             sample, template = str(sample).strip(), item["template"]
-            name = template.replace("[", "").replace("]", "")
+            name = clean_name(template.replace("[", "").replace("]", ""))
             values = (sample, str(item.get("label", "")), template)
             rows.append(ListingRow(file, line, f"{sample}.webm", name, sample, values=values))
     if without and not rows:
@@ -754,14 +818,16 @@ def _ucf101(source: ManifestSource) -> Listing:
         neighbour = storage.join(storage.parent(file), "classInd.txt")
         source.classes = neighbour if path_kind(source, neighbour) == "file" else None
     classes = class_names(source, first=1)
+    index = None if classes is None else ClassIndex(classes)
     rows = []
     for number, line in lines:
         match = PATH_AND_NUMBER.fullmatch(line)
-        path = match[1] if match else line
-        folder = path.rpartition("/")[0].rpartition("/")[2]
+        path = clean_path(match[1] if match else line)
+        slashed = path if "/" in path else path.replace("\\", "/")
+        folder = slashed.rpartition("/")[0].rpartition("/")[2]
         if match:
-            name = folder if folder and (classes is None or folder in classes) else None
-            rows.append(ListingRow(file, number, path, int(match[2]), name=name))
+            name = folder if folder and (index is None or index.get(folder) >= 0) else None
+            rows.append(ListingRow(file, number, path, number_or_name(match[2]), name=name))
         elif folder:
             rows.append(ListingRow(file, number, path, folder))
         else:
@@ -797,11 +863,12 @@ def _hmdb51(source: ManifestSource) -> Listing:
         file = storage.join(folder, name)
         for number, line in read_lines(source, file, "lines of `video.avi 1`"):
             entry = PATH_AND_NUMBER.fullmatch(line)
-            if not entry or entry[2] not in HMDB_SUBSETS:
+            subset = HMDB_SUBSETS.get(number_or_name(entry[2])) if entry else None
+            if not entry or not subset:
                 source.problem(file, number, f"{_shorten(line)!r} is malformed; expected `video.avi 1`, with 0, 1 or 2")
                 continue
-            path = f"{match[1]}/{entry[1]}"
-            rows.append(ListingRow(file, number, path, match[1], values=(split, HMDB_SUBSETS[entry[2]])))
+            path = f"{match[1]}/{clean_path(entry[1])}"
+            rows.append(ListingRow(file, number, path, match[1], values=(split, subset)))
     return Listing(rows, folder, ("split", "subset"), class_names(source))
 
 

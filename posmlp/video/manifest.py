@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from posmlp import storage
 from posmlp.config import DataSection
 from posmlp.errors import UserError
+from posmlp.video.classes import ClassIndex, KnownClasses, in_order, list_names, same_name
 from posmlp.video.formats import (
     MANIFEST_FORMATS,
     PARSERS,
@@ -37,6 +38,7 @@ SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())],
 )
 MAX_PROBLEMS_SHOWN = 20  # in a message
+DRIVE = re.compile(r"[A-Za-z]:/")
 TEMPLATE = re.compile(r"([^{}/]*)\{0?(?::0?[0-9]*d?)?\}([^{}/]*)")  # one number, as in img_{:05d}.jpg
 
 
@@ -87,16 +89,19 @@ def read_manifest(
     classes: str | Path | None = None,
     template: str = "{:05d}.jpg",
     missing_ok: bool = False,
+    known: KnownClasses | None = None,
 ) -> Manifest:
     """Read and check the videos of a split.
 
     A **csv** file (UTF-8, comma-separated, with header) has the columns ``path`` and ``label``, optionally ``class``,
-    and any others to filter by. The path as written is the ``sample_id``. Labels are integers from 0 without gaps, or,
-    if no label is an integer, class names, which get ids in sorted order. ``class`` names the labels. Classes come from
-    the whole file, so splits that are filtered from one file agree. Only kept rows are checked for missing videos.
+    and any others to filter by. The path as written is the ``sample_id``. Labels are whole numbers from 0 without gaps
+    (``3``, also written as ``"3"``, ``+3`` or ``3.0``), or, if no label is a number, class names, which get ids in
+    sorted order. ``class`` names the labels. Classes come from the whole file, so splits that are filtered from one
+    file agree. Only kept rows are checked for missing videos.
 
-    A **folder** is a tree ``class/**/video``. Class names get ids in sorted order; the path below the folder is the
-    ``sample_id``. Other files and hidden ones are ignored. Links to folders inside a class folder are not followed.
+    A **folder** is a tree ``class/**/video``. Class names get ids in sorted order, by number if all are whole numbers;
+    the path below the folder is the ``sample_id``. Other files and hidden ones are ignored. Links to folders inside a
+    class folder are not followed.
 
     A **parquet** file, or a folder of them, has one row per video: its ``uri``, or its bytes. **images** reads any of
     these three with images instead of videos; ``auto`` also recognises a tree ``class/image`` without videos.
@@ -113,6 +118,9 @@ def read_manifest(
             Numeric labels refer to it, named labels get their ids from it.
         template: the names of a frame folder's images; ssv1 only.
         missing_ok: also keep rows whose video does not exist.
+        known: the classes that the labels refer to, of the training list or of a checkpoint. They are matched by name,
+            or by label if the list has no names. Some may be absent; a kept row of another class is a problem. None:
+            the list defines the classes.
 
     Raises:
         ManifestError: lists all problems.
@@ -126,6 +134,7 @@ def read_manifest(
         template,
         format,
         missing_ok,
+        known,
     )
     try:
         manifest = _build_manifest(source)
@@ -165,18 +174,27 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _build_manifest(source: ManifestSource) -> Manifest:
+def _parse(source: ManifestSource) -> Listing:
     listing = PARSERS[_choose_format(source)](source)
     if not listing.rows:
         raise StopReading
+    return listing
+
+
+def _build_manifest(source: ManifestSource) -> Manifest:
+    listing = _parse(source)
     if source.root and not storage.is_remote(source.root) and not os.path.isdir(source.root):
         source.stop(
             source.root, None, "no such folder; `root` must be the folder that the list's paths are relative to"
         )
-    labels, classes = _assign_labels(source, listing)
+    labels, names = _assign_labels(source, listing)
     kept = _filter_rows(source, listing)
-    rows = [listing.rows[i] for i in kept]
+    classes = tuple(names[label] for label in sorted(names))
+    if source.known:
+        labels, classes = _known_labels(source, source.known, listing, labels, names, kept), source.known.names
     folder = source.root or listing.folder
+    _read_backslashes(source, listing, folder)
+    rows = [listing.rows[i] for i in kept]
     uris = _check_paths(source, listing, folder)
     uris = [uris[i] for i in kept]
     frames: list[int | None] = [None] * len(kept)
@@ -212,22 +230,25 @@ def _choose_format(source: ManifestSource) -> str:
         expected = "expected a CSV or Parquet file or a class-per-folder tree of videos"
         source.stop(source.path, None, f"no such file or folder; {expected}")
     name = storage.OPTIONS.split(source.path)[0]
-    return "folder" if found == "folder" else "parquet" if name.endswith(".parquet") else "csv"
+    return "folder" if found == "folder" else "parquet" if name.lower().endswith(".parquet") else "csv"
 
 
 # Labels ---------------------------------------------------------------------------------------------------------------
 
 
-def _assign_labels(source: ManifestSource, listing: Listing) -> tuple[list[int], tuple[str, ...]]:
-    """The label of each row and the name of each label. Meaningless if there are problems."""
+def _assign_labels(source: ManifestSource, listing: Listing) -> tuple[list[int], dict[int, str]]:
+    """The label of each row in this list, and the name of each label. Meaningless if there are problems."""
     before = len(source.problems)
     for row in listing.rows:
         if row.label == "":
             source.problem(row.file, row.line, "label is empty; expected an integer from 0 or a class name")
+        if isinstance(row.label, float):
+            text = f"label {row.label!r} is not a whole number; write 0, 1, 2, ..., or a class name"
+            source.problem(row.file, row.line, text)
         if row.name == "":
             source.problem(row.file, row.line, "class is empty; name it, or leave out the column")
     if listing.classes is not None:
-        return _named_labels(source, listing, listing.classes), listing.classes
+        return _named_labels(source, listing, listing.classes), dict(enumerate(listing.classes))
     rows, first = listing.rows, listing.first_label
     if any(isinstance(row.label, int) for row in rows):
         labels = [row.label - first if isinstance(row.label, int) else -1 for row in rows]
@@ -235,21 +256,43 @@ def _assign_labels(source: ManifestSource, listing: Listing) -> tuple[list[int],
             if isinstance(row.label, str) and row.label:
                 text = f"label {row.label!r} is not an integer, as other labels here are; use one kind"
                 source.problem(row.file, row.line, text)
-            elif row.label != "" and label < 0:
+            elif isinstance(row.label, int) and label < 0:
                 source.problem(row.file, row.line, _too_small(row, first))
         used = {label for label in labels if label >= 0}
         gaps = list(islice((i for i in range(max(used, default=0)) if i not in used), 11))
-        if gaps and len(source.problems) == before:  # an unreadable label would look like a gap
+        # an unreadable label would look like a gap; a list of known classes may have gaps
+        if gaps and len(source.problems) == before and not source.known:
             listed = ", ".join(str(i + first) for i in gaps[:10]) + (", ..." if len(gaps) > 10 else "")
             text = f"no row has label {listed}, yet labels go up to {max(used) + first}"
             hint = f"number them {first}, {first + 1}, {first + 2}, ..., or name all classes in a file (`classes`)"
             source.problem(rows[0].file, _first_line(rows[0].file), f"{text}; {hint}")
     else:
-        ids = {name: i for i, name in enumerate(sorted({str(row.label) for row in rows}))}
+        ids = {name: i for i, name in enumerate(in_order({str(row.label) for row in rows}))}
         labels = [ids[str(row.label)] for row in rows]
     _check_names(source, rows, labels)
-    named = {label: row.name or str(row.label) for label, row in zip(labels, rows, strict=True)}
-    return labels, tuple(named[label] for label in sorted(named))
+    return labels, {label: row.name or str(row.label) for label, row in zip(labels, rows, strict=True)}
+
+
+def _known_labels(
+    source: ManifestSource,
+    known: KnownClasses,
+    listing: Listing,
+    labels: list[int],
+    names: Mapping[int, str],
+    kept: Sequence[int],
+) -> list[int]:
+    """The labels of the same classes in ``known``. Kept rows of other classes are one problem."""
+    index = ClassIndex(known.names)
+    known_label = {label: index.get(name) for label, name in names.items()}
+    other = [i for i in kept if labels[i] in names and known_label[labels[i]] < 0]
+    if other and not source.problems:
+        row = listing.rows[other[0]]
+        strange = list(dict.fromkeys(names[labels[i]] for i in other))
+        close = difflib.get_close_matches(strange[0], known.names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        what = f"{len(strange)} class{'es' * (len(strange) > 1)} not in {known.source}: {list_names(strange)}"
+        source.problem(row.file, row.line, f"{what}{hint}; {known.advice}")
+    return [known_label.get(label, -1) for label in labels]
 
 
 def _first_line(file: str) -> int | None:
@@ -262,14 +305,16 @@ def _too_small(row: ListingRow, first: int) -> str:
 
 def _named_labels(source: ManifestSource, listing: Listing, classes: tuple[str, ...]) -> list[int]:
     """Labels, if the class names are given."""
-    ids = {name: i for i, name in enumerate(classes)}
+    index = ClassIndex(classes)
     first, where = listing.first_label, source.classes or "the file's metadata"
     labels, hints = [], dict[str, str]()
+    _check_meaning(source, listing, index, where)
     for row in listing.rows:
-        label = ids.get(row.label, -1) if isinstance(row.label, str) else row.label - first
-        labels.append(label)
-        if row.label == "":
+        if row.label == "" or isinstance(row.label, float):
+            labels.append(-1)
             continue
+        label = index.get(row.label) if isinstance(row.label, str) else row.label - first
+        labels.append(label)
         if isinstance(row.label, str):
             if label < 0:
                 if row.label not in hints and len(hints) < MAX_PROBLEMS_SHOWN:  # comparing with every class is slow
@@ -283,10 +328,26 @@ def _named_labels(source: ManifestSource, listing: Listing, classes: tuple[str, 
             last = first + len(classes) - 1
             text = f"label {row.label} is out of range; {where} names {len(classes)} classes, {first} to {last}"
             source.problem(row.file, row.line, text)
-        if 0 <= label < len(classes) and row.name and row.name != classes[label]:
+        if 0 <= label < len(classes) and row.name and same_name(row.name) != same_name(classes[label]):
             text = f"label {row.label} is class {row.name!r} here, but {classes[label]!r} in {where}"
             source.problem(row.file, row.line, f"{text}; correct one of the two")
     return labels
+
+
+def _check_meaning(source: ManifestSource, listing: Listing, index: ClassIndex, where: str) -> None:
+    """Refuse labels that are both numbers and names of classes, if the two mean different classes."""
+    if listing.labels_typed or not any(name.isdigit() for name in index.exact):
+        return
+    numbered = [row for row in listing.rows if isinstance(row.label, int)]
+    named = [index.exact.get(str(row.label), -1) + listing.first_label for row in numbered]
+    if min(named, default=-1) < listing.first_label:  # a label that is no name: all are numbers
+        return
+    for row, number in zip(numbered, named, strict=True):
+        if row.label != number:
+            text = f"label {row.label} may be the number, or the class {str(row.label)!r}, which is number {number} in"
+            advice = "list the classes in the order of their numbers, or give them other names"
+            source.problem(row.file, row.line, f"{text} {where}; {advice}")
+            return
 
 
 def _check_names(source: ManifestSource, rows: Sequence[ListingRow], labels: list[int]) -> None:
@@ -297,10 +358,10 @@ def _check_names(source: ManifestSource, rows: Sequence[ListingRow], labels: lis
         if not row.name or label < 0:
             continue
         known, first = name_of.setdefault(label, (row.name, row))
-        if known != row.name:
+        if known != row.name and same_name(known) != same_name(row.name):
             text = f"label {row.label} is class {row.name!r} here, but {known!r} in {_describe_line(first, row)}"
             source.problem(row.file, row.line, text)
-        other, first = label_of.setdefault(row.name, (label, row))
+        other, first = label_of.setdefault(same_name(row.name), (label, row))
         if other != label:
             text = f"class {row.name!r} has label {row.label} here, but another in {_describe_line(first, row)}"
             source.problem(row.file, row.line, text)
@@ -342,6 +403,22 @@ def _list_values(values: set[str]) -> str:
 
 
 # Videos ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_backslashes(source: ManifestSource, listing: Listing, folder: str) -> None:
+    """Read backslashes in paths as slashes, unless a file has that name: lists are also written on Windows."""
+    rows = [] if listing.present else [(i, row) for i, row in enumerate(listing.rows) if "\\" in row.path]
+    found = {i: storage.join(folder, row.path) for i, row in rows}
+    found = {i: uri for i, uri in found.items() if storage.is_inside(uri, folder)}  # nothing elsewhere is looked up
+    if not found:
+        return
+    if listing.images and TEMPLATE.fullmatch(source.template):
+        found = {i: storage.join(uri, source.template.format(1)) for i, uri in found.items()}
+    for i, exists in zip(found, _are_files(source, [*found.values()]), strict=True):
+        row = listing.rows[i]
+        if not exists:
+            path = row.path.replace("\\", "/")
+            listing.rows[i] = row._replace(path=path, sample_id=row.sample_id or row.path)
 
 
 def _check_paths(source: ManifestSource, listing: Listing, folder: str) -> list[str]:
@@ -390,9 +467,11 @@ def _find_videos(
     missing = [i for i, exists in zip(wanted, found, strict=True) if not exists]
     uris = list(uris)
     tried = 0
-    while missing and listing.others:
+    while missing:
         candidates = {
-            i: storage.join(folder, others[tried]) for i in missing if tried < len(others := listing.others(rows[i]))
+            i: storage.join(folder, others[tried])
+            for i in missing
+            if tried < len(others := _other_places(listing, rows[i]))
         }
         if not candidates:
             break
@@ -409,10 +488,18 @@ def _find_videos(
         others = listing.others(row) if listing.others else []
         also = f" (nor {others[0]}{', ...' if len(others) > 1 else ''})" if others else ""
         what = "image" if listing.pictures else "video"
-        source.problem(row.file, row.line, f"no {what} file {uris[i]}{also}; {base}")
+        windows = "; a path of a Windows drive: make it relative to `root`" if DRIVE.match(row.path) else ""
+        source.problem(row.file, row.line, f"no {what} file {uris[i]}{also}{windows or '; ' + base}")
     absent = set(missing)
     _check_parquet_rows(source, rows, ["" if i in absent else uri for i, uri in enumerate(uris)])
     return uris
+
+
+def _other_places(listing: Listing, row: ListingRow) -> list[str]:
+    """Other paths where a missing video may be: those of the format, and the suffix in small or capital letters."""
+    stem, suffix = os.path.splitext(row.path)
+    cases = [stem + other for other in (suffix.lower(), suffix.upper()) if other != suffix and suffix[1:].isalnum()]
+    return (listing.others(row) if listing.others else []) + cases
 
 
 def _check_parquet_rows(source: ManifestSource, rows: list[ListingRow], uris: list[str]) -> None:
@@ -499,9 +586,31 @@ def _count_images(source: ManifestSource, row: ListingRow, folder: str) -> int |
     return count
 
 
-def read_split(data: DataSection, name: Literal["train", "val"]) -> Manifest:
-    """Read a split of a recipe; raises the errors of ``read_manifest``."""
+def read_split(data: DataSection, name: Literal["train", "val"], known: KnownClasses | None = None) -> Manifest:
+    """Read a split of a recipe; raises the errors of ``read_manifest``.
+
+    Args:
+        known: the classes that the labels shall refer to; give ``training_classes`` for the validation split.
+    """
+    return _read(data, name, known=known)
+
+
+def training_classes(data: DataSection, manifest: Manifest | None = None) -> KnownClasses:
+    """The classes of a recipe's training list, which the labels of its validation list refer to.
+
+    Args:
+        manifest: the training split, if it is read already.
+
+    Raises:
+        ManifestError: the training list is wrong. Missing videos are ignored.
+    """
+    if manifest is None:
+        manifest = _read(data, "train", missing_ok=True)
+    advice = "correct the names, leave these videos out, or name all classes in a file (`data.classes`)"
+    return KnownClasses(manifest.classes, f"the training list {data.train.path}", advice)
+
+
+def _read(data: DataSection, name: Literal["train", "val"], **options: Any) -> Manifest:
     split = getattr(data, name)
-    return read_manifest(
-        split.path, split.where, format=data.format, root=split.root, classes=data.classes, template=data.template
-    )
+    where, files = split.where, {"root": split.root, "classes": data.classes, "template": data.template}
+    return read_manifest(split.path, where, format=data.format, **files, **options)

@@ -16,9 +16,12 @@ from posmlp.config import (
     RENAMED_KEYS,
     Config,
     RecipeError,
+    as_typed,
     current_keys,
     flatten,
     load_recipe,
+    read_yaml,
+    set_key,
     set_value,
     warn_renamed,
 )
@@ -244,6 +247,146 @@ def test_an_old_key_below_a_renamed_one_is_refused_like_the_new():
     for key in ("scaling.device_batch", "scaling.micro_batch"):
         with pytest.raises(RecipeError, match=r"scaling\.micro_batch: .*valid integer"):
             load_recipe("demo", [f"{key}.x=3"])
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+# Each is something other than text to YAML, or no YAML value at all.
+TEXTS = ["1", "001", "1.50", "-3", "2024-01-01", "2024-13-01", "yes", "on", "No", "1e3", "0x10", "1_000", "12:30:45"]
+TEXTS += [".inf", "1.", "=", "2001-12-14t21:59:43.10-05:00"]
+NOT_YAML = ["{:05d}.jpg", "*.csv", "@a", "a: b", "[1].csv", "- a", "a # b", '"a" b', "&a", "%", "'tis", "|"]
+
+
+def keys_of(schema, wanted, prefix=""):
+    """The keys of a JSON schema for which ``wanted`` is true of one of the schemas that their values may have."""
+    for name, field in schema["properties"].items():
+        options = [resolve(option) for option in field.get("anyOf", [field])]
+        if any(wanted(option) for option in options):
+            yield f"{prefix}{name}", {"type": "null"} in options
+        for option in options:
+            if "properties" in option:
+                yield from keys_of(option, wanted, f"{prefix}{name}.")
+
+
+def resolve(schema):
+    return SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+SCHEMA = Config.model_json_schema()
+TEXT_KEYS = list(keys_of(SCHEMA, lambda s: s.get("type") == "string"))
+MAPPINGS = [
+    key for key, _ in keys_of(SCHEMA, lambda schema: schema.get("type") == "object" and "properties" not in schema)
+]
+LISTS = [key for key, _ in keys_of(SCHEMA, lambda schema: schema.get("items", {}).get("type") == "string")]
+
+
+def as_file(key, text):
+    """What the recipe ``a: {b: text}`` holds, for key ``a.b``."""
+    lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(key.split("."))]
+    return flatten(as_typed(read_yaml("\n".join(lines) + f" {text}\n"), Config))
+
+
+def as_override(key, text):
+    tree = {}
+    set_key(tree, f"{key}={text}")
+    return flatten(tree)
+
+
+def test_the_text_keys_are_found():
+    keys = dict(TEXT_KEYS)
+    assert {"name", "data.train.path", "data.template", "data.modality", "tracking.experiment"} <= {*keys}
+    assert (keys["model.weights"], keys["data.val.root"], keys["train.storage"]) == (True, True, False)
+    assert {*MAPPINGS} == {
+        "data.train.where",
+        "data.val.where",
+        "augment.flip_classes",
+        "scaling.train_on",
+        "scaling.decode_on",
+    }
+    assert "train.epochs" not in keys and "model.blocks" in LISTS
+
+
+@pytest.mark.parametrize(("key", "nullable"), TEXT_KEYS)
+def test_a_text_key_takes_the_text_as_it_is_written(key, nullable):
+    for text in TEXTS:
+        assert as_file(key, text) == as_override(key, text) == as_override(key, f" {text} ") == {key: text}
+    for text in ("null", "~"):
+        assert as_file(key, text) == as_override(key, text) == {key: None if nullable else text}
+        assert as_file(key, f'"{text}"') == as_override(key, f"'{text}'") == {key: text}
+    for text in NOT_YAML:
+        if text != "- a" or key not in LISTS:
+            assert as_override(key, text) == {key: text}
+    assert as_file(key, "") == as_override(key, "") == {key: None}
+
+
+@pytest.mark.parametrize("key", MAPPINGS)
+def test_keys_and_values_of_a_mapping_are_text(key):
+    for text in [*TEXTS, "null", "~"]:
+        if text != "=":
+            assert as_file(key, f"{{{text}: {text}}}") == as_override(key, f"{{{text}: {text}}}")
+            assert as_file(key, f"{{{text}: {text}}}") == {f"{key}.{text}": text}
+        if "." not in text:
+            assert as_override(f"{key}.a", text) == as_file(f"{key}.a", text) == {f"{key}.a": text}
+    assert as_override(f"{key}.{1}", "{:05d}.jpg") == {f"{key}.1": "{:05d}.jpg"}
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_the_items_of_a_list_are_text(key):
+    assert as_file(key, "[001, on, ~, x]") == as_override(key, "[001, on, ~, x]") == {key: ["001", "on", "~", "x"]}
+
+
+def test_other_keys_take_what_yaml_reads():
+    config = load_recipe("demo", ["train.epochs=0x10", "train.compile=yes", "optim.lr=1.0e-3", "model.weights=null"])
+    assert (config.train.epochs, config.train.compile, config.optim.lr) == (16, True, 1e-3)
+    assert config.model.weights is None
+    windows = load_recipe("demo", ["model.windows=[8, [4, 4], [2, 4, 4], 2]"]).model.windows
+    assert windows == (8, (4, 4), (2, 4, 4), 2)
+
+
+def test_text_survives_the_whole_way(tmp_path):
+    where = dict(zip("abcdefghijklmnopqrstuvwxyz", [*TEXTS, "null", "~"], strict=False))
+    path = tmp_path / "r.yaml"
+    lines = "".join(f"      {key}: {text}\n" for key, text in where.items())
+    path.write_text(
+        "name: 007\naugment: {flip_classes: {1: 002}}\ndata:\n  template: '{:05d}.jpg'\n"
+        "  val: {path: 1e3, where: {1: yes}}\n"
+        f"  train:\n    path: 2024-01-01\n    root: 1.50\n    where:\n{lines}"
+    )
+    config = load_recipe(path, ["data.val.where.split=1", "data.classes=0"])
+    assert (config.name, config.data.train.path, config.data.train.root) == ("007", "2024-01-01", "1.50")
+    assert config.data.train.where == where
+    assert (config.data.val.path, config.data.val.where) == ("1e3", {"1": "yes", "split": "1"})
+    assert (config.data.classes, config.data.template) == ("0", "{:05d}.jpg")
+    assert config.augment.flip_classes == {"1": "002"}
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_recipe(again) == config == Config.model_validate_json(config.model_dump_json())
+
+
+def test_an_empty_text_key_is_refused_where_it_must_be_given():
+    with pytest.raises(RecipeError, match=r"train\.storage: .*valid string, not None"):
+        load_recipe("demo", ["train.storage="])
+
+
+def test_a_date_that_is_none_can_be_referred_to(tmp_path):
+    tree = as_typed(read_yaml("name: &a 2024-13-01\ntrain: {storage: *a}\n"), Config)
+    assert tree == {"name": "2024-13-01", "train": {"storage": "2024-13-01"}}
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "data: &a {train: *a}", "model: {blocks: &a [*a]}"])
+def test_yaml_that_refers_to_itself_is_refused(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="cannot be run"):
+        load_recipe(path)
+
+
+def test_aliases_do_not_multiply(tmp_path):
+    """A list of lists of lists, each ten times the same, is a billion items when copied."""
+    path = tmp_path / "r.yaml"
+    path.write_text("a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 10}]\n" for i in range(9)))
+    with pytest.raises(RecipeError, match="a9: unknown key"):
+        load_recipe(path)
 
 
 # Imports ------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path)
         (["scaling.workers=2"], "--workers"),
         (["data.val.path=nowhere.csv"], r"nowhere\.csv"),
         (["data.max_bad_fraction=2"], r"data\.max_bad_fraction: .*not 2"),
-        (["data.classes=null"], "val.csv has 7 classes, the checkpoint 8"),
+        (["data.classes=null"], r"val\.csv:2: 7 classes not in the checkpoint: '0', '1', '2', '3', '4' and 2 more; "),
     ],
 )
 def test_overrides_that_do_not_fit_are_refused(untrained_run, overrides, expected):
@@ -111,8 +111,8 @@ def test_a_password_is_not_sent_where_the_checkpoint_says(untrained_run, tmp_pat
 
 
 def test_another_class_list_is_refused_by_name(untrained_run, tmp_path):
-    (tmp_path / "classes.txt").write_text("\n".join(["down", "right", "left", *CLASSES[3:]]))
-    with pytest.raises(UserError, match=r"label 1 is class 'right' in .*val\.csv, but 'left' in the checkpoint"):
+    (tmp_path / "classes.txt").write_text("\n".join(["down", "sideways", "left", *CLASSES[3:]]))
+    with pytest.raises(UserError, match=r"val\.csv:\d+: 1 class not in the checkpoint: 'sideways'; correct the names"):
         evaluate(untrained_run["run"], overrides=[f"data.classes={tmp_path}/classes.txt"])
 
 

@@ -409,7 +409,8 @@ def test_lists_may_point_into_parquet_files(write, tmp_path):
     [
         ({"label": [0]}, {}, ["no column uri, path or data"]),
         ({"uri": ["a"]}, {}, ["no column label"]),
-        ({"uri": ["a"], "label": [0.5]}, {}, ["label has type double"]),
+        ({"data": [b"a"], "label": [0.5]}, {}, ["#0: label 0.5 is not a whole number"]),
+        ({"uri": ["a"], "label": [True]}, {}, ["label has type bool"]),
         ({"data": ["a"], "label": [0]}, {}, ["data has type string"]),
         ({"uri": [1], "label": [0]}, {}, ["uri has type int64"]),
         ({"data": [b"a"], "label": [0]}, {"data": "a"}, ["no column 'data' to filter by"]),

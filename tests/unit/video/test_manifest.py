@@ -118,7 +118,7 @@ def test_a_row_after_a_quoted_line_break_has_the_right_line(write):
         (b"path,label\na.mp4,0\n\xff\xfe,0\n", "3", "not UTF-8"),
         ("path,label\na.mp4,0\nb.mp4,2\nsub/e.mp4,4\n", "1", "no row has label 1, 3, yet labels go up to 4"),
         ("path,label\na.mp4,0\nb.mp4,99999999999\n", "1", "no row has label 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ..."),
-        ("path,label\na.mp4,0\nb.mp4,1.5\n", "3", "'1.5' is not an integer"),
+        ("path,label\na.mp4,0\nb.mp4,1.5\n", "3", "label 1.5 is not a whole number"),
         ("path,label\na.mp4,walk\nb.mp4,\n", "3", "label is empty"),
         ("path,label\na.mp4,0\na.mp4,0\n", "3", "is already in line 2"),
         ("path,label\na.mp4,0\ngone.mp4,0\n", "3", "no video file"),

@@ -183,5 +183,5 @@ def test_training_goes_on_as_if_it_had_not_stopped(stop):
     second.load_state_dict(first.weights(), first.state_dict())
     again += [second.train_step(make_batch(seed=step)).loss for step in range(stop, 6)]
     assert again == losses
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, second.weights()[name])
+    final = second.weights()
+    assert all(torch.equal(tensor, final[name]) for name, tensor in weights.items())

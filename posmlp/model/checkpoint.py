@@ -1,19 +1,22 @@
-"""Load weights into a model, from checkpoints of the published release or of this project.
+"""Load weights into a model, from checkpoints of the published release, of this project, or of any trainer.
 
-``load_published`` renames the release's tensors, makes channel groups contiguous, and adapts differences between the
-checkpoint and the model: number of classes, window, clip length, and a missing time axis (image -> video).
+``load_published`` finds the model's tensors in a checkpoint, renames the release's tensors, makes channel groups
+contiguous, and adapts differences between the checkpoint and the model: number of classes, window, clip length, and a
+missing time axis (image -> video).
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,13 +25,27 @@ from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.gates import PositionGate
-from posmlp.model.spec import Window
+from posmlp.model.spec import UNITS, Window
+from posmlp.model.weight_files import UnusableTensor, WeightFileError, named_tensors, read_weight_file
 
 State = dict[str, Tensor]
 
+MAX_LISTED = 4  # problems in a message; a checkpoint of another variant has hundreds
+COUNTER = "num_batches_tracked"  # of a batch norm; not needed
+
+# Keys of entries that hold the state of an optimizer: its moments have the names and shapes of the weights.
+OPTIMIZER_KEY = re.compile(r"(\w*_)?optim(izer)?s?(_\w*)?|opt|(max_)?exp_avg(_sq)?s?|momentum(_buffers?)?")
+
+# Entries or prefixes of evaluation weights, which are preferred to others that fit as well. MMEngine's ema_state_dict
+# is not one: its hook swaps the two, so that state_dict has the average.
+EVALUATION_KEY = re.compile(r"weights|(.*_)?(ema|swa|averaged|teacher)(_(model|weights))?")
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # may be in the middle of a name
+HEADS = ("head", "heads", "cls_head", "fc", "classifier", "projection")  # first parts of the names of other heads
+
 
 class CheckpointError(UserError):
-    """A checkpoint that does not fit the model; the message lists missing, extra and misshapen keys."""
+    """A checkpoint that cannot be read, or does not fit the model. The message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -44,40 +61,84 @@ class LoadReport:
     adapted: tuple[str, ...]
 
 
-def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> LoadReport:
+class Fit(NamedTuple):
+    """How well the tensors under a prefix fit a model; of two, the larger one fits better.
+
+    Attributes:
+        fitting: number of tensors that have a name and a size of the model's.
+        named: number of tensors that have a name of the model's.
+        surplus: number of all other tensors, negative.
+    """
+
+    fitting: int
+    named: int
+    surplus: int
+
+
+def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[str, object]) -> LoadReport:
     """Load a published checkpoint (or one saved from ``model.state_dict()``) into ``model``, in place.
+
+    The weights may lie in any nesting of dicts and lists, under any keys, next to any other content. Their names may
+    have any prefix (``module.``, ``model.``, ``_orig_mod.``, ``backbone.``). Those that fit the model best are loaded;
+    of several that fit equally well, an average (EMA). Optimizer states are not searched.
 
     Differences are adapted as follows:
 
-    - Number of classes: the model keeps its own fresh head.
+    - Number of classes, or no head in the checkpoint: the model keeps its own fresh head.
     - Window or clip length: position tables and token biases are resized (``resize_offsets``).
     - An image checkpoint, which has spatial units only, for a video model: temporal units start as no-ops, and a joint
       unit starts as the spatial unit within each frame. The features of each frame then equal those of the image model.
 
     Args:
         model: any variant.
-        path_or_state_dict: a PyTorch file (read with ``weights_only=True``) or a safetensors file, as a path or URI; or
-            a mapping from names to tensors. An entry ``weights``, ``model`` or ``state_dict`` is unwrapped, and
-            ``module.`` prefixes are dropped.
+        path_or_state_dict: a file of ``torch.save`` or safetensors, as a path or URI; or its content. No code from the
+            file is run.
 
     Raises:
-        CheckpointError: the file holds no tensors or is unsafe to read, or keys are missing, extra or misshapen beyond
-            the adaptations above. The model is then unchanged.
+        CheckpointError: the file cannot be read, holds no tensors or would run code; or tensors are missing, extra,
+            misshapen beyond the adaptations above, or not finite. The model is then unchanged.
         FileNotFoundError: there is no such file.
     """
-    source = canonical(read_state(path_or_state_dict))
-    adapted: list[str] = []
+    state, report = fit_published(model, path_or_state_dict)
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def fit_published(
+    model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[str, object]
+) -> tuple[State, LoadReport]:
+    """Read a checkpoint and adapt it to ``model``, as ``load_published`` does, without loading it.
+
+    Args:
+        model: is not changed. It may be on the meta device: then its own tensors take no memory.
+
+    Returns:
+        the tensors to load, and what was adapted.
+
+    Raises:
+        CheckpointError, FileNotFoundError: as ``load_published``.
+    """
+    if isinstance(path_or_state_dict, str | Path):
+        source_name = storage.without_password(str(path_or_state_dict))
+        content = read_file(str(path_or_state_dict))
+    else:
+        source_name, content = "the checkpoint", path_or_state_dict
+    try:
+        return fit_content(model, content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source_name} {error}") from error
+
+
+def fit_content(model: PosMLPVideo, content: object) -> tuple[State, LoadReport]:
+    """Adapt the content of a checkpoint to ``model``. The messages of errors continue after the checkpoint's name."""
     target = model.state_dict()
-    source = {k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}
+    expected = {k for k in target if not k.endswith(COUNTER)}
+    found, adapted = find_state({k: x for k, x in target.items() if k in expected}, content)
+    source = canonical(found)
     loaded = len(source)
     extend_to_time(model, source, adapted)
     resize_windows(model, source, adapted)
-    head, fresh = source.get("head.weight"), target["head.weight"]
-    if head is not None and head.shape != fresh.shape and head.shape[1:] == fresh.shape[1:]:
-        adapted.append(f"head: fresh, as the checkpoint has {len(head)} classes and the model {len(fresh)}")
-        loaded -= len({"head.weight", "head.bias"} & source.keys())
-        source |= {"head.weight": target["head.weight"], "head.bias": target["head.bias"]}
-    expected = {k for k in target if not k.endswith("num_batches_tracked")}
+    loaded -= replace_head(source, target, adapted)
     problems = [f"missing: {k} {list(target[k].shape)}" for k in sorted(expected - source.keys())]
     problems += [f"extra: {k} {list(source[k].shape)}" for k in sorted(source.keys() - expected)]
     problems += [
@@ -86,49 +147,172 @@ def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[
         if source[k].shape != target[k].shape
     ]
     if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         raise CheckpointError(
-            f"the checkpoint does not fit the model ({len(problems)} problems; is it of another variant?):\n  "
-            + "\n  ".join(problems)
+            f"does not fit the model ({count}); expected a checkpoint of the same variant:\n  "
+            + "\n  ".join(problems[:MAX_LISTED] + more)
         )
-    model.load_state_dict(source, strict=False)
-    return LoadReport(loaded=loaded, adapted=tuple(adapted))
+    return source, LoadReport(loaded=loaded, adapted=tuple(adapted))
 
 
-def read_state(path_or_state_dict: str | Path | Mapping[str, Tensor]) -> State:
-    """Tensors of a checkpoint by name, unwrapped. Runs no code from the file; a path may be a URI."""
-    content: object = path_or_state_dict
-    if isinstance(path_or_state_dict, str | Path):
-        content = read_tensors(str(path_or_state_dict))
-    for wrapper in ("weights", "model", "state_dict"):  # the first: evaluation weights of a run of this project
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError("the checkpoint holds no named tensors and has no entry weights, model or state_dict")
-    return {str(k).removeprefix("module."): v for k, v in content.items()}
-
-
-def read_tensors(uri: str) -> object:
+def read_file(uri: str) -> object:
     """Content of a PyTorch or safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, or holds more than plain data and tensors.
+        CheckpointError: the file cannot be read, is of another kind, is damaged, or would run code.
         FileNotFoundError: there is no such file.
     """
+    name = storage.without_password(uri)
     try:
-        content = storage.read_bytes(uri)
+        if not storage.is_remote(uri) and not storage.parquet_row(uri):
+            return read_weight_file(storage.local_path(uri))
+        with tempfile.NamedTemporaryFile(prefix="weights-") as copy:  # mapped into memory, so that there is one copy
+            copy.write(storage.read_bytes(uri))
+            copy.flush()
+            return read_weight_file(copy.name)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{uri}: cannot be read ({error}); expected a file of weights") from error
-    try:
-        # In a safetensors file, 8 bytes of length come before the JSON header. No PyTorch file has { at that place.
-        if content[8:9] == b"{":
-            return safetensors.torch.load(content)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader of a damaged file can fail anywhere, with any type of error
+        reason = error.strerror or " ".join(str(error).split())
+        raise CheckpointError(f"{name}: cannot be read ({reason}); expected a file of weights") from error
+    except WeightFileError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+# --- the model's tensors in a checkpoint -------------------------------------------------------------------------
+
+
+def find_state(target: Mapping[str, Tensor], content: object) -> tuple[State, list[str]]:
+    """Find the tensors of a model in the content of a checkpoint.
+
+    The prefix is chosen, with all keys that lead to the tensors, under which most tensors have the names and sizes of
+    the model's.
+
+    Args:
+        target: the model's tensors by name; only names and shapes matter.
+        content: nested containers with tensors.
+
+    Returns:
+        the tensors by name, in this project's names or the release's; and a sentence if there was a choice.
+
+    Raises:
+        CheckpointError: there are none, or one of them is not dense, of floating point and finite.
+    """
+    tensors = {unwrapped_name(name): x for name, x in named_tensors(content, is_optimizer_key)}
+    if not tensors:
         raise CheckpointError(
-            f"{uri}: damaged, or not a checkpoint that holds only tensors; nothing was loaded: {error}"
-        ) from error
+            "holds no named tensors outside of optimizer states; expected the model's state_dict, at any place in it"
+        )
+    prefixes = rank_prefixes(target, tensors)
+    prefix = prefixes[0][0] if prefixes else ""
+    chosen = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    if not prefixes or 2 * prefixes[0][1].named < min(len(target), len(chosen)):
+        raise CheckpointError(
+            f"is of another architecture: it holds {first_names(tensors)}; expected {first_names(target)}"
+        )
+    names = {our_name(name) for name in chosen}
+    for end in range(prefix.count(".")):  # a backbone may have its head next to it, outside of the prefix
+        outer = "".join(f"{part}." for part in prefix.split(".")[:end])
+        chosen |= {
+            inner: x
+            for name, x in tensors.items()
+            if name.startswith(outer) and our_name(inner := name.removeprefix(outer)) in target.keys() - names
+        }
+    refuse_unusable(target, chosen, prefix)
+    equal = [other.rstrip(".") for other, fit in prefixes[1:] if fit == prefixes[0][1]]
+    notes = [f"weights: {prefix.rstrip('.')}; the checkpoint also has {', '.join(equal)}"] if equal else []
+    if "head.weight" not in chosen and "head.bias" not in chosen:
+        chosen = {name: x for name, x in chosen.items() if name.partition(".")[0] not in HEADS}
+    return {name: x for name, x in chosen.items() if isinstance(x, Tensor) and not name.endswith(COUNTER)}, notes
+
+
+def rank_prefixes(
+    target: Mapping[str, Tensor], tensors: Mapping[str, Tensor | UnusableTensor]
+) -> list[tuple[str, Fit]]:
+    """Rank the prefixes under which tensors have names of the model's, the best first."""
+    sizes: dict[str, set[int]] = {}
+    for name, x in target.items():
+        sizes.setdefault(common_name(name), set()).add(x.numel())
+    roots = re.compile(r"patch_embed\d|blocks\d|" + "|".join({name.partition(".")[0] for name in target}))
+    fitting, named = Counter[str](), Counter[str]()
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            common = common_name(our_name(".".join(parts[i:]))) if roots.fullmatch(part) else ""
+            if common in sizes:
+                prefix = "".join(f"{part}." for part in parts[:i])
+                named[prefix] += 1
+                fitting[prefix] += isinstance(tensor, Tensor) and tensor.numel() in sizes[common]
+
+    def rank(item: tuple[str, Fit]) -> tuple[Fit, bool]:
+        return item[1], any(EVALUATION_KEY.fullmatch(part) for part in item[0].split("."))
+
+    needed = [name for name in tensors if not name.endswith(COUNTER)]
+    fits = {p: Fit(fitting[p], named[p], named[p] - sum(name.startswith(p) for name in needed)) for p in named}
+    return sorted(fits.items(), key=rank, reverse=True)  # the sort is stable: of equals the first in the file
+
+
+def first_names(tensors: Mapping[str, object]) -> str:
+    """The first names of tensors and their number, for messages."""
+    return f"{', '.join(itertools.islice(tensors, 3))} ... ({len(tensors)} tensors)"
+
+
+def is_optimizer_key(key: str) -> bool:
+    """Whether an entry of a checkpoint is the state of an optimizer."""
+    return bool(OPTIMIZER_KEY.fullmatch(key))
+
+
+def unwrapped_name(name: str) -> str:
+    """A tensor's name without the parts that wrappers of modules add in the middle of names."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def common_name(name: str) -> str:
+    """A name without the kind of unit and the number of groups, in which a checkpoint may differ from the model."""
+    name = re.sub(rf"\.units\.({'|'.join(UNITS)})\.", ".units.", name)
+    return re.sub(r"\.gate\.tables?(\.\d+)?$", ".gate.table", name)
+
+
+def refuse_unusable(target: Mapping[str, Tensor], state: Mapping[str, Tensor | UnusableTensor], prefix: str) -> None:
+    """Refuse tensors that are not dense, of floating point and finite.
+
+    Args:
+        prefix: of the names in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: names the first one.
+    """
+    names, damaged = {common_name(name) for name in target}, []
+    for name, tensor in state.items():
+        kind = tensor_kind(tensor)
+        integer = isinstance(tensor, Tensor) and not tensor.is_floating_point() and not kind
+        if kind or (integer and common_name(our_name(name)) in names):
+            what = f"{kind} tensor" if kind else f"tensor of {str(tensor.dtype).removeprefix('torch.')}"  # type: ignore[union-attr]
+            raise CheckpointError(f"cannot be used: {prefix}{name} is a {what}; expected dense floating-point numbers")
+        if not integer and (bad := count_infinite(tensor)):  # type: ignore[arg-type]
+            damaged.append(f"{prefix}{name} holds {bad} of {tensor.numel()} values that are NaN or infinite")  # type: ignore[union-attr]
+    if damaged:
+        more = f" (the first of {len(damaged)} such tensors)" if damaged[1:] else ""
+        raise CheckpointError(f"cannot be used: {damaged[0]}{more}; expected finite weights, use another checkpoint")
+
+
+def tensor_kind(tensor: Tensor | UnusableTensor) -> str:
+    """Why a tensor is not dense numbers in memory; empty if it is."""
+    if isinstance(tensor, UnusableTensor):
+        return tensor.kind
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_meta:
+        return "meta"
+    return "" if tensor.layout == torch.strided else "sparse"
+
+
+def count_infinite(tensor: Tensor) -> int:
+    """Number of values that are NaN or infinite, as float32 numbers if the tensor has another type."""
+    return tensor.numel() - int(torch.isfinite(tensor.detach().float()).sum())
 
 
 # --- the release's names and channel order -----------------------------------------------------------------------
@@ -143,6 +327,13 @@ RELEASE_NAMES = (
 )
 
 
+def our_name(name: str) -> str:
+    """A tensor's name in this project; one that is not of the release is returned unchanged."""
+    for pattern, replacement in RELEASE_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def canonical(state: State) -> State:
     """Convert a state to this project's names and channel order; one that has them already is returned unchanged."""
     if not any(k.startswith(("patch_embed", "blocks")) for k in state):
@@ -151,8 +342,7 @@ def canonical(state: State) -> State:
     for name, tensor in state.items():
         if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
             continue  # the release stores its position index; here it is computed
-        for pattern, replacement in RELEASE_NAMES:
-            name = re.sub(pattern, replacement, name)
+        name = our_name(name)
         if ".gate." in name:
             tensor = tensor.flatten() if name.endswith("bias") else tensor.T if tensor.ndim == 2 else tensor
         if "proj" in name and tensor.ndim == 4:
@@ -178,6 +368,24 @@ def contiguous_groups(x: Tensor, dim: int, parts: int, groups: int) -> Tensor:
 
 
 # --- adaptations -------------------------------------------------------------------------------------------------
+
+
+def replace_head(source: State, target: State, adapted: list[str]) -> int:
+    """Give ``source`` the model's own head if it has none, or one for another number of classes, in place.
+
+    Returns:
+        the number of replaced tensors.
+    """
+    head, fresh = source.get("head.weight"), target["head.weight"]
+    if head is None and "head.bias" not in source:
+        adapted.append("head: fresh, as the checkpoint has none")
+    elif head is not None and head.shape != fresh.shape and head.shape[1:] == fresh.shape[1:]:
+        adapted.append(f"head: fresh, as the checkpoint has {len(head)} classes and the model {len(fresh)}")
+    else:
+        return 0
+    replaced = len({"head.weight", "head.bias"} & source.keys())
+    source |= {"head.weight": target["head.weight"], "head.bias": target["head.bias"]}
+    return replaced
 
 
 def extend_to_time(model: PosMLPVideo, source: State, adapted: list[str]) -> None:

@@ -19,7 +19,7 @@ from pipelines.runs.record import check_writable, run_folder, write_json
 from pipelines.tracking.mlflow_client import register_model, source_tags
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import journal_path, recipe_without_password, tracking_uri
-from pipelines.training.preflight import check_data, read_splits
+from pipelines.training.preflight import check_data, find_weights, read_splits
 from pipelines.tuning import pareto
 from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController
 from pipelines.tuning.ray_tune import run_trials
@@ -95,8 +95,12 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     train_set, val_set = read_splits(study.recipe)
     recipe = with_absolute_paths(check_data(study.recipe, train_set, val_set))
     study = study.model_copy(update={"recipe": recipe})
-    if not trials and propose_trial(study, space, []) is None:
-        raise StudyError(f"space {study.space} has no member within the budgets that can be built; raise a budget")
+    if not trials:
+        first = propose_trial(study, space, [])
+        if first is None:
+            raise StudyError(f"space {study.space} has no member within the budgets that can be built; raise a budget")
+        member = space.recipe(recipe, first.member)  # a space may choose the weights
+        find_weights(recipe if member.model.weights == recipe.model.weights else member)
     check_writable(study.folder)
 
     start_ray()

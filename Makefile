@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/posmlp demo
 
 test: .venv/installed-test
-	$(BIN)/pytest -q -m "not slow" -n logical --maxprocesses 8 tests/unit
+	$(BIN)/pytest -q -m "not slow" -n logical --maxprocesses 8 --dist worksteal tests/unit
 	$(BIN)/pytest -q -m "not slow" tests/integration
 
 test-all: test
@@ -43,4 +43,4 @@ docs: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -194,7 +194,8 @@ def find_weights(config: Config) -> str | None:
     try:
         fit_published(model, file)
     except (CheckpointError, FileNotFoundError) as error:
-        raise UserError(f"model.weights: {error}\nmodel.weights=null starts from random weights") from error
+        separator = "\n" if "\n" in str(error) else "; "
+        raise UserError(f"model.weights: {error}{separator}model.weights=null starts from random weights") from error
     return file
 
 

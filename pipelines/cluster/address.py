@@ -230,7 +230,7 @@ def ray_tmpdir() -> tuple[str, str]:
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def explain(error: Exception, choice: RayChoice) -> RayUnavailable:
+def explain_ray_error(error: Exception, choice: RayChoice) -> RayUnavailable:
     """The error of ``ray.init`` as one line that says what to change."""
     return RayUnavailable(explain_start(error) if choice.address is None else explain_join(error, choice))
 

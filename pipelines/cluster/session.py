@@ -16,7 +16,7 @@ from pipelines.cluster.address import (
     RayChoice,
     choose_ray,
     describe,
-    explain,
+    explain_ray_error,
     free_shared_memory,
     shared_memory_warning,
     token_without_home,
@@ -66,7 +66,7 @@ def start_ray(**options: Any) -> None:
     except Exception as error:  # of the network, the token, the versions, the disk
         with suppress(Exception):  # what has started of it ends
             ray.shutdown()
-        raise explain(error, choice) from error
+        raise explain_ray_error(error, choice) from error
     announce(choice)
     store = ray.cluster_resources().get("object_store_memory", 0.0)
     if choice.address is None and (warning := shared_memory_warning(free, store)):

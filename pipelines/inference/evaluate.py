@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import LifecycleStage, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
@@ -37,8 +37,22 @@ from pipelines.runs.errors import BadVideo
 from pipelines.runs.models import find_checkpoint, known_classes, output_names
 from pipelines.runs.record import read_record
 from pipelines.tracking import plots
-from pipelines.tracking.mlflow_client import create_run, now_ms, prepare_mlflow
-from pipelines.tracking.uris import recipe_without_password, refuse_foreign_server, scrub, tracking_uri, without_secrets
+from pipelines.tracking.mlflow_client import (
+    as_metrics,
+    create_run,
+    explain_store_error,
+    infinite_tags,
+    now_ms,
+    prepare_mlflow,
+    prepare_sqlite,
+)
+from pipelines.tracking.uris import (
+    recipe_without_password,
+    refuse_foreign_server,
+    scrub,
+    tracking_uri,
+    without_secrets,
+)
 from posmlp import storage
 from posmlp.config import Config, RecipeError, describe, set_key
 from posmlp.errors import UserError
@@ -334,19 +348,19 @@ def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Confi
     server = f"MLflow at {without_secrets(uri)}"
     prepare_mlflow()
     try:
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        prepare_sqlite(uri)
         client = MlflowClient(uri)
         known = run_id if run_id and run_exists(client, run_id) else None
         if run_id and not known:
-            logger.warning(f"{server} has no run {run_id}; the evaluation gets a run of its own")
+            logger.warning(f"{server} has no run {run_id}, or it is deleted; the evaluation gets a run of its own")
         target = known or create_run(
             client,
             config.model_copy(update={"name": f"{config.name}-{result.name}"}),
             {"checkpoint": result.checkpoint},
         )
-        metrics = [Metric(f"{prefix}{k}", v, now_ms(), result.step) for k, v in result.metrics.items()]
-        client.log_batch(target, metrics=metrics, tags=[RunTag(f"evaluation.{prefix.removesuffix('/')}", result.name)])
+        values = {f"{prefix}{name}": value for name, value in result.metrics.items()}
+        tags = [RunTag(f"evaluation.{prefix.removesuffix('/')}", result.name), *infinite_tags(values, result.step)]
+        client.log_batch(target, metrics=as_metrics(values, now_ms(), result.step), tags=tags)
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
@@ -354,18 +368,17 @@ def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Confi
         if not known:
             client.set_terminated(target)
     except Exception as error:  # networks, databases and artifact stores raise many kinds; the results are on disk
-        reason = scrub(" ".join(str(error).split()), uri)[:200]
-        logger.warning(f"{server} does not accept the evaluation ({reason}); its files are in {result.path}")
+        problem = explain_store_error(error, uri)
+        logger.warning(f"{server} does not accept the evaluation ({problem}); its files are in {result.path}")
         return None
     return target
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:
-    """Return whether MLflow has a run."""
+    """Return whether MLflow has a run that is not deleted."""
     try:
-        client.get_run(run_id)
+        return bool(client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-    return True

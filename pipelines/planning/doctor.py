@@ -30,8 +30,14 @@ from pipelines.cluster.capacity import matches_labels, worker_resources, workers
 from pipelines.cluster.session import start_ray
 from pipelines.data.loader import OBJECT_STORE_SHARE, decode_rows, rows_per_block
 from pipelines.runs.record import JOB_FOLDER
-from pipelines.tracking.mlflow_client import prepare_mlflow, shorten
-from pipelines.tracking.uris import scrub, tracking_uri, without_secrets
+from pipelines.tracking.mlflow_client import (
+    explain_store_error,
+    find_experiment,
+    prepare_mlflow,
+    prepare_sqlite,
+    shorten,
+)
+from pipelines.tracking.uris import tracking_uri, without_secrets
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
@@ -362,13 +368,18 @@ def check_mlflow(config: Config | None) -> Iterator[Finding]:
         return
     prepare_mlflow()
     try:
-        MlflowClient(uri).search_experiments(max_results=1)
+        prepare_sqlite(uri)
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+        if config:
+            find_experiment(client, config)
+    except UserError as error:  # it cannot be written
+        yield Finding("fail", str(error), "MLflow must be writable before a run starts")
+        return
     except Exception as error:  # networks and databases raise many kinds
-        reason = scrub(one_line(error), uri)
+        problem = explain_store_error(error, uri)
         advice = "start it, or see tracking.uri, MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD"
-        if "out-of-date database schema" in str(error):
-            advice = "take a backup, then run `mlflow db upgrade URI`"
-        yield Finding("fail", f"MLflow at {shown}: {reason}", advice)
+        yield Finding("fail", f"MLflow at {shown}: {problem.reason}", problem.advice or advice)
         return
     yield Finding("ok", f"MLflow at {shown} answers, and its schema is current")
 

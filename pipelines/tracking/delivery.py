@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -16,9 +17,20 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipelines.tracking.journal import Entry, Journal, JournalState
-from pipelines.tracking.mlflow_client import error_code, last_epoch_stored, prepare_mlflow, shorten, upload_model
-from pipelines.tracking.operations import EndRun, LogFile, LogMetrics, LogModel, OpenRun, SetTags, Unreadable
-from pipelines.tracking.uris import scrub, without_secrets
+from pipelines.tracking.mlflow_client import (
+    StoreProblem,
+    as_metrics,
+    error_code,
+    explain_deleted,
+    explain_store_error,
+    infinite_tags,
+    last_epoch_stored,
+    prepare_mlflow,
+    prepare_sqlite,
+    upload_model,
+)
+from pipelines.tracking.operations import EndRun, LogFile, LogMetrics, LogModel, OpenRun, Operation, SetTags, Unreadable
+from pipelines.tracking.uris import without_secrets
 from posmlp.errors import UserError
 from posmlp.metrics import TRAIN_LOSS
 
@@ -30,13 +42,6 @@ POSTPONED_PAUSE = 60.0  # seconds between two attempts of what was postponed
 KNOWN_AWAY_WAIT = 5.0  # longest wait of a flush, in seconds, if the last attempt failed
 MAX_BAD_REQUESTS = 3  # attempts of an operation after which MLflow's BAD_REQUEST is final
 
-# Short texts for the errors of the network, by a part of their long messages
-REASONS = {
-    "Connection refused": "connection refused",
-    "timed out": "timed out",
-    "Failed to resolve": "its name cannot be resolved",
-}
-
 
 class LostError(Exception):
     """The disk no longer has an operation, or its file, as it was written."""
@@ -45,7 +50,8 @@ class LostError(Exception):
 class DeliveryWorker(threading.Thread):
     """Delivers the operations of a journal to MLflow: continuously as a thread, or once with :meth:`deliver_all`.
 
-    - MLflow, or the network to it, is down: the operation is tried again until it succeeds, and later ones wait.
+    - MLflow, or the network to it, is down: the operation is tried again until it succeeds, and later ones wait. The
+      same holds for a store that accepts nothing now: an expired token, a read-only file, a deleted experiment.
     - MLflow refuses an operation for its content: it moves to the journal's ``rejected_path``.
     - Only the artifact store fails (it is a separate service): operations with files are postponed, others continue.
     """
@@ -88,19 +94,22 @@ class DeliveryWorker(threading.Thread):
                         self.journal.changed.wait(1.0)
         self.journal.close()
 
-    def report_connection(self, error: str | None) -> None:
-        """Log when MLflow stops answering and when it answers again."""
+    def report_connection(self, error: StoreProblem | None) -> None:
+        """Log when MLflow stops answering or accepting, and when it answers again."""
         server = f"MLflow at {without_secrets(self.uri)}"
         if error and not self.failures:
-            logger.warning(
-                "%s does not answer (%s). The run continues; operations wait in %s.", server, error, self.journal.path
-            )
+            logger.warning("%s. The run continues; operations wait in %s.", self.no_delivery(error), self.journal.path)
         elif not error and self.failures:
             logger.info("%s answers again. Delivering the operations that waited.", server)
         with self.journal.changed:
             self.failures = self.failures + 1 if error else 0
             self.attempts += 1
             self.journal.changed.notify_all()
+
+    def no_delivery(self, problem: StoreProblem) -> str:
+        """Say that nothing can be delivered now, and why."""
+        verb = "does not accept the run's metrics and files" if problem.advice else "does not answer"
+        return f"MLflow at {without_secrets(self.uri)} {verb} ({problem})"
 
     def flush(self, wait_s: float) -> None:
         """Wait until the queue is empty, at most ``wait_s`` seconds. Return early if MLflow does not answer."""
@@ -133,10 +142,8 @@ class DeliveryWorker(threading.Thread):
         before = self.journal.pending_count()
         while entries := self.next_entries():
             if error := self.attempt(entries):
-                raise UserError(
-                    f"MLflow at {without_secrets(self.uri)} does not answer ({error}); "
-                    f"{self.journal.pending_count()} operations still wait in {self.journal.path}"
-                )
+                waiting = f"{self.journal.pending_count()} operations still wait in {self.journal.path}"
+                raise UserError(f"{self.no_delivery(error)}; {waiting}")
         self.retry_postponed()
         return before - self.journal.pending_count()
 
@@ -156,26 +163,27 @@ class DeliveryWorker(threading.Thread):
                         return entries or [entry]
             return entries
 
-    def attempt(self, entries: Sequence[Entry]) -> str | None:
+    def attempt(self, entries: Sequence[Entry]) -> StoreProblem | None:
         """Try to deliver the first entries of the queue.
 
         Returns:
-            the reason if MLflow does not answer; None if the entries are delivered, rejected or postponed.
+            the reason if MLflow does not answer, or accepts nothing now; None if the entries are delivered, rejected or
+            postponed.
         """
         keep_file = False
         try:
             self.deliver(entries)
         except Exception as error:  # networks, databases and artifact stores raise many types; no operation is lost
-            reason = self.describe(error)
-            if self.is_refusal(error):
-                self.reject(entries[0], reason)
+            problem, operation = self.explain(error), entries[0].operation
+            if self.is_refusal(error) or self.is_of_missing_run(operation, error):
+                self.reject(entries[0], problem.reason)
                 keep_file = True
-            elif isinstance(entries[0].operation, LogFile | LogModel) and self.run_is_readable():
-                self.postpone(entries[0], reason)
+            elif isinstance(operation, LogFile | LogModel) and self.run_is_readable():
+                self.postpone(entries[0], str(problem))
                 return None
             else:
                 self.bad_requests = self.bad_requests + 1 if error_code(error) == "BAD_REQUEST" else 0
-                return reason
+                return problem
         self.bad_requests = 0
         for entry in entries:
             self.journal.mark_done(entry, keep_file=keep_file)
@@ -188,7 +196,7 @@ class DeliveryWorker(threading.Thread):
                 self.deliver([entry])
             except Exception as error:  # as in attempt(); the first failure was logged
                 if self.is_refusal(error):
-                    self.reject(entry, self.describe(error))
+                    self.reject(entry, self.explain(error).reason)
                     self.journal.mark_done(entry, keep_file=True)
             else:
                 self.journal.mark_done(entry)
@@ -207,11 +215,15 @@ class DeliveryWorker(threading.Thread):
             raise LostError(f"{file} is missing")
         match entry.operation:
             case LogMetrics(run_id=None):
-                metrics = [metric for each in entries for metric in self.metrics_to_send(each)]
+                operations = [op for each in entries if isinstance(op := each.operation, LogMetrics)]
+                operations = [op for op in operations if not self.is_stored(op)]
+                metrics = [metric for op in operations for metric in as_metrics(op.values, op.time, op.step)]
                 for i in range(0, len(metrics), MAX_METRICS):
                     self.deliver_metrics(metrics[i : i + MAX_METRICS])
-            case LogMetrics(run_id=str(run_id)) as operation:
-                client.log_batch(run_id, metrics=as_metrics(operation))
+                if tags := [tag for op in operations for tag in infinite_tags(op.values, op.step)]:
+                    client.log_batch(self.run_id, tags=tags)
+            case LogMetrics(time, step, values, str(run_id)):
+                client.log_batch(run_id, metrics=as_metrics(values, time, step), tags=infinite_tags(values, step))
             case OpenRun():
                 client.update_run(self.run_id, status="RUNNING")
             case EndRun(status, end_time, run_id):
@@ -225,12 +237,6 @@ class DeliveryWorker(threading.Thread):
                 upload_model(client, self.run_id, file)
             case Unreadable():
                 raise LostError("the line is not an operation in JSON")
-
-    def metrics_to_send(self, entry: Entry) -> list[Metric]:
-        """Return the metrics of an entry for the journal's own run; none if MLflow has the epoch already."""
-        operation = entry.operation
-        assert isinstance(operation, LogMetrics)
-        return [] if self.is_stored(operation) else as_metrics(operation)
 
     def is_stored(self, operation: LogMetrics) -> bool:
         """Return whether another driver has sent this epoch. Only asked after a driver could not ask at its start."""
@@ -255,9 +261,10 @@ class DeliveryWorker(threading.Thread):
                 self.deliver_metrics(metrics[half:])
                 return
             (metric,) = metrics
-            self.report_refusal(self.describe(error))
+            reason = self.explain(error).reason
+            self.report_refusal(reason)
             refused = LogMetrics(metric.timestamp, metric.step, {metric.key: metric.value})
-            self.journal.reject(refused, self.describe(error))
+            self.journal.reject(refused, reason)
 
     def is_refusal(self, error: Exception) -> bool:
         """Return whether MLflow will never accept the operation, however often it is sent."""
@@ -266,7 +273,21 @@ class DeliveryWorker(threading.Thread):
         code = error_code(error)
         if code == "BAD_REQUEST":  # MLflow also reports a lost database connection so; the next attempt reconnects
             return self.bad_requests >= MAX_BAD_REQUESTS
-        return isinstance(error, LostError) or code in ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS")
+        if code == "INVALID_PARAMETER_VALUE":  # also the answer to all operations of a run that is deleted
+            return self.deleted_run() is None
+        return isinstance(error, LostError) or code == "RESOURCE_ALREADY_EXISTS"
+
+    def is_of_missing_run(self, operation: Operation, error: Exception) -> bool:
+        """Return whether an operation failed because it is for another run, such as a trial, that MLflow has not."""
+        other = getattr(operation, "run_id", self.run_id) not in (None, self.run_id)
+        return other and error_code(error) == "RESOURCE_DOES_NOT_EXIST" and self.run_is_readable()
+
+    def deleted_run(self) -> StoreProblem | None:
+        """Explain that this run or its experiment is deleted in MLflow; None if it is not, or is not known."""
+        with suppress(Exception):  # what is wrong shows in the error that led here
+            run = self.client().get_run(self.run_id)
+            return explain_deleted(run, self.client().get_experiment(run.info.experiment_id), self.uri)
+        return None
 
     def client(self) -> MlflowClient:
         """Return the client. It is made on first use, because for a database that already connects."""
@@ -307,18 +328,10 @@ class DeliveryWorker(threading.Thread):
                 self.journal.rejected_path,
             )
 
-    def describe(self, error: Exception) -> str:
-        """Return the error as one line without secrets, at most 200 characters."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        for part, reason in REASONS.items():
-            if part in text:
-                return reason
-        return shorten(scrub(text, self.uri), 200)
-
-
-def as_metrics(operation: LogMetrics) -> list[Metric]:
-    """Return the values of an operation as MLflow's metrics."""
-    return [Metric(name, value, operation.time, operation.step) for name, value in operation.values.items()]
+    def explain(self, error: Exception) -> StoreProblem:
+        """Explain an error in one line without secrets."""
+        deleted = self.deleted_run() if error_code(error) == "INVALID_PARAMETER_VALUE" else None
+        return deleted or explain_store_error(error, self.uri)
 
 
 def sync_journals(path: Path, uri: str | None = None) -> int:
@@ -351,6 +364,7 @@ def sync_journals(path: Path, uri: str | None = None) -> int:
         try:
             from_env = os.environ.get("MLFLOW_TRACKING_URI", "")
             target = uri or (from_env if without_secrets(from_env) == state.uri else state.uri)
+            prepare_sqlite(target)
             worker = DeliveryWorker(journal, target, state.run_id, check_stored_epochs=state.opened_offline)
             count = worker.deliver_all()
             remaining = journal.pending_count()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
+import re
+import sqlite3
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +22,11 @@ import mlflow
 import ray
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, Param
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Experiment, LifecycleStage, LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model
 
-from pipelines.tracking.uris import scrub, tracking_uri
+from pipelines.tracking.uris import scrub, sqlite_path, tracking_uri, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import TRAIN_LOSS
@@ -28,7 +34,14 @@ from posmlp.metrics import TRAIN_LOSS
 MAX_PARAMS = 100  # per call of MLflow's log_batch
 MAX_PARAM_LENGTH = 6000  # characters of a value
 MAX_TAG_LENGTH = 8000  # characters of a value
+INFINITE = "infinite."  # prefix of the tags that name infinite metrics
 PARENT = "mlflow.parentRunId"  # the tag with the run below which MLflow's pages show this run
+
+LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+OTHER_STORE = "choose another store with tracking.uri or MLFLOW_TRACKING_URI"
+OTHER_EXPERIMENT = "choose another experiment with tracking.experiment=NAME"
+
+MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"  # of the tables of MLflow's databases
 
 # MLflow's defaults are 7 retries of 120 s each. The journal retries anyway, so a call should fail soon.
 HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -44,6 +57,58 @@ def prepare_mlflow() -> None:
         os.environ.setdefault(name, value)
 
 
+def prepare_sqlite(uri: str) -> None:
+    """Make the folder of a SQLite store, and check that MLflow can use it as it is. Nothing for other stores.
+
+    MLflow itself tries a file that cannot be opened for minutes. SQLite writes a journal into the folder.
+
+    Raises:
+        UserError: the file or the folder cannot be written, or its tables are of another MLflow.
+    """
+    path = sqlite_path(uri)
+    if path is None:
+        return
+    what = path.parent
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            what = path
+            open(path, "r+b").close()
+    except OSError as error:
+        raise UserError(
+            f"MLflow at {without_secrets(uri)} cannot be written: {what}: {error.strerror or error}; make it writable "
+            f"for this user, or {OTHER_STORE}"
+        ) from error
+    check_schema(uri)
+
+
+def check_schema(uri: str) -> None:
+    """Check that the tables of a SQLite store are those of this MLflow. Nothing for other and for new stores.
+
+    MLflow would upgrade older tables without a word and without a backup, and older versions cannot read them then.
+
+    Raises:
+        UserError: they are of another MLflow.
+    """
+    path = sqlite_path(uri)
+    if path is None or not path.is_file():
+        return
+    from alembic.script import ScriptDirectory  # slow to import, and only databases need it
+
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            (version,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            ours = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'experiments'").fetchone()[0]
+    except (sqlite3.Error, TypeError):  # no such table, or no row in it: MLflow makes the tables, or says what is wrong
+        return
+    if version not in ScriptDirectory(str(MIGRATIONS)).get_heads():
+        problem = explain_schema(str(version), without_secrets(uri))
+        if not ours:
+            problem = StoreProblem("its tables are of another program", OTHER_STORE)
+        raise UserError(f"MLflow at {without_secrets(uri)} cannot be used: {problem}")
+
+
 def create_run(
     client: MlflowClient, config: Config, tags: Mapping[str, str], params: Mapping[str, Any] | None = None
 ) -> str:
@@ -55,7 +120,8 @@ def create_run(
     Args:
         params: further params of the run.
     """
-    uri, experiment = tracking_uri(config), get_or_create_experiment(client, config)
+    uri = tracking_uri(config)
+    experiment = experiment_of_study(client, tags.get(PARENT), uri) or get_or_create_experiment(client, config)
     tags = {k: shorten(v, MAX_TAG_LENGTH) for k, v in tags.items()}
     run_id = find_trial_run(client, experiment, tags)
     run_id = run_id or client.create_run(experiment, run_name=config.name, tags=tags).info.run_id
@@ -76,23 +142,61 @@ def find_trial_run(client: MlflowClient, experiment: str, tags: Mapping[str, str
     return found[0].info.run_id if found else None
 
 
+def find_experiment(client: MlflowClient, config: Config) -> str | None:
+    """The id of the recipe's experiment; None if there is none.
+
+    Raises:
+        UserError: it is deleted.
+    """
+    name, uri = config.tracking.experiment, tracking_uri(config)
+    found = client.get_experiment_by_name(name)
+    if found and found.lifecycle_stage == LifecycleStage.DELETED:
+        raise UserError(
+            f"MLflow at {without_secrets(uri)}: the experiment {name!r} (tracking.experiment) is deleted; restore it "
+            f"with `{restore_command(uri, found.experiment_id)}`, or {OTHER_EXPERIMENT}"
+        )
+    return found.experiment_id if found else None
+
+
+def experiment_of_study(client: MlflowClient, study: str | None, uri: str) -> str | None:
+    """The id of the experiment of a study's run, which may have been renamed since; None if there is no such run.
+
+    Raises:
+        UserError: the experiment or the run is deleted.
+    """
+    if study is None:
+        return None
+    try:
+        run = client.get_run(study)
+    except MlflowException as error:
+        if error_code(error) == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    if deleted := explain_deleted(run, client.get_experiment(run.info.experiment_id), uri):
+        raise UserError(f"MLflow at {without_secrets(uri)}: {deleted}")
+    return run.info.experiment_id
+
+
 def get_or_create_experiment(client: MlflowClient, config: Config) -> str:
-    """The id of the recipe's experiment. With SQLite its artifacts lie next to the database."""
-    name = config.tracking.experiment
-    if found := client.get_experiment_by_name(name):
-        return found.experiment_id
-    uri, location = tracking_uri(config), None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+    """The id of the recipe's experiment. With SQLite its artifacts lie next to the database.
+
+    Raises:
+        UserError: the experiment is deleted.
+    """
+    name, uri, location = config.tracking.experiment, tracking_uri(config), None
+    if found := find_experiment(client, config):
+        return found
+    if path := sqlite_path(uri):
+        location = (path.parent / "mlartifacts").as_uri()
     # Without this tag MLflow's pages open with views for language-model agents.
     kind = {"mlflow.experimentKind": "custom_model_development"}
     try:
         return client.create_experiment(name, artifact_location=location, tags=kind)
     except MlflowException as error:
-        found = client.get_experiment_by_name(name)
+        found = find_experiment(client, config)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
             raise
-        return found.experiment_id  # another driver created it in the meantime
+        return found  # another driver created it in the meantime
 
 
 def source_tags() -> dict[str, str]:
@@ -164,6 +268,147 @@ def register_model(uri: str, run_id: str, name: str, tags: Mapping[str, str]) ->
         newest = client.create_model_version(name, source, run_id, tags=dict(tags), model_id=model.model_id)
     client.set_registered_model_alias(name, "best", newest.version)
     return str(newest.version)
+
+
+# --- metrics that no database stores ---------------------------------------------------------------------------------
+
+
+def as_metrics(values: Mapping[str, float], time: int, step: int) -> list[Metric]:
+    """Return values as MLflow's metrics. Infinite ones become NaN, because MLflow's databases store them as 1.8e308.
+
+    Args:
+        time: milliseconds since 1970.
+    """
+    return [Metric(key, math.nan if math.isinf(value) else value, time, step) for key, value in values.items()]
+
+
+def infinite_tags(values: Mapping[str, float], step: int) -> list[RunTag]:
+    """Return a tag for each infinite value, such as ``infinite.train/loss``: ``inf at step 3``."""
+    return [RunTag(f"{INFINITE}{key}", f"{value} at step {step}") for key, value in values.items() if math.isinf(value)]
+
+
+def stored_metrics(run: Run) -> dict[str, float]:
+    """Return the last value of each metric of a run. What MLflow's databases made of an infinite one is infinite."""
+    return {
+        key: math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
+        for key, value in run.data.metrics.items()
+    }
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoreProblem:
+    """Why MLflow does not do what it is asked, and what to do about it; texts of one line, without secrets.
+
+    Attributes:
+        reason: what is wrong.
+        advice: what to do; empty if only waiting helps, as for a server that is down.
+    """
+
+    reason: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.advice}" if self.advice else self.reason
+
+
+# Parts of the long messages of the network, and short texts for them
+NETWORK = {
+    "Connection refused": StoreProblem("connection refused"),
+    "timed out": StoreProblem("timed out"),
+    "Failed to resolve": StoreProblem("its name cannot be resolved"),
+    "CERTIFICATE_VERIFY_FAILED": StoreProblem(
+        "its certificate is not trusted", "set MLFLOW_TRACKING_SERVER_CERT_PATH to a file with the authority's"
+    ),
+    "WRONG_VERSION_NUMBER": StoreProblem("it does not speak https", "use http:// in tracking.uri"),
+}
+
+
+def explain_store_error(error: Exception, uri: str) -> StoreProblem:
+    """Explain an error of MLflow's client, its database or its artifact store.
+
+    Args:
+        uri: the tracking URI.
+    """
+    text = " ".join(str(error).split())
+    store = without_secrets(uri)
+    status = http_status(error, text)
+    if status == 401:
+        return StoreProblem("it refuses the user, password or token as wrong or expired (401)", LOGIN)
+    if status == 403:
+        return StoreProblem("this user may not do that (403)", f"ask for the permission EDIT, or {OTHER_EXPERIMENT}")
+    if status == 407:
+        return StoreProblem("a proxy asks for a login (407)", "see HTTPS_PROXY, or name the server in NO_PROXY")
+    if re.search(r"<!doctype html|<html", text, re.IGNORECASE):
+        page = f"a web page{f' ({status})' if status else ''} answers instead of MLflow, perhaps of a proxy or a login"
+        return StoreProblem(page, "check the address in tracking.uri or MLFLOW_TRACKING_URI, and NO_PROXY")
+    if found := re.search(r"too many (\d+) error responses", text):
+        return StoreProblem(f"error {found[1]} of the server, or of a proxy before it")
+    for part, problem in NETWORK.items():
+        if part in text:
+            return problem
+    if found := re.search(r"found version (\w+), but expected", text):
+        return explain_schema(found[1], store)
+    if "readonly database" in text or "unable to open database file" in text:
+        return StoreProblem("its file or folder cannot be written", f"make it writable for this user, or {OTHER_STORE}")
+    if "database is locked" in text:
+        return StoreProblem("another process locks its file", "end it, or let an MLflow server write the file")
+    if "file is not a database" in text or "disk image is malformed" in text:
+        return StoreProblem("its file is damaged or no SQLite database", f"restore a backup, or {OTHER_STORE}")
+    if "filesystem tracking backend" in text:
+        address = "give tracking.uri as sqlite:////PATH/mlflow.db or http://HOST:PORT"
+        return StoreProblem("MLflow stores no runs in folders any more", address)
+    if isinstance(error, ModuleNotFoundError):
+        return StoreProblem(f"the package {error.name} is not installed", f"pip install {error.name}, or {OTHER_STORE}")
+    text = re.split(r"\[SQL: |\(Background on this error", text)[0].strip() or type(error).__name__
+    return StoreProblem(shorten(scrub(text, uri), 300))
+
+
+def http_status(error: Exception, text: str) -> int | None:
+    """The HTTP status of an answer that MLflow's client did not accept, if it is known."""
+    if isinstance(error, RestException):
+        return error.get_http_status_code()
+    response = getattr(error, "response", None)  # of the package requests
+    if response is not None:
+        return int(response.status_code)
+    found = re.search(r"failed with error code (\d{3}) ", text)
+    return int(found[1]) if found else None
+
+
+def explain_schema(version: str, store: str) -> StoreProblem:
+    """Explain tables of another MLflow than this one.
+
+    Args:
+        version: the schema's revision in the database.
+    """
+    if any((MIGRATIONS / "versions").glob(f"{version}_*.py")):
+        return StoreProblem(
+            f"its tables are of an older MLflow (schema {version})",
+            f"back it up, then run `mlflow db upgrade {store}`; or {OTHER_STORE}",
+        )
+    return StoreProblem(
+        f"its tables are of a newer MLflow than {mlflow.__version__} (schema {version})",
+        f"install that MLflow, or {OTHER_STORE}",
+    )
+
+
+def explain_deleted(run: Run, experiment: Experiment, uri: str) -> StoreProblem | None:
+    """Explain that MLflow accepts nothing for a run because it, or its experiment, is deleted; None if it is not."""
+    where, run_id = f"the experiment {experiment.name!r} (id {experiment.experiment_id})", run.info.run_id
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        command = restore_command(uri, experiment.experiment_id)
+        return StoreProblem(f"{where} of run {run_id} is deleted", f"restore it with `{command}`")
+    if run.info.lifecycle_stage == LifecycleStage.DELETED:
+        command = f"MLFLOW_TRACKING_URI={without_secrets(uri)} mlflow runs restore --run-id {run_id}"
+        return StoreProblem(f"the run {run_id} in {where} is deleted", f"restore it with `{command}`")
+    return None
+
+
+def restore_command(uri: str, experiment: str) -> str:
+    """The command that restores a deleted experiment, without secrets."""
+    return f"MLFLOW_TRACKING_URI={without_secrets(uri)} mlflow experiments restore --experiment-id {experiment}"
 
 
 def error_code(error: Exception) -> str:

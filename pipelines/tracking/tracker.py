@@ -20,17 +20,21 @@ import mlflow
 import numpy as np
 import torch
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from pipelines.tracking.delivery import DeliveryWorker
 from pipelines.tracking.journal import Journal, JournalState, archive_journal
 from pipelines.tracking.mlflow_client import (
     MAX_TAG_LENGTH,
     PARENT,
+    check_schema,
     create_run,
+    error_code,
+    explain_deleted,
+    explain_store_error,
     last_epoch_stored,
     now_ms,
     prepare_mlflow,
+    prepare_sqlite,
     shorten,
 )
 from pipelines.tracking.node_monitors import ClusterMonitor, SystemMetrics
@@ -49,6 +53,7 @@ class Tracker:
     Attributes:
         run_id: the MLflow run.
         uri: the tracking URI, with user and password if it has them.
+        place: the experiment, the store and the run, for a log line; without secrets.
         journal: what is not delivered yet.
         delivery: the thread that delivers the journal.
         system_metrics: the thread that samples CPU, memory, disk, network and GPU.
@@ -60,17 +65,19 @@ class Tracker:
         delivery: DeliveryWorker,
         last_epoch: int,
         next_system_step: int,
+        place: str,
         monitor_cluster: bool = True,
     ):
         """
         Args:
             last_epoch: the last epoch whose metrics MLflow or the journal already has.
             next_system_step: MLflow step of the first system metrics.
+            place: see above.
             monitor_cluster: sample all nodes of the cluster, not only the driver's.
         """
         self.journal, self.delivery = journal, delivery
         self.run_id, self.uri = delivery.run_id, delivery.uri
-        self.last_epoch = last_epoch
+        self.last_epoch, self.place = last_epoch, place
         cluster = ClusterMonitor() if monitor_cluster else None
         self.system_metrics = SystemMetrics(self.log_system_metrics, next_system_step, cluster)
         delivery.start()
@@ -99,24 +106,35 @@ class Tracker:
         """
         prepare_mlflow()
         uri = tracking_uri(config)
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        store = f"MLflow at {without_secrets(uri)}"
+        check_schema(uri)
+        if run_id is None:
+            prepare_sqlite(uri)
         if journal.exists():
             Journal(journal).close()  # fails if another process holds it
-        stored_epochs = None
+        stored_epochs, experiment = None, config.tracking.experiment
         try:
             client = MlflowClient(uri)
             if run_id is None:
                 run_id = create_run(client, config, tags, params)
-            client.get_run(run_id)  # fails for an unknown run; the next call would return no epochs
+            run = client.get_run(run_id)  # fails for an unknown run; the last call would return no epochs
+            found = client.get_experiment(run.info.experiment_id)
+            if deleted := explain_deleted(run, found, uri):
+                raise UserError(f"{store}: {deleted}, or choose another name for a new run (name=...)")
+            experiment = found.name
             stored_epochs = last_epoch_stored(client, run_id)
+        except UserError:
+            raise
         except Exception as error:  # networks, databases and artifact stores raise many types
-            unknown = isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST"
-            if run_id is None or unknown:
+            problem, see = explain_store_error(error, uri), "see tracking.uri and MLFLOW_TRACKING_URI"
+            if error_code(error) == "RESOURCE_DOES_NOT_EXIST":
                 raise UserError(
-                    f"MLflow at {without_secrets(uri)} cannot be written, see tracking.uri and MLFLOW_TRACKING_URI: "
-                    f"{scrub(str(error), uri)}"
+                    f"{store} cannot be written, {see}: {problem}. If another store has the run, name that one; "
+                    "otherwise choose another name for a new run (name=...)"
                 ) from error
+            if run_id is None:
+                hint = f" (experiment {experiment!r})" if problem.advice else f", {see}"
+                raise UserError(f"{store} cannot be written{hint}: {problem}") from error
         state = JournalState.read(journal)
         if state.run_id not in (None, run_id):  # the journal of an earlier run of this name: keep it under another name
             archive_journal(journal, state.run_id)
@@ -128,7 +146,8 @@ class Tracker:
         # The trials of a study share the cluster: only the study's own run samples all nodes.
         is_trial = PARENT in tags
         last_epoch = max(state.last_epoch, stored_epochs or 0)
-        return cls(opened, delivery, last_epoch, state.next_system_step, monitor_cluster=not is_trial)
+        place = f"experiment {experiment!r} at {without_secrets(uri)}, run {run_id}"
+        return cls(opened, delivery, last_epoch, state.next_system_step, place, monitor_cluster=not is_trial)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, run_id: str | None = None) -> None:
         """Log one set of metrics of this run, or of another one, such as a trial of this study."""

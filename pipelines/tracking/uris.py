@@ -30,6 +30,14 @@ def tracking_uri(config: Config) -> str:
     return f"sqlite:///{Path(config.train.storage).resolve() / 'mlflow.db'}"
 
 
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of a SQLite store; None for other stores, and for SQLite's own URIs and stores in memory."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return (
+        Path(path).resolve() if uri.startswith("sqlite:///") and path and not path.startswith(("file:", ":")) else None
+    )
+
+
 def without_secrets(uri: str) -> str:
     """A tracking URI without user, password and query, safe to store and print."""
     if uri.startswith(("sqlite:", "file:")):

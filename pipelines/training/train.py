@@ -135,6 +135,7 @@ def train(
     run_id = record["mlflow_run_id"] if record else None
     tags = {**source_tags(), "run": run, **hooks.tags}
     tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=hooks.params)
+    logger.info("MLflow: %s", tracker.place)
     reporter = RunReporter(config.name, tracker, hooks.on_epoch)
     if hooks.costs and not saved:
         tracker.log_metrics(hooks.costs, step=0)

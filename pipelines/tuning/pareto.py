@@ -23,12 +23,19 @@ import optuna
 import torch
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator
 
-from pipelines.tracking.mlflow_client import PARENT, prepare_mlflow, shorten
-from pipelines.tracking.uris import scrub, without_secrets
+from pipelines.tracking.mlflow_client import (
+    PARENT,
+    check_schema,
+    explain_store_error,
+    prepare_mlflow,
+    restore_command,
+    stored_metrics,
+)
+from pipelines.tracking.uris import without_secrets
 from pipelines.tuning import pareto_plots
 from pipelines.tuning.study import STUDY_FILE, Study, StudyError, Trial, TrialState, fully_trained
 from posmlp import create_model
@@ -385,6 +392,7 @@ def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():  # MLflow would create it
         raise StudyError(f"no MLflow store {uri}; give the right one with --uri or MLFLOW_TRACKING_URI")
     try:
+        check_schema(uri)
         client = MlflowClient(uri)
         experiments = [e.experiment_id for e in all_pages(lambda token: client.search_experiments(page_token=token))]
         runs = search_runs(client, experiments, "tags.study LIKE '%'")
@@ -392,11 +400,14 @@ def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
         found = [run for run in parents if run.data.tags["study"] == name]
         if not found:
             known = ", ".join(sorted({run.data.tags["study"] for run in parents})[:10]) or "none"
-            raise StudyError(f"MLflow at {without_secrets(uri)} has no study {name!r}; known: {known}")
+            deleted = client.search_experiments(ViewType.DELETED_ONLY, max_results=10)
+            hint = "".join(f"; restore {e.name!r} with `{restore_command(uri, e.experiment_id)}`" for e in deleted)
+            hint = f". Deleted experiments are not searched{hint}" if deleted else ""
+            raise StudyError(f"MLflow at {without_secrets(uri)} has no study {name!r}; known: {known}{hint}")
         parent = max(found, key=lambda run: run.info.start_time)
         study = Study.model_validate_json(download_text(client, parent, STUDY_FILE))
         query = f"tags.`{PARENT}` = '{parent.info.run_id}' AND tags.study = '{name}'"
-        newest_first = list(search_runs(client, [parent.info.experiment_id], query))
+        newest_first = list(search_runs(client, experiments, query))  # older versions did not follow a renamed one
         children = {int(run.data.tags["trial"]): run for run in reversed(newest_first)}  # of duplicates, the newest
         trials = [trial_from_run(children[number]) for number in sorted(children)]
         recipes = {}
@@ -407,9 +418,9 @@ def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
     except StudyError:
         raise
     except Exception as error:  # errors of networks, databases and artifact stores have no common base class
-        reason = scrub(shorten(" ".join(str(error).split()), 300), uri)
-        raise StudyError(f"study {name!r} cannot be read from MLflow at {without_secrets(uri)}: {reason}") from error
-    metrics, prefix = parent.data.metrics, PUBLISHED_LATENCY_MS
+        problem = explain_store_error(error, uri)
+        raise StudyError(f"study {name!r} cannot be read from MLflow at {without_secrets(uri)}: {problem}") from error
+    metrics, prefix = stored_metrics(parent), PUBLISHED_LATENCY_MS
     latencies = {key.removeprefix(prefix): ms for key, ms in metrics.items() if key.startswith(prefix)}
     return LoggedStudy(study, parent.info.run_id, trials, recipes, latencies)
 
@@ -450,7 +461,7 @@ def trial_from_run(run: Run) -> Trial:
         repeat_of=int(tags["trial.repeats"]) if "trial.repeats" in tags else None,
         state=TrialState(tags.get("trial.state", TrialState.RUNNING)),
         reason=tags.get("trial.reason", ""),
-        metrics={k: v for k, v in run.data.metrics.items() if not k.startswith(SYSTEM)},
+        metrics={k: v for k, v in stored_metrics(run).items() if not k.startswith(SYSTEM)},
         mlflow_run_id=run.info.run_id,
     )
 

@@ -15,7 +15,7 @@ from pipelines.cluster.address import (
     accepts_connections,
     choose_ray,
     describe,
-    explain,
+    explain_ray_error,
     rays_on_this_machine,
     shared_memory_warning,
     token_without_home,
@@ -130,36 +130,37 @@ def test_why_a_ray_cannot_be_joined(error, parts):
     outer = ConnectionError("Failed to connect to Ray cluster")  # Ray wraps what happened
     outer.__cause__ = error
     for raised in (error, outer):
-        text = str(explain(raised, RayChoice(A, "RAY_ADDRESS=auto")))
+        text = str(explain_ray_error(raised, RayChoice(A, "RAY_ADDRESS=auto")))
         assert "\n" not in text
         for part in [A, "RAY_ADDRESS=auto", "unset RAY_ADDRESS", *parts]:
             assert part in text or (raised is outer and part.startswith("cannot be joined"))
-    assert "RAY_ADDRESS=local" in str(explain(error, RayChoice(A, "ray start")))
+    assert "RAY_ADDRESS=local" in str(explain_ray_error(error, RayChoice(A, "ray start")))
 
 
 def test_why_a_ray_cannot_be_started(monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     folder = "/scratch/" + "x" * 100
     monkeypatch.setenv("TMPDIR", folder)
+
+    def explained(error):
+        return str(explain_ray_error(error, RayChoice()))
+
     path = f"{folder}/ray/session_2026-01-02_03-04-05_678901_2345/sockets/plasma_store"
-    long = OSError(f"validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: {path}")
-    text = str(explain(long, RayChoice()))
+    text = explained(OSError(f"validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: {path}"))
     assert f"TMPDIR={folder} is too long" in text and f"{len(path)} bytes" in text and "such as /tmp" in text
-    unwritable = PermissionError(13, "Permission denied", f"{folder}/ray")
-    assert f"cannot write its files to {folder}/ray (Permission denied); set TMPDIR" in str(
-        explain(unwritable, RayChoice())
-    )
+    text = explained(PermissionError(13, "Permission denied", f"{folder}/ray"))
+    assert f"cannot write its files to {folder}/ray (Permission denied); set TMPDIR" in text
     monkeypatch.setenv("RAY_TMPDIR", "/short")
-    assert "RAY_TMPDIR=/short" in str(explain(PermissionError(13, "Permission denied", "/short/ray"), RayChoice()))
-    small = ValueError("The configured object store size (20.0 GB) exceeds /dev/shm size (0.06 GB). This will harm")
-    assert "--shm-size" in str(explain(small, RayChoice())) and "20.0 GB" in str(explain(small, RayChoice()))
-    assert str(explain(ValueError("no\nroom"), RayChoice())) == "Ray cannot be started on this machine: no room"
+    assert "RAY_TMPDIR=/short" in explained(PermissionError(13, "Permission denied", "/short/ray"))
+    text = explained(ValueError("The configured object store size (20.0 GB) exceeds /dev/shm size (0.06 GB). This"))
+    assert "--shm-size" in text and "20.0 GB" in text
+    assert explained(ValueError("no\nroom")) == "Ray cannot be started on this machine: no room"
 
 
 def test_a_current_folder_that_is_gone_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
-    text = str(explain(FileNotFoundError(2, "No such file or directory"), RayChoice()))
+    text = str(explain_ray_error(FileNotFoundError(2, "No such file or directory"), RayChoice()))
     assert text.startswith("the current folder does not exist any more")
 
 

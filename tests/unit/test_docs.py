@@ -47,8 +47,8 @@ def test_messages_are_those_that_are_printed(command, shown, tmp_path, monkeypat
         (tmp_path / name).touch()
     assert main(shlex.split(command)) == 1
     printed = capsys.readouterr().err
-    for folder in (ROOT, tmp_path):
-        printed = printed.replace(f"{folder}/", "")
+    for folder, stands_for in ((ROOT, "/home/me/posmlp-video"), (tmp_path, "/home/me")):
+        printed = printed.replace(f"{folder}/", f"{stands_for}/")
     assert printed == shown
 
 

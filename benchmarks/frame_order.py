@@ -2,7 +2,7 @@
 
     python benchmarks/frame_order.py runs/demo
 
-In each pair of classes of the embedded data set, the second class is the first played backwards. For each pair the
+In each pair of classes of the embedded motion set, the second class is the first played backwards. For each pair the
 script also prints how often the model prefers the right class of the two; chance is 50 %.
 """
 
@@ -41,7 +41,7 @@ def validation_logits(run: str, frame_order: str) -> tuple[torch.Tensor, torch.T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a run on the embedded data set, such as runs/demo")
+    parser.add_argument("run", help="folder of a run on the embedded motion set, such as runs/demo")
     args = parser.parse_args()
     results = [validation_logits(args.run, order) for order in ("ordered", "shuffled")]
     print(f"{'':<30}{'ordered':>9}{'shuffled':>10}")

@@ -1,4 +1,4 @@
-"""Measure the model's time and memory against the same model written the plain way (``benchmarks/plain.py``).
+"""Measure the time and memory of the model and of a plain PyTorch implementation (``benchmarks/plain.py``).
 
     python benchmarks/model.py --model s16 --batch 1 --repeats 9 [--no-compile] [--record]
 

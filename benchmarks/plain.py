@@ -1,4 +1,4 @@
-"""PosMLP-Video written the plain way: channels last, windows split in every unit, gates as einsum.
+"""PosMLP-Video as a plain PyTorch implementation: channels last, windows split in every unit, gates as einsum.
 
 The baseline of ``benchmarks/model.py``, and an independent reference of the whole model in the tests; not a command.
 ``PlainModel(model)`` shares the parameters of a ``PosMLPVideo``, and none of its arithmetic. The sizes must be

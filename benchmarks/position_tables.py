@@ -1,4 +1,4 @@
-"""Draw the relative-position tables of a trained model, below the motions of the embedded data set.
+"""Draw the relative-position tables of a trained model, below the motions of the embedded motion set.
 
 python benchmarks/position_tables.py runs/demo --out docs/tables.png
 """

@@ -2,8 +2,8 @@
 
 A module has one function, ``space(base)``. It takes a recipe and returns a ``Space``: the dimensions that differ from
 trial to trial, and a function that turns a choice of values into recipe keys. ``tune_spaces/block_types.py`` is a short
-example. A space need not leave out impossible combinations (channels that do not divide by groups): the search skips
-members whose recipe is refused.
+example. A space need not leave out impossible combinations, such as channels that are not divisible by their groups.
+The search skips members whose recipe is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The data loader: manifest rows to batches of decoded clips, by Ray Data.
+"""The data loader, in place of PyTorch's ``DataLoader``: manifest rows to batches of decoded clips, by Ray Data.
 
 Each training worker streams its share of the rows through Ray Data plans of its own. Their decode tasks run anywhere
 in the cluster. The rows of each global batch follow from (seed, epoch) alone and are fixed here, before decoding. So
@@ -75,8 +75,9 @@ def local_order(order: np.ndarray, size: int, rank: int, world: int, together: i
 
     Args:
         size: rows in a global batch.
-        together: this many consecutive rows stay on one worker, as the pairs of mixup do. If the units do not divide by
-            the workers, some shares are padded with -1, so that all workers have batches of the same size.
+        together: this many consecutive rows stay on one worker, as the pairs of mixup do. If their number is not
+            divisible by the number of workers, some shares are padded with -1, so that all workers have batches of the
+            same size.
     """
     units = order.reshape(-1, size // together, together)
     mine = np.array_split(units, world, axis=1)[rank].reshape(len(units), -1)

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule."""
+"""The optimizer, and the learning-rate schedule (LR scheduler)."""
 
 from __future__ import annotations
 

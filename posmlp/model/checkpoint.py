@@ -359,7 +359,7 @@ def canonical(state: State) -> State:
 def contiguous_groups(x: Tensor, dim: int, parts: int, groups: int) -> Tensor:
     """Make channel groups along ``dim`` contiguous in each of its ``parts``; in the release, group(c) is c mod S.
 
-    A tensor that does not divide is returned unchanged, so that the caller reports its shape.
+    A tensor whose size is not divisible is returned unchanged, so that the caller reports its shape.
     """
     if x.ndim <= dim or groups < 1 or x.shape[dim] % (parts * groups):
         return x

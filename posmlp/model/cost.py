@@ -128,7 +128,7 @@ def format_cost(cost: Cost) -> str:
         ("model", f"{cost.name}, {cost.frames} frames of {cost.image_size} x {cost.image_size}"),
         ("device", device),
         ("parameters", f"{cost.params / 1e6:.4g} M"),
-        ("arithmetic", f"{cost.macs / 1e9:.4g} GMACs a clip"),
+        ("arithmetic", f"{cost.macs / 1e9:.4g} GMACs per clip"),
         ("latency", f"{cost.latency_ms:.1f} ms at batch 1"),
         ("throughput", f"{cost.clips_per_s:.2f} clips/s at batch {cost.batch}"),
     ]

@@ -132,8 +132,8 @@ class Variant:
         return windows
 
 
-# s is the released Something-Something S/16. The release's b and l cannot be built, as 392 channels do not divide by 32
-# groups. Here b keeps the published depths and l is deeper; both have widths that divide.
+# s is the released Something-Something S/16. The release's b and l cannot be built: 392 channels are not divisible by
+# 32 groups. Here b keeps the published depths and l is deeper; the widths of both are divisible.
 VARIANTS = {
     "tiny": Variant(
         dims=(16, 32, 48, 64),
@@ -221,7 +221,7 @@ def find_problems(variant: Variant) -> list[str]:
     if not problems:
         for i, (dim, groups) in enumerate(zip(variant.dims, variant.groups, strict=True), start=1):
             if dim % groups:
-                problems.append(f"stage {i}: {dim} channels do not divide by {groups} groups")
+                problems.append(f"stage {i}: {dim} channels are not divisible by {groups} groups")
         if variant.dims[0] % 2:
             problems.append(f"stage 1: {variant.dims[0]} channels must be even, as the stem starts with half of them")
         if variant.choices:

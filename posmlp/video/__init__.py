@@ -1,1 +1,1 @@
-"""From data set files to training batches: manifests, decoding, sampling, augmentation, and the embedded data sets."""
+"""From data set files to training batches: manifests, decoding, sampling, augmentation; the embedded motion set."""

@@ -1,4 +1,4 @@
-"""The embedded data set: drawn shapes in eight classes that only motion tells apart.
+"""The embedded motion set: drawn shapes in eight classes that only motion tells apart.
 
 In each clip one textured shape moves over a soft, slowly drifting background. In half of the clips a second shape
 stands still. The classes are four pairs, and the second class of a pair is the first played backwards. So, as drawn, a

@@ -55,7 +55,7 @@ def test_overrides_set_nested_keys_and_parse_as_yaml():
         ("train.epochs=many", ["train.epochs", "valid integer", "'many'"]),
         ("optim.lr=-1", ["optim.lr", "greater than 0", "-1"]),
         ("model.name=s61", ["unknown model 's61'", "did you mean 's16'"]),
-        ("model.dims=[16, 33, 48, 64]", ["stage 2: 33 channels do not divide by 8 groups"]),
+        ("model.dims=[16, 33, 48, 64]", ["stage 2: 33 channels are not divisible by 8 groups"]),
         ("model.blocks=paralel", ["unknown block type 'paralel'", "did you mean 'parallel'"]),
         ("scaling.workers=3", ["train.global_batch", "scaling.workers 3"]),
         ("data.crop_scale=[1.0, 0.5]", ["data.crop_scale (1.0, 0.5)"]),

@@ -112,7 +112,7 @@ def test_two_workers_train_as_one(tmp_path, overrides):
 
 
 def test_padding_does_not_change_the_gradient():
-    """For a global batch that does not divide by the workers. Batch norms are in eval mode, as they see all clips."""
+    """For a global batch that is not divisible by the workers. Batch norms are in eval mode, as they see all clips."""
     gradients = []
     for clips in (6, 8):
         config = load_recipe("demo", [*SMALL, "train.global_batch=6"])
@@ -217,7 +217,7 @@ def test_half_precision_learns_to_the_same_loss(precision):
             step = learner.train_step(global_batch(0))
         losses.append(step.loss)
         assert math.isfinite(step.grad_norm)
-        assert all(p.dtype == torch.float32 for p in learner.raw.parameters())
+        assert all(p.dtype == torch.float32 for p in learner.module.parameters())
     assert losses[0] < 1.5
     assert losses[1] == pytest.approx(losses[0], abs=0.3)
 

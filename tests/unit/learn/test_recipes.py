@@ -21,7 +21,7 @@ from tests.helpers.videos import write_video
 
 VIDEO = [f"{data}_{model}" for data in ("k400", "ssv1", "ssv2") for model in ("s16", "s32", "b16", "b32")]
 IMAGE = ["in1k_s", "in1k_b"]
-COST = re.compile(r"^# cost: ([0-9.]+) M parameters, ([0-9.]+) GMACs an? (?:clip|image)$", re.MULTILINE)
+COST = re.compile(r"^# cost: ([0-9.]+) M parameters, ([0-9.]+) GMACs per (?:clip|image)$", re.MULTILINE)
 CPU = ["model.weights=null", "scaling.workers=1", "scaling.use_gpu=false", "scaling.micro_batch=null"]
 
 # From the files in configs/ of github.com/zhouds1918/PosMLP_Video: BASE_LR, WARMUP_EPOCHS, NUM_CLASSES, views of a test
@@ -197,7 +197,7 @@ def step_of(config):
     torch.manual_seed(0)
     model = posmlp.create_model(config.model.name, **config.model.overrides())
     before = model.head.weight.clone()
-    learner = Learner(model, config, steps_per_epoch=1, classes=train.classes)
+    learner = Learner(model, config, steps_per_epoch=1, class_names=train.classes)
     learner.step = config.train.epochs // 2  # at step 0 the rate is 0
     loss = learner.train_step(batch).loss
     assert not torch.equal(model.head.weight, before)

@@ -123,7 +123,7 @@ def test_what_is_not_chosen_is_the_models_own():
 @pytest.mark.parametrize(
     "choices, message",
     [
-        ({"groups": [[3], [8], [8], [16]]}, "stage 1: 16 channels do not divide by 3 groups"),
+        ({"groups": [[3], [8], [8], [16]]}, "stage 1: 16 channels are not divisible by 3 groups"),
         ({"groups": [[1], [], [], []]}, r"stage 1: the model's own groups 4 is not in \(1,\)"),
         ({"blocks": [["parallel", "jiont"], [], [], []]}, r"unknown block type 'jiont' \(did you mean 'joint'\?\)"),
         ({"depths": [[1, 0], [], [], []]}, "must be positive whole numbers"),
@@ -142,7 +142,7 @@ def test_impossible_choices_are_told(choices, message):
     [
         ("model.choices.deths=[[1],[1],[1],[1]]", r"model.choices.deths: unknown key \(did you mean 'depths'\?\)"),
         ("train.compile=true", "model.choices works neither with train.compile nor with scaling.parallel fsdp"),
-        ("model.choices.groups=[[3],[],[],[]]", "16 channels do not divide by 3 groups"),
+        ("model.choices.groups=[[3],[],[],[]]", "16 channels are not divisible by 3 groups"),
     ],
 )
 def test_a_recipe_with_wrong_choices_is_refused(override, message):

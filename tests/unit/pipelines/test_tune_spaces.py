@@ -91,7 +91,7 @@ def test_a_space_of_ones_own_is_one_file(tmp_path):
     space = load_space(str(tmp_path / "own.py"), base)
     config = space.recipe(base, {"groups": 4, "lr": 1e-3})
     assert config.model.groups == (4, 4, 4, 4) and config.optim.lr == 1e-3
-    with pytest.raises(RecipeError, match="stage 1: 16 channels do not divide by 5 groups"):
+    with pytest.raises(RecipeError, match="stage 1: 16 channels are not divisible by 5 groups"):
         space.recipe(base, {"groups": 5, "lr": 1e-3})
 
 

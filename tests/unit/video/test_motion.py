@@ -1,4 +1,4 @@
-"""The embedded data set. The motion of a class is measured from pixels alone, independent of the drawing code."""
+"""The embedded motion set. The motion of a class is measured from pixels alone, independent of the drawing code."""
 
 import csv
 import json

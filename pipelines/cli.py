@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed or refused, 2 wrong usage, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
     args = parse(argv)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # not even PyTorch can be imported there
+        print("posmlp: the current folder does not exist any more; change to another folder", file=sys.stderr)
+        return 1
     handlers = start_logging(getattr(args, "log_level", "INFO"))
     try:
         return args.run(args) or 0

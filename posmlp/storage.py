@@ -53,8 +53,18 @@ def is_remote(uri: str) -> bool:
 
 
 def local_path(uri: str) -> str:
-    """The absolute path of a local path or a ``file://`` URI."""
-    return os.path.abspath(uri.removeprefix(FILE))
+    """The absolute path of a local path or a ``file://`` URI.
+
+    Raises:
+        StorageError: the path is relative, and the current folder does not exist any more.
+    """
+    try:
+        return os.path.abspath(uri.removeprefix(FILE))
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{uri} is a relative path, and the current folder does not exist any more; change to another folder, or "
+            "give an absolute path"
+        ) from error
 
 
 def _split_options(uri: str) -> tuple[str, str]:

@@ -40,6 +40,7 @@ from pipelines.tuning import pareto_plots
 from pipelines.tuning.study import STUDY_FILE, Study, StudyError, Trial, TrialState, fully_trained
 from posmlp import create_model
 from posmlp.config import Config, ModelSection
+from posmlp.errors import UserError
 from posmlp.metrics import COST, COST_GMACS, COSTS, PUBLISHED_LATENCY_MS, SYSTEM, VAL_TOP1
 from posmlp.model.cost import count_macs, count_params
 from posmlp.model.spec import VARIANTS
@@ -415,7 +416,7 @@ def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
             text = download_text(client, children[trial.number], RECIPE_ARTIFACT)
             config = Config.model_validate(yaml.safe_load(text))
             recipes[trial.number] = standalone_recipe(config, study, trial.number)
-    except StudyError:
+    except UserError:
         raise
     except Exception as error:  # errors of networks, databases and artifact stores have no common base class
         problem = explain_store_error(error, uri)

@@ -107,6 +107,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     wait_for_room(recipe.scaling)
     concurrent = study.concurrent or max_concurrent_trials(recipe)
     tracker = open_tracker(study, found[1] if found else None)
+    logger.info("MLflow: %s", tracker.place)
     status = "FAILED"
     try:
         log_settings(study, tracker)

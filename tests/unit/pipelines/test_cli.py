@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -101,6 +103,18 @@ def test_a_preview_is_what_the_run_will_see(motion_set, monkeypatch, tmp_path):
         batch = Batch(torch.from_numpy(clips), torch.tensor([row["label"]]), torch.ones(1), seeds)
         x, _ = to_train_input(batch, config, torch.arange(8))
         torch.testing.assert_close(drawn["clips"][i], preview.to_pictures(x, config)[0])
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
+    """PyTorch ends the process there when it is imported."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    script = f"rmdir {folder} && exec {sys.executable} -m pipelines.cli train demo train.storage={tmp_path}/runs"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(["sh", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    text = "posmlp: the current folder does not exist any more; change to another folder\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", text)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("argument", ["--bogus", "stray"])

@@ -215,6 +215,37 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
     assert not Path("nowhere.db").exists()
 
 
+def test_an_infinite_metric_in_mlflow_is_no_number(tmp_path):
+    """Earlier versions sent it as it is, and MLflow stored it as 1.8e308."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    study = Study(name="look", recipe=load_recipe("demo"), space="speed_accuracy", against="gmacs")
+    trials = [trial(0, 0.5, 1.0), trial(1, math.inf, 0.5), trial(2, 0.9, math.inf), trial(3, 0.9, -math.inf)]
+    trials = [replace(t, member=each.member) for t, each in zip(trials, many(), strict=False)]
+    log_study(MlflowClient(uri), study, trials, (tmp_path / "artifacts").as_uri())
+    logged = pareto.read_study_from_mlflow("look", uri)
+    assert [replace(t, mlflow_run_id=None) for t in logged.trials] == trials
+    assert [t.number for t in pareto.pareto_front(logged.trials, "gmacs")] == [0]
+    assert "e+308" not in pareto.write_studies([logged], "gmacs", tmp_path / "out")
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"e+308" in p.read_bytes()]
+
+
+def test_trials_of_a_renamed_experiment_and_a_deleted_one(tmp_path):
+    """Earlier versions put the trials of a study whose experiment was renamed into a new one of the old name."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    study = Study(name="look", recipe=load_recipe("demo"), space="speed_accuracy", against="gmacs")
+    parent = log_study(client, study, many()[:1], (tmp_path / "artifacts").as_uri())
+    renamed = client.get_run(parent).info.experiment_id
+    client.rename_experiment(renamed, "after")
+    place = client.create_experiment("posmlp", (tmp_path / "artifacts").as_uri())
+    client.create_run(place, tags={PARENT: parent, "study": "look", "trial": "1"})
+    assert [t.number for t in pareto.read_study_from_mlflow("look", uri).trials] == [0, 1]
+    client.delete_experiment(renamed)
+    command = f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {renamed}`"
+    with pytest.raises(StudyError, match=re.escape(f"restore 'after' with {command}")):
+        pareto.read_study_from_mlflow("look", uri)
+
+
 def test_an_mlflow_that_is_down_is_reported_in_one_line():
     with pytest.raises(StudyError, match=r"study 'look' cannot be read from MLflow at http://127\.0\.0\.1:9") as error:
         pareto.read_study_from_mlflow("look", "http://someone:secret@127.0.0.1:9")

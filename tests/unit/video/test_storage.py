@@ -98,6 +98,16 @@ def test_local_paths_are_made_absolute_and_plain(tmp_path, monkeypatch):
     assert storage.local_path("file:///a/../b.mp4") == "/b.mp4"
 
 
+def test_a_relative_path_needs_the_current_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(storage.StorageError, match=r"runs/a is a relative path, and the current folder does not exist"):
+        storage.join("runs", "a")
+    assert storage.join("/runs", "a") == "/runs/a"
+
+
 @given(NAME, st.integers(0, 10**9))
 def test_a_row_of_a_parquet_file(name, row):
     for folder in ("/a b/", "s3://bucket/x/", ""):

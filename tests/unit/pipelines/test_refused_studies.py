@@ -1,0 +1,32 @@
+"""Studies that cannot start are refused before Ray starts."""
+
+import pytest
+
+from pipelines.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo"], "give a recipe and --space, or --resume STUDY"),
+        (["demo", "--space", "block_type"], "no space 'block_type' (did you mean 'block_types'?)"),
+        (["demo", "--space", "learning", "--searcher", "grid"], "searcher grid needs values to choose from"),
+        (["demo", "--space", "depths", "--asha", "--against", "gmacs"], "asha stops trials by their top-1 alone"),
+        (["demo", "--space", "depths", "--searcher", "nsga2"], "nsga2 searches a Pareto front"),
+        (["--resume", "nowhere"], "no study nowhere"),
+        (["demo", "--resume", "nowhere"], "only --trials, --concurrent and --repeats may be given, not RECIPE"),
+        (["demo", "--space", "widths", "--budget-gmacs", "1e-6"], "has no member within the budgets"),
+        (["demo", "--space", "widths", "data.train.path=nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_cannot_start_is_refused_in_one_line(motion_set, tmp_path, capsys, arguments, message):
+    lists = [f"data.train.path={motion_set}/train.csv", f"data.val.path={motion_set}/val.csv"]
+    if "--resume" not in arguments:
+        arguments = [
+            *arguments,
+            f"train.storage={tmp_path}",
+            *(k for k in lists if k.split("=")[0] not in str(arguments)),
+        ]
+    assert main(["tune", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

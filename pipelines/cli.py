@@ -1,4 +1,4 @@
-"""``posmlp``: the entry point of the command line. The verbs are in ``pipelines.commands``."""
+"""``posmlp``: the entry point of the command line. The commands are in ``pipelines.commands``."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all verbs."""
+    """Return the parser of all commands."""
     top = argparse.ArgumentParser(prog="posmlp", description="Train and search PosMLP-Video, a video backbone.")
     top.add_argument("--version", action=PrintVersion)
     add_verbosity(top)
-    verbs = top.add_subparsers(required=True, metavar="VERB")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
     for group in GROUPS:
-        group.add_verbs(verbs)
+        group.add_commands(commands)
     return top
 
 

@@ -1,4 +1,4 @@
-"""The verbs of ``posmlp``: a module for each group, with the arguments of each verb beside its handler.
+"""The commands of ``posmlp``: a module for each group, with the arguments of each command beside its handler.
 
-Each module has ``add_verbs(verbs)``. Heavy imports are inside the handlers, so that ``posmlp --help`` answers at once.
+Each module has ``add_commands(commands)``. Heavy imports are inside the handlers, so ``posmlp --help`` answers at once.
 """

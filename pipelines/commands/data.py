@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from pipelines.commands.options import Verbs, add_recipe, add_verb, not_negative, positive, positive_float
+from pipelines.commands.options import Commands, add_command, add_recipe, not_negative, positive, positive_float
 from posmlp.config import Format, load_recipe
 from posmlp.errors import UserError
 
@@ -14,17 +14,23 @@ if TYPE_CHECKING:
     from posmlp.video.manifest import Manifest
 
 
-def add_verbs(verbs: Verbs) -> None:
-    data = verbs.add_parser("data", help="make, check, pack and look at data sets")
-    verbs = data.add_subparsers(required=True, metavar="WHAT")
-    add_motion(verbs)
-    add_check(verbs)
-    add_shard(verbs)
-    add_preview(verbs)
+def add_commands(commands: Commands) -> None:
+    data = commands.add_parser(
+        "data",
+        help="make, check, pack and look at data sets",
+        description="Make, check, pack and look at data sets. `posmlp data SUBCOMMAND --help` describes the options.",
+    )
+    subcommands = data.add_subparsers(required=True, metavar="SUBCOMMAND")
+    add_motion(subcommands)
+    add_check(subcommands)
+    add_shard(subcommands)
+    add_preview(subcommands)
 
 
-def add_motion(verbs: Verbs) -> None:
-    motion = add_verb(verbs, "motion", run_motion, "make the embedded data set: 8 classes that only motion separates")
+def add_motion(commands: Commands) -> None:
+    motion = add_command(
+        commands, "motion", run_motion, "make the embedded motion set: 8 classes that only motion separates"
+    )
     motion.add_argument(
         "--out", type=Path, default=Path("data/motion"), help="folder for the data set (default: %(default)s)"
     )
@@ -47,19 +53,19 @@ def run_motion(args: argparse.Namespace) -> None:
     print(f"{args.train} training and {args.val} validation clips: {folder}/train.csv, {folder}/val.csv")
 
 
-def add_manifest(verb: argparse.ArgumentParser) -> None:
+def add_manifest(command: argparse.ArgumentParser) -> None:
     """Add the arguments that name a list of videos, as ``data.*`` does in a recipe."""
-    verb.add_argument("manifest", help="list of videos, or a folder with one subfolder per class; a path or a URI")
-    verb.add_argument("--out", required=True, help="folder for the results; a path or a URI")
-    verb.add_argument(
+    command.add_argument("manifest", help="list of videos, or a folder with one subfolder per class; a path or a URI")
+    command.add_argument("--out", required=True, help="folder for the results; a path or a URI")
+    command.add_argument(
         "--format", choices=get_args(Format), default="auto", help="format of the list (default: %(default)s)"
     )
-    verb.add_argument("--root", help="folder that holds the videos (default: the folder of the list)")
-    verb.add_argument("--classes", help="file of class names, for formats that have one")
-    verb.add_argument(
+    command.add_argument("--root", help="folder that holds the videos (default: the folder of the list)")
+    command.add_argument("--classes", help="file of class names, for formats that have one")
+    command.add_argument(
         "--template", default="{:05d}.jpg", help="file names of a frame folder's images (default: %(default)s)"
     )
-    verb.add_argument(
+    command.add_argument(
         "--where",
         action="append",
         default=[],
@@ -86,8 +92,8 @@ def read_listed(args: argparse.Namespace, missing_ok: bool) -> Manifest:
     return read_manifest(args.manifest, where, **options, missing_ok=missing_ok)
 
 
-def add_timeout(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
+def add_timeout(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--timeout",
         type=positive_float,
         default=300.0,
@@ -95,8 +101,8 @@ def add_timeout(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def add_check(verbs: Verbs) -> None:
-    check = add_verb(verbs, "check", run_check, "decode every video of a list and report the bad ones")
+def add_check(commands: Commands) -> None:
+    check = add_command(commands, "check", run_check, "decode every video of a list and report the bad ones")
     add_manifest(check)
     add_timeout(check)
 
@@ -115,9 +121,9 @@ def run_check(args: argparse.Namespace) -> int:
     return int(result.bad > 0)
 
 
-def add_shard(verbs: Verbs) -> None:
-    shard = add_verb(
-        verbs,
+def add_shard(commands: Commands) -> None:
+    shard = add_command(
+        commands,
         "shard",
         run_shard,
         "pack the videos of a list into Parquet files",
@@ -150,8 +156,8 @@ def run_shard(args: argparse.Namespace) -> None:
         print(f"{result.bad} videos could not be packed; bad.parquet in the same folder lists them")
 
 
-def add_preview(verbs: Verbs) -> None:
-    preview = add_verb(verbs, "preview", run_preview, "draw a batch as the model sees it")
+def add_preview(commands: Commands) -> None:
+    preview = add_command(commands, "preview", run_preview, "draw a batch as the model sees it")
     add_recipe(preview, "augment.flip=0.5")
     preview.add_argument(
         "--out", type=Path, default=Path("preview.png"), help="file for the picture (default: %(default)s)"

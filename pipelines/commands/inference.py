@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipelines.commands.options import Verbs, add_overrides, add_trained_model, add_verb, add_views, positive
+from pipelines.commands.options import Commands, add_command, add_overrides, add_trained_model, add_views, positive
 
 
-def add_verbs(verbs: Verbs) -> None:
-    add_evaluate(verbs)
-    add_predict(verbs)
-    add_export(verbs)
+def add_commands(commands: Commands) -> None:
+    add_evaluate(commands)
+    add_predict(commands)
+    add_export(commands)
 
 
-def add_evaluate(verbs: Verbs) -> None:
-    evaluate = add_verb(verbs, "evaluate", run_evaluate, "test a trained model on a split, with several views a video")
+def add_evaluate(commands: Commands) -> None:
+    evaluate = add_command(
+        commands, "evaluate", run_evaluate, "test a trained model on a split, with several views per video"
+    )
     add_trained_model(evaluate)
     add_views(evaluate)
     add_overrides(evaluate, "data.val.path=test.csv")
@@ -34,8 +36,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(f"\n{result}")
 
 
-def add_predict(verbs: Verbs) -> None:
-    predict = add_verb(verbs, "predict", run_predict, "print the most likely classes of videos")
+def add_predict(commands: Commands) -> None:
+    predict = add_command(commands, "predict", run_predict, "print the most likely classes of videos")
     add_trained_model(predict)
     add_views(predict)
     predict.add_argument(
@@ -62,8 +64,10 @@ def run_predict(args: argparse.Namespace) -> int:
     return int(unreadable > 0)
 
 
-def add_export(verbs: Verbs) -> None:
-    export = add_verb(verbs, "export", run_export, "write a trained model as one file that runs without this project")
+def add_export(commands: Commands) -> None:
+    export = add_command(
+        commands, "export", run_export, "write a trained model as one file that runs without this project"
+    )
     add_trained_model(export)
     export.add_argument(
         "--out", metavar="FILE", help="FILE.pt2 for PyTorch or FILE.onnx, a path or a URI (default: RUN.pt2)"

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and how a verb is added."""
+"""Arguments that several commands share, and how a command is added."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 Handler = Callable[[argparse.Namespace], int | None]
-Verbs = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
+Commands = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
 
 RESUME_HINT = "the same command resumes from the last checkpoint"
 
 
-def add_verb(
-    verbs: Verbs,
+def add_command(
+    commands: Commands,
     name: str,
     run: Handler,
     help: str,
@@ -22,23 +22,23 @@ def add_verb(
     after_interrupt: str = "there is nothing to resume",
     description: str = "",
 ) -> argparse.ArgumentParser:
-    """Add a verb to the command line.
+    """Add a command to the command line.
 
     Args:
         run: its handler; the result is the exit code, None for 0.
         help: one line for ``posmlp --help``.
         after_interrupt: what a user is told after Ctrl-C.
-        description: a longer text for the verb's own help.
+        description: a longer text for the command's own help.
     """
     text = description or help[:1].upper() + help[1:] + "."
-    verb: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=text)
-    add_verbosity(verb)
-    verb.set_defaults(run=run, after_interrupt=after_interrupt)
-    return verb
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=text)
+    add_verbosity(command)
+    command.set_defaults(run=run, after_interrupt=after_interrupt)
+    return command
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
-    """Add ``--quiet`` and ``--verbose``, which are valid before and after the verb."""
+    """Add ``--quiet`` and ``--verbose``, which are valid before and after the command."""
     either = parser.add_mutually_exclusive_group()
     for option, level, text in (
         ("--quiet", "WARNING", "print results and warnings, but no progress"),
@@ -49,38 +49,40 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def add_recipe(verb: argparse.ArgumentParser, example: str, *, required: bool = True) -> None:
+def add_recipe(command: argparse.ArgumentParser, example: str, *, required: bool = True) -> None:
     """Add the recipe and its overrides."""
     text = "recipe: a YAML file, or a name that `posmlp recipes` lists"
-    verb.add_argument("recipe", nargs=None if required else "?", help=text)
-    add_overrides(verb, example)
+    command.add_argument("recipe", nargs=None if required else "?", help=text)
+    add_overrides(command, example)
 
 
-def add_overrides(verb: argparse.ArgumentParser, example: str) -> None:
+def add_overrides(command: argparse.ArgumentParser, example: str) -> None:
     """Add overrides of recipe keys."""
-    verb.add_argument(
+    command.add_argument(
         "overrides", nargs="*", metavar="key=value", help=f"optional: recipe keys to change, for example {example}"
     )
 
 
-def add_train_options(verb: argparse.ArgumentParser) -> None:
-    """Add the options of verbs that train one model."""
-    verb.add_argument("--profile", action="store_true", help="trace a few steps with torch.profiler, into MLflow")
-    verb.add_argument(
+def add_train_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of commands that train one model."""
+    command.add_argument(
+        "--profile", action="store_true", help="trace a few steps with torch.profiler and log the trace to MLflow"
+    )
+    command.add_argument(
         "--allow-changes", action="store_true", help="resume although the recipe differs from the run's first one"
     )
 
 
-def add_trained_model(verb: argparse.ArgumentParser) -> None:
+def add_trained_model(command: argparse.ArgumentParser) -> None:
     """Add the argument that names a trained model."""
-    verb.add_argument(
+    command.add_argument(
         "model", metavar="RUN|CHECKPOINT", help="name or folder of a run (its best checkpoint), or a checkpoint folder"
     )
 
 
-def add_views(verb: argparse.ArgumentParser) -> None:
+def add_views(command: argparse.ArgumentParser) -> None:
     """Add the views of a video that are averaged."""
-    verb.add_argument(
+    command.add_argument(
         "--views",
         metavar="CLIPSxCROPS",
         help="views of each video, for example 4x3 (default: eval.clips x eval.crops of the recipe)",

@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 
-from pipelines.commands.options import Verbs, add_recipe, add_verb, not_negative, positive, positive_float
+from pipelines.commands.options import Commands, add_command, add_recipe, not_negative, positive, positive_float
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 
+# For the help text. Copies, because the modules that define them import PyTorch; tests/unit/pipelines/test_plan.py
+# compares them.
+GPUS = ("H200", "H100 PCIe", "H100 NVL", "H100", "A100", "L40S", "L4", "A10", "T4", "V100")
+VIDEO_SOURCES = ("as-is", "shard", "key250", "key32", "key12", "key4")
+ASSUMED_MFU = 0.15
 
-def add_verbs(verbs: Verbs) -> None:
-    add_doctor(verbs)
-    add_plan(verbs)
-    add_cost(verbs)
+
+def add_commands(commands: Commands) -> None:
+    add_doctor(commands)
+    add_plan(commands)
+    add_cost(commands)
 
 
-def add_doctor(verbs: Verbs) -> None:
-    doctor = add_verb(verbs, "doctor", run_doctor, "find what would stop or slow a run on this cluster")
+def add_doctor(commands: Commands) -> None:
+    doctor = add_command(commands, "doctor", run_doctor, "find what would stop or slow a run on this cluster")
     add_recipe(doctor, "scaling.workers=8; without a recipe only Ray is checked", required=False)
     doctor.add_argument("--address", help="address of the Ray cluster (default: as for posmlp train)")
 
@@ -32,8 +38,10 @@ def run_doctor(args: argparse.Namespace) -> int:
     return int(not print_findings(doctor(config, args.address)))
 
 
-def add_plan(verbs: Verbs) -> None:
-    plan = add_verb(verbs, "plan", run_plan, "estimate what a run needs on a cluster: rates, cores, bytes, bottleneck")
+def add_plan(commands: Commands) -> None:
+    plan = add_command(
+        commands, "plan", run_plan, "estimate what a run needs on a cluster: rates, cores, bytes, bottleneck"
+    )
     add_recipe(plan, "train.global_batch=1024")
     plan.add_argument(
         "--gpus", type=positive, required=True, help="number of GPUs in all; each runs one training worker"
@@ -42,11 +50,16 @@ def add_plan(verbs: Verbs) -> None:
     nodes.add_argument("--gpus-per-node", type=positive, help="GPUs per node (default: 8, or all if there are fewer)")
     nodes.add_argument("--nodes", type=positive, help="number of nodes with GPUs")
     plan.add_argument(
-        "--gpu", default="H100", help="GPU model, a name in posmlp.model.cost.PEAKS (default: %(default)s)"
+        "--gpu",
+        default="H100",
+        help=f"GPU model: {', '.join(GPUS)}; for another one give --tflops (default: %(default)s)",
     )
     plan.add_argument("--tflops", type=positive_float, help="peak TFLOP/s of a GPU, in place of its data sheet")
     plan.add_argument(
-        "--mfu", type=positive_float, help="share of the peak that training reaches (default: an assumed value)"
+        "--mfu",
+        type=positive_float,
+        default=ASSUMED_MFU,
+        help="share of the peak that training reaches (default: %(default)g, assumed)",
     )
     plan.add_argument("--cores", type=positive, default=96, help="CPU cores per GPU node (default: %(default)s)")
     plan.add_argument(
@@ -72,7 +85,9 @@ def add_plan(verbs: Verbs) -> None:
         "--val-videos", type=positive, help="number of validation videos (default: those of the recipe's list)"
     )
     plan.add_argument(
-        "--source", default="as-is", help="how the videos are stored, see docs/scale.md (default: %(default)s)"
+        "--source",
+        default="as-is",
+        help=f"how the videos are stored: {', '.join(VIDEO_SOURCES)}; see docs/scale.md (default: %(default)s)",
     )
     plan.add_argument(
         "--decode-ms", type=positive_float, help="milliseconds of one core per clip (default: as measured for --source)"
@@ -81,7 +96,7 @@ def add_plan(verbs: Verbs) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from pipelines.planning.plan import ASSUMED_MFU, format_plan, make_cluster_spec, make_plan
+    from pipelines.planning.plan import format_plan, make_cluster_spec, make_plan
 
     cluster = make_cluster_spec(
         args.gpus,
@@ -89,7 +104,7 @@ def run_plan(args: argparse.Namespace) -> None:
         gpus_per_node=args.gpus_per_node,
         gpu=args.gpu,
         tflops=args.tflops,
-        mfu=args.mfu or ASSUMED_MFU,
+        mfu=args.mfu,
         gpu_node_cores=args.cores,
         decode_node_cores=args.decode_cores,
         decode_nodes=args.decode_nodes,
@@ -101,8 +116,10 @@ def run_plan(args: argparse.Namespace) -> None:
     print(format_plan(make_plan(args.recipe, args.overrides, cluster, **given)))
 
 
-def add_cost(verbs: Verbs) -> None:
-    cost = add_verb(verbs, "cost", run_cost, "measure a model here: parameters, MACs, memory, latency, throughput")
+def add_cost(commands: Commands) -> None:
+    cost = add_command(
+        commands, "cost", run_cost, "measure a model here: parameters, MACs, memory, latency, throughput"
+    )
     cost.add_argument("--model", required=True, help="name of a model, for example s16")
     cost.add_argument("--num-classes", type=int, default=400, help="number of classes (default: %(default)s)")
     cost.add_argument("--frames", type=int, help="frames per clip (default: those of the model)")

@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.commands.options import Verbs, add_overrides, add_verb
+from pipelines.commands.options import Commands, add_command, add_overrides
 from posmlp.config import find_recipe, list_recipes, load_recipe
 from posmlp.errors import UserError
 
 
-def add_verbs(verbs: Verbs) -> None:
-    recipes = add_verb(
-        verbs,
+def add_commands(commands: Commands) -> None:
+    recipes = add_command(
+        commands,
         "recipes",
         run_list,
         "list the recipes, print one in full, or copy one",
-        description="Without a verb: list the recipes, one line each.",
+        description="Without a subcommand: list the recipes, one line each.",
     )
-    verbs = recipes.add_subparsers(metavar="WHAT")
-    add_show(verbs)
-    add_copy(verbs)
+    subcommands = recipes.add_subparsers(metavar="SUBCOMMAND")
+    add_show(subcommands)
+    add_copy(subcommands)
 
 
 def run_list(args: argparse.Namespace) -> None:
@@ -37,8 +37,8 @@ def summary_of(path: Path) -> str:
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
-def add_show(verbs: Verbs) -> None:
-    show = add_verb(verbs, "show", run_show, "print a recipe with every key and its effective value, as YAML")
+def add_show(commands: Commands) -> None:
+    show = add_command(commands, "show", run_show, "print a recipe with every key and its effective value, as YAML")
     show.add_argument("recipe", help="a YAML file, or a name that `posmlp recipes` lists")
     add_overrides(show, "train.epochs=20")
 
@@ -47,8 +47,8 @@ def run_show(args: argparse.Namespace) -> None:
     print(load_recipe(args.recipe, args.overrides).to_yaml(), end="")
 
 
-def add_copy(verbs: Verbs) -> None:
-    copy = add_verb(verbs, "copy", run_copy, "copy a recipe, with its comments, to a file of your own")
+def add_copy(commands: Commands) -> None:
+    copy = add_command(commands, "copy", run_copy, "copy a recipe, with its comments, to a file of your own")
     copy.add_argument("recipe", help="a name that `posmlp recipes` lists")
     copy.add_argument("file", type=Path, metavar="FILE", help="the new file; it must not exist")
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from pipelines.commands.options import Verbs, add_verb
+from pipelines.commands.options import Commands, add_command
 from posmlp import metrics as names
 
 
-def add_verbs(verbs: Verbs) -> None:
-    add_checkpoints(verbs)
-    add_sync(verbs)
+def add_commands(commands: Commands) -> None:
+    add_checkpoints(commands)
+    add_sync(commands)
 
 
-def add_checkpoints(verbs: Verbs) -> None:
-    listing = add_verb(verbs, "checkpoints", run_checkpoints, "list a run's checkpoints and verify each")
+def add_checkpoints(commands: Commands) -> None:
+    listing = add_command(commands, "checkpoints", run_checkpoints, "list a run's checkpoints and verify each")
     listing.add_argument("run_folder", metavar="RUN", help="folder of a run, or its name below runs/")
 
 
@@ -41,9 +41,9 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     return int(damaged > 0)
 
 
-def add_sync(verbs: Verbs) -> None:
-    sync = add_verb(
-        verbs,
+def add_sync(commands: Commands) -> None:
+    sync = add_command(
+        commands,
         "sync",
         run_sync,
         "deliver to MLflow what runs could not deliver while it was unreachable",

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from pipelines.commands.options import (
     RESUME_HINT,
-    Verbs,
+    Commands,
+    add_command,
     add_overrides,
     add_recipe,
     add_train_options,
-    add_verb,
     mlflow_hint,
 )
 from posmlp import metrics as names
@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 BAD_VIDEOS_SHOWN = 10
 
 
-def add_verbs(verbs: Verbs) -> None:
-    add_demo(verbs)
-    add_train(verbs)
+def add_commands(commands: Commands) -> None:
+    add_demo(commands)
+    add_train(commands)
 
 
-def add_demo(verbs: Verbs) -> None:
-    demo = add_verb(
-        verbs, "demo", run_demo, "make the embedded data set and train a small model on it", after_interrupt=RESUME_HINT
+def add_demo(commands: Commands) -> None:
+    demo = add_command(
+        commands,
+        "demo",
+        run_demo,
+        "make the embedded motion set and train a small model on it",
+        after_interrupt=RESUME_HINT,
     )
     add_overrides(demo, "train.epochs=5")
     add_train_options(demo)
@@ -45,12 +49,12 @@ def run_demo(args: argparse.Namespace) -> None:
     config = load_recipe("demo", args.overrides)
     start = time.perf_counter()
     folder = make_motion_set(Path(config.data.train.path).parent)
-    print(f"embedded data set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"embedded motion set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
     train_and_print(config, args)
 
 
-def add_train(verbs: Verbs) -> None:
-    train = add_verb(verbs, "train", run_train, "train one model from a recipe", after_interrupt=RESUME_HINT)
+def add_train(commands: Commands) -> None:
+    train = add_command(commands, "train", run_train, "train one model from a recipe", after_interrupt=RESUME_HINT)
     add_recipe(train, "train.epochs=20")
     add_train_options(train)
 
@@ -84,5 +88,7 @@ def format_result(result: RunResult, seconds: float) -> str:
     lines = [f"  {name:<18}{value}" for name, value in rows]
     lines += [f"    {video.uri}: {video.reason}" for video in result.bad[:BAD_VIDEOS_SHOWN]]
     if len(result.bad) > BAD_VIDEOS_SHOWN:
-        lines.append(f"    ... and {len(result.bad) - BAD_VIDEOS_SHOWN} more in the run's quarantine.json")
+        lines.append(
+            f"    ... and {len(result.bad) - BAD_VIDEOS_SHOWN} more: quarantine.json in MLflow lists all bad videos"
+        )
     return "\n".join(lines)

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from pipelines.commands.options import (
     RESUME_HINT,
-    Verbs,
+    Commands,
+    add_command,
     add_recipe,
-    add_verb,
     mlflow_hint,
     not_negative,
     positive,
     positive_float,
 )
 from posmlp.config import load_recipe
+from tune_spaces import list_spaces
 
 COSTS = ("latency", "gmacs", "params")
 # The settings of a study that the command line can set, by the names of their options.
@@ -28,31 +29,46 @@ SETTINGS = (
 CHANGEABLE = {"trials", "concurrent", "repeats"}  # on resume
 
 
-def add_verbs(verbs: Verbs) -> None:
-    add_tune(verbs)
-    add_supernet(verbs)
-    add_front(verbs)
+def add_commands(commands: Commands) -> None:
+    add_tune(commands)
+    add_supernet(commands)
+    add_front(commands)
 
 
-def add_tune(verbs: Verbs) -> None:
-    tune = add_verb(
-        verbs,
+def add_tune(commands: Commands) -> None:
+    tune = add_command(
+        commands,
         "tune",
         run_tune,
         "search a space: train members of it and draw the Pareto front",
         after_interrupt="posmlp tune --resume STUDY resumes it",
+        description="Search a space: train members (a member is one model of the space) and draw their Pareto front.",
     )
     add_recipe(tune, "train.epochs=10 (for every trial)", required=False)
-    tune.add_argument("--space", help="search space: a module of tune_spaces, or a Python file")
+    tune.add_argument("--space", help=f"search space: {', '.join(list_spaces())}, or a Python file")
     tune.add_argument("--name", help="name of the study (default: RECIPE-SPACE)")
-    tune.add_argument("--resume", metavar="STUDY", help="resume a study, given by its folder or its name below runs/")
+    tune.add_argument(
+        "--resume",
+        metavar="STUDY",
+        help="resume a study, given by its folder or its name below runs/; only --trials, --concurrent and "
+        "--repeats may be given again",
+    )
     tune.add_argument("--trials", type=positive, help="number of trials to train (default: 20)")
     tune.add_argument(
-        "--searcher", choices=("grid", "random", "tpe", "nsga2"), help="how members are chosen (default: tpe)"
+        "--searcher",
+        choices=("grid", "random", "tpe", "nsga2"),
+        help="how members are chosen; nsga2 needs --against (default: tpe)",
     )
-    tune.add_argument("--against", choices=COSTS, help="cost to minimise next to the accuracy (default: none)")
     tune.add_argument(
-        "--asha", action="store_true", default=None, help="stop weak trials early (successive halving, ASHA)"
+        "--against",
+        choices=COSTS,
+        help="cost to minimise next to the accuracy; excludes --asha (default: none)",
+    )
+    tune.add_argument(
+        "--asha",
+        action="store_true",
+        default=None,
+        help="stop weak trials early (successive halving, ASHA); excludes --against",
     )
     tune.add_argument("--seed", type=not_negative, help="seed of the search (default: 0)")
     tune.add_argument(
@@ -111,9 +127,9 @@ def run_tune(args: argparse.Namespace) -> None:
     print(f"  {mlflow_hint(tracking_uri(study.recipe))}")
 
 
-def add_supernet(verbs: Verbs) -> None:
-    supernet = add_verb(
-        verbs,
+def add_supernet(commands: Commands) -> None:
+    supernet = add_command(
+        commands,
         "supernet",
         run_supernet,
         "train a whole space at once with shared weights, and rank its members",
@@ -121,7 +137,10 @@ def add_supernet(verbs: Verbs) -> None:
     )
     add_recipe(supernet, "train.epochs=100")
     supernet.add_argument(
-        "--space", required=True, help="search space: same_width, or another one without widths or learning settings"
+        "--space",
+        required=True,
+        help="search space of block types, groups and depths: same_width, block_types, group_counts, depths, or a "
+        "Python file",
     )
     supernet.add_argument("--name", help="name of the run (default: RECIPE-SPACE-supernet)")
     supernet.add_argument("--members", type=positive, default=100, help="most members to score (default: %(default)s)")
@@ -149,8 +168,8 @@ def run_supernet(args: argparse.Namespace) -> None:
     print(f"  {mlflow_hint(tracking_uri(recipe))}")
 
 
-def add_front(verbs: Verbs) -> None:
-    front = add_verb(verbs, "front", run_front, "draw the Pareto front of studies, from MLflow alone")
+def add_front(commands: Commands) -> None:
+    front = add_command(commands, "front", run_front, "draw the Pareto front of studies, from MLflow alone")
     front.add_argument("studies", nargs="+", metavar="STUDY", help="names of studies; several are drawn in one figure")
     front.add_argument(
         "--against", choices=COSTS, default="gmacs", help="cost on the other axis (default: %(default)s)"

@@ -21,6 +21,7 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from ray._private import ray_constants
 
 from pipelines.cli import main
+from pipelines.commands import planning
 from pipelines.data import loader
 from pipelines.planning import plan
 from pipelines.planning.plan import (
@@ -46,7 +47,7 @@ from posmlp import metrics as metric_names
 from posmlp.config import load_recipe
 from posmlp.learn.evaluation import ClassificationMetrics
 from posmlp.learn.learner import Learner
-from posmlp.model.cost import cost
+from posmlp.model.cost import PEAKS, cost
 from posmlp.video.batch import Batch
 
 ROOT = Path(__file__).parents[3]
@@ -362,6 +363,12 @@ def test_the_documentation_shows_what_is_printed(capsys, command, shown):
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in shown.splitlines() if line != "  ..."]
     assert [line for line in printed if line in lines] == lines
+
+
+def test_help_lists_every_gpu_and_source_and_the_assumed_mfu():
+    assert tuple(PEAKS) == planning.GPUS
+    assert tuple(plan.VIDEO_STORAGE) == planning.VIDEO_SOURCES
+    assert plan.ASSUMED_MFU == planning.ASSUMED_MFU
 
 
 def test_the_documentation_has_all_three_sizes_and_sources():

@@ -55,7 +55,7 @@ class Exported:
 
     @property
     def matches_model(self) -> bool:
-        """Whether the file's logits are within the tolerance. False for NaN."""
+        """Return whether the file's logits are within the tolerance. False for NaN."""
         return self.difference <= self.tolerance * self.largest
 
 

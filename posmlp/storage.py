@@ -48,7 +48,7 @@ class StorageError(UserError):
 
 
 def is_remote(uri: str) -> bool:
-    """Whether a URI has a scheme other than ``file``. Anything else is a path on this machine."""
+    """Return whether a URI has a scheme other than ``file``. Anything else is a path on this machine."""
     return bool(SCHEME.match(uri)) and not uri.startswith(FILE)
 
 
@@ -90,7 +90,7 @@ def join(base: str, relative: str) -> str:
 
 
 def is_inside(uri: str, folder: str) -> bool:
-    """Whether a file lies in a folder, judged by name alone; links are not followed.
+    """Return whether a file lies in a folder, judged by name alone; links are not followed.
 
     Both must be as ``join`` returns them. In a store the options, such as the server's address, must be equal too.
     """
@@ -253,7 +253,7 @@ def list_folders(uri: str) -> list[str]:
 
 
 def are_files(uris: Sequence[str]) -> list[bool]:
-    """Whether each URI is an existing file; for ``FILE.parquet#ROW``, whether the Parquet file exists.
+    """Return whether each URI is an existing file; for ``FILE.parquet#ROW``, whether the Parquet file exists.
 
     Sends many requests at a time, because shared disks and stores answer each one slowly.
     """

@@ -104,5 +104,5 @@ def worker_resources(scaling: ScalingSection) -> dict[str, float]:
 
 
 def matches_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Whether a node's labels include all the wanted ones."""
+    """Return whether a node's labels include all the wanted ones."""
     return all(labels.get(key) == value for key, value in wanted.items())

@@ -194,7 +194,7 @@ def load(uri: str, names: Sequence[str] = (WEIGHTS, STATE)) -> tuple[CheckpointI
         names: the files to load.
 
     Returns:
-        the info, and the content of each file by name: a dict of tensors for ``WEIGHTS``, of tensors and plain data
+        The info, and the content of each file by name: a dict of tensors for ``WEIGHTS``, of tensors and plain data
         for ``STATE``.
 
     Raises:
@@ -262,7 +262,7 @@ def newest(run: str) -> tuple[str | None, list[DamagedError]]:
     Newer checkpoints that are damaged are marked as incomplete.
 
     Returns:
-        its URI, or None if the run has no checkpoints; and what is wrong with each newer one, the newest first.
+        Its URI, or None if the run has no checkpoints; and what is wrong with each newer one, the newest first.
 
     Raises:
         DamagedError: the run has damaged checkpoints and no intact one. (Incomplete ones are not counted.)

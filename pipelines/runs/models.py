@@ -45,7 +45,7 @@ def load_trained_model(uri: str) -> tuple[PosMLPVideo, checkpoints.CheckpointInf
         uri: the folder of a checkpoint, or of a run for its best checkpoint (else its newest).
 
     Returns:
-        the model, and what the checkpoint holds.
+        The model, and what the checkpoint holds.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.

@@ -48,7 +48,7 @@ class LostError(Exception):
 
 
 class DeliveryWorker(threading.Thread):
-    """Delivers the operations of a journal to MLflow: continuously as a thread, or once with :meth:`deliver_all`.
+    """Delivers the operations of a journal to MLflow: continuously as a thread, or once with ``deliver_all``.
 
     - MLflow, or the network to it, is down: the operation is tried again until it succeeds, and later ones wait. The
       same holds for a store that accepts nothing now: an expired token, a read-only file, a deleted experiment.
@@ -167,7 +167,7 @@ class DeliveryWorker(threading.Thread):
         """Try to deliver the first entries of the queue.
 
         Returns:
-            the reason if MLflow does not answer, or accepts nothing now; None if the entries are delivered, rejected or
+            The reason if MLflow does not answer, or accepts nothing now; None if the entries are delivered, rejected or
             postponed.
         """
         keep_file = False
@@ -203,7 +203,7 @@ class DeliveryWorker(threading.Thread):
         self.next_retry = time.monotonic() + POSTPONED_PAUSE
 
     def deliver(self, entries: Sequence[Entry]) -> None:
-        """Send entries to MLflow, as :meth:`next_entries` returns them.
+        """Send entries to MLflow, as ``next_entries`` returns them.
 
         Raises:
             LostError: the line cannot be read, or its file is missing.
@@ -343,7 +343,7 @@ def sync_journals(path: Path, uri: str | None = None) -> int:
             ``MLFLOW_TRACKING_URI``, or in ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``.
 
     Returns:
-        the number of operations that remain because MLflow's artifact store did not accept them.
+        The number of operations that remain because MLflow's artifact store did not accept them.
 
     Raises:
         UserError: there is no journal, an active run holds it, or MLflow does not answer.

@@ -247,7 +247,7 @@ def register_model(uri: str, run_id: str, name: str, tags: Mapping[str, str]) ->
     If the newest version of this run has the same ``trial`` tag, that version is used.
 
     Returns:
-        the version's number.
+        The version's number.
 
     Raises:
         UserError: MLflow does not have the model yet.

@@ -48,7 +48,7 @@ MODEL_WAIT = 600.0  # seconds that log_model() waits for the upload of a model
 
 
 class Tracker:
-    """Writes to one MLflow run. Only :meth:`open`, :meth:`log_model` and :meth:`close` wait for MLflow.
+    """Writes to one MLflow run. Only ``open``, ``log_model`` and ``close`` wait for MLflow.
 
     Attributes:
         run_id: the MLflow run.
@@ -210,7 +210,7 @@ class Tracker:
             wait_s: longest time for the delivery, in seconds; shorter if MLflow does not answer.
 
         Returns:
-            the number of operations that are not delivered. They stay in ``journal.path`` for ``posmlp sync``.
+            The number of operations that are not delivered. They stay in ``journal.path`` for ``posmlp sync``.
         """
         self.system_metrics.stop()
         self.journal.append(EndRun(status, now_ms()))

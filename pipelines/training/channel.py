@@ -68,7 +68,7 @@ class RunChannel:
         self.stopping = True
 
     def stop_requested(self) -> bool:
-        """Whether the workers should save a checkpoint and stop."""
+        """Return whether the workers should save a checkpoint and stop."""
         return self.stopping
 
 

@@ -87,7 +87,7 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
         train_set, val_set: as ``read_splits`` returns them.
 
     Returns:
-        the recipe with the number of classes filled in, and with absolute paths of the cache and of ``model.weights``.
+        The recipe with the number of classes filled in, and with absolute paths of the cache and of ``model.weights``.
 
     Raises:
         RunError: they do not fit; the message names the key to change.
@@ -130,7 +130,7 @@ def check_record(
         allow_changes: accept changes of keys that are not in ``KEYS_FIXED_ON_RESUME``.
 
     Returns:
-        the changed keys (``changed_keys``).
+        The changed keys (``changed_keys``).
 
     Raises:
         RunError: the run is finished, or its recipe has changed; the message lists the changes.
@@ -160,7 +160,7 @@ def changed_keys(record: dict[str, Any], config: Config, lists: dict[str, str]) 
     """Compare a recipe and its lists with those of a run, without ``KEYS_FREE_ON_RESUME``.
 
     Returns:
-        for each changed key, its old and its new value as text.
+        For each changed key, its old and its new value as text.
     """
     before = flatten(current_keys(record["config"])) | {
         f"list.{split}": text for split, text in record["lists"].items()
@@ -181,7 +181,7 @@ def find_weights(config: Config) -> str | None:
     """Resolve ``model.weights``, which names a file of weights, a run or a checkpoint, to a file, and check that file.
 
     Returns:
-        the file's path or URI; None if the recipe starts from random weights.
+        The file's path or URI; None if the recipe starts from random weights.
 
     Raises:
         UserError: it names neither a file nor a run with a checkpoint, or the weights do not fit the recipe's model.

@@ -22,7 +22,7 @@ def start_profiler(device: torch.device, on_trace: Callable[[bytes], None]) -> t
         on_trace: called once with the trace, a gzipped Chrome trace in JSON.
 
     Returns:
-        the profiler; call its ``step`` after each training step.
+        The profiler; call its ``step`` after each training step.
     """
 
     def export(profile: torch.profiler.profile) -> None:

@@ -69,7 +69,7 @@ def advise(metrics: dict[str, float], config: Config) -> dict[str, str]:
     """Recommend recipe keys to change when the device waits for clips or the object store spills.
 
     Returns:
-        a text for each problem: ``wait`` (or ``cache`` while the cache is filled) and ``spill``.
+        A text for each problem: ``wait`` (or ``cache`` while the cache is filled) and ``spill``.
     """
     data, texts = config.data, {}
     seconds, first = metrics[PERF_EPOCH_S], metrics[PERF_FIRST_BATCH_S]

@@ -102,7 +102,7 @@ class StudyController:
         return trial
 
     def may_have_more(self) -> bool:
-        """Whether ``next_trial`` may return another trial once a running one turns out to be over a budget."""
+        """Return whether ``next_trial`` may return another trial once a running one turns out to be over a budget."""
         running = any(trial.state == TrialState.RUNNING for trial in self.trials.values())
         return running and self.study.budget_ms is not None and not self.stopping.is_set()
 

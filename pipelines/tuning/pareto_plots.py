@@ -234,7 +234,7 @@ def rank_agreement_image(inherited: Sequence[float], alone: Sequence[float]) -> 
 
 
 def mixes_blocks(points: Sequence[TrialPoint]) -> bool:
-    """Whether any model has more than one block type."""
+    """Return whether any model has more than one block type."""
     return any(len(set(point.blocks)) > 1 for point in points)
 
 

@@ -113,7 +113,7 @@ def check_space(study: Study, space: Space, trials: Sequence[Trial]) -> None:
 
 
 def is_value_of(values: tuple[Value, ...] | Range, value: Value) -> bool:
-    """Whether a dimension has a value."""
+    """Return whether a dimension has a value."""
     if isinstance(values, Range):
         return isinstance(value, int | float) and values.low <= value <= values.high
     return value in values

@@ -113,7 +113,7 @@ def fit_published(
         model: is not changed. It may be on the meta device: then its own tensors take no memory.
 
     Returns:
-        the tensors to load, and what was adapted.
+        The tensors to load, and what was adapted.
 
     Raises:
         CheckpointError, FileNotFoundError: as ``load_published``.
@@ -194,7 +194,7 @@ def find_state(target: Mapping[str, Tensor], content: object) -> tuple[State, li
         content: nested containers with tensors.
 
     Returns:
-        the tensors by name, in this project's names or the release's; and a sentence if there was a choice.
+        The tensors by name, in this project's names or the release's; and a sentence if there was a choice.
 
     Raises:
         CheckpointError: there are none, or one of them is not dense, of floating point and finite.
@@ -259,7 +259,7 @@ def first_names(tensors: Mapping[str, object]) -> str:
 
 
 def is_optimizer_key(key: str) -> bool:
-    """Whether an entry of a checkpoint is the state of an optimizer."""
+    """Return whether an entry of a checkpoint is the state of an optimizer."""
     return bool(OPTIMIZER_KEY.fullmatch(key))
 
 
@@ -374,7 +374,7 @@ def replace_head(source: State, target: State, adapted: list[str]) -> int:
     """Give ``source`` the model's own head if it has none, or one for another number of classes, in place.
 
     Returns:
-        the number of replaced tensors.
+        The number of replaced tensors.
     """
     head, fresh = source.get("head.weight"), target["head.weight"]
     if head is None and "head.bias" not in source:

@@ -33,7 +33,7 @@ JOINT_CHUNK_BYTES = 64 * 2**20  # the same for joint windows, whose maps are com
 
 
 def on_amd() -> bool:
-    """Whether the processor is an AMD one; False where the system does not say."""
+    """Return whether the processor is an AMD one; False where the system does not say."""
     with suppress(OSError):
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     return False
@@ -47,7 +47,7 @@ ONEDNN_MIN_MACS = 2**24
 
 
 def supports(x: Tensor) -> bool:
-    """Whether this path handles ``x``: on a CPU, in a dtype with fast kernels, neither compiled nor exported."""
+    """Return whether this path handles ``x``: on a CPU, in a dtype with fast kernels, neither compiled nor exported."""
     return x.device.type == "cpu" and {x.dtype, compute_dtype(x)} <= {*TYPES} and not torch.compiler.is_compiling()
 
 

@@ -18,12 +18,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def supports(u: Tensor, v: Tensor) -> bool:
-    """Whether ``gate`` accepts these inputs: one dtype, fp32 or half precision, on a device that runs the kernels."""
+    """Return whether ``gate`` accepts these inputs: one dtype, fp32 or half precision, on a device with the kernels."""
     return u.dtype == v.dtype and u.dtype in TYPES and has_kernels(u.device)
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels run on a device: an NVIDIA GPU of compute capability 8.0 or later, with Triton installed."""
+    """Return whether the kernels run on a device: an NVIDIA GPU of compute capability 8.0 or later, with Triton."""
     if device.type != "cuda" or torch.version.cuda is None or not HAS_TRITON:
         return False
     return torch.cuda.get_device_properties(device).major >= 8  # a constant to torch.compile

@@ -80,7 +80,7 @@ class Choices:
         )
 
     def contains(self, architecture: Architecture) -> bool:
-        """Whether every stage of an architecture uses one of these values."""
+        """Return whether every stage of an architecture uses one of these values."""
         pairs = zip(asdict(self).values(), asdict(architecture).values(), strict=True)
         return all(value in values for every, chosen in pairs for values, value in zip(every, chosen, strict=True))
 

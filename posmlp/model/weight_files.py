@@ -163,7 +163,7 @@ class Placeholder(dict[Any, Any], metaclass=PlaceholderType):
 
 
 def makes_data(path: str) -> bool:
-    """Whether a call of the class or function ``path`` only makes data, as far as its name shows."""
+    """Return whether a call of the class or function ``path`` only makes data, as far as its name shows."""
     module, _, name = path.partition(".")
     last = path.rpartition(".")[2].lstrip("_")
     if module in CODE_MODULES:

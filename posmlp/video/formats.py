@@ -383,7 +383,7 @@ def _folder(source: ManifestSource) -> Listing:
 
 
 def _holds_images(classes: Mapping[str, list[str]]) -> bool:
-    """Whether a tree certainly holds images: no videos, and no pictures deeper down, which may be frames of a video."""
+    """Return whether a tree certainly holds images: no videos, and no pictures deeper down, which may be frames."""
     files = [path for paths in classes.values() for path in paths]
     found = [path for path in files if _has_suffix(path, PICTURE_SUFFIXES)]
     return bool(found) and all(path.count("/") == 1 for path in found) and not any(map(_is_video, files))
@@ -423,7 +423,7 @@ def _remote_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file has one of the suffixes and is not hidden."""
+    """Return whether a file has one of the suffixes and is not hidden."""
     name = path.rpartition("/")[2]
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
 

@@ -371,7 +371,7 @@ def _draw_share(kind: str, out: str, size: int, seed: int, train: int, val: int,
 
 
 def _is_complete_set(out: Path, classes: tuple[str, ...], counts: dict[str, int], record: str) -> bool:
-    """Whether `out` holds the complete set of `record`; raises UserError if it holds something else."""
+    """Return whether `out` holds the complete set of `record`; raises UserError if it holds something else."""
     advice = "choose another folder, or delete this one"
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder")

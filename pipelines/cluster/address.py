@@ -256,7 +256,7 @@ def explain_start(error: Exception) -> str:
 
 
 def has_current_folder() -> bool:
-    """Whether this process's current folder still exists."""
+    """Return whether this process's current folder still exists."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -312,8 +312,13 @@ def describe(choice: RayChoice, nodes: list[dict[str, Any]]) -> str:
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = (sum(resources.get(kind, 0) for resources in alive) for kind in ("CPU", "GPU"))
-    size = f"{cpus:g} CPUs, {gpus:g} GPUs"
+    size = f"{count(cpus, 'CPU')}, {count(gpus, 'GPU')}"
     if choice.address is None:
         return f"Ray: started on this machine ({size})"
     verb = f"joined {choice.address} (from {choice.source})" if choice.source else f"connected to {choice.address}"
-    return f"Ray: {verb}: {len(alive)} node{'' if len(alive) == 1 else 's'}, {size}"
+    return f"Ray: {verb}: {count(len(alive), 'node')}, {size}"
+
+
+def count(number: float, what: str) -> str:
+    """A number of things in words, such as ``1 node`` and ``2 nodes``."""
+    return f"{number:g} {what}{'' if number == 1 else 's'}"

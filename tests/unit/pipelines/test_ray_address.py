@@ -207,4 +207,6 @@ def test_the_line_names_the_ray_and_its_size():
         describe(RayChoice(A, "RAY_ADDRESS"), nodes) == f"Ray: joined {A} (from RAY_ADDRESS): 2 nodes, 12 CPUs, 2 GPUs"
     )
     assert describe(RayChoice(), nodes[:1]) == "Ray: started on this machine (8 CPUs, 0 GPUs)"
+    one = describe(RayChoice(A), [node(True, CPU=1.0, GPU=1.0)])
+    assert one == f"Ray: connected to {A}: 1 node, 1 CPU, 1 GPU"
     assert describe(RayChoice(A), nodes[:1]) == f"Ray: connected to {A}: 1 node, 8 CPUs, 0 GPUs"

@@ -159,7 +159,7 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
     config = load_recipe("k400_s16", ["train.epochs=2", "optim.warmup_epochs=1"])
     mlflow_client.create_run(client(), config, {})
     journal = Journal(tmp_path / "journal.jsonl")
-    tracker = Tracker(journal, MagicMock(run_id="run", uri="sqlite:///x"), 0, 0)
+    tracker = Tracker(journal, MagicMock(run_id="run", uri="sqlite:///x"), 0, 0, place="here")
     reporter = RunReporter(config.name, tracker, lambda metrics: None)
     journal.append(OpenRun("sqlite:///x", "run", offline=False))
     reporter.handle(CostMeasured({"cost/gmacs": 1.0}))

@@ -219,7 +219,7 @@ class RunPlan:
     def checkpoint_bytes(self) -> int:
         """Return the bytes of a checkpoint's tensors.
 
-        They are the evaluation weights, AdamW's two moments and counters and, with EMA, the weights that are trained.
+        They are the evaluation weights, AdamW's two moments and counters and, with EMA, the live weights.
         """
         weights = 4 * self.num_params + self.buffer_bytes
         moments = 2 * 4 * self.num_params + 4 * self.num_param_tensors

@@ -373,9 +373,9 @@ class Worker:
         Returns the metrics, or None if a stop was requested.
         """
         learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
-        result, batches = ClassificationMetrics.empty(learner.classes), self.val_split.batches(0)
+        result, batches = ClassificationMetrics.empty(learner.num_classes), self.val_split.batches(0)
         with learner.evaluation_weights():
-            broadcast_buffers(learner.raw)
+            broadcast_buffers(learner.module)
             for _ in range(self.val_split.steps):
                 batch = self.next_batch(batches)
                 if batch is None:

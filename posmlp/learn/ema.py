@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of a model's weights, which is evaluated and saved in place of the live ones."""
+"""The exponential moving average (EMA) of a model's weights. It is evaluated and saved instead of the live weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WeightEMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the model's current weights to the average."""
+        """Add the model's live weights to the average."""
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         floats = [(a, x) for a, x in zip(self.average, self.live, strict=True) if x.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in floats], [x for _, x in floats], 1 - keep)

@@ -63,7 +63,7 @@ class ClassificationMetrics:
         self.top5 += (ranked == labels[:, None]).sum()
 
     def sum_over_workers(self) -> ClassificationMetrics:
-        """Sum the counts of all workers. Every worker must call."""
+        """Sum the counts of all workers. Collective: call it on every rank."""
         if not dist.is_initialized():
             return self
         sums = torch.cat([self.confusion.flatten(), self.loss.view(1), self.top5.view(1)])

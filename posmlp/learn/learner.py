@@ -1,8 +1,8 @@
-"""The training step (with gradient accumulation over micro-batches), the evaluation step, and the state to resume.
+"""The training step, the evaluation step, and the state from which training resumes.
 
-The order of a training step: ``Learner.train_step`` sets the learning rate (``posmlp.learn.optim``), accumulates the
-gradients of all micro-batches (``Learner.backward``), refuses a step that exploded, clips the gradient, steps the
-optimizer and updates the EMA (``posmlp.learn.ema``).
+``Learner.train_step`` sets the learning rate (``posmlp.learn.optim``), accumulates the gradients of all micro-batches
+(``Learner.backward``), refuses a step that exploded, clips the gradient, steps the optimizer and updates the EMA
+(``posmlp.learn.ema``), in this order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ExplodedError(UserError):
-    """A training step's loss is not finite or far above a random guess's, or its gradient is not finite.
+    """Training diverged: a step's loss is not finite or far above a random guess's, or its gradient is not finite.
 
     The weights are still those before the step.
     """
@@ -60,30 +60,37 @@ class StepResult:
 
 
 class Learner:
-    """A model in training, with its optimizer, learning-rate schedule and EMA.
+    """A model in training, with its optimizer, gradient scaler and EMA.
 
     Args:
         model: the backbone, plain or wrapped for distributed training (``posmlp.learn.parallel.parallelise``).
         config: the whole recipe.
         steps_per_epoch: optimizer steps in an epoch.
-        classes: the class names, for ``augment.flip_classes``; if empty, a class's name is its label.
+        class_names: for ``augment.flip_classes``; if empty, a class's name is its label.
+
+    Attributes:
+        model: what computes the training step: the backbone, plain or wrapped.
+        module: the backbone without ``DistributedDataParallel``; with FSDP its parameters are sharded.
+        step: number of finished optimizer steps.
+        num_classes: length of the logits.
+        ema: the moving average of the weights; None without ``optim.ema``. The model itself holds the live weights.
 
     Raises:
         UserError: ``augment.flip_classes`` does not fit the classes.
     """
 
-    def __init__(self, model: nn.Module, config: Config, steps_per_epoch: int, classes: Sequence[str] = ()):
+    def __init__(self, model: nn.Module, config: Config, steps_per_epoch: int, class_names: Sequence[str] = ()):
         self.model = model
-        self.raw = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         self.device = next(model.parameters()).device
-        self.classes = config.model.variant().num_classes
-        self.flipped = flip_labels(config.augment.flip_classes, classes, self.classes).to(self.device)
-        self.optimizer = build_optimizer(self.raw, config.optim)
+        self.num_classes = config.model.variant().num_classes
+        self.flipped = flip_labels(config.augment.flip_classes, class_names, self.num_classes).to(self.device)
+        self.optimizer = build_optimizer(self.module, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
-        self.ema = WeightEMA(self.raw, config.optim.ema) if config.optim.ema else None
+        self.ema = WeightEMA(self.module, config.optim.ema) if config.optim.ema else None
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Context in which the model holds its evaluation weights (EMA if enabled)."""
@@ -92,9 +99,9 @@ class Learner:
     def train_step(self, batch: Batch) -> StepResult:
         """Take one optimizer step on this worker's share of a global batch.
 
-        Gradients are accumulated over micro-batches of at most ``scaling.micro_batch`` clips. The random numbers of
-        dropout and drop path depend on (``train.seed``, step, worker) alone, the architecture that a supernet trains
-        in this step on the first two.
+        Gradients are accumulated over micro-batches of at most ``scaling.micro_batch`` clips. Dropout and drop path
+        depend only on (``train.seed``, step, rank). The architecture that a supernet draws depends only on
+        (``train.seed``, step).
 
         Raises:
             ExplodedError: on all workers, before the weights change.
@@ -104,8 +111,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step / self.steps_per_epoch, self.config.train, optim)
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.step) * 1_009 + rank())
-        if isinstance(self.raw, Supernet):
-            self.raw.draw(self.config.train.seed, self.step)
+        if isinstance(self.module, Supernet):
+            self.module.draw(self.config.train.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss, norm = self.backward(batch)
         result = StepResult(*mean_over_workers([loss, norm]))
@@ -122,10 +129,11 @@ class Learner:
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Accumulate the gradients of the mean loss over micro-batches.
 
-        The mean is over the recipe's global batch, even where padding fills part of this worker's share.
+        A worker's loss is scaled so that the mean over all workers is the mean over the recipe's global batch. Padding
+        and bad videos count as zero.
 
         Returns:
-            This worker's share of the loss, and the 2-norm of the gradient over all workers; scalars.
+            This worker's scaled loss, and the 2-norm of the gradient over all workers; scalars.
         """
         share = self.config.train.global_batch / world_size()
         count, loss = len(batch.labels), torch.zeros((), device=self.device)
@@ -149,7 +157,7 @@ class Learner:
 
         In fp16, an infinite gradient may only mean that the loss scale is too high: the scaler then skips the step.
         """
-        guess = math.log(self.classes)  # loss of uniform probabilities
+        guess = math.log(self.num_classes)  # loss of uniform probabilities
         may_be_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         loss_ok = result.loss <= MAX_LOSS_RATIO * max(1.0, guess)  # false for NaN
         if loss_ok and (math.isfinite(result.grad_norm) or may_be_overflow):
@@ -163,27 +171,27 @@ class Learner:
     def score(self, batch: Batch) -> Tensor:
         """Log-probabilities of the classes for each view of a batch, float32 ``[videos, views, classes]``.
 
-        Uses the model's current weights; call it inside ``evaluation_weights()`` to score with the EMA.
+        Uses the weights that the model holds; call it inside ``evaluation_weights()`` to score with the EMA.
         """
-        self.raw.eval()
-        return score_views(self.raw, batch.clips, self.config)
+        self.module.eval()
+        return score_views(self.module, batch.clips, self.config)
 
     def weights(self) -> dict[str, Tensor]:
         """Copy the evaluation weights (EMA if enabled) to the CPU, by parameter name.
 
-        Every worker must call; the result is empty on all but the first.
+        Collective: call it on every rank. The result is empty on all ranks but 0.
         """
         with self.evaluation_weights():
-            full = cast(dict[str, Tensor], get_model_state_dict(self.raw, options=FULL_STATE))
+            full = cast(dict[str, Tensor], get_model_state_dict(self.module, options=FULL_STATE))
             return {name: tensor.clone() for name, tensor in full.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The training state to resume from, in addition to ``weights()``, as tensors and plain data.
 
-        Every worker must call; use the first one's result. With EMA, ``model`` holds the live weights.
+        Collective: call it on every rank, and use the result of rank 0. With EMA, ``model`` has the live weights.
         """
         return {
-            "model": get_model_state_dict(self.raw, options=FULL_STATE) if self.ema else None,
+            "model": get_model_state_dict(self.module, options=FULL_STATE) if self.ema else None,
             "optimizer": self.optimizer_state(),
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema else 0,
@@ -197,7 +205,7 @@ class Learner:
         """
         if not self.optimizer.state:
             return None
-        return cast(dict[str, Any], get_optimizer_state_dict(self.raw, self.optimizer, options=FULL_STATE))
+        return cast(dict[str, Any], get_optimizer_state_dict(self.module, self.optimizer, options=FULL_STATE))
 
     def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Resume from ``weights()`` and ``state_dict()``, saved by any number of workers.
@@ -207,18 +215,18 @@ class Learner:
         """
         full = StateDictOptions(full_state_dict=True)
         hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
-        set_model_state_dict(self.raw, dict[str, Any](state["model"] or weights), options=full)
+        set_model_state_dict(self.module, dict[str, Any](state["model"] or weights), options=full)
         if self.ema:
-            self.ema = WeightEMA(self.raw, self.ema.decay)
+            self.ema = WeightEMA(self.module, self.ema.decay)
             if state["model"]:
                 with self.ema.applied():
-                    set_model_state_dict(self.raw, dict[str, Any](weights), options=full)
+                    set_model_state_dict(self.module, dict[str, Any](weights), options=full)
                 self.ema.updates = state["ema_updates"]
         if state["optimizer"]:
             # Not strict: a parameter that no step has used, as in a supernet, has no state.
             partial = StateDictOptions(full_state_dict=True, strict=False)
-            set_optimizer_state_dict(self.raw, self.optimizer, state["optimizer"], options=partial)
-            for name, parameter in self.raw.named_parameters():
+            set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"], options=partial)
+            for name, parameter in self.module.named_parameters():
                 if name not in state["optimizer"]["state"]:
                     self.optimizer.state.pop(parameter, None)
             for group, values in zip(self.optimizer.param_groups, hyperparameters, strict=True):

@@ -31,7 +31,7 @@ def rank() -> int:
 
 
 def mean_over_workers(values: Iterable[float | Tensor]) -> list[float]:
-    """Average each number over all workers. Every worker must call."""
+    """Average each number over all workers. Collective: call it on every rank."""
     numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(numbers)

@@ -23,10 +23,10 @@ from tests.helpers.batches import make_batch
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 
 
-def make_learner(*overrides, steps=5, classes=()):
+def make_learner(*overrides, steps=5, class_names=()):
     config = load_recipe("demo", [*SMALL, *overrides])
     torch.manual_seed(0)
-    return Learner(create_model(config.model.name, **config.model.overrides()), config, steps, classes)
+    return Learner(create_model(config.model.name, **config.model.overrides()), config, steps, class_names)
 
 
 def test_rate_warms_up_linearly_then_follows_half_a_cosine():
@@ -66,8 +66,8 @@ def test_a_step_is_adamw_on_the_mean_loss():
     """Against the same step written out with PyTorch's own pieces; targets are mixed one-hot vectors, smoothed."""
     mixing = ("augment.mixup=0.8", "augment.cutmix=1", "augment.erasing=0.5", "augment.randaug_layers=2")
     learner = make_learner("optim.label_smoothing=0.1", "optim.warmup_epochs=0", "optim.clip_grad=0.5", *mixing)
-    twin = make_learner().raw
-    twin.load_state_dict(learner.raw.state_dict())
+    twin = make_learner().module
+    twin.load_state_dict(learner.module.state_dict())
     config, batch = learner.config, make_batch()
     optimizer = build_optimizer(twin, config.optim)
     twin.train()
@@ -78,7 +78,7 @@ def test_a_step_is_adamw_on_the_mean_loss():
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
     optimizer.step()
     assert learner.train_step(batch).loss == pytest.approx(loss.item())
-    for a, b in zip(learner.raw.parameters(), twin.parameters(), strict=True):
+    for a, b in zip(learner.module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -100,7 +100,7 @@ def test_padding_clips_do_not_train_and_are_not_counted():
     for labels in (batch.labels, other):
         learner = make_learner()
         batch = Batch(batch.clips, labels, weights, batch.seeds)
-        results.append((learner.train_step(batch), metrics_of(learner, batch), learner.raw.head.bias.tolist()))
+        results.append((learner.train_step(batch), metrics_of(learner, batch), learner.module.head.bias.tolist()))
     assert results[0] == results[1]
     assert results[0][1]["val/clips"] == 5
 
@@ -109,7 +109,7 @@ def test_metrics_equal_a_plain_count():
     learner, batch = make_learner(), make_batch(16)
     found = metrics_of(learner, batch)
     with torch.no_grad():
-        logits = learner.raw.eval()(to_input(batch.clips, learner.config)).numpy()
+        logits = learner.module.eval()(to_input(batch.clips, learner.config)).numpy()
     order = np.argsort(-logits, axis=1)
     labels = batch.labels.numpy()
     hits = order[:, 0] == labels
@@ -133,7 +133,7 @@ def test_the_class_mean_ignores_classes_without_videos():
 def test_the_views_of_a_video_are_averaged_as_probabilities(clips, crops):
     learner, views = make_learner(f"eval.clips={clips}", f"eval.crops={crops}"), clips * crops
     with torch.no_grad():
-        learner.raw.head.weight.mul_(30)  # confident predictions: averaging logits would rank the classes differently
+        learner.module.head.weight.mul_(30)  # confident: averaging logits would rank the classes differently
     batch = make_batch(6 * views)
     labels, weights = torch.tensor([0, 3, 5, 1, 7, 2]), torch.tensor([1.0, 1, 0, 1, 1, 0])
     found = metrics_of(
@@ -142,7 +142,7 @@ def test_the_views_of_a_video_are_averaged_as_probabilities(clips, crops):
     expected = np.zeros(4)
     for i in (0, 1, 3, 4):
         with torch.no_grad():
-            logits = learner.raw.eval()(to_input(batch.clips[i * views : (i + 1) * views], learner.config))
+            logits = learner.module.eval()(to_input(batch.clips[i * views : (i + 1) * views], learner.config))
         mean = logits.double().softmax(1).mean(0)
         place = int((mean > mean[labels[i]]).sum())
         expected += [-mean[labels[i]].log().item(), place == 0, place < 5, 1]
@@ -153,11 +153,11 @@ def test_the_views_of_a_video_are_averaged_as_probabilities(clips, crops):
 
 def test_the_learner_flips_classes_by_name():
     names = [f"class {i}" for i in range(6)] + ["left", "right"]
-    learner = make_learner("augment.flip_classes={left: right}", classes=names)
+    learner = make_learner("augment.flip_classes={left: right}", class_names=names)
     assert learner.flipped.tolist() == [0, 1, 2, 3, 4, 5, 7, 6]
     assert make_learner("augment.flip_classes={'1': '0'}").flipped.tolist() == [1, 0, 2, 3, 4, 5, 6, 7]
     with pytest.raises(UserError, match=r"augment\.flip_classes.*'rihgt' \(did you mean 'right'\?\)"):
-        make_learner("augment.flip_classes={left: rihgt}", classes=names)
+        make_learner("augment.flip_classes={left: rihgt}", class_names=names)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -174,7 +174,7 @@ def test_training_resumes_bit_for_bit(tmp_path, precision):
             resumed.train_step(make_batch(seed=i))
     a, b = straight.weights(), resumed.weights()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    a, b = straight.raw.state_dict(), resumed.raw.state_dict()
+    a, b = straight.module.state_dict(), resumed.module.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -190,15 +190,15 @@ def test_a_step_does_not_depend_on_random_numbers_drawn_before():
 
 def test_the_ema_follows_its_formula_and_gives_the_evaluation_weights():
     learner = make_learner("optim.ema=0.3", "optim.warmup_epochs=0")
-    average = learner.raw.head.bias.detach().clone()
+    average = learner.module.head.bias.detach().clone()
     for t in range(6):
         learner.train_step(make_batch(seed=t))
         keep = min(0.3, (1 + t) / (10 + t))
-        average = keep * average + (1 - keep) * learner.raw.head.bias.detach()
-    live = learner.raw.head.bias.detach().clone()
+        average = keep * average + (1 - keep) * learner.module.head.bias.detach()
+    live = learner.module.head.bias.detach().clone()
     with learner.evaluation_weights():
-        torch.testing.assert_close(learner.raw.head.bias, average)
-    assert torch.equal(learner.raw.head.bias, live)
+        torch.testing.assert_close(learner.module.head.bias, average)
+    assert torch.equal(learner.module.head.bias, live)
     torch.testing.assert_close(learner.weights()["head.bias"], average)
 
 
@@ -218,13 +218,13 @@ def test_a_step_that_explodes_leaves_the_weights_alone(what, expected):
     learner.train_step(make_batch())
     with torch.no_grad():
         if what == "nan":
-            learner.raw.head.bias[3] = math.nan
+            learner.module.head.bias[3] = math.nan
         else:
-            learner.raw.head.bias[0] = -1e4
-    before = {k: v.clone() for k, v in learner.raw.state_dict().items() if "norm" not in k}
+            learner.module.head.bias[0] = -1e4
+    before = {k: v.clone() for k, v in learner.module.state_dict().items() if "norm" not in k}
     with pytest.raises(ExplodedError, match=rf"step 1 exploded: {expected}.*gradient norm"):
         learner.train_step(make_batch(seed=1))
-    after = learner.raw.state_dict()
+    after = learner.module.state_dict()
     assert all(torch.equal(v, after[k]) or v.isnan().any() for k, v in before.items())
     assert learner.step == 1
 
@@ -232,9 +232,9 @@ def test_a_step_that_explodes_leaves_the_weights_alone(what, expected):
 def test_in_fp16_a_step_that_overflows_is_skipped_and_halves_the_loss_scale():
     learner = make_learner("train.precision=fp16", "optim.warmup_epochs=0", "optim.weight_decay=0")
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    before = learner.raw.head.bias.detach().clone()
+    before = learner.module.head.bias.detach().clone()
     assert not math.isfinite(learner.train_step(make_batch()).grad_norm)
-    assert torch.equal(learner.raw.head.bias, before)
+    assert torch.equal(learner.module.head.bias, before)
     assert learner.scaler.get_scale() == 2.0**39
 
 
@@ -264,8 +264,8 @@ def test_changed_hyperparameters_apply_on_resume():
     learner.load_state_dict(before.weights(), before.state_dict())
     assert [g["weight_decay"] for g in learner.optimizer.param_groups] == [0.3, 0.0]
     assert learner.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    moments = [learner.optimizer.state[p]["exp_avg"] for p in learner.raw.parameters()]
-    expected = [before.optimizer.state[p]["exp_avg"] for p in before.raw.parameters()]
+    moments = [learner.optimizer.state[p]["exp_avg"] for p in learner.module.parameters()]
+    expected = [before.optimizer.state[p]["exp_avg"] for p in before.module.parameters()]
     assert all(map(torch.equal, moments, expected))
 
 
@@ -273,8 +273,8 @@ def test_changed_hyperparameters_apply_on_resume():
 def test_ema_can_be_switched_on_or_off_on_resume(then, now):
     before, learner = after_two_steps(*then), make_learner(*now)
     learner.load_state_dict(before.weights(), before.state_dict())
-    live = before.raw.state_dict()
-    assert all(torch.equal(v, live[k]) for k, v in learner.raw.state_dict().items())
+    live = before.module.state_dict()
+    assert all(torch.equal(v, live[k]) for k, v in learner.module.state_dict().items())
     assert all(torch.equal(v, live[k]) for k, v in learner.weights().items())
     learner.train_step(make_batch(seed=2))
 

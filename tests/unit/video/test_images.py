@@ -209,7 +209,7 @@ def trained(tree):
     config = recipe(tree, *overrides, "augment.erasing=0.5", "augment.brightness=0.2", "data.crop_scale=[0.5, 1]")
     torch.manual_seed(0)
     model = posmlp.create_model(config.model.name, **config.model.overrides())
-    learner = Learner(model, config, steps_per_epoch=1, classes=tuple(COLOURS))
+    learner = Learner(model, config, steps_per_epoch=1, class_names=tuple(COLOURS))
     losses = [learner.train_step(collate(decoded(config, epoch))).loss for epoch in range(config.train.epochs)]
     return config, learner, losses
 

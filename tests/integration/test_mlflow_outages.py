@@ -1,5 +1,6 @@
 """Every metric of a run reaches MLflow once, although the server, a real one, is killed, hangs or comes back."""
 
+import math
 import os
 import signal
 import sqlite3
@@ -202,3 +203,27 @@ def test_a_password_in_the_uri_stays_in_memory(server, tmp_path, lines, monkeypa
     files = [p for folder in (tmp_path, server.folder) for p in folder.rglob("*") if p.is_file()]
     assert tmp_path / "journal.jsonl" in files
     assert not [p for p in files if secret.encode() in p.read_bytes()]
+
+
+def test_a_servers_infinite_metrics_and_deleted_experiment(server, tmp_path, lines):
+    """The server's store is the same as the local one, with the network's encoding before it."""
+    tracker = start(tmp_path, f"tracking.uri={server.uri}", "tracking.experiment=mine")
+    tracker.log_metrics({"train/loss": math.inf, "val/loss": -math.inf, "val/top1": math.nan}, step=1)
+    until(lambda: not tracker.journal.pending_count())
+    client = MlflowClient(server.uri)
+    data = client.get_run(tracker.run_id).data
+    assert all(math.isnan(data.metrics[name]) for name in ("train/loss", "val/loss", "val/top1"))
+    tags = {name: text for name, text in data.tags.items() if name.startswith("infinite.")}
+    assert tags == {"infinite.train/loss": "inf at step 1", "infinite.val/loss": "-inf at step 1"}
+
+    number = client.get_experiment_by_name("mine").experiment_id
+    client.delete_experiment(number)
+    tracker.log_metrics({"train/loss": 1.0}, step=2)
+    assert tracker.close("FINISHED") > 0
+    command = f"MLFLOW_TRACKING_URI={server.uri} mlflow experiments restore --experiment-id {number}"
+    assert len(lines) == 1 and "'mine'" in lines[0] and command in lines[0]
+    with pytest.raises(UserError, match=r"'mine' .* is deleted"):
+        start(tmp_path / "new", f"tracking.uri={server.uri}", "tracking.experiment=mine")
+    client.restore_experiment(number)
+    assert sync_journals(tmp_path) == 0
+    assert client.get_run(tracker.run_id).data.metrics["train/loss"] == 1.0

@@ -1,7 +1,10 @@
-"""The names of all metrics that a run, a study or an evaluation logs.
+"""The names of the metrics that a run, a study or an evaluation logs.
 
 Metrics are plain dicts of floats under these names. They reach MLflow, a run's ``run.json`` and checkpoints, and the
-tables of a study, so a name must not change once it is here. Shares and accuracies are 0 to 1.
+tables of a study, so a name must not change once it is here. Shares and accuracies are 0 to 1. Not all names that end
+in ``_mb`` have the same unit: ``data/*`` counts in MiB (2^20 bytes, as Ray does), the others in MB (10^6 bytes).
+
+The metrics of a live run for Prometheus have names of their own (``pipelines.tracking.prometheus``).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ VAL_LOSS = "val/loss"  # mean cross-entropy of a video's prediction, nats
 VAL_TOP1 = "val/top1"  # share of videos whose likeliest class is right
 VAL_TOP5 = "val/top5"  # share of videos whose class is among the five likeliest
 VAL_CLASS_MEAN = "val/class_mean"  # mean of the classes' own top-1, over the classes that occur
-VAL_CLIPS = "val/clips"  # number of videos that were scored; a video counts once, however many views it has
+VAL_VIDEOS = "val/clips"  # number of videos scored (not of clips): a video counts once, however many views it has
 
 # Training in an epoch (the training workers) -------------------------------------------------------------------------
 TRAIN_LOSS = "train/loss"  # mean over the steps, nats. Every epoch has it.
@@ -26,9 +29,9 @@ TRAIN_LR = "train/lr"  # learning rate of the last step
 # Speed of training in an epoch (the training workers) ----------------------------------------------------------------
 PERF_STEPS_PER_S = "perf/steps_per_s"  # optimizer steps per second
 PERF_CLIPS_PER_S = "perf/clips_per_s"  # over all workers
-PERF_TFLOPS = "perf/tflops"  # achieved over all workers: 6 operations for each multiply-accumulate of a forward pass
+PERF_TFLOPS = "perf/tflops"  # 10^12 operations/s over all workers (posmlp.model.cost.TRAIN_FLOPS_PER_MAC)
 PERF_MFU = "perf/mfu"  # share of the devices' peak; left out where the peak is not known
-PERF_MEMORY_MB = "perf/memory_mb"  # peak of the first worker, 10^6 bytes: of its GPU, or of its process on a CPU
+PERF_MEMORY_MB = "perf/memory_mb"  # peak of the first worker, MB: of its GPU, or of its process on a CPU
 PERF_DATA_WAIT_FRAC = "perf/data_wait_frac"  # share of the epoch's time spent waiting for clips, mean over workers
 PERF_FIRST_BATCH_S = "perf/first_batch_s"  # seconds until the epoch's first batch, while the decoders start
 PERF_EPOCH_S = "perf/epoch_s"  # seconds of the training part of the epoch
@@ -36,8 +39,8 @@ PERF_EPOCH_S = "perf/epoch_s"  # seconds of the training part of the epoch
 # Data in an epoch (the training workers) -----------------------------------------------------------------------------
 DATA_BAD = "data/bad"  # number of videos that could not be decoded
 DATA_DECODED_BY_PYAV = "data/decoded_by_pyav"  # number of videos where PyAV replaced decord (data.decoder decord)
-DATA_OBJECT_STORE_MB = "data/object_store_mb"  # largest use of the cluster's object store that was seen, 2^20 bytes
-DATA_SPILLED_MB = "data/spilled_mb"  # moved from the object store to disk in the epoch, 2^20 bytes
+DATA_OBJECT_STORE_MB = "data/object_store_mb"  # MiB: largest use of the cluster's object store that was seen
+DATA_SPILLED_MB = "data/spilled_mb"  # MiB: moved from the object store to disk in the epoch
 
 # Cost of a model for one clip (posmlp.model.cost; a run logs it once, at its start) ----------------------------------
 COST = "cost/"  # prefix
@@ -45,9 +48,9 @@ COST_PARAMS_M = "cost/params_m"  # parameters, in millions
 COST_GMACS = "cost/gmacs"  # multiply-accumulates, in 10^9
 COST_LATENCY_MS = "cost/latency_ms"  # median of a forward pass of one clip
 COST_CLIPS_PER_S = "cost/clips_per_s"  # of forward passes in batches
-COST_PEAK_MB = "cost/peak_mb"  # peak memory of such a pass on top of weights and clips, 10^6 bytes; where it is known
+COST_PEAK_MB = "cost/peak_mb"  # MB: peak memory of such a pass on top of weights and clips; where known
 
-# What a study trades against top-1, by the word that a command line has for it
+# The costs that a study can weigh against top-1, by their names on the command line
 COSTS = {"latency": COST_LATENCY_MS, "gmacs": COST_GMACS, "params": COST_PARAMS_M}
 
 # A study (its driver, in the study's own MLflow run; the step is the number of finished trials) ---------------------

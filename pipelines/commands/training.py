@@ -77,7 +77,7 @@ def format_result(result: RunResult, seconds: float) -> str:
     """Format a finished run as a table, with its bad videos below."""
     metrics = result.metrics
     rows = [
-        ("validation top-1", f"{metrics[names.VAL_TOP1]:.1%} of {metrics[names.VAL_CLIPS]:.0f} videos"),
+        ("validation top-1", f"{metrics[names.VAL_TOP1]:.1%} of {metrics[names.VAL_VIDEOS]:.0f} videos"),
         ("validation top-5", f"{metrics[names.VAL_TOP5]:.1%}"),
         ("mean over classes", f"{metrics[names.VAL_CLASS_MEAN]:.1%}"),
         ("throughput", f"{metrics[names.PERF_CLIPS_PER_S]:.1f} clips/s"),

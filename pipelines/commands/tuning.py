@@ -18,9 +18,9 @@ from pipelines.commands.options import (
     positive_float,
 )
 from posmlp.config import load_recipe
+from posmlp.metrics import COSTS
 from tune_spaces import list_spaces
 
-COSTS = ("latency", "gmacs", "params")
 # The settings of a study that the command line can set, by the names of their options.
 SETTINGS = (
     *("space", "trials", "searcher", "against", "asha", "seed", "concurrent", "repeats"),

@@ -18,12 +18,10 @@ import torch
 from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
-from posmlp.model.cost import PEAKS, count_macs, count_params
+from posmlp.model.cost import EVAL_FLOPS_PER_MAC, PEAKS, TRAIN_FLOPS_PER_MAC, count_macs, count_params
 from posmlp.video.manifest import read_split, training_classes
 
 # GPUs
-TRAIN_FLOPS_PER_MAC = 6  # two operations for a multiply-accumulate; a training step costs three forward passes
-EVAL_FLOPS_PER_MAC = 2
 ASSUMED_MFU = 0.15  # share of the peak that training reaches. Not measured here; perf/mfu of a run measures it
 
 # Data

@@ -57,9 +57,9 @@ def describe_epoch(metrics: dict[str, float], config: Config) -> str:
     if VAL_TOP1 in metrics:
         text += f"  val top-1 {metrics[VAL_TOP1]:.1%}"
     text += f"  {metrics[PERF_CLIPS_PER_S]:.1f} clips/s  data wait {metrics[PERF_DATA_WAIT_FRAC]:.0%}"
-    text += f"  object store {metrics[DATA_OBJECT_STORE_MB]:.0f} MB"
+    text += f"  object store {metrics[DATA_OBJECT_STORE_MB]:.0f} MiB"
     if metrics[DATA_SPILLED_MB] > 0:
-        text += f", spilled {metrics[DATA_SPILLED_MB]:.0f} MB"
+        text += f", spilled {metrics[DATA_SPILLED_MB]:.0f} MiB"
     if metrics[DATA_BAD]:
         text += f"  bad videos {metrics[DATA_BAD]:.0f}"
     return text
@@ -92,7 +92,7 @@ def advise(metrics: dict[str, float], config: Config) -> dict[str, str]:
         texts[kind] = f"training waited for clips {waited:.0%} of the epoch. What helps: " + "; or ".join(knobs)
     if metrics[DATA_SPILLED_MB] > 0:
         texts["spill"] = (
-            f"the object store spilled {metrics[DATA_SPILLED_MB]:.0f} MB to disk. What helps: a smaller "
+            f"the object store spilled {metrics[DATA_SPILLED_MB]:.0f} MiB to disk. What helps: a smaller "
             "data.rows_per_block, or a larger object store (`ray start --object-store-memory`)"
         )
     return texts

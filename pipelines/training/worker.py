@@ -46,7 +46,7 @@ from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
 from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import mean_over_workers, parallelise
-from posmlp.model.cost import cost, count_macs, peak_flops
+from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops
 from posmlp.video.batch import Batch
 
 LINE_S = 5.0  # between two progress lines
@@ -306,12 +306,9 @@ class Worker:
             prometheus.publish(self.config.name, train_loss=self.progress.loss / self.progress.steps)
 
     def speed(self, steps_per_s: float) -> dict[str, float]:
-        """Metrics of speed over all workers, with the share of the devices' peak if known, and one worker's memory.
-
-        A training step takes three times the multiply-accumulates of a forward pass, and each is two operations.
-        """
+        """Metrics of speed over all workers, with the share of the devices' peak if known, and one worker's memory."""
         clips = steps_per_s * self.config.train.global_batch
-        flops = clips * 6 * self.macs
+        flops = clips * TRAIN_FLOPS_PER_MAC * self.macs
         metrics = {
             names.PERF_STEPS_PER_S: steps_per_s,
             names.PERF_CLIPS_PER_S: clips,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from posmlp.metrics import VAL_CLASS_MEAN, VAL_CLIPS, VAL_LOSS, VAL_TOP1, VAL_TOP5
+from posmlp.metrics import VAL_CLASS_MEAN, VAL_LOSS, VAL_TOP1, VAL_TOP5, VAL_VIDEOS
 
 
 def video_scores(view_scores: Tensor) -> Tensor:
@@ -84,5 +84,5 @@ class ClassificationMetrics:
             VAL_TOP1: float(hits.sum()) / videos,
             VAL_TOP5: float(self.top5) / videos,
             VAL_CLASS_MEAN: float((hits[present] / of_class[present]).mean()),
-            VAL_CLIPS: float(videos),
+            VAL_VIDEOS: float(videos),
         }

@@ -27,6 +27,11 @@ from posmlp.model.create import create_model
 from posmlp.model.gates import map_window
 from posmlp.model.spec import Variant, Window, block_units, model_variant, unit_window
 
+# Operations (FLOP) for each multiply-accumulate of a forward pass. A training step costs three forward passes: the
+# backward pass has two matrix products for each one of the forward pass.
+EVAL_FLOPS_PER_MAC = 2
+TRAIN_FLOPS_PER_MAC = 3 * EVAL_FLOPS_PER_MAC
+
 
 @dataclass(frozen=True)
 class Measurement:

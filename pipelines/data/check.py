@@ -24,11 +24,22 @@ from posmlp import storage
 from posmlp.video.decode import DecodeError
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import Manifest
+from posmlp.video.orientation import NAMES
 
 ROWS_PER_TASK = 8  # videos that one task decodes
 EXAMPLES = 20  # bad videos that a summary lists
 REPORT = pa.schema(
-    [*ROW_FIELDS, ("good", pa.bool_()), ("reason", pa.string()), *VIDEO_FIELDS, ("decord_agrees", pa.bool_())]
+    [
+        *ROW_FIELDS,
+        ("good", pa.bool_()),
+        ("reason", pa.string()),
+        *VIDEO_FIELDS,
+        ("decord_agrees", pa.bool_()),
+        ("orientation", pa.string()),
+        ("stream", pa.int32()),
+        ("video_streams", pa.int32()),
+        ("stream_choice", pa.string()),
+    ]
 )
 
 
@@ -92,9 +103,11 @@ def check_block(block: dict[str, np.ndarray], rows: ray.ObjectRef, timeout_s: fl
         try:
             with open_isolated(row["uri"], row["frames"], "decord", timeout_s=timeout_s) as video:
                 info = video.info
-                line["height"], line["width"] = video.verify()
+                line["height"], line["width"], line["orientation"] = video.inspect()
                 line |= {"num_frames": info.frames, "fps": info.fps, "codec": info.codec, "key_frames": info.key_frames}
-                line["decord_agrees"] = info.decoder == "decord" if row["frames"] is None else None
+                if info.stream is not None:
+                    line["decord_agrees"] = info.decoder == "decord"
+                    line |= {name: getattr(info, name) for name in ("stream", "video_streams", "stream_choice")}
         except DecodeError as error:
             line |= {"good": False, "reason": error.reason}
         lines.append(line)
@@ -114,7 +127,16 @@ def format_summary(report: pa.Table, classes: tuple[str, ...], seconds: float) -
         codecs = Counter(good["codec"].to_pylist()).most_common()
         lines.append("  codecs   " + ", ".join(f"{codec} {count}" for codec, count in codecs))
         differ = good.filter(pa.compute.invert(good["decord_agrees"]))
-        lines.append(f"  decord would return other frames for {len(differ)} of them")
+        lines.append(f"  data.decoder=decord leaves {len(differ)} of them to PyAV")
+        turned = Counter(name for name in good["orientation"].to_pylist() if name != NAMES[1]).most_common()
+        if turned:
+            counts = ", ".join(f"{name} {count}" for name, count in turned[:EXAMPLES])
+            lines.append(f"  stored otherwise than upright: {counts}" + (", ..." if len(turned) > EXAMPLES else ""))
+        several = good.filter(pa.compute.greater(good["video_streams"], 1))
+        if len(several):
+            choices = Counter(several["stream_choice"].to_pylist()).most_common()
+            counts = ", ".join(f"{choice} {count}" for choice, count in choices)
+            lines.append(f"  {len(several)} with several video streams, decoded by: {counts}")
     empty = sorted(set(range(len(classes))) - set(good["label"].to_pylist()))
     if empty:
         names = ", ".join(classes[label] for label in empty[:EXAMPLES]) + (", ..." if len(empty) > EXAMPLES else "")

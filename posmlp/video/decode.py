@@ -5,6 +5,8 @@ of frames. A frame is then found by its time: decoding starts at the key frame a
 packets that no other frame refers to are skipped unless they are wanted. If the packet times do not identify the frames
 (AVI, a few old codecs), the whole stream is decoded and counted.
 
+Frames are returned as a player shows them: upright, and from the video stream that a player chooses.
+
 This module needs neither PyTorch nor the rest of the package: it runs in a child process (``posmlp.video.isolated``).
 """
 
@@ -15,10 +17,9 @@ import io
 import itertools
 import os
 import re
-import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import av
 import av.error
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from posmlp import storage
 from posmlp.errors import UserError
+from posmlp.video.orientation import Matrix, Picture, display_matrix, exif_matrix, number_of
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3] RGB, or one frame [H, W, 3]
 Decoder = Literal["pyav", "decord"]
@@ -45,18 +47,15 @@ CONTAINERS = (
     *("mov", "matroska", "avi", "flv", "gif", "asf", "mpeg", "mpegts", "mpegvideo", "ogg", "h264", "hevc", "m4v"),
     *("ivf", "nut", "mxf", "rm", "dv", "yuv4mpegpipe", "wav", "mp3"),
 )
+UNTIMED = -(2**63)  # stands for the time of a packet that has none
 SEEK_GAP = 4  # seek if more than this many frames lie between two wanted frames
 TOO_LARGE = "it needs more memory than a decoder may use; scale the video down"
 MAX_FRAMES = 10**7  # per video, four days at 30 fps; a damaged or hostile file may claim years
 KEPT_BYTES = 2**28  # of decoded frames, kept if the whole stream has to be decoded to count its frames
 IMAGE_CODECS = {b"\xff\xd8": "mjpeg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}  # by a file's first two bytes
 
-# Markers of EXIF data in JPEG, PNG and WebP files. For each EXIF orientation: whether to flip the picture upside down,
-# and how many quarter turns to the left to rotate it afterwards.
-EXIF_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF")
-EXIF = re.compile(rb"(?:Exif\0\0|eXIf|EXIF.{4})(II\*\0|MM\0\*)", re.DOTALL)
-ORIENTATION = 0x0112
-UPRIGHT = {2: (True, 2), 3: (False, 2), 4: (True, 0), 5: (True, -1), 6: (False, -1), 7: (True, 1), 8: (False, 1)}
+# FFmpeg's flags of streams: the default one; cover art; pictures for the seek bar of a player
+DEFAULT, ATTACHED_PICTURE, TIMED_THUMBNAILS = 1 << 0, 1 << 10, 1 << 11
 
 # First bytes of video files (MP4, Matroska, AVI, FLV, Ogg, GIF, WMV, MPEG), to tell a damaged video from another file.
 VIDEO_HEAD = re.compile(
@@ -101,7 +100,10 @@ class VideoInfo:
         codec: FFmpeg's name of the codec.
         times: float64 ``[N]``, seconds from the first frame to each frame; None for a frame folder.
         key_frames: the number of key frames.
-        decoder: the decoder of the frames; decord only if it was requested and finds the same number of frames.
+        decoder: the decoder of the frames; decord only if it was requested and finds the same frames.
+        stream: the number in the file of the stream that is decoded; None if the frames do not come from a video file.
+        video_streams: the number of video streams that it was chosen from.
+        stream_choice: why it was chosen, e.g. ``"default flag"``; see ``choose_stream``.
     """
 
     frames: int
@@ -109,6 +111,9 @@ class VideoInfo:
     times: NDArray[np.float64] | None
     key_frames: int
     decoder: Decoder
+    stream: int | None = None
+    video_streams: int = 0
+    stream_choice: str = ""
 
     @property
     def fps(self) -> float | None:
@@ -116,6 +121,20 @@ class VideoInfo:
         if self.times is None or len(self.times) < 2 or self.times[-1] <= 0:
             return None
         return float((len(self.times) - 1) / self.times[-1])
+
+
+class Shown(NamedTuple):
+    """How a video is shown.
+
+    Attributes:
+        height, width: in pixels, upright.
+        orientation: how the frames are stored, a name of ``posmlp.video.orientation.NAMES`` or the display matrix that
+            is none of them. Several, in the order of their appearance, if it changes.
+    """
+
+    height: int
+    width: int
+    orientation: str
 
 
 def open_video(uri: str, images: int | None = None, decoder: Decoder = "pyav") -> Video | ImageFolder:
@@ -134,7 +153,8 @@ class Video:
 
     Args:
         uri: a path or URI. Local files are read on demand, remote files as a whole, into memory.
-        decoder: decord is used only if packet times identify the frames and decord finds the same number.
+        decoder: decord is used only where it returns the same frames: packet times identify them, decord finds the
+            same number in the same stream, and turns them upright.
         content: the file's bytes, if they have been read already.
 
     Raises:
@@ -146,7 +166,7 @@ class Video:
         self.source, self.head = _open_source(uri) if content is None else (content, content[:HEAD_BYTES])
         self.pts: list[int] = []  # presentation time of each frame in the stream's units, increasing
         self.keys: list[int] = []  # frame numbers of the key frames
-        self._kept: list[av.VideoFrame] = []
+        self._kept: list[Picture] = []
         try:
             self._container = self.open_container()
             self.info = self._read_packets()
@@ -200,13 +220,13 @@ class Video:
             DecodeError: the video is damaged; raised after the frames before the damage.
         """
         height = width = 0
-        for frame in self.pictures():
+        for picture in self.pictures():
             if not height:
-                height, width = scaled_size(frame.height, frame.width, short_side)
-            yield _to_rgb(frame, height, width)
+                height, width = scaled_size(*picture.size, short_side)
+            yield _to_rgb(picture, height, width)
 
-    def pictures(self) -> Iterator[av.VideoFrame]:
-        """Every frame in order as a PyAV frame, with its time, before rotation.
+    def pictures(self) -> Iterator[Picture]:
+        """Every frame in order as it is stored, with its time.
 
         Raises:
             DecodeError: the video is damaged; raised after the frames before the damage.
@@ -215,62 +235,76 @@ class Video:
         return self._checked(self._by_order(everything), everything)
 
     def verify(self) -> tuple[int, int]:
-        """Decode every frame. Returns the height and width in pixels after rotation.
+        """Decode every frame. Returns the height and width in pixels, upright.
 
         Raises:
             DecodeError: the video is damaged.
         """
-        sizes = [_rotated_size(frame) for frame in self.pictures()]
-        return sizes[0]
+        return self.inspect()[:2]
+
+    def inspect(self) -> Shown:
+        """Decode every frame, as ``verify``. Returns also the orientation."""
+        return _inspect(self.pictures())
 
     # Packets -------------------------------------------------------------------------------------------------------
 
     def _stream(self, container: InputContainer) -> VideoStream:
-        pictures = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]  # cover art
-        if not pictures:
-            raise DecodeError(
-                self.uri, "no video stream in the file (only sound or other data); remove it from the manifest"
-            )
-        stream = pictures[0]
-        if stream.codec_context is None:
-            raise DecodeError(self.uri, "its codec is unknown to FFmpeg; convert the video")
+        """The stream that is decoded, in a container of this file."""
+        stream = cast(VideoStream, container.streams[self._index])
         if not stream.codec_context.is_open:
             stream.thread_type = "NONE"  # many processes decode already: more threads in each would slow them down
         return stream
 
+    def _video_streams(self, container: InputContainer) -> list[VideoStream]:
+        """The streams that can be decoded and are no cover art or thumbnails."""
+        no_video = ATTACHED_PICTURE | TIMED_THUMBNAILS
+        streams = [stream for stream in container.streams.video if not stream.disposition.value & no_video]
+        if not streams:
+            raise DecodeError(
+                self.uri, "no video stream in the file (only sound or other data); remove it from the manifest"
+            )
+        decodable = [stream for stream in streams if stream.codec_context is not None]
+        if not decodable:
+            raise DecodeError(self.uri, "its codec is unknown to FFmpeg; convert the video")
+        return decodable
+
     def _read_packets(self) -> VideoInfo:
-        """Read all packets, to find the frame times and the key frames."""
+        """Read all packets, to choose the stream and to find its frame times and key frames."""
         container = self._container
-        stream = self._stream(container)
+        streams = self._video_streams(container)
         exact = container.format.name == TIMED_CONTAINERS[0]  # its header has the number of packets
         declared = container.duration / av.time_base if container.duration and not exact else 0.0
-        found: list[tuple[int, bool]] = []  # time of presentation, key frame
-        untimed, packets, end = False, 0, 0.0
-        for packet in container.demux() if declared else container.demux(stream):
-            time = packet.dts if packet.pts is None else packet.pts
-            if time is not None and packet.time_base:
-                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-            if packet.stream_index != stream.index or not packet.size:
+        frames: dict[int, list[tuple[int, bool]]] = {stream.index: [] for stream in streams}  # time, key frame
+        hidden = dict.fromkeys(frames, 0)  # number of packets that are decoded but not shown
+        end = 0.0
+        for packet in container.demux() if declared else container.demux(streams):
+            index, pts = packet.stream_index, packet.pts
+            if declared:
+                time = packet.dts if pts is None else pts
+                if time is not None and packet.time_base:
+                    end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+            if index not in frames or not packet.size:
                 continue
-            packets += 1
-            if packet.is_discard:  # before the start of an edit list: to be decoded, but not shown
-                continue
-            untimed |= packet.pts is None
-            pts = -1 if packet.pts is None else packet.pts
-            found.append((pts, packet.is_keyframe))
-            if packets > MAX_FRAMES:
+            shown = frames[index]
+            if packet.is_discard:  # before the start of an edit list
+                hidden[index] += 1
+            else:
+                shown.append((UNTIMED if pts is None else pts, packet.is_keyframe))
+            if len(shown) + hidden[index] > MAX_FRAMES:
                 raise DecodeError(self.uri, f"more than {MAX_FRAMES} frames; cut it into shorter videos")
+        self._index, choice = choose_stream(streams, {index: len(times) for index, times in frames.items()})
+        stream, found = self._stream(container), frames[self._index]
         if not found:
             raise DecodeError(
                 self.uri, "no frames in the video stream; fetch the file again, or remove it from the manifest"
             )
-        self._check_length(container, stream, packets, declared, end)
+        self._check_length(container, stream, len(found) + hidden[self._index], declared, end)
         found.sort()
         self.pts = [pts for pts, _ in found]
         self.keys = [i for i, (_, key) in enumerate(found) if key]
         codec = stream.codec_context.name
         self.timed = (
-            not untimed
+            found[0][0] != UNTIMED
             and found[0][1]  # frames before the first key frame may not decode
             and all(a < b for a, b in itertools.pairwise(self.pts))
             and codec in TIMED_CODECS
@@ -279,7 +313,8 @@ class Video:
         self.seekable = container.format.name in SEEKABLE_CONTAINERS
         self.skips = codec == "h264"  # only here FFmpeg knows for certain which frames no other refers to
         times = np.array(self.pts, np.float64) * float(stream.time_base or 0) if self.timed else self._decode_times()
-        return VideoInfo(len(times), codec, times - times[0], len(self.keys), "pyav")
+        info = VideoInfo(len(times), codec, times - times[0], len(self.keys), "pyav")
+        return replace(info, stream=self._index, video_streams=len(streams), stream_choice=choice)
 
     def _check_length(
         self, container: InputContainer, stream: VideoStream, packets: int, declared: float, end: float
@@ -300,7 +335,7 @@ class Video:
         )
 
     def _has_declared_size(self) -> bool:
-        """Whether an AVI or Matroska file has the size that its header declares; False if it declares none."""
+        """Return whether an AVI or Matroska file has the size that its header declares; False if it declares none."""
         segment = self.head.find(b"\x18\x53\x80\x67\x01")  # the segment of Matroska, followed by a size in 7 bytes
         if self.head.startswith(b"RIFF"):
             promised = 8 + int.from_bytes(self.head[4:8], "little")
@@ -318,12 +353,16 @@ class Video:
             with self.open_container() as container:
                 stream = self._stream(container)
                 rate = float(stream.average_rate or 25)
+                matrix = None  # as in _decode_run
                 for frame in container.decode(stream):
+                    own = display_matrix(frame)
+                    if frame.key_frame:
+                        matrix = own
                     self._check_frame(frame, len(times))
                     times.append(len(times) / rate if frame.time is None else frame.time)
                     size += sum(plane.buffer_size for plane in frame.planes)
                     if size <= KEPT_BYTES:
-                        self._kept.append(frame)
+                        self._kept.append(Picture(frame, own or matrix))
         except FFMPEG_ERRORS as error:
             raise DecodeError(self.uri, self._damage_at(len(times))) from error
         if not times:
@@ -336,7 +375,7 @@ class Video:
 
     # Finding frames --------------------------------------------------------------------------------------------------
 
-    def _by_time(self, indices: Sequence[int]) -> Iterator[av.VideoFrame]:
+    def _by_time(self, indices: Sequence[int]) -> Iterator[Picture]:
         """Find frames by seeking to key frames and skipping packets that are not needed."""
         if not self.seekable:
             yield from self._by_order(indices)
@@ -365,10 +404,11 @@ class Video:
             run.append(index)
         yield start, run
 
-    def _decode_run(self, stream: VideoStream, wanted: list[int]) -> Iterator[av.VideoFrame]:
+    def _decode_run(self, stream: VideoStream, wanted: list[int]) -> Iterator[Picture]:
         """Decode the frames with the times ``wanted`` (increasing), from the container's current position."""
         left = set(wanted)  # not delivered yet
         unread = set(wanted)  # not given to the decoder yet
+        matrix = None  # of the last key frame: a codec need not repeat it before the next one
         for packet in self._container.demux(stream):
             if self.skips and packet.size:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in left else "NONREF"
@@ -378,25 +418,29 @@ class Video:
                 # A decoder returns a frame some packets later. Once it has all packets of the run, flush it instead.
                 frames += cast(Any, stream.codec_context).decode(None)
             for frame in frames:
+                if frame.key_frame:
+                    matrix = display_matrix(frame)
                 if frame.pts in left:
                     left.remove(frame.pts)
-                    yield frame
+                    yield Picture(frame, display_matrix(frame) or matrix)
                 elif frame.is_corrupt and frame.pts is not None and frame.pts > wanted[0]:
                     self._check_frame(frame, bisect.bisect_left(self.pts, frame.pts))  # later frames refer to it
             if not left or not unread:
                 return
 
-    def _by_order(self, indices: Sequence[int]) -> Iterator[av.VideoFrame]:
+    def _by_order(self, indices: Sequence[int]) -> Iterator[Picture]:
         """Find frames by decoding everything up to the last wanted frame."""
         wanted = set(indices)
         if self._kept:
             yield from (self._kept[i] for i in sorted(wanted))
             return
-        last = max(wanted)
+        last, matrix = max(wanted), None  # as in _decode_run
         with self.open_container() as container:
             for number, frame in enumerate(container.decode(self._stream(container))):
+                if frame.key_frame:
+                    matrix = display_matrix(frame)
                 if number in wanted:
-                    yield frame
+                    yield Picture(frame, display_matrix(frame) or matrix)
                 else:
                     self._check_frame(frame, number)
                 if number == last:
@@ -426,10 +470,35 @@ class Video:
             here = index + 1
 
     def _decord_agrees(self) -> bool:
-        try:
-            return self.timed and self.seekable and len(self._reader()) == self.info.frames
-        except DECORD_ERRORS:
+        """Return whether decord returns the same frames, upright."""
+        stream, best = self._stream(self._container), self._container.streams.best("video")
+        tags = {tag.lower() for tag in stream.metadata}
+        if not (self.timed and self.seekable) or best is None or best.index != stream.index:
             return False
+        if "rotate" in tags:  # decord obeys it, unlike players
+            return False
+        try:
+            if len(self._reader()) != self.info.frames:
+                return False
+            (first,) = self._checked(self._by_time([0]), [0])
+            return first.matrix is None or self._decord_turns(first.matrix)
+        except (*DECORD_ERRORS, *FFMPEG_ERRORS, DecodeError):
+            return False
+
+    def _decord_turns(self, matrix: Matrix) -> bool:
+        """Return whether decord turns frames with this display matrix upright.
+
+        decord reduces the matrix of the container to an angle, and does not know that of the codec.
+        """
+        if matrix.count(0.0) != 2 or number_of(matrix) not in (1, 3, 6, 8):
+            return False
+        stream = self._stream(self._container)
+        codec = cast(Any, av.CodecContext.create(stream.codec_context.name, "r"))  # does not know the container's
+        codec.extradata = stream.codec_context.extradata
+        self._container.seek(self.pts[0], stream=stream)
+        packet = next(packet for packet in self._container.demux(stream) if packet.size)
+        frames = cast(list[av.VideoFrame], [*codec.decode(packet), *codec.decode(None)])
+        return bool(frames) and display_matrix(frames[0]) is None
 
     def _reader(self) -> decord.VideoReader:
         source = io.BytesIO(self.source) if isinstance(self.source, bytes) else os.path.abspath(self.source)
@@ -438,18 +507,18 @@ class Video:
     # Checking frames ------------------------------------------------------------------------------------------------
 
     def _stack_checked(
-        self, frames: Iterator[av.VideoFrame], indices: Sequence[int], short_side: int | None, allocate: Allocate
+        self, pictures: Iterator[Picture], indices: Sequence[int], short_side: int | None, allocate: Allocate
     ) -> Frames:
-        return _stack(self._checked(frames, indices), len(indices), short_side, allocate)
+        return _stack(self._checked(pictures, indices), len(indices), short_side, allocate)
 
-    def _checked(self, frames: Iterator[av.VideoFrame], indices: Sequence[int]) -> Iterator[av.VideoFrame]:
-        """Pass the frames through; raise DecodeError at one that is damaged or missing."""
+    def _checked(self, pictures: Iterator[Picture], indices: Sequence[int]) -> Iterator[Picture]:
+        """Pass the pictures through; raise DecodeError at one that is damaged or missing."""
         done = 0
         try:
-            for frame in frames:
-                self._check_frame(frame, indices[done])
+            for picture in pictures:
+                self._check_frame(picture.frame, indices[done])
                 done += 1
-                yield frame
+                yield picture
         except FFMPEG_ERRORS as error:
             raise DecodeError(self.uri, self._damage_at(indices[done] if done < len(indices) else 0)) from error
         except MemoryError as error:
@@ -497,23 +566,26 @@ class ImageFolder:
 
     def all_frames(self, short_side: int | None = None) -> Iterator[Frames]:
         """Every picture in order; as ``Video.all_frames``."""
-        height, width = scaled_size(self._first.height, self._first.width, short_side)
+        height, width = scaled_size(*self._first.size, short_side)
         for picture in self.pictures():
             yield _to_rgb(picture, height, width)
 
-    def pictures(self) -> Iterator[av.VideoFrame]:
+    def pictures(self) -> Iterator[Picture]:
         """Every picture in order; as ``Video.pictures``, without times."""
         return (self._picture(i) for i in range(self.info.frames))
 
     def verify(self) -> tuple[int, int]:
         """Decode every picture; as ``Video.verify``."""
-        sizes = [_rotated_size(picture) for picture in self.pictures()]
-        return sizes[0]
+        return self.inspect()[:2]
 
-    def _picture(self, index: int) -> av.VideoFrame:
+    def inspect(self) -> Shown:
+        """Decode every picture; as ``Video.inspect``."""
+        return _inspect(self.pictures())
+
+    def _picture(self, index: int) -> Picture:
         return self._decode(index)[0] if index else self._first
 
-    def _decode(self, index: int) -> tuple[av.VideoFrame, str]:
+    def _decode(self, index: int) -> tuple[Picture, str]:
         """A picture and the name of its codec."""
         uri = self.uri.format(index + 1)
         source, head = _open_source(uri)
@@ -524,42 +596,40 @@ class ImageFolder:
                 raise ValueError("unknown kind of picture")
             codec = cast(Any, av.CodecContext.create(name, "r"))
             codec.options = {"err_detect": "explode"}  # else a truncated picture is filled with grey
-            pictures = [*codec.decode(av.Packet(content)), *codec.decode(None)]
-            picture = cast(av.VideoFrame, pictures[0])
-            if picture.is_corrupt:
+            frame = cast(av.VideoFrame, [*codec.decode(av.Packet(content)), *codec.decode(None)][0])
+            if frame.is_corrupt:
                 raise ValueError("damaged")
         except (*FFMPEG_ERRORS, IndexError) as error:
             kinds = "JPEG, PNG, WebP or BMP"
             raise DecodeError(uri, f"the picture is damaged, or not {kinds}; fetch it again") from error
-        return apply_orientation(picture, exif_orientation(content)), name
+        return Picture(frame, exif_matrix(content) or display_matrix(frame)), name
 
 
-def exif_orientation(content: bytes) -> int:
-    """The EXIF orientation of a picture file; 1 (upright) if it has none or its EXIF data are damaged."""
-    offsets = (content.find(mark) for mark in EXIF_MARKS)  # faster than searching for the regular expression
-    match = next(filter(None, (EXIF.match(content, offset) for offset in offsets if offset >= 0)), None)
-    if not match:
-        return 1
-    tiff, order = content[match.start(1) :], "<" if match[1].startswith(b"I") else ">"
-    try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(count):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
-            if tag == ORIENTATION:
-                return int(value)
-    except struct.error:  # beyond the end of the file
-        pass
-    return 1
+def choose_stream(streams: Sequence[VideoStream], frames: Mapping[int, int]) -> tuple[int, str]:
+    """Choose the video stream that players choose.
 
+    The first of these that tells two streams apart decides: frames at all; the default flag; more than one frame; the
+    larger picture; the first in the file.
 
-def apply_orientation(picture: av.VideoFrame, orientation: int) -> av.VideoFrame:
-    """Turn a picture upright. FFmpeg reports only rotations (no flips), and only since version 8."""
-    if orientation not in UPRIGHT:
-        return picture
-    mirrored, turns = UPRIGHT[orientation]
-    rgb = cast(Frames, picture.to_ndarray(format="rgb24"))
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(rgb[::-1] if mirrored else rgb, turns)), "rgb24")
+    Args:
+        streams: the streams to choose from, at least one.
+        frames: their numbers of frames, by the number of the stream.
+
+    Returns:
+        The number of the stream, and what decided against the second best.
+    """
+    reasons = ("only one with frames", "default flag", "only one that moves", "largest", "first")
+
+    def rank(stream: VideoStream) -> tuple[int, ...]:
+        default = bool(stream.disposition.value & DEFAULT)
+        area = stream.codec_context.width * stream.codec_context.height
+        return frames[stream.index] > 0, default, frames[stream.index] > 1, area, -stream.index
+
+    ranked = sorted(streams, key=rank, reverse=True)
+    if len(ranked) == 1:
+        return ranked[0].index, "only one"
+    pairs = zip(reasons, rank(ranked[0]), rank(ranked[1]), strict=True)
+    return ranked[0].index, next(reason for reason, best, second in pairs if best != second)
 
 
 def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
@@ -568,13 +638,13 @@ def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, i
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _stack(frames: Iterable[av.VideoFrame | Frames], count: int, short_side: int | None, allocate: Allocate) -> Frames:
-    """Stack frames into one array. The first frame sets the size, because a stream may change it halfway."""
+def _stack(frames: Iterable[Picture | Frames], count: int, short_side: int | None, allocate: Allocate) -> Frames:
+    """Stack frames into one array. The first frame sets the size, because a stream may change it halfway, or turn."""
     out: Frames | None = None
     height = width = 0
     for i, frame in enumerate(frames):
         if out is None:
-            h, w = frame.shape[:2] if isinstance(frame, np.ndarray) else (frame.height, frame.width)
+            h, w = frame.shape[:2] if isinstance(frame, np.ndarray) else frame.size
             height, width = scaled_size(h, w, short_side)
             first = _to_rgb(frame, height, width)
             out = allocate((count, *first.shape))
@@ -585,25 +655,24 @@ def _stack(frames: Iterable[av.VideoFrame | Frames], count: int, short_side: int
     return out
 
 
-def _rotated_size(frame: av.VideoFrame) -> tuple[int, int]:
-    """Height and width after rotation."""
-    return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
+def _inspect(pictures: Iterable[Picture]) -> Shown:
+    """Decode all pictures of a video. The first sets the size."""
+    found = [(picture.size, picture.orientation) for picture in pictures]
+    (height, width), _ = found[0]
+    return Shown(height, width, ", ".join(dict.fromkeys(orientation for _, orientation in found)))
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """The number of quarter turns that make a frame upright; FFmpeg rounds angles to degrees."""
-    return round(frame.rotation / 90)
-
-
-def _to_rgb(frame: av.VideoFrame | Frames, height: int, width: int) -> Frames:
-    """A decoded frame as RGB, scaled to a size by one pass of FFmpeg's scaler, then turned upright."""
+def _to_rgb(frame: Picture | Frames, height: int, width: int) -> Frames:
+    """A decoded frame as upright RGB, scaled to the size ``height, width`` by one pass of FFmpeg's scaler."""
     if isinstance(frame, np.ndarray):
         if frame.shape[:2] == (height, width):
             return frame
-        frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        frame = Picture(av.VideoFrame.from_ndarray(frame, format="rgb24"), None)
+    if frame.on_its_side:
+        height, width = width, height
     # its bilinear filter widens when it shrinks a frame, which prevents aliasing
-    rgb = cast(Frames, frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR"))
-    return np.rot90(rgb, _quarter_turns(frame))
+    rgb = frame.frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
+    return frame.turn(cast(Frames, rgb))
 
 
 def _open_source(uri: str) -> tuple[str | bytes, bytes]:

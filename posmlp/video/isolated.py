@@ -25,7 +25,17 @@ from typing import Any
 import numpy as np
 
 from posmlp.errors import UserError
-from posmlp.video.decode import TOO_LARGE, DecodeError, Decoder, Frames, ImageFolder, Video, VideoInfo, open_video
+from posmlp.video.decode import (
+    TOO_LARGE,
+    DecodeError,
+    Decoder,
+    Frames,
+    ImageFolder,
+    Shown,
+    Video,
+    VideoInfo,
+    open_video,
+)
 
 MEMORY_LIMIT = 6 * 2**30  # bytes of a child's address space; an 8K stream takes about 3
 FRAMES_LIMIT = 2 * 2**30  # bytes of frames it may return: they are in shared memory, which MEMORY_LIMIT does not count
@@ -104,9 +114,13 @@ class IsolatedVideo:
         return self._process.pixels(shape)
 
     def verify(self) -> tuple[int, int]:
-        """Decode every frame. Returns the height and width in pixels after rotation."""
-        size: tuple[int, int] = self._call("verify")
-        return size
+        """Decode every frame. Returns the height and width in pixels, upright."""
+        return self.inspect()[:2]
+
+    def inspect(self) -> Shown:
+        """Decode every frame, as ``verify``. Returns also the orientation."""
+        shown: Shown = self._call("inspect")
+        return shown
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call ``function(video, *args)`` in the child.
@@ -275,8 +289,8 @@ class _Commands:
     def read(self, indices: Sequence[int], short_side: int | None) -> tuple[tuple[int, ...], VideoInfo]:
         return self.video.read(indices, short_side, self.allocate).shape, self.video.info
 
-    def verify(self) -> tuple[int, int]:
-        return self.video.verify()
+    def inspect(self) -> Shown:
+        return self.video.inspect()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(self.video, *args)

@@ -67,10 +67,10 @@ def write_video(
     return str(path)
 
 
-def by_pyav(path):
-    """All frames by plain sequential decoding: uint8 [T, H, W, 3]."""
+def by_pyav(path, video=0):
+    """All frames of a video stream by plain sequential decoding: uint8 [T, H, W, 3]."""
     with av.open(f"file:{path}", metadata_errors="replace") as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=video)])
 
 
 def scramble(path):

@@ -19,6 +19,7 @@ from posmlp import storage
 from posmlp.video.decode import Video
 from posmlp.video.manifest import Manifest, read_manifest
 from tests.helpers.log_lines import log_lines
+from tests.helpers.videos import picture, write_video
 
 pytestmark = pytest.mark.ray
 
@@ -57,10 +58,75 @@ def test_a_check_has_a_row_for_every_video(local_ray, mixed, tmp_path):
             assert row["codec"] == "h264"
             assert row["key_frames"] == sum(frame.key_frame for frame in frames)
             assert row["decord_agrees"]
+            assert row["orientation"] == "upright"
+            assert (row["stream"], row["video_streams"], row["stream_choice"]) == (0, 1, "only one")
+        else:
+            assert row["orientation"] is row["stream"] is row["stream_choice"] is None
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert summary == result.summary
     assert "9 videos of 2 classes: 6 good, 3 bad" in summary
     assert all(name in summary for name in bad)
+    assert "orientation" not in summary
+    assert "several video streams" not in summary
+
+
+def matrix(a, b, c, d):
+    """Make a display matrix, in its fixed-point units."""
+    return [round(value * 2**16) for value in (a, b, 0, c, d, 0, 0, 0, 2**14)]
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """A list of a mirrored video, one that is turned on its side, one that is sheared, and one with two streams."""
+    matrices = {"mirrored": (-1, 0, 0, 1), "turned": (0, 1, -1, 0), "sheared": (1, 0.5, 0, 1)}
+    for name, values in matrices.items():
+        path = tmp_path / f"{name}.mp4"
+        write_video(path, count=4, prepare=lambda stream, values=values: stream.set_display_matrix(matrix(*values)))
+    with av.open(str(tmp_path / "angles.mkv"), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=10, options={"threads": "1"}) for _ in range(2)]
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = 108, 72, "yuv420p"
+        streams[0].disposition, streams[1].disposition = 0, av.stream.Disposition.default
+        for first, stream in zip((200, 0), streams, strict=True):
+            for i in range(4):
+                frame = av.VideoFrame.from_ndarray(picture(first + i, 108, 72), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    names = [*(f"{name}.mp4" for name in matrices), "angles.mkv"]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{name},0\n" for name in names))
+    return tmp_path / "list.csv"
+
+
+def test_a_report_names_the_orientation_and_the_stream(local_ray, odd, tmp_path):
+    result = check(read_manifest(odd), str(tmp_path / "out"), 60)
+    rows = {Path(row["uri"]).stem: row for row in result.report.to_pylist()}
+    assert all(row["good"] for row in rows.values())
+    sheared = "other matrix (1 0.5; 0 1), shown as stored"
+    orientations = ["mirrored left-right", "rotated 90 clockwise", sheared, "upright"]
+    assert [row["orientation"] for row in rows.values()] == orientations
+    assert [(row["height"], row["width"]) for row in rows.values()] == [(72, 108), (108, 72), (72, 108), (72, 108)]
+    assert (rows["angles"]["stream"], rows["angles"]["video_streams"]) == (1, 2)
+    assert [row["stream_choice"] for row in rows.values()] == ["only one"] * 3 + ["default flag"]
+    counts = ", ".join(f"{name} 1" for name in orientations[:3])
+    assert f"stored otherwise than upright: {counts}\n" in result.summary
+    assert "1 with several video streams, decoded by: default flag 1" in result.summary
+    assert "data.decoder=decord leaves 2 of them to PyAV" in result.summary
+    assert pq.read_table(tmp_path / "out" / "report.parquet").equals(result.report)
+
+
+@pytest.mark.parametrize("settings", [{}, {"keyframe_interval": 2}])
+def test_shards_are_upright_and_of_the_right_stream(local_ray, odd, tmp_path, settings):
+    result = shard(read_manifest(odd), str(tmp_path / "out"), ShardSettings(**settings))
+    stored = picture(2, 108, 72)
+    expected = [stored[:, ::-1], np.rot90(stored, -1), stored, stored]
+    rows = pq.read_table(result.manifest).to_pylist()
+    uris = read_manifest(result.manifest).rows["uri"].to_pylist()
+    for uri, row, frame in zip(uris, rows, expected, strict=True):
+        assert (row["height"], row["width"]) == frame.shape[:2]
+        for decoder in ("pyav", "decord"):
+            shown = Video(uri, decoder).read([2])[0].astype(int)
+            assert shown.shape == frame.shape
+            assert np.abs(shown - frame).mean() < 12
 
 
 def test_the_good_ones_are_a_list_to_train_on(local_ray, mixed, tmp_path):
@@ -141,7 +207,7 @@ def test_another_list_or_setting_is_refused(local_ray, motion_set, tmp_path):
     out = str(tmp_path / "out")
     shard(manifest, out, ShardSettings())
     before = contents(out)
-    with pytest.raises(ScanError, match=r"short_side: None there, 16 now"):
+    with pytest.raises(ScanError, match=r"short_side: None in the folder, 16 now"):
         shard(manifest, out, ShardSettings(short_side=16))
     other = Manifest(manifest.rows.slice(1), manifest.classes)
     with pytest.raises(ScanError, match="choose another --out"):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data import loader as ingest
-from pipelines.data.loader import Split, global_order, rows_per_step
+from pipelines.data.loader import SplitLoader, global_order, rows_per_step
 from posmlp.config import load_recipe
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
@@ -28,7 +28,7 @@ def clip_hash(clip):
 
 def epoch_of(rows, config, world, epoch=1, train=True, step=0, until=None):
     """Global batches as lists of (label, pixels, seed, weight), put together from all workers; and the bad videos."""
-    splits = [Split(rows, config, train, rank, world) for rank in range(world)]
+    splits = [SplitLoader(rows, config, train, rank, world) for rank in range(world)]
     steps = []
     for parts in zip(*(split.batches(epoch, step, until) for split in splits), strict=True):
         steps.append(
@@ -119,7 +119,7 @@ def test_repeats_of_a_video_are_adjacent_and_differ(local_ray, motion_set):
 @pytest.mark.ray
 def test_validation_has_every_view_of_every_video(local_ray, motion_set):
     rows, config = read_manifest(motion_set / "val.csv").rows, recipe("eval.clips=2", "eval.crops=3")
-    split = Split(rows, config, False)
+    split = SplitLoader(rows, config, False)
     batches = list(split.batches(0))
     assert len(batches) == split.steps == 16
     for batch, row in zip(batches, rows.to_pylist(), strict=True):
@@ -136,16 +136,16 @@ def test_a_large_manifest_costs_little_memory(local_ray, motion_set):
     many = pa.concat_tables([few] * 3125).combine_chunks()
     assert len(many) == 100_000
     process, config = psutil.Process(), recipe("data.rows_per_block=4")
-    list(Split(few, config, True).batches(0))  # what Ray Data itself takes comes once
+    list(SplitLoader(few, config, True).batches(0))  # what Ray Data itself takes comes once
     before, clips = process.memory_info().rss, 0
-    split = Split(many, config, True)
+    split = SplitLoader(many, config, True)
     for batch in split.batches(0, step=split.steps - 700):  # some plans' worth
         clips += len(batch.labels)
         grown = process.memory_info().rss - before
         assert grown < 300 * 2**20
         if clips > 1500:
             break
-    assert ingest.object_store()[0] < 600
+    assert ingest.object_store_usage()[0] < 600
 
 
 @pytest.mark.ray
@@ -153,11 +153,11 @@ def test_spilling_is_seen():
     """In a small store of its own: five arrays of 30 MB do not fit into 80."""
     code = """if True:
         import numpy as np, ray
-        from pipelines.data.loader import object_store
+        from pipelines.data.loader import object_store_usage
         ray.init("local", num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False)
-        assert object_store() == (0, 0), object_store()
+        assert object_store_usage() == (0, 0), object_store_usage()
         held = [ray.put(np.zeros(30 * 2**20, np.uint8)) for _ in range(5)]
-        used, spilled = object_store()
+        used, spilled = object_store_usage()
         assert 20 < used <= 80 and spilled >= 60, (used, spilled)
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}

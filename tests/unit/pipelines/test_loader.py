@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.loader import chained, global_order, local_order
+from pipelines.data.loader import chain_plans, global_order, local_order
 from posmlp.config import load_recipe
 
 
@@ -64,7 +64,7 @@ def test_plans_are_started_ahead_and_give_all_their_results():
         yield from ((name, i) for i in range(length))
 
     lengths = [4, 1, 5, 2]
-    results = chained((plan(n, length), length) for n, length in enumerate(lengths))
+    results = chain_plans((plan(n, length), length) for n, length in enumerate(lengths))
     seen = [next(results), next(results), next(results)]
     assert set(started) <= {0, 1}
     seen += list(results)
@@ -77,4 +77,4 @@ def test_an_error_in_a_later_plan_is_raised():
         yield
 
     with pytest.raises(ValueError, match="no clips"):
-        list(chained(iter([(iter([1, 2]), 2), (bad(), 3)])))
+        list(chain_plans(iter([(iter([1, 2]), 2), (bad(), 3)])))

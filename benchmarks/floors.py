@@ -149,7 +149,7 @@ def mark_parts() -> Iterator[None]:
         (cpu, "channel_norm", "norms"),
         (cpu, "channel_norm_backward", "norms"),
         (PositionGate, "forward", "gates"),
-        (PositionGate, "position_map", "gates"),
+        (PositionGate, "mixing_weights", "gates"),
         (cpu, "mix", "gates"),
         (cpu, "mix_backward", "gates"),
         (backbone, "to_windows", "window order"),

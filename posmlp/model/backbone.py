@@ -80,7 +80,7 @@ class Block(nn.Module):
         weight1, bias1, weight2, bias2 = self.linears(step)
         if cpu.supports(x):
             dtype = cpu.compute_dtype(x)
-            gates = [each for u in units for each in (u.gate.position_map(extent, dtype), u.gate.token_bias(extent))]
+            gates = [each for u in units for each in (u.gate.mixing_weights(extent, dtype), u.gate.token_bias(extent))]
             return cpu.run_step(x, weight1, bias1, weight2, bias2, mask, keep_scale, *gates)
         hidden = weight1 @ channel_norm(x).flatten(1)  # [2C * units, tokens]
         hidden = F.gelu(hidden.add_(bias1[:, None].to(hidden.dtype)))  # adding another dtype would copy

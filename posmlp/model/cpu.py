@@ -75,8 +75,8 @@ def run_step(
         w2, b2: fc2 of all units next to each other, ``[C, units * C]``, and the sum of their biases, ``[C]``.
         mask: ``[W, T, N]``, 0 at padded tokens; None if there are none.
         keep_scale: ``[B]``, factor of the units' outputs for each clip; None: 1.
-        gates: for each unit its maps, from ``PositionGate.position_map`` in the dtype of the matrix products, and its
-            bias, ``[T or 1, N or 1]``.
+        gates: for each unit its ``PositionGate.mixing_weights``, in the dtype of the matrix products, and its bias,
+            ``[T or 1, N or 1]``.
     """
     dtype = compute_dtype(x)
     _, clips, windows, *_ = x.shape
@@ -108,22 +108,22 @@ def forward(
         The result, and the tensors that the backward pass needs (empty unless ``train``).
     """
     w1, w2 = (torch.cat([w, b[:, None]], 1).to(dtype) for w, b in ((w1, b1), (w2, b2)))
-    maps, biases = gates[::2], [bias.to(dtype) for bias in gates[1::2]]
+    weights, biases = gates[::2], [bias.to(dtype) for bias in gates[1::2]]
     tokens = by_window(x)
     out = torch.empty_like(tokens, memory_format=torch.contiguous_format) if train else tokens
     saved = []
-    for chunk in chunks(tokens, len(w1), maps):
+    for chunk in chunks(tokens, len(w1), weights):
         normed, rstd = channel_norm(tokens[chunk].flatten(2), dtype)
         z = product(w1, normed)  # [windows, units * 2C, T*N]
         hidden = F.gelu(z) if train else torch.ops.aten.gelu_(z)
         gated = with_ones(w2, z)
         if train:
             saved += [normed, rstd, z]
-        of_units = zip(split_uv(hidden, tokens), split_units(gated, tokens), maps, biases, strict=True)
-        for (u, v), unit_gated, unit_maps, bias in of_units:
+        of_units = zip(split_uv(hidden, tokens), split_units(gated, tokens), weights, biases, strict=True)
+        for (u, v), unit_gated, unit_weights, bias in of_units:
             if mask is not None:
                 u.mul_(mask[chunk, None])
-            mixed = mix(unit_maps, u).add_(bias)
+            mixed = mix(unit_weights, u).add_(bias)
             torch.mul(mixed, v, out=unit_gated)
             if train:
                 saved.append(mixed)
@@ -150,12 +150,12 @@ class StepFunction(torch.autograd.Function):
         tensors = ctx.saved_tensors  # read once only: activation checkpointing allows no second read
         _, _, _, _, _, mask, keep_scale, *gates = tensors[: ctx.inputs]
         w1, w2, *saved = tensors[ctx.inputs :]
-        dtype, next_saved, maps = w1.dtype, iter(saved), gates[::2]
+        dtype, next_saved, weights = w1.dtype, iter(saved), gates[::2]
         d_w1, d_w2, *d_gates = (torch.zeros_like(each, dtype=torch.float32) for each in (w1, w2, *gates))
         w1_transposed, w2_transposed = (w[:, :-1].mT.contiguous() for w in (w1, w2))
         d_out = by_window(grad)
         d_x = torch.empty_like(d_out, memory_format=torch.contiguous_format)
-        for chunk in chunks(d_out, len(w1), maps):
+        for chunk in chunks(d_out, len(w1), weights):
             normed, rstd, z = next(next_saved), next(next_saved), next(next_saved)
             d_residual = d_out[chunk].to(dtype).flatten(2).contiguous()
             if keep_scale is not None:
@@ -167,21 +167,21 @@ class StepFunction(torch.autograd.Function):
                 split_uv(d_hidden, d_out),
                 split_units(gated, d_out),
                 split_units(d_gated, d_out),
-                maps,
+                weights,
                 d_gates[::2],
                 d_gates[1::2],
                 strict=True,
             )
-            for (u, v), (d_u, d_v), unit_gated, d_unit_gated, unit_maps, d_maps, d_bias in of_units:
+            for (u, v), (d_u, d_v), unit_gated, d_unit_gated, unit_weights, d_weights, d_bias in of_units:
                 if mask is not None:
                     u.mul_(mask[chunk, None])
                 mixed = next(next_saved)
                 torch.mul(mixed, v, out=unit_gated)
                 torch.mul(mixed, d_unit_gated, out=d_v)
                 d_mixed = d_unit_gated.mul_(v)
-                d_u_chunk, d_maps_chunk = mix_backward(unit_maps, u, d_mixed)
+                d_u_chunk, d_weights_chunk = mix_backward(unit_weights, u, d_mixed)
                 d_u.copy_(d_u_chunk)
-                d_maps += d_maps_chunk
+                d_weights += d_weights_chunk
                 if mask is not None:
                     d_u.mul_(mask[chunk, None])
                 d_bias += d_mixed.sum((0, 1)).sum_to_size(d_bias.shape)
@@ -204,15 +204,15 @@ def from_windows(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.unflatten(0, like.shape[1:3]).permute(2, 0, 1, 3, 4)
 
 
-def chunks(tokens: Tensor, hidden: int, maps: Sequence[Tensor]) -> Iterator[slice]:
+def chunks(tokens: Tensor, hidden: int, weights: Sequence[Tensor]) -> Iterator[slice]:
     """Yield slices of the windows to work on at once.
 
     Args:
         tokens: ``[windows, C, T, N]``.
         hidden: number of hidden channels of a token.
-        maps: those of the units.
+        weights: the mixing weights of each unit.
     """
-    most_bytes = JOINT_CHUNK_BYTES if any(each.ndim == 5 for each in maps) else CHUNK_BYTES
+    most_bytes = JOINT_CHUNK_BYTES if any(each.ndim == 5 for each in weights) else CHUNK_BYTES
     windows_per_chunk = max(1, most_bytes // (hidden * tokens[0, 0].numel() * tokens.element_size()))
     for first in range(0, len(tokens), windows_per_chunk):
         yield slice(first, min(first + windows_per_chunk, len(tokens)))
@@ -237,48 +237,48 @@ def with_ones(weight: Tensor, z: Tensor) -> Tensor:
     return gated
 
 
-def mix(maps: Tensor, u: Tensor) -> Tensor:
-    """Mix tokens by the maps of their groups; a new tensor of the shape of ``u``, ``[windows, C, T, N]``."""
-    x = by_group(u, maps)
-    if maps.ndim == 3:
-        mixed = product(x, maps.mT)
-    elif maps.ndim == 4:
-        mixed = product(maps, x)
+def mix(weights: Tensor, u: Tensor) -> Tensor:
+    """Mix tokens by mixing weights; a new tensor of the shape of ``u``, ``[windows, C, T, N]``."""
+    x = by_group(u, weights)
+    if weights.ndim == 3:
+        mixed = product(x, weights.mT)
+    elif weights.ndim == 4:
+        mixed = product(weights, x)
     else:
-        mixed = joint_product(maps, x)
-    return from_groups(mixed, u, maps)
+        mixed = joint_product(weights, x)
+    return from_groups(mixed, u, weights)
 
 
-def mix_backward(maps: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``u`` and of ``maps``; ``grad`` is the gradient of the result of ``mix``."""
-    x, g = by_group(u, maps), by_group(grad, maps)
-    if maps.ndim == 3:
-        d_x, d_maps = product(g, maps), sum_of_windows(product(g.mT, x))
-    elif maps.ndim == 4:
-        d_x, d_maps = product(maps.mT, g), product(g, x.mT).sum((0, 2)).unsqueeze(1)
+def mix_backward(weights: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``u`` and of the mixing weights; ``grad`` is the gradient of the result of ``mix``."""
+    x, g = by_group(u, weights), by_group(grad, weights)
+    if weights.ndim == 3:
+        d_x, d_weights = product(g, weights), sum_of_windows(product(g.mT, x))
+    elif weights.ndim == 4:
+        d_x, d_weights = product(weights.mT, g), product(g, x.mT).sum((0, 2)).unsqueeze(1)
     else:
-        d_maps, d_x = joint_backward(maps, x, g)
-    return from_groups(d_x, u, maps), d_maps
+        d_weights, d_x = joint_backward(weights, x, g)
+    return from_groups(d_x, u, weights), d_weights
 
 
-def by_group(u: Tensor, maps: Tensor) -> Tensor:
-    """View ``[windows, C, T, N]`` as the operand of the groups' maps; V are the channels of a group.
+def by_group(u: Tensor, weights: Tensor) -> Tensor:
+    """View ``[windows, C, T, N]`` as the operand of mixing weights; V are the channels of a group.
 
     Returns:
-        ``[windows, S, V*T, N]`` for spatial maps, ``[windows, S, V, T, N]`` for temporal ones,
+        ``[windows, S, V*T, N]`` for spatial gates, ``[windows, S, V, T, N]`` for temporal ones,
         ``[S, windows * V, T, N]`` for joint ones.
     """
-    if maps.ndim == 3:
-        x = u.unflatten(1, (len(maps), -1)).flatten(2)
-        return x.unflatten(2, (-1, maps.shape[-1]))  # also right for the only position of a window of one token
-    if maps.ndim == 4:
-        return u.unflatten(1, (len(maps), -1))
-    return u.unflatten(1, (maps.shape[1], -1)).transpose(0, 1).flatten(1, 2)
+    if weights.ndim == 3:
+        x = u.unflatten(1, (len(weights), -1)).flatten(2)
+        return x.unflatten(2, (-1, weights.shape[-1]))  # also right for the only position of a window of one token
+    if weights.ndim == 4:
+        return u.unflatten(1, (len(weights), -1))
+    return u.unflatten(1, (weights.shape[1], -1)).transpose(0, 1).flatten(1, 2)
 
 
-def from_groups(x: Tensor, like: Tensor, maps: Tensor) -> Tensor:
+def from_groups(x: Tensor, like: Tensor, weights: Tensor) -> Tensor:
     """Undo ``by_group`` for a tensor of the shape of ``like``."""
-    if maps.ndim == 5:
+    if weights.ndim == 5:
         x = x.unflatten(1, (len(like), -1)).transpose(0, 1)
     return x.reshape(like.shape)
 

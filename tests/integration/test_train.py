@@ -23,7 +23,9 @@ pytestmark = pytest.mark.ray
 
 
 def test_a_run_reports_every_epoch_and_counts_every_video_once(finished_run):
-    _, result, lines, _ = finished_run
+    config, result, lines, _ = finished_run
+    where = f"experiment {config.tracking.experiment!r} at {tracking_uri(config)}, run {result.mlflow_run_id}"
+    assert f"MLflow: {where}" in lines[:2]
     assert result.metrics["epoch"] == 2
     assert result.metrics["val/clips"] == 16
     assert 0 <= result.metrics["val/top1"] <= result.metrics["val/top5"] <= 1

@@ -79,9 +79,143 @@ def test_all_problems_are_listed_at_once():
     assert all(key in str(error.value) for key in ("train.epochs", "optim.lr", "data.tran"))
 
 
-def test_full_frames_have_one_crop():
-    with pytest.raises(RecipeError, match=r"data\.full_frame .* eval\.crops 3"):
-        load_recipe("demo", ["data.full_frame=true", "eval.crops=3"])
+# Keys that cannot work together, the message, and the nearest keys that can.
+TOGETHER = [
+    (
+        ["data.decoder=decord", "data.cache_dir=/x"],
+        "data.decoder decord has no effect with data.cache_dir, which PyAV fills; remove one of them",
+        ["data.decoder=decord", "data.cache_dir=null"],
+    ),
+    (
+        ["data.modality=rgb_difference", "model.frames=1"],
+        "data.modality rgb_difference needs model.frames of at least 2",
+        ["data.modality=rgb_difference", "model.frames=2"],
+    ),
+    (
+        ["data.full_frame=true", "eval.crops=3"],
+        "data.full_frame leaves one crop of a clip, not eval.crops 3; use 1",
+        ["data.full_frame=true", "eval.crops=1"],
+    ),
+    (
+        ["data.crop_scale=[0.5, 0.4]"],
+        "data.crop_scale (0.5, 0.4) must be two positive numbers, the smaller one first",
+        ["data.crop_scale=[0.5, 0.5]"],
+    ),
+    (
+        ["data.crop_scale=[0, 1]"],
+        "data.crop_scale (0.0, 1.0) must be two positive numbers, the smaller one first",
+        ["data.crop_scale=[0.001, 1]"],
+    ),
+    (
+        ["data.crop_ratio=[2, 1]"],
+        "data.crop_ratio (2.0, 1.0) must be two positive numbers, the smaller one first",
+        ["data.crop_ratio=[2, 2]"],
+    ),
+    (
+        ["data.crop_ratio=[-1, 1]"],
+        "data.crop_ratio (-1.0, 1.0) must be two positive numbers, the smaller one first",
+        ["data.crop_ratio=[0.1, 1]"],
+    ),
+    (
+        ["train.global_batch=12", "scaling.workers=2", "data.repeats=4"],
+        "train.global_batch 12 must divide by scaling.workers 2 x data.repeats 4",
+        ["train.global_batch=16", "scaling.workers=2", "data.repeats=4"],
+    ),
+    (
+        ["train.global_batch=15", "scaling.workers=5", "augment.mixup=0.5"],
+        "augment.mixup and augment.cutmix blend pairs: train.global_batch 15 must divide by "
+        "2 x scaling.workers x data.repeats = 10",
+        ["train.global_batch=20", "scaling.workers=5", "augment.mixup=0.5"],
+    ),
+    (
+        ["train.global_batch=12", "data.repeats=4", "augment.cutmix=0.5"],
+        "augment.mixup and augment.cutmix blend pairs: train.global_batch 12 must divide by "
+        "2 x scaling.workers x data.repeats = 8",
+        ["train.global_batch=12", "data.repeats=4"],
+    ),
+    (
+        ["scaling.workers=2", "scaling.min_workers=3"],
+        "scaling.min_workers 3 is more than scaling.workers 2",
+        ["scaling.workers=2", "scaling.min_workers=2"],
+    ),
+    (
+        ["scaling.micro_batch=9", "data.repeats=2"],
+        "scaling.micro_batch 9 must divide by 2: the clips of a video (data.repeats), and with mixup or cutmix of two "
+        "videos, stay together",
+        ["scaling.micro_batch=10", "data.repeats=2"],
+    ),
+    (
+        ["scaling.micro_batch=6", "data.repeats=2", "augment.mixup=1"],
+        "scaling.micro_batch 6 must divide by 4: the clips of a video (data.repeats), and with mixup or cutmix of two "
+        "videos, stay together",
+        ["scaling.micro_batch=8", "data.repeats=2", "augment.mixup=1"],
+    ),
+    (
+        ["train.precision=fp16", "scaling.parallel=fsdp"],
+        "train.precision fp16 does not work with scaling.parallel fsdp; use bf16 or ddp",
+        ["train.precision=bf16", "scaling.parallel=fsdp"],
+    ),
+    (
+        ["train.compile=true", "model.choices={depths: [[1, 2], [], [], []]}"],
+        "model.choices works neither with train.compile nor with scaling.parallel fsdp; leave them out",
+        ["train.compile=false", "model.choices={depths: [[1, 2], [], [], []]}"],
+    ),
+    (
+        ["scaling.parallel=fsdp", "model.choices={depths: [[1, 2], [], [], []]}"],
+        "model.choices works neither with train.compile nor with scaling.parallel fsdp; leave them out",
+        ["scaling.parallel=fsdp", "train.compile=true"],
+    ),
+    (
+        ["optim.lr=0.001", "optim.min_lr=0.01"],
+        "optim.min_lr 0.01 is more than optim.lr 0.001, the peak rate",
+        ["optim.lr=0.01", "optim.min_lr=0.01"],
+    ),
+    (
+        ["train.epochs=5", "optim.warmup_epochs=5.5"],
+        "optim.warmup_epochs 5.5 is more than train.epochs 5",
+        ["train.epochs=5", "optim.warmup_epochs=5"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "message", "nearest"), TOGETHER)
+def test_keys_that_cannot_work_together_are_refused_and_the_nearest_that_can_are_not(keys, message, nearest):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("demo", keys)
+    _, *problems = str(error.value).splitlines()
+    assert [problem.strip() for problem in problems] == [message]
+    config = load_recipe("demo", nearest)
+    assert config == Config.model_validate(config.model_dump())
+
+
+def test_several_problems_of_keys_together_are_one_message():
+    with pytest.raises(RecipeError, match=r"min_lr 1 is more than .*; optim\.warmup_epochs 99\.0 is more than "):
+        load_recipe("demo", ["optim.min_lr=1", "optim.warmup_epochs=99"])
+
+
+@pytest.mark.parametrize("key", ["tracking.uri", "tracking.experiment", "train.storage"])
+def test_a_password_may_stand_in_the_uri_of_mlflow_alone(key):
+    """It is taken off before anything is printed or stored (``pipelines.tracking.uris``)."""
+    override = f"{key}=http://me:hushhush@host/x"
+    if key == "tracking.uri":
+        assert load_recipe("demo", [override]).tracking.uri == "http://me:hushhush@host/x"
+        return
+    with pytest.raises(RecipeError, match=f"{key} http://host/x: leave user and password out"):
+        load_recipe("demo", [override])
+
+
+@pytest.mark.parametrize(
+    ("keys", "clips"),
+    [
+        ([], 1),
+        (["data.repeats=2"], 2),
+        (["augment.mixup=0.1"], 2),
+        (["augment.cutmix=0.1"], 2),
+        (["data.repeats=4", "augment.cutmix=0.1", "augment.mixup=1"], 8),
+    ],
+)
+def test_the_clips_that_stay_together(keys, clips):
+    assert load_recipe("demo", keys).clips_together == clips
 
 
 def test_a_missing_recipe_names_the_known_ones():

@@ -1,8 +1,10 @@
 """The closed form of the arithmetic against PyTorch's own counter, and measurements that make sense."""
 
 import dataclasses
+import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import posmlp
-from posmlp.model.cost import cost, count_macs, count_params, format_cost, measure
+from posmlp.model.cost import Cost, cost, count_macs, count_params, format_cost, measure
 from posmlp.model.spec import BLOCKS, model_variant
 
 
@@ -78,6 +80,39 @@ def test_measure():
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(ValueError, match="at least 1"):
         measure(model, (3, 4, 64, 64), repeats=0)
+
+
+class Clocked(torch.nn.Module):
+    """Takes 20 ms and 10 ms for each clip, on a clock of its own; the first passes and one later take long."""
+
+    def __init__(self, slow):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.slow, self.now, self.batches = slow, 1000.0, []
+
+    def forward(self, clips):
+        self.batches.append(len(clips))
+        self.now += 7.0 if len(self.batches) in self.slow else 0.020 + 0.010 * len(clips)
+
+
+@pytest.mark.parametrize(("batch", "clips_per_s"), [(1, 1 / 0.030), (4, 4 / 0.060), (8, 8 / 0.100)])
+def test_latency_is_in_milliseconds_of_one_clip_and_throughput_in_clips_per_second(monkeypatch, batch, clips_per_s):
+    """The two passes for warm-up do not count, and of the others the median does."""
+    module = importlib.import_module("posmlp.model.cost")
+    model = Clocked(slow=(1, 2, 5, 8, 9, 12))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: model.now))
+    found = measure(model, (3, 2, 4, 4), repeats=5, batch=batch)
+    assert found.latency_ms == pytest.approx(30.0)
+    assert found.clips_per_s == pytest.approx(clips_per_s)
+    assert model.batches[:7] == [1] * 7 and set(model.batches[7:]) == {batch}
+
+
+def test_units_of_the_cost_metrics():
+    found = Cost(2_500_000, 40_000_000_000, 12.5, 80.0, 350.0, "any", 1, 4, 8, 64, "tiny")
+    expected = {"params_m": 2.5, "gmacs": 40.0, "latency_ms": 12.5, "clips_per_s": 80.0, "peak_mb": 350.0}
+    assert found.metrics() == {f"cost/{name}": value for name, value in expected.items()}
+    text = format_cost(found)
+    assert all(f" {number}" in text for number in ("2.5 M", "40 GMACs", "12.5 ms", "80.00 clips/s", "350 MB"))
 
 
 def test_cost_of_a_named_model():

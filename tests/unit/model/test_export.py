@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -252,6 +253,40 @@ def test_a_file_that_computes_something_else_is_not_written(run_folder, tmp_path
     assert main(["export", str(run_folder), "--out", str(tmp_path / "model.pt2")]) == 1
     assert "was not written: its logits differ" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "int8", "tolerance"), [(".pt2", False, 1e-4), (".onnx", False, 1e-4), (".onnx", True, 0.2)]
+)
+def test_the_tolerance_of_a_format(suffix, int8, tolerance):
+    """The shares of the largest logit that docs/export.md promises."""
+    found = exported((BLOCKS[0],), suffix, int8)[2]
+    for share, good in ((0.98, True), (1.02, False)):
+        assert dataclasses.replace(found, difference=share * tolerance * found.largest).matches_model is good
+
+
+@pytest.mark.parametrize("wrong", [0.5e-4, 1.5e-4])
+def test_the_difference_is_the_largest_between_file_and_model(monkeypatch, wrong):
+    """The file's logits are replaced by those of the model, one of them changed."""
+    config, model, _ = exported((BLOCKS[0],), ".pt2")
+    logits = []
+
+    def load(*_):
+        def run(clips):
+            with torch.no_grad():
+                logits.append(model(to_input(clips, config)))
+            changed = logits[-1].clone()
+            changed.view(-1)[changed.abs().argmax()] *= 1 + wrong
+            return changed
+
+        return run
+
+    monkeypatch.setattr(exporting, "load_exported", load)
+    found = export(model, config, {}, ".pt2")
+    largest = max(float(each.abs().max()) for each in logits)
+    assert found.largest == pytest.approx(largest)
+    assert found.difference == pytest.approx(wrong * largest, rel=2e-2)
+    assert found.matches_model == (wrong < 1e-4)
 
 
 @pytest.mark.parametrize(("difference", "good"), [(0.0, True), (0.2, True), (0.21, False), (float("nan"), False)])

@@ -223,6 +223,111 @@ def test_times():
     assert found.run_s == pytest.approx(12 * epoch_s + 3 * found.validation_s)
 
 
+def worked_example():
+    """Two nodes of 8 GPUs and two decode nodes; the numbers of the recipe are easy to work with on paper."""
+    keys = ["train.global_batch=128", "data.repeats=2", "data.rows_per_block=16", "train.epochs=10", "eval.every=5"]
+    keys += ["eval.clips=4", "eval.crops=1", "scaling.cpus_per_worker=1", "scaling.workers=16", "scaling.use_gpu=true"]
+    cluster = ClusterSpec(
+        gpus=16,
+        gpus_per_node=8,
+        gpu_node_cores=24,
+        decode_nodes=2,
+        decode_node_cores=32,
+        gbit=10,
+        memory_gb=100,
+        store_share=0.3,
+        peak_flops=1e15,
+        mfu=0.4,
+    )
+    return plan.RunPlan(
+        config=load_recipe("k400_s16", keys),
+        cluster=cluster,
+        videos=6400,
+        val_videos=1000,
+        decode_ms=48.0,
+        video_kb=500.0,
+        decode_origin="given",
+        macs=40_000_000_000,
+        num_params=10_000_000,
+        num_param_tensors=100,
+        buffer_bytes=2600,
+    )
+
+
+def test_rates_have_the_units_of_the_worked_example():
+    """1 Gbit/s is 125e6 bytes per second, 1 KB 1000 bytes, 1 GB 1e9 bytes; a training step costs 6 FLOPs per MAC."""
+    found = worked_example()
+    clip = 16 * 224 * 224 * 3  # 2,408,448 bytes
+    cores = 2 * (24 - 8) + 2 * 32  # 96
+    per_core = 0.96 * 1000 / 48  # 20 clips/s
+    gradients = 2 * 15 / 16 * 4 * 10e6 / 128  # 585,937.5 bytes per clip
+    into = clip * (1 - 16 / 96) / 2 + 500_000 / 2 * 16 / 96 + gradients
+    assert found.max_rates() == {
+        GPUS: pytest.approx(16 * 1e15 * 0.4 / (6 * 40e9)),  # 26,667
+        DECODING: pytest.approx(1920),
+        OBJECT_STORE: pytest.approx(4 * 30e9 * 0.25 / (16 * clip) * per_core),  # 15,570
+        NETWORK_IN: pytest.approx(1.25e9 / into),  # 766
+        NETWORK_OUT: pytest.approx(1.25e9 / (clip * 16 / 96 / 2 + gradients)),  # 1589
+        NETWORK_DECODE: pytest.approx(1.25e9 / (clip / 3)),  # 1557
+    }
+    assert (cores, found.decode_cores) == (96, 96)
+    assert (found.bottleneck, found.rate) == (NETWORK_IN, pytest.approx(766.343, abs=1e-3))
+    assert found.max_rates(train=False)[GPUS] == pytest.approx(80_000)
+    assert found.decode_cores_needed == pytest.approx(26_666.667 / 20)
+    assert found.decode_nodes_needed == 41  # 1333.3 cores, of which GPU nodes have 32, by 32
+
+
+def test_times_have_the_units_of_the_worked_example():
+    found = worked_example()
+    assert found.steps_per_epoch == 100  # of 64 videos
+    assert found.train_epoch_s == pytest.approx(12_800 / 766.343, rel=1e-5)
+    clip = 2_408_448
+    into = clip * 5 / 6 / 2 + 500_000 / 4 / 6  # of an evaluation: no gradients, four clips of a video
+    assert found.validation_s == pytest.approx(4000 / min(1.25e9 / into, 1.25e9 / (clip / 3)))
+    assert found.checkpoint_bytes == 12 * 10_000_000 + 400 + 2600
+    assert found.checkpoint_s_per_epoch == pytest.approx(120_003_000 / 1.25e9)
+    assert found.validations == 2
+    assert found.run_s == pytest.approx(10 * (12_800 / 766.343 + 0.0960024) + 2 * found.validation_s, rel=1e-5)
+
+
+def test_the_table_has_the_units_of_the_worked_example():
+    found = worked_example()
+    parts = (plan.gpu_rows, plan.data_rows, plan.network_rows, plan.run_rows)
+    rows = [(label.strip(), value, unit) for part in parts for label, value, unit, _ in part(found)]
+    table = {(label, unit): value for label, value, unit in rows if label != "at the run's rate"}
+    rate = 766.343
+    expected = {
+        ("forward pass of the model", "GMACs/clip"): 40,
+        ("batch of a GPU", "clips"): 8,
+        ("GPU rate", "clips/s"): 26_666.667,
+        ("video storage reads", "GB/s"): rate / 2 * 500e3 / 1e9,
+        ("decode time", "core ms/clip"): 48,
+        ("decode cores", "cores"): 96,
+        ("decode rate", "clips/s"): 1920,
+        ("decode tasks", "tasks/s"): rate / 16,
+        ("clip size", "MB"): 2.408448,
+        ("object store", "GB"): 120,
+        ("object store needed", "GB"): 2 * 96 * 16 * 2_408_448 / 1e9,
+        ("gradients", "MB/node/step"): 75,
+        ("checkpoint size", "MB"): 120.003,
+        ("checkpoints written", "MB/epoch"): 120.003,
+        ("checkpoints kept", "MB"): 3 * 120.003,
+        ("checkpoint time", "s/epoch"): 0.0960024,
+        ("steps", "steps/epoch"): 100,
+        ("training time", "s/epoch"): 12_800 / rate,
+        ("run time", "hours"): found.run_s / 3600,
+    }
+    assert {key: table[key] for key in expected} == {key: pytest.approx(v, rel=1e-5) for key, v in expected.items()}
+    (into, *_) = (value for label, value, unit in rows if label == "at the run's rate")
+    assert into == pytest.approx(1.25)  # the bottleneck is full: 10 Gbit/s
+
+
+def test_the_peak_of_a_gpu_is_given_in_tflops():
+    assert plan.make_cluster_spec(8, tflops=60).peak_flops == 60e12
+    assert plan.make_cluster_spec(8, gpu="A100").peak_flops == 312e12
+    assert ClusterSpec(8, memory_gb=1000, store_share=0.5).store_bytes == 200e9  # Ray's largest store on a node
+
+
 def test_without_a_number_the_list_is_counted(motion_set):
     keys = [f"data.train.path={motion_set}/train.csv", f"data.val.path={motion_set}/val.csv"]
     found = make_plan("demo", keys, ClusterSpec(1, 1, peak_origin=plan.GIVEN), decode_ms=1, video_kb=1)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,6 +111,50 @@ def test_tpe_learns_from_trials_that_were_stopped_and_not_from_failed_ones():
 
     assert share(TrialState.STOPPED) > 0.6
     assert share(TrialState.FAILED) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("searcher", "against", "directions"),
+    [
+        ("tpe", None, ["MAXIMIZE"]),
+        ("tpe", "gmacs", ["MAXIMIZE", "MINIMIZE"]),
+        ("nsga2", "gmacs", ["MAXIMIZE", "MINIMIZE"]),
+    ],
+)
+def test_top1_is_maximised_and_the_cost_minimised(searcher, against, directions, monkeypatch):
+    """What Optuna gets: the directions of its study, and the values of each trial in the same order."""
+    created, create = [], optuna.create_study
+
+    def record(**options):
+        created.append(create(**options))
+        return created[-1]
+
+    monkeypatch.setattr(optuna, "create_study", record)
+    member = {"a": 1, "b": "x", "c": 0.5, "d": 0}
+    metrics = {VAL_TOP1: 0.7, COSTS["gmacs"]: 3.5, COSTS["params"]: 8.0, "epoch": 3.0}
+    trial = Trial(0, member, state=TrialState.FINISHED, metrics=metrics)
+    next(suggest_members(study_of(searcher, against), FOUR, [trial], 1))
+    (study,) = created
+    assert [direction.name for direction in study.directions] == directions
+    assert study.trials[0].values == [0.7, 3.5][: len(directions)]
+    assert study.trials[0].params == member
+    assert study.trials[0].state.name == "COMPLETE"
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "nsga2"])
+@pytest.mark.parametrize("better", ["cost", "top1"])
+def test_a_search_of_a_front_moves_to_cheap_and_to_accurate_members(searcher, better):
+    """One of the two is the same for all members. The mean of a random choice is 5.5."""
+    space = Space({name: tuple(range(12)) for name in "abcd"}, FOUR.keys)
+    trials, study = [], study_of(searcher, "gmacs")
+    while len(trials) < 48:
+        trial = propose_trial(study, space, trials)
+        a = float(trial.member["a"])
+        cost, top1 = (a, 0.5) if better == "cost" else (1.0, a / 12)
+        metrics = {VAL_TOP1: top1, COSTS["gmacs"]: cost, "epoch": 3.0}
+        trials.append(replace(trial, state=TrialState.FINISHED, metrics=metrics))
+    mean = sum(trial.member["a"] for trial in trials[24:]) / 24
+    assert mean < 4.5 if better == "cost" else mean > 6.5
 
 
 def test_concurrent_trials_differ():

@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
-from posmlp.video.augment import MEAN, STD, color_jitter, flip_labels, to_input, to_train_input
+from posmlp.video.augment import color_jitter, flip_labels, to_input, to_train_input
 from posmlp.video.batch import Batch
 from posmlp.video.randaugment import (
     AFFINE_OPERATIONS,
@@ -32,6 +32,8 @@ KINDS = {
     "cutmix": ["augment.cutmix=1"],
     "difference": ["data.modality=rgb_difference"],
 }
+# Mean and deviation of ImageNet's pixels in 0..1, R, G, B: those of torchvision's published models.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = torch.arange(10)  # no class turns into another
 
 
@@ -79,6 +81,17 @@ def test_input_is_normalised_and_laid_out():
     x = to_input(clips, recipe())
     expected = (clips.numpy() / 255.0 - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(x.numpy(), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
+
+
+def test_known_pixels_have_the_values_that_published_models_expect():
+    """Black and white, with the numbers by channel that (pixel - mean) / deviation gives."""
+    clips = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1, 1).expand(2, 2, 3, 3, 3)
+    black, white = to_input(clips, recipe())[:, :, 0, 0, 0]
+    torch.testing.assert_close(black, torch.tensor([-2.117904, -2.035714, -1.804444]))
+    torch.testing.assert_close(white, torch.tensor([2.248908, 2.428571, 2.640000]))
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 2, 3, 3, 3)
+    found = to_input(red, recipe())[0, :, 1, 1, 1]
+    torch.testing.assert_close(found, torch.tensor([2.248908, -2.035714, -1.804444]))
 
 
 def test_rgb_difference_is_each_frame_minus_the_one_before():

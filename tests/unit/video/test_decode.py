@@ -167,6 +167,38 @@ def test_pyav_takes_over_where_decord_fails(video, monkeypatch):
     assert opened.info.decoder == "pyav"
 
 
+def test_decord_decodes_only_if_it_finds_as_many_frames(video, monkeypatch):
+    """One more or one less, as for videos whose packets it drops or repeats."""
+    count = decord.VideoReader.__len__
+    assert Video(video, "decord").info.decoder == "decord"
+    for difference in (-1, 1):
+        monkeypatch.setattr(decord.VideoReader, "__len__", lambda reader, d=difference: count(reader) + d)
+        opened = Video(video, "decord")
+        assert opened.info.decoder == "pyav"
+        assert numbers(opened.read([0, 39])) == [0, 39]
+
+
+@pytest.mark.parametrize("error", [decord.DECORDError("x"), RuntimeError("x"), StopIteration(), IndexError("x")])
+def test_pyav_decodes_what_decord_cannot_open(video, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(decord, "VideoReader", fail)
+    opened = Video(video, "decord")
+    assert opened.info.decoder == "pyav"
+    assert numbers(opened.read([7])) == [7]
+
+
+def test_decord_decodes_only_if_asked_to(video, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("decord was used")
+
+    monkeypatch.setattr(decord, "VideoReader", fail)
+    for opened in (Video(video), Video(video, "pyav")):
+        assert opened.info.decoder == "pyav"
+        assert numbers(opened.read([7])) == [7]
+
+
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize("gop", ["25", "250"])
 def test_frames_late_in_a_long_video(tmp_path, gop, decoder):

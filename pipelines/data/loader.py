@@ -1,12 +1,14 @@
 """The data loader, in place of PyTorch's ``DataLoader``: manifest rows to batches of decoded clips, by Ray Data.
 
-Each training worker streams its share of the rows through Ray Data plans of its own. Their decode tasks run anywhere
-in the cluster. The rows of each global batch follow from (seed, epoch) alone and are fixed here, before decoding. So
-the order does not depend on the number of workers, no row is lost to an equal split, and a run resumes at any step: the
-rows before it are left out. (``streaming_split`` truncates to equal shares and fixes no order; ray#63285.)
+Each training worker decodes its share of the rows with Ray Data. The decode tasks run anywhere in the cluster. The rows
+of each global batch follow from (seed, epoch) alone and are fixed here, before decoding. So the order does not depend
+on the number of workers, no row is lost to an equal split over workers (only an incomplete last batch is dropped), and
+a run resumes at any step: the rows before it are left out. (``streaming_split`` truncates to equal shares and fixes no
+order; ray#63285.)
 
-A plan covers a *segment* of at most ``SEGMENT_BLOCKS`` blocks, since it takes 2 ms a block before its first result. The
-plan of the next segment starts before the current one ends, also across epochs, so the device does not wait in between.
+A worker's rows of an epoch are cut into *segments* of at most ``SEGMENT_BLOCKS`` blocks. Each segment is a Ray Data
+execution of its own, because an execution takes 2 ms per block before its first result. The next segment starts before
+the current one ends, also across epochs, so the device does not wait in between.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from posmlp.video.sampling import sample_seed
 
 SEGMENT_BLOCKS = 256
 DECODE_TASKS_PER_CPU = 2  # one that runs, and one that waits, so that the CPU is never idle
-# Share of the object store for one plan of all workers. Up to three plans are open: two of training, one other.
+# Share of the object store for one segment of every worker. Up to three segments are open: two of training, one other.
 OBJECT_STORE_SHARE = 0.25
 
 
@@ -45,11 +47,11 @@ def global_order(rows: int, config: Config, epoch: int, *, train: bool, world: i
     Training: a new permutation each epoch; the rows after the last full global batch are left out of this epoch.
     Validation: every row once, in order, padded to whole batches of ``world`` workers.
     """
-    size = rows_per_step(config, train=train, world=world)
+    per_step = rows_per_step(config, train=train, world=world)
     if train:
         order = np.random.default_rng([config.train.seed, epoch]).permutation(rows)
-        return order[: rows // size * size]
-    padded = np.full(math.ceil(rows / size) * size, -1)
+        return order[: rows // per_step * per_step]
+    padded = np.full(math.ceil(rows / per_step) * per_step, -1)
     padded[:rows] = np.arange(rows)
     return padded
 
@@ -70,19 +72,19 @@ def rows_per_block(config: Config, train: bool) -> int:
     return max(1, config.data.rows_per_block // views_per_video(config, train))
 
 
-def local_order(order: np.ndarray, size: int, rank: int, world: int, together: int = 1) -> np.ndarray:
-    """Return a worker's part of ``global_order``, ``[batches, share]``: its contiguous share of every global batch.
+def local_order(order: np.ndarray, per_step: int, rank: int, world: int, together: int = 1) -> np.ndarray:
+    """Return a worker's rows of ``global_order``, ``[batches, share]``: its contiguous share of every global batch.
 
     Args:
-        size: rows in a global batch.
-        together: this many consecutive rows stay on one worker, as the pairs of mixup do. If their number is not
-            divisible by the number of workers, some shares are padded with -1, so that all workers have batches of the
-            same size.
+        per_step: rows in a global batch (``rows_per_step``).
+        together: rows in a bundle. The consecutive rows of a bundle stay on one worker, as the pairs of mixup do. If
+            the number of bundles is not divisible by the number of workers, some shares are padded with -1, so that all
+            workers have batches of the same size.
     """
-    units = order.reshape(-1, size // together, together)
-    mine = np.array_split(units, world, axis=1)[rank].reshape(len(units), -1)
-    share = math.ceil(size / together / world) * together
-    return np.pad(mine, ((0, 0), (0, share - mine.shape[1])), constant_values=-1)
+    bundles = order.reshape(-1, per_step // together, together)
+    own = np.array_split(bundles, world, axis=1)[rank].reshape(len(bundles), -1)
+    share = math.ceil(per_step / together / world) * together
+    return np.pad(own, ((0, 0), (0, share - own.shape[1])), constant_values=-1)
 
 
 @dataclass
@@ -93,6 +95,8 @@ class SplitLoader:
         rows: the whole split's manifest rows (``posmlp.video.manifest.Manifest.rows``), or a reference to them.
         bad: videos of this worker's share that could not be decoded, since the last ``take_bad``.
         decoded_by_pyav: number of videos that PyAV had to decode in place of decord, since the last ``take_bad``.
+        num_rows: of the whole split.
+        rows_per_step: rows in a global batch.
     """
 
     rows: pa.Table | ray.ObjectRef
@@ -105,13 +109,13 @@ class SplitLoader:
 
     def __post_init__(self) -> None:
         self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
-        self.count = len(ray.get(self.reference))
-        self.size = rows_per_step(self.config, train=self.train, world=self.world)
+        self.num_rows = len(ray.get(self.reference))
+        self.rows_per_step = rows_per_step(self.config, train=self.train, world=self.world)
 
     @property
     def steps(self) -> int:
         """Return the number of batches in an epoch."""
-        return self.count // self.size if self.train else math.ceil(self.count / self.size)
+        return self.num_rows // self.rows_per_step if self.train else math.ceil(self.num_rows / self.rows_per_step)
 
     def batches(self, epoch: int, step: int = 0, until: int | None = None) -> Iterator[Batch]:
         """Yield the worker's batches, on the CPU, from a step of an epoch on.
@@ -121,32 +125,32 @@ class SplitLoader:
             step: number of its batches to skip; their videos are not decoded.
             until: the epoch to stop before; None: ``epoch + 1``. The next epoch is prepared before one ends.
         """
-        plans = (
-            (self.plan(order.reshape(-1), now, order.shape[1]), len(order))
+        segments = (
+            (self.decode_segment(order, now), len(order))
             for now in range(epoch, epoch + 1 if until is None else until)
             for order in self.segments(now, step if now == epoch else 0)
         )
-        for columns in chain_plans(plans):
+        for columns in chain_segments(segments):
             self.record_failures(columns)
             yield collate(columns)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
-        """Yield the row indices of this worker's batches from ``step`` on, ``[batches, rows]``, one part per plan."""
-        order = global_order(self.count, self.config, epoch, train=self.train, world=self.world)
+        """Yield this worker's segments of an epoch from ``step`` on: row indices of batches, ``[batches, rows]``."""
+        order = global_order(self.num_rows, self.config, epoch, train=self.train, world=self.world)
         together = self.config.clips_together // self.config.data.repeats if self.train else 1
-        mine = local_order(order, self.size, self.rank, self.world, together)
-        length = max(1, SEGMENT_BLOCKS * rows_per_block(self.config, self.train) // mine.shape[1])
-        for start in range(step, len(mine), length):
-            yield mine[start : start + length]
+        own = local_order(order, self.rows_per_step, self.rank, self.world, together)
+        length = max(1, SEGMENT_BLOCKS * rows_per_block(self.config, self.train) // own.shape[1])
+        for start in range(step, len(own), length):
+            yield own[start : start + length]
 
-    def plan(self, order: np.ndarray, epoch: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
-        """Return the batches of a Ray Data plan as columns; decoding starts when the first batch is requested.
+    def decode_segment(self, order: np.ndarray, epoch: int) -> Iterator[dict[str, np.ndarray]]:
+        """Return the decoded batches of a segment as columns; decoding starts when the first batch is requested.
 
         Args:
-            order: row indices.
-            batch: rows per batch.
+            order: row indices, ``[batches, rows]``.
         """
         configure_ray_data(self.config, self.train, self.world)
+        rows_per_batch, order = order.shape[1], order.reshape(-1)
         blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
         dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
             decode_block,  # type: ignore[arg-type]  # Ray's type knows no fn_kwargs
@@ -160,7 +164,7 @@ class SplitLoader:
             },
             **decoding_options(self.config.scaling),
         )
-        return iter(dataset.iter_batches(batch_size=batch, batch_format="numpy", prefetch_batches=2))
+        return iter(dataset.iter_batches(batch_size=rows_per_batch, batch_format="numpy", prefetch_batches=2))
 
     def record_failures(self, columns: dict[str, np.ndarray]) -> None:
         """Record the bad videos of a batch.
@@ -198,16 +202,16 @@ def collate(columns: dict[str, np.ndarray]) -> Batch:
     )
 
 
-def chain_plans(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
-    """Yield the results of all plans in order.
+def chain_segments(segments: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
+    """Yield the results of all segments in order.
 
-    A plan starts when three quarters of the results of the one before are used. A thread waits for its first result.
+    A segment starts when three quarters of the results of the one before are used. A thread waits for its first result.
 
     Args:
-        plans: the results of each plan, and how many there are.
+        segments: the results of each segment, and their number.
     """
     with ThreadPoolExecutor(1) as pool:
-        following = next(plans, None)
+        following = next(segments, None)
         first = pool.submit(next, following[0]) if following else None
         while following is not None and first is not None:
             (results, length), here = following, first
@@ -215,7 +219,7 @@ def chain_plans(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
             for taken in range(1, length + 1):
                 result = here.result() if taken == 1 else next(results)
                 if taken == math.ceil(length * 3 / 4):
-                    following = next(plans, None)
+                    following = next(segments, None)
                     first = pool.submit(next, following[0]) if following else None
                 yield result
 
@@ -223,7 +227,7 @@ def chain_plans(plans: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
 def configure_ray_data(config: Config, train: bool, world: int) -> None:
     """Set up Ray Data in this process.
 
-    Rows stay in order. Decoding gets this worker's part of the CPUs that training leaves. A limit on decoded clips in
+    Rows stay in order. Decoding gets this worker's share of the CPUs that training leaves. A limit on decoded clips in
     the object store keeps a slow device from making it spill.
     """
     scaling, variant = config.scaling, config.model.variant()
@@ -253,12 +257,12 @@ def decoding_options(scaling: ScalingSection) -> dict[str, Any]:
 def decode_block(
     block: dict[str, np.ndarray], rows: ray.ObjectRef, order: np.ndarray, config: dict, epoch: int, train: bool
 ) -> dict[str, np.ndarray]:
-    """Ray Data task: decode part ``block["id"]`` of ``order`` (``decode_rows``)."""
+    """Ray Data task: decode block ``block["id"]`` of the rows of a segment, ``order`` (``decode_rows``)."""
     cfg = Config.model_validate(config)
     (index,) = block["id"]
     size = rows_per_block(cfg, train)
-    mine = order[index * size : (index + 1) * size]
-    return decode_rows(ray.get(rows).take(np.maximum(mine, 0)), mine >= 0, cfg, epoch, train)
+    own = order[index * size : (index + 1) * size]
+    return decode_rows(ray.get(rows).take(np.maximum(own, 0)), own >= 0, cfg, epoch, train)
 
 
 def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, train: bool) -> dict[str, np.ndarray]:
@@ -279,9 +283,9 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
     for i in np.flatnonzero(real):
         row = rows[i]
         try:
-            images = row["frames"]
-            clips[i], used = load_clips(row["uri"], row["sample_id"], config, epoch=epoch, train=train, images=images)
-            decoders[i] = used if images is None else "pictures"
+            count = row["frames"]  # of images in a frame folder; None for a video
+            clips[i], used = load_clips(row["uri"], row["sample_id"], config, epoch=epoch, train=train, images=count)
+            decoders[i] = used if count is None else "images"
         except DecodeError as error:
             reasons[i] = error.reason
         except UserError as error:  # returned as data, as Ray would wrap it in tracebacks of its own

@@ -16,7 +16,7 @@ import ray
 from ray.data import DataContext, ExecutionOptions
 
 from pipelines.cluster.ray_internals import DATA_LOGGERS
-from pipelines.data.loader import SEGMENT_BLOCKS, chain_plans
+from pipelines.data.loader import SEGMENT_BLOCKS, chain_segments
 from posmlp import storage
 from posmlp.errors import UserError
 
@@ -81,7 +81,7 @@ def run_blocks(function: Callable[..., pa.Table], blocks: int, **arguments: Any)
     context.enable_progress_bars = False
     context.execution_options = ExecutionOptions(preserve_order=True)
 
-    def plan(first: int, count: int) -> Iterator[pa.Table]:
+    def run_segment(first: int, count: int) -> Iterator[pa.Table]:
         dataset = ray.data.range(count, override_num_blocks=count).map_batches(
             run_block,  # type: ignore[arg-type]  # Ray's type knows no fn_kwargs
             batch_size=None,
@@ -91,7 +91,7 @@ def run_blocks(function: Callable[..., pa.Table], blocks: int, **arguments: Any)
 
     starts = range(0, blocks, SEGMENT_BLOCKS)
     lengths = [min(SEGMENT_BLOCKS, blocks - first) for first in starts]
-    yield from chain_plans((plan(first, length), length) for first, length in zip(starts, lengths, strict=True))
+    yield from chain_segments((run_segment(*each), each[1]) for each in zip(starts, lengths, strict=True))
 
 
 def run_block(block: dict[str, np.ndarray], function: Callable[..., pa.Table], first: int, arguments: dict) -> pa.Table:

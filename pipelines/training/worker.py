@@ -215,13 +215,13 @@ class Worker:
                 return None
             self.progress.trained = metrics
             self.save()  # before validation, which may take long
-        metrics, rows = dict(self.progress.trained), self.train_split.count
+        metrics, rows = dict(self.progress.trained), self.train_split.num_rows
         if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
             validation = self.validate()
             if validation is None:
                 return None
             metrics |= validation
-            rows += self.val_split.count
+            rows += self.val_split.num_rows
             self.collect_bad_videos()
         if config.data.decoder == "decord":
             metrics[names.DATA_DECODED_BY_PYAV] = float(self.progress.taken_over)

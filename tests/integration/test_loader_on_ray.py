@@ -139,7 +139,7 @@ def test_a_large_manifest_costs_little_memory(local_ray, motion_set):
     list(SplitLoader(few, config, True).batches(0))  # what Ray Data itself takes comes once
     before, clips = process.memory_info().rss, 0
     split = SplitLoader(many, config, True)
-    for batch in split.batches(0, step=split.steps - 700):  # some plans' worth
+    for batch in split.batches(0, step=split.steps - 700):  # several segments
         clips += len(batch.labels)
         grown = process.memory_info().rss - before
         assert grown < 300 * 2**20

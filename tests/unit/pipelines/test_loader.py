@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.loader import chain_plans, global_order, local_order
+from pipelines.data.loader import chain_segments, global_order, local_order
 from posmlp.config import load_recipe
 
 
@@ -56,25 +56,25 @@ def test_uneven_shares_hold_each_row_once_and_keep_pairs(units, together, batche
             assert (pairs[pairs[:, 0] >= 0, -1] - pairs[pairs[:, 0] >= 0, 0] == together - 1).all()
 
 
-def test_plans_are_started_ahead_and_give_all_their_results():
+def test_segments_are_started_ahead_and_give_all_their_results():
     started = []
 
-    def plan(name, length):
+    def segment(name, length):
         started.append(name)
         yield from ((name, i) for i in range(length))
 
     lengths = [4, 1, 5, 2]
-    results = chain_plans((plan(n, length), length) for n, length in enumerate(lengths))
+    results = chain_segments((segment(n, length), length) for n, length in enumerate(lengths))
     seen = [next(results), next(results), next(results)]
     assert set(started) <= {0, 1}
     seen += list(results)
     assert seen == [(n, i) for n, length in enumerate(lengths) for i in range(length)]
 
 
-def test_an_error_in_a_later_plan_is_raised():
+def test_an_error_in_a_later_segment_is_raised():
     def bad():
         raise ValueError("no clips")
         yield
 
     with pytest.raises(ValueError, match="no clips"):
-        list(chain_plans(iter([(iter([1, 2]), 2), (bad(), 3)])))
+        list(chain_segments(iter([(iter([1, 2]), 2), (bad(), 3)])))

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.inference import evaluate as module
+from pipelines.inference import scoring
 from pipelines.inference.evaluate import evaluate
 from pipelines.tracking.uris import tracking_uri
 from posmlp.errors import UserError
 from posmlp.video.manifest import read_split
+from tests.helpers.log_lines import log_lines
 from tests.helpers.random_models import plain_shares
 from tests.helpers.untrained_run import CLASSES
 
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def found(local_ray, untrained_run):
     """The evaluation with 2 x 3 views on 2 workers, its printed lines, and a plain loop's probabilities by sample."""
-    lines = []
-    result = evaluate(untrained_run["run"], (2, 3), workers=2, echo=lines.append)
+    with log_lines() as lines:
+        result = evaluate(untrained_run["run"], (2, 3), workers=2)
     rows = [
         r
         for r in read_split(untrained_run["config"].data, "val").rows.to_pylist()
@@ -107,18 +108,18 @@ def test_a_copied_checkpoint_is_evaluated_into_a_new_run_though_a_scorer_dies(
     """The scorer kills itself at its first block; its successor finds the mark that it left."""
     mark = str(tmp_path / "mark")
 
-    class Mortal(module.Scorer):
+    class Mortal(scoring.Scorer):
         def score(self, columns, weights):
             if not os.path.exists(mark):
                 open(mark, "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().score(columns, weights)
 
-    monkeypatch.setattr(module, "Scorer", Mortal)
+    monkeypatch.setattr(scoring, "Scorer", Mortal)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(untrained_run["checkpoint"], tmp_path / "copy")
     overrides = ["tracking.uri=sqlite:///" + str(tmp_path / "new" / "mlflow.db"), "data.rows_per_block=4"]
-    result = evaluate("copy", (1, 1), "train", overrides, out="results", echo=lambda line: None)
+    result = evaluate("copy", (1, 1), "train", overrides, out="results")
     assert os.path.exists(mark)
     assert result.path == str(tmp_path / "results")
     assert result.metrics["videos"] == 28
@@ -130,12 +131,12 @@ def test_a_copied_checkpoint_is_evaluated_into_a_new_run_though_a_scorer_dies(
 
 
 def test_a_scorer_that_always_dies_ends_it_plainly(local_ray, untrained_run, tmp_path, monkeypatch):
-    class Mortal(module.Scorer):
+    class Mortal(scoring.Scorer):
         def score(self, columns, weights):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(module, "Scorer", Mortal)
+    monkeypatch.setattr(scoring, "Scorer", Mortal)
     overrides = ["scaling.max_failures=1"]
     with pytest.raises(UserError, match="scoring failed: ActorDiedError"):
-        evaluate(untrained_run["run"], overrides=overrides, out=str(tmp_path / "out"), echo=lambda line: None)
+        evaluate(untrained_run["run"], overrides=overrides, out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

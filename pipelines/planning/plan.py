@@ -33,9 +33,9 @@ RAY_MAX_STORE_GB = 200.0  # largest object store that Ray gives a node by defaul
 # MLflow
 SYSTEM_SAMPLE_S = 10.0  # seconds between two samples of system metrics (pipelines.tracking.node_monitors)
 MAX_PARAMS = 100  # parameters in one call (pipelines.tracking.mlflow_client)
-TRAIN_METRICS = 9  # values per epoch (Worker.train_epoch in pipelines.training.worker)
-SPEED_METRICS = 4  # values per epoch without perf/mfu (Worker.speed)
-EPOCH_METRICS = 2  # values per epoch without data/decoded_by_pyav (Worker.epoch)
+TRAIN_METRICS = 9  # values per epoch (Worker.training_metrics in pipelines.training.worker)
+THROUGHPUT_METRICS = 4  # values per epoch without perf/mfu (Worker.throughput_metrics)
+EPOCH_METRICS = 2  # values per epoch without data/decoded_by_pyav (Worker.run_epoch)
 VAL_METRICS = sum(str(name).startswith(metrics.VAL) for name in vars(metrics).values()) - 1  # without the prefix itself
 COST_METRICS = 5  # values per run (posmlp.model.cost)
 NODE_METRICS = 8  # values in a node's sample of system metrics, without its GPUs (mlflow.system_metrics)
@@ -333,7 +333,7 @@ class RunPlan:
     def values_per_epoch(self) -> int:
         """Return the number of metric values of an epoch with validation."""
         mfu, decord = self.config.train.precision != "fp32", self.config.data.decoder == "decord"
-        return TRAIN_METRICS + SPEED_METRICS + EPOCH_METRICS + VAL_METRICS + mfu + decord
+        return TRAIN_METRICS + THROUGHPUT_METRICS + EPOCH_METRICS + VAL_METRICS + mfu + decord
 
     @property
     def system_samples(self) -> int:

@@ -1,8 +1,13 @@
-"""The progress of a run, and the lines that describe it."""
+"""The progress of a run, what is measured in an epoch, and the lines that describe both."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from posmlp.config import Config
 from posmlp.metrics import (
@@ -18,12 +23,14 @@ from posmlp.metrics import (
     VAL_TOP1,
 )
 
+LINE_S = 5.0  # between two progress lines
+PROGRESS_KEYS = {"decoded_by_pyav": "taken_over", "training_metrics": "trained"}  # field -> key in checkpoint.json
 MAX_DATA_WAIT = 0.2  # share of an epoch that may pass in waiting for clips before the run gives advice
 
 
 @dataclass
 class RunProgress:
-    """What a checkpoint stores of a run's progress besides weights; plain data in ``checkpoint.json``.
+    """What a checkpoint stores of a run's progress besides weights.
 
     The counts are those of the first worker, unless stated otherwise.
 
@@ -33,8 +40,8 @@ class RunProgress:
         loss, grad_norm: sums over these steps; a gradient that overflowed in fp16 is left out.
         norms: the number of gradients in the sum.
         bad: bad videos (``BadVideo``) of the current epoch so far, of all workers.
-        taken_over: videos of the current epoch that PyAV decoded in place of decord, of all workers.
-        trained: the training metrics of the current epoch once all its steps are done and only validation is left.
+        decoded_by_pyav: videos of the current epoch that PyAV decoded in place of decord, of all workers.
+        training_metrics: of the current epoch, once all its steps are done and only validation is left.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -43,12 +50,90 @@ class RunProgress:
     grad_norm: float = 0.0
     norms: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)
-    taken_over: int = 0
-    trained: dict[str, float] = field(default_factory=dict)
+    decoded_by_pyav: int = 0
+    training_metrics: dict[str, float] = field(default_factory=dict)
+
+    def add_step(self, loss: float, grad_norm: float) -> None:
+        """Count a finished training step."""
+        self.steps += 1
+        self.loss += loss
+        if math.isfinite(grad_norm):
+            self.grad_norm += grad_norm
+            self.norms += 1
 
     def next_epoch(self, metrics: dict[str, float]) -> RunProgress:
         """The progress at the start of the next epoch; ``metrics`` are those of the current one."""
         return RunProgress([*self.history, metrics])
+
+    def to_record(self) -> dict[str, Any]:
+        """The progress as plain data, as it is in ``checkpoint.json``."""
+        return {PROGRESS_KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RunProgress:
+        """The progress in a ``checkpoint.json``; keys that are missing have their defaults."""
+        names = {PROGRESS_KEYS.get(each.name, each.name): each.name for each in fields(cls)}
+        return cls(**{names[key]: value for key, value in record.items()})
+
+
+@dataclass
+class EpochMeter:
+    """What a worker measures while it does the training steps of an epoch.
+
+    Attributes:
+        start: when it began, in seconds of ``time.perf_counter``.
+        max_store_mib: largest use of the cluster's object store that was seen; NaN if unknown.
+        spilled_before_mib: what the object store had spilled before; NaN if unknown.
+        steps: training steps since the start; after a resume fewer than the epoch has.
+        seconds: from the start to the last progress line, or to the end.
+        waited: seconds spent waiting for clips.
+        first_batch_s: seconds spent waiting for the first batch.
+        lines: number of progress lines so far.
+    """
+
+    start: float
+    max_store_mib: float
+    spilled_before_mib: float
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    first_batch_s: float = 0.0
+    lines: int = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Context in which the worker waits for a batch."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+        self.first_batch_s = self.first_batch_s or self.waited
+
+    def line_is_due(self) -> bool:
+        """Whether it is time for a progress line; if so, count it and set ``seconds``."""
+        passed = time.perf_counter() - self.start
+        if passed - self.seconds <= LINE_S:
+            return False
+        self.seconds = passed
+        self.lines += 1
+        return True
+
+    def end(self) -> None:
+        """Set ``seconds`` at the end of the training steps."""
+        self.seconds = time.perf_counter() - self.start
+
+
+def describe_steps(progress: RunProgress, meter: EpochMeter, epoch: int, steps: int, config: Config) -> str:
+    """The progress line within an epoch.
+
+    Args:
+        epoch: number of the epoch, from 0.
+        steps: training steps in an epoch.
+    """
+    rate = meter.steps / meter.seconds
+    left = (steps * (config.train.epochs - epoch) - progress.steps) / rate
+    text = f"epoch {epoch + 1}/{config.train.epochs}  step {progress.steps}/{steps}  "
+    text += f"loss {progress.loss / progress.steps:.3f}  {rate * config.train.global_batch:.1f} clips/s  "
+    return f"{text}data wait {meter.waited / meter.seconds:.0%}  left {format_duration(left)}"
 
 
 def describe_epoch(metrics: dict[str, float], config: Config) -> str:

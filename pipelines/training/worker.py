@@ -1,8 +1,8 @@
 """A training worker: training steps, validation and checkpoints, from the run's newest checkpoint on.
 
-All workers do the same thing at the same step. What only one worker knows (a stop was requested, its disk is full) is
-agreed on before the next step, so that no worker waits for another that has left. The first worker writes the
-checkpoints and sends the driver events through the channel.
+All workers do the same thing at the same step. Before each step the workers agree on stops and failures that only one
+of them knows of, so that none blocks in a collective. The first worker writes the checkpoints and sends the driver
+events through the channel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipelines.training.messages import (
     WorkerJob,
 )
 from pipelines.training.profiling import TRACE_FILE, TRACED_STEPS, peak_memory_mb, start_profiler
-from pipelines.training.progress import RunProgress, advise, describe_epoch, format_duration
+from pipelines.training.progress import EpochMeter, RunProgress, advise, describe_epoch, describe_steps
 from posmlp import create_model, load_published, storage
 from posmlp import metrics as names
 from posmlp.config import Config
@@ -49,8 +49,7 @@ from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops
 from posmlp.video.batch import Batch
 
-LINE_S = 5.0  # between two progress lines
-STOP_POLL_S = 0.5  # between two questions to the driver whether a stop was requested
+STOP_POLL_S = 0.5  # between two polls of the channel for a requested stop
 
 T = TypeVar("T")
 
@@ -77,7 +76,9 @@ def train_worker(fields: dict[str, Any]) -> None:
     except UserError as error:
         ray.get(job.channel.fail.remote(str(error)))
         if not isinstance(error, AgreedError) and ray.train.get_context().get_world_size() > 1:
-            raise  # the other workers do not know: Ray ends them, and the next worker group finds that the run failed
+            # The other workers have not seen this error: let Ray end them. The next worker group sees that the run has
+            # failed.
+            raise
 
 
 class Worker:
@@ -113,13 +114,13 @@ class Worker:
         self.train_split, self.val_split = (
             SplitLoader(rows[name], config, name == "train", self.rank, self.world_size) for name in ("train", "val")
         )
-        self.start(registration)
+        self.set_up(registration)
         self.saved_step = self.learner.step
         self.first_epoch = len(self.progress.history)
         advised: set[str] = set()
         batches = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
         for epoch in range(self.first_epoch, config.train.epochs):
-            metrics = self.epoch(batches, epoch)
+            metrics = self.run_epoch(batches, epoch)
             if metrics is None:
                 where = f"epoch {epoch}" + f", step {self.progress.steps}" * bool(self.progress.steps)
                 self.send_line(f"stopped after {where}")
@@ -138,7 +139,7 @@ class Worker:
         """Register this worker group with the driver."""
         return cast(Registration, ray.get(self.channel.register_workers.remote(self.world_size)))
 
-    def start(self, registration: Registration) -> None:
+    def set_up(self, registration: Registration) -> None:
         """Create the learner and the progress, new or from the run's newest intact checkpoint."""
         config = self.config
         torch.manual_seed(config.train.seed)
@@ -153,9 +154,9 @@ class Worker:
         self.learner, self.progress = learner, RunProgress()
         if found is not None:
             uri, notes = found
-            about, contents = checkpoints.load(uri)
+            info, contents = checkpoints.load(uri)
             learner.load_state_dict(contents[checkpoints.WEIGHTS], contents[checkpoints.STATE])
-            self.progress = RunProgress(**about.progress)
+            self.progress = RunProgress.from_record(info.progress)
         if self.rank:
             return
         if not learner.step and self.job.measure_cost:
@@ -174,7 +175,7 @@ class Worker:
             uri, problems = checkpoints.newest(self.run)
         except OSError as error:
             raise RunError(f"{self.run} cannot be read: {error}") from error
-        return (uri, [f"passed over: {problem}" for problem in problems]) if uri else None
+        return (uri, [f"skipped checkpoint: {problem}" for problem in problems]) if uri else None
 
     def describe_workers(self) -> str:
         """Number of workers, device, threads and gradient accumulation, for the first line."""
@@ -201,21 +202,21 @@ class Worker:
 
     # --- an epoch ------------------------------------------------------------------------------------------------
 
-    def epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
+    def run_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
         """Finish an epoch: the remaining training steps, validation and checkpoints.
 
         Returns the metrics, or None if a stop was requested (the checkpoint is saved).
         """
         config = self.config
-        if not self.progress.trained:
+        if not self.progress.training_metrics:
             metrics = self.train_epoch(batches, epoch)
             if metrics is None:
                 if self.learner.step > self.saved_step:
                     self.save()
                 return None
-            self.progress.trained = metrics
+            self.progress.training_metrics = metrics
             self.save()  # before validation, which may take long
-        metrics, rows = dict(self.progress.trained), self.train_split.num_rows
+        metrics, rows = dict(self.progress.training_metrics), self.train_split.num_rows
         if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
             validation = self.validate()
             if validation is None:
@@ -224,7 +225,7 @@ class Worker:
             rows += self.val_split.num_rows
             self.collect_bad_videos()
         if config.data.decoder == "decord":
-            metrics[names.DATA_DECODED_BY_PYAV] = float(self.progress.taken_over)
+            metrics[names.DATA_DECODED_BY_PYAV] = float(self.progress.decoded_by_pyav)
         bad = [BadVideo(**video) for video in self.progress.bad]
         metrics |= {names.DATA_BAD: float(len(bad)), names.EPOCH: float(epoch + 1)}
         if bad:
@@ -239,74 +240,67 @@ class Worker:
 
         Returns the training metrics, or None if a stop was requested (no checkpoint is saved yet).
         """
-        config, learner, progress, split = self.config, self.learner, self.progress, self.train_split
-        steps, every = split.steps, config.train.checkpoint_every_steps
-        waited, first_batch_s, first_step = 0.0, 0.0, progress.steps
+        config, learner, progress, steps = self.config, self.learner, self.progress, self.train_split.steps
+        every = config.train.checkpoint_every_steps
+        meter = EpochMeter(time.perf_counter(), *self.store_usage())
         throughput = prometheus.ThroughputGauge(config.name, config.train.global_batch)
-        start = last_line = time.perf_counter()
-        store_usage = object_store_usage if self.rank == 0 else lambda: (math.nan, math.nan)
-        store, spilled_before = store_usage()
-        profiler = self.start_profiler(steps - first_step) if self.job.profile and epoch == self.first_epoch else None
+        traced = self.job.profile and epoch == self.first_epoch
+        profiler = self.start_profiler(steps - progress.steps) if traced else None
         while progress.steps < steps:
-            before = time.perf_counter()
-            batch = self.next_batch(batches)
-            waited += time.perf_counter() - before
-            first_batch_s = first_batch_s or waited
+            with meter.waiting():
+                batch = self.next_batch(batches)
             if batch is None:
                 return None
             try:
                 step = learner.train_step(batch.to(learner.device))
             except ExplodedError as error:
                 raise self.save_explosion(batch, error) from error
-            progress.steps += 1
-            progress.loss += step.loss
-            if math.isfinite(step.grad_norm):
-                progress.grad_norm += step.grad_norm
-                progress.norms += 1
+            progress.add_step(step.loss, step.grad_norm)
+            meter.steps += 1
             if profiler:
                 profiler.step()
             if every and learner.step % every == 0 and progress.steps < steps:
                 self.save()
-            now = time.perf_counter()
-            if now - last_line > LINE_S:
-                last_line = now
-                store = max(store, store_usage()[0])
-                rate = (progress.steps - first_step) / (now - start)
-                left = (steps * (config.train.epochs - epoch) - progress.steps) / rate
-                text = f"epoch {epoch + 1}/{config.train.epochs}  step {progress.steps}/{steps}  "
-                text += f"loss {progress.loss / progress.steps:.3f}  {rate * config.train.global_batch:.1f} clips/s  "
-                self.send_line(f"{text}data wait {waited / (now - start):.0%}  left {format_duration(left)}")
-                self.publish_throughput(throughput, now - start, progress.steps - first_step, waited)
+            if meter.line_is_due():
+                meter.max_store_mib = max(meter.max_store_mib, self.store_usage()[0])
+                self.send_line(describe_steps(progress, meter, epoch, steps, config))
+                self.publish_throughput(throughput, meter)
         if profiler:
             profiler.stop()
-        seconds = time.perf_counter() - start
-        if last_line == start:  # a short epoch
-            self.publish_throughput(throughput, seconds, steps - first_step, waited)
-        used, spilled = store_usage()
-        (waited_share,) = mean_over_workers([waited / seconds])
+        meter.end()
+        if not meter.lines:  # a short epoch
+            self.publish_throughput(throughput, meter)
+        return self.training_metrics(meter)
+
+    def training_metrics(self, meter: EpochMeter) -> dict[str, float]:
+        """The metrics of an epoch's training steps. Collective: call it on every rank."""
+        progress, (used, spilled) = self.progress, self.store_usage()
+        (waited_share,) = mean_over_workers([meter.waited / meter.seconds])
         metrics = {
-            names.TRAIN_LOSS: progress.loss / steps,
+            names.TRAIN_LOSS: progress.loss / progress.steps,
             names.TRAIN_GRAD_NORM: progress.grad_norm / max(1, progress.norms),
             names.TRAIN_WORKERS: float(self.world_size),
-            names.TRAIN_LR: learner.optimizer.param_groups[0]["lr"],
+            names.TRAIN_LR: self.learner.optimizer.param_groups[0]["lr"],
             names.PERF_DATA_WAIT_FRAC: waited_share,
-            names.PERF_FIRST_BATCH_S: first_batch_s,
-            names.PERF_EPOCH_S: seconds,
-            names.DATA_OBJECT_STORE_MB: max(store, used),
-            names.DATA_SPILLED_MB: spilled - spilled_before,
+            names.PERF_FIRST_BATCH_S: meter.first_batch_s,
+            names.PERF_EPOCH_S: meter.seconds,
+            names.DATA_OBJECT_STORE_MB: max(meter.max_store_mib, used),
+            names.DATA_SPILLED_MB: spilled - meter.spilled_before_mib,
         }
-        return metrics | self.speed((steps - first_step) / seconds)
+        return metrics | self.throughput_metrics(meter.steps / meter.seconds)
 
-    def publish_throughput(
-        self, throughput: prometheus.ThroughputGauge, seconds: float, steps: int, waited: float
-    ) -> None:
+    def store_usage(self) -> tuple[float, float]:
+        """``loader.object_store_usage`` on the first worker; NaN on the others, as the query asks every node."""
+        return object_store_usage() if self.rank == 0 else (math.nan, math.nan)
+
+    def publish_throughput(self, throughput: prometheus.ThroughputGauge, meter: EpochMeter) -> None:
         """Publish throughput and loss to Prometheus, on the first worker."""
         if self.rank == 0:
-            throughput.publish(seconds, steps, waited)
+            throughput.publish(meter.seconds, meter.steps, meter.waited)
             prometheus.publish(self.config.name, train_loss=self.progress.loss / self.progress.steps)
 
-    def speed(self, steps_per_s: float) -> dict[str, float]:
-        """Metrics of speed over all workers, with the share of the devices' peak if known, and one worker's memory."""
+    def throughput_metrics(self, steps_per_s: float) -> dict[str, float]:
+        """Throughput over all workers, its share of the devices' peak if known, and the memory of one worker."""
         clips = steps_per_s * self.config.train.global_batch
         flops = clips * TRAIN_FLOPS_PER_MAC * self.macs
         metrics = {
@@ -387,15 +381,15 @@ class Worker:
 
     def collect_bad_videos(self) -> None:
         """Add the bad videos that any worker found since the last call to the progress, each video once."""
-        taken_over = self.train_split.decoded_by_pyav + self.val_split.decoded_by_pyav
+        decoded_by_pyav = self.train_split.decoded_by_pyav + self.val_split.decoded_by_pyav
         own = [asdict(video) for video in self.train_split.take_bad() + self.val_split.take_bad()]
-        gathered: list[tuple[list[dict[str, str]], int]] = [(own, taken_over)] * self.world_size
+        gathered: list[tuple[list[dict[str, str]], int]] = [(own, decoded_by_pyav)] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(gathered, (own, taken_over))
+            dist.all_gather_object(gathered, (own, decoded_by_pyav))
         known = {video["sample_id"] for video in self.progress.bad}
         for videos, count in gathered:
             self.progress.bad += [video for video in videos if video["sample_id"] not in known]
-            self.progress.taken_over += count
+            self.progress.decoded_by_pyav += count
 
     # --- checkpoints and other files -----------------------------------------------------------------------------
 
@@ -419,8 +413,8 @@ class Worker:
 
         def rewrite() -> None:
             written = checkpoints.read_info(checkpoints.checkpoint_uri(self.run, self.learner.step))
-            about = replace(self.checkpoint_info(metrics), files=written.files, time=written.time)
-            checkpoints.rewrite_info(self.run, about)
+            info = replace(self.checkpoint_info(metrics), files=written.files, time=written.time)
+            checkpoints.rewrite_info(self.run, info)
 
         self.write(rewrite)
 
@@ -448,7 +442,7 @@ class Worker:
             metrics: of the epoch that this step finishes; empty within an epoch.
         """
         epoch, config = len(self.progress.history), self.config.model_dump(mode="json")
-        progress = asdict(self.progress)
+        progress = self.progress.to_record()
         return checkpoints.CheckpointInfo(self.learner.step, epoch, metrics, list(self.job.classes), config, progress)
 
     def save_explosion(self, batch: Batch, error: ExplodedError) -> AgreedError:
@@ -519,7 +513,7 @@ def check_bad_fraction(bad: list[BadVideo], rows: int, config: Config) -> None:
         examples = "".join(f"\n  {v.uri}: {v.reason}" for v in bad[:5])
         raise AgreedError(
             f"{len(bad)} of {rows} videos ({fraction:.1%}) could not be decoded, more than data.max_bad_fraction "
-            f"{limit:.1%} allows. Repair them, or raise the limit and resume. The first of them:{examples}"
+            f"{limit:.1%} allows. Repair them, or raise the limit and resume. Examples:{examples}"
         )
 
 

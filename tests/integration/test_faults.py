@@ -92,7 +92,7 @@ def test_a_run_that_is_stopped_killed_and_damaged_loses_nothing(straight, motion
     assert f"{newest} is damaged: state.pt does not match its checksum" in capsys.readouterr().out
     assert start_cli(tmp_path, motion_set, *EXACT)[1].wait(timeout=300) == 0, log_of(tmp_path)
     log = log_of(tmp_path)
-    assert log.count("resuming after epoch") == 2 and f"passed over: {newest} is damaged" in log
+    assert log.count("resuming after epoch") == 2 and f"skipped checkpoint: {newest} is damaged" in log
     assert "Traceback" not in log
     check_every_epoch_once(config)
     assert same(final_weights(run), straight)

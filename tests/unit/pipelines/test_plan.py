@@ -128,9 +128,9 @@ def test_metrics_are_counted_as_they_are_sent():
     def names(method):
         return {getattr(metric_names, name) for name in re.findall(r"\bnames\.(\w+)", inspect.getsource(method))}
 
-    assert len(names(Worker.train_epoch)) == plan.TRAIN_METRICS
-    assert len(names(Worker.speed)) == plan.SPEED_METRICS + 1  # perf/mfu
-    assert len(names(Worker.epoch) - {"data/decoded_by_pyav"}) == plan.EPOCH_METRICS
+    assert len(names(Worker.training_metrics)) == plan.TRAIN_METRICS
+    assert len(names(Worker.throughput_metrics)) == plan.THROUGHPUT_METRICS + 1  # perf/mfu
+    assert len(names(Worker.run_epoch) - {"data/decoded_by_pyav"}) == plan.EPOCH_METRICS
     tally = ClassificationMetrics.empty(2)
     tally.add(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1))
     assert len(tally.metrics()) == plan.VAL_METRICS

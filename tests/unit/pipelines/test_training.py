@@ -1,6 +1,7 @@
 """The seams of a training run: the channel, the messages, and what the driver makes of them."""
 
 import logging
+import math
 import signal
 from unittest.mock import MagicMock
 
@@ -23,7 +24,7 @@ from pipelines.training.messages import (
     WorkerJob,
 )
 from pipelines.training.process_group import ProcessGroupBackend, ProcessGroupConfig
-from pipelines.training.progress import RunProgress
+from pipelines.training.progress import EpochMeter, RunProgress, describe_steps
 from pipelines.training.train import RunReporter
 from posmlp.config import ScalingSection, load_recipe
 from tests.helpers.log_lines import log_lines
@@ -124,8 +125,44 @@ def test_the_reporter_tracks_costs_files_and_bad_videos(reporter):
 
 
 def test_the_next_epoch_starts_with_empty_counts():
-    progress = RunProgress([{"epoch": 1.0}], steps=4, loss=2.0, bad=[{"sample_id": "a"}], trained={"train/loss": 0.5})
+    ended = {"training_metrics": {"train/loss": 0.5}, "decoded_by_pyav": 2}
+    progress = RunProgress([{"epoch": 1.0}], steps=4, loss=2.0, bad=[{"sample_id": "a"}], **ended)
     assert progress.next_epoch({"epoch": 2.0}) == RunProgress([{"epoch": 1.0}, {"epoch": 2.0}])
+
+
+def test_a_checkpoint_keeps_the_progress_under_the_keys_of_earlier_versions():
+    stored = {"history": [{"epoch": 1.0}], "steps": 4, "loss": 2.0, "grad_norm": 3.0, "norms": 3}
+    stored |= {"bad": [{"sample_id": "a"}], "taken_over": 2, "trained": {"train/loss": 0.5}}
+    progress = RunProgress.from_record(stored)
+    assert (progress.decoded_by_pyav, progress.training_metrics) == (2, {"train/loss": 0.5})
+    assert progress.to_record() == stored
+    assert RunProgress.from_record({"steps": 4}) == RunProgress(steps=4)
+
+
+def test_a_gradient_that_overflowed_is_left_out_of_the_mean():
+    progress = RunProgress()
+    progress.add_step(2.0, 1.0)
+    progress.add_step(3.0, math.inf)
+    assert (progress.steps, progress.loss, progress.grad_norm, progress.norms) == (2, 5.0, 1.0, 1)
+
+
+def test_a_line_within_an_epoch(monkeypatch):
+    """Resumed at step 10 of 20 in the second of three epochs, and 4 steps done since, in 8 seconds."""
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    meter, progress = EpochMeter(now, 1.0, 0.0), RunProgress(steps=10, loss=10.0)
+    with meter.waiting():
+        now += 2
+    for _ in range(4):
+        progress.add_step(1.0, 1.0)
+        meter.steps += 1
+    assert not meter.line_is_due()
+    now += 6
+    assert meter.line_is_due() and not meter.line_is_due()
+    assert (meter.seconds, meter.waited, meter.first_batch_s, meter.lines) == (8, 2, 2, 1)
+    config = load_recipe("demo", ["train.epochs=3", "train.global_batch=8"])
+    line = describe_steps(progress, meter, 1, 20, config)
+    assert line == "epoch 2/3  step 14/20  loss 1.000  4.0 clips/s  data wait 25%  left 52 s"
 
 
 def test_the_first_signal_requests_a_stop_and_the_second_interrupts():

@@ -81,7 +81,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class TrialHooks:
+class TrialContext:
     """What a study adds to a run that is one of its trials.
 
     Attributes:
@@ -99,7 +99,7 @@ class TrialHooks:
 
 
 def train(
-    config: Config, *, profile: bool = False, allow_changes: bool = False, hooks: TrialHooks | None = None
+    config: Config, *, profile: bool = False, allow_changes: bool = False, trial: TrialContext | None = None
 ) -> RunResult:
     """Train a run to its end, from the start or from the newest checkpoint of the run of this name.
 
@@ -107,7 +107,7 @@ def train(
         config: the recipe.
         profile: trace some steps, into the run's MLflow artifacts.
         allow_changes: resume although the recipe differs from the one that the run was started with.
-        hooks: of the study, if the run is a trial.
+        trial: what a study adds, if the run is one of its trials.
 
     Raises:
         ManifestError: the list of a split is wrong.
@@ -115,7 +115,7 @@ def train(
         StoppedError: a signal (SIGINT or SIGTERM) or the study stopped the run; the same call resumes it.
         KeyboardInterrupt: a second signal came; the same call resumes the run from its last checkpoint.
     """
-    hooks = hooks or TrialHooks()
+    trial = trial or TrialContext()
     run = run_folder(config)
 
     # Validate. Nothing is started or written before all checks have passed.
@@ -133,12 +133,12 @@ def train(
     wait_for_room(config.scaling)
     check_writable(run)
     run_id = record["mlflow_run_id"] if record else None
-    tags = {**source_tags(), "run": run, **hooks.tags}
-    tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=hooks.params)
+    tags = {**source_tags(), "run": run, **trial.tags}
+    tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=trial.params)
     logger.info("MLflow: %s", tracker.place)
-    reporter = RunReporter(config.name, tracker, hooks.on_epoch)
-    if hooks.costs and not saved:
-        tracker.log_metrics(hooks.costs, step=0)
+    reporter = RunReporter(config.name, tracker, trial.on_epoch)
+    if trial.costs and not saved:
+        tracker.log_metrics(trial.costs, step=0)
 
     status = "FAILED"
     try:
@@ -159,9 +159,9 @@ def train(
             classes=train_set.classes,
             channel=channel,
             profile=profile,
-            measure_cost=not hooks.costs,
+            measure_cost=not trial.costs,
         )
-        fit(job, config, reporter, hooks.stop)
+        fit(job, config, reporter, trial.stop)
 
         # Record the result.
         metrics = reporter.history[-1]

@@ -30,7 +30,7 @@ from tune_spaces import Space
 
 VARIANT_LATENCIES_FILE = "published.json"  # in a study's folder: latency of published variants in ms, by name
 PROGRESS_INTERVAL_S = 30.0  # between two progress lines
-FIGURES_INTERVAL_S = 30.0  # between two updates of the figures
+RESULTS_INTERVAL_S = 30.0  # between two updates of the results in MLflow
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class StudyController:
         self.stopping = threading.Event()
         self.epochs: dict[int, tuple[int, float]] = {}  # last epoch and its top-1, by trial
         self.started: dict[int, float] = {}
-        self.last_progress = self.last_figures = time.monotonic()
+        self.last_progress = self.last_results = time.monotonic()
 
     def in_order(self) -> list[Trial]:
         """All trials, ordered by number."""
@@ -80,7 +80,7 @@ class StudyController:
     # --- scheduling ----------------------------------------------------------------------------------------------
 
     def peek_trial(self) -> Trial | None:
-        """The trial that ``next_trial`` would return."""
+        """The trial that ``next_trial`` returns next unless the study is stopping; does not record it."""
         if self.pending:
             return self.pending[0]
         scheduled = [t for t in self.trials.values() if t.repeat_of is None and t.state != TrialState.OVER_BUDGET]
@@ -106,8 +106,8 @@ class StudyController:
         running = any(trial.state == TrialState.RUNNING for trial in self.trials.values())
         return running and self.study.budget_ms is not None and not self.stopping.is_set()
 
-    def schedule_repeats(self) -> None:
-        """End the search, and schedule the trials of the Pareto front with further seeds, except those done before."""
+    def start_repeats(self) -> None:
+        """End the search, and queue the trials of the Pareto front with further seeds, except those done before."""
         trials = self.in_order()
         costs = [self.study.against] if self.study.against else list(COSTS)
         on_front = {trial.number: trial for cost in costs for trial in pareto.pareto_front(trials, cost)}
@@ -133,8 +133,8 @@ class StudyController:
 
     # --- results -------------------------------------------------------------------------------------------------
 
-    def log_progress(self, number: int, epoch: int, top1: float) -> None:
-        """Note that a trial has finished an epoch; now and then, log how far all running trials are."""
+    def record_epoch(self, number: int, epoch: int, top1: float) -> None:
+        """Record that a trial has finished an epoch; now and then, log how far all running trials are."""
         self.epochs[number] = (epoch, top1)
         if time.monotonic() - self.last_progress > PROGRESS_INTERVAL_S:
             self.last_progress = time.monotonic()
@@ -157,17 +157,17 @@ class StudyController:
         self.save_trial(trial)
         seconds = time.monotonic() - self.started.get(number, time.monotonic())
         logger.info("trial %d: %s, %.0f s", number, describe_outcome(trial), seconds)
-        if time.monotonic() - self.last_figures > FIGURES_INTERVAL_S:
-            self.log_figures()
+        if time.monotonic() - self.last_results > RESULTS_INTERVAL_S:
+            self.log_study_results()
 
     def save_trial(self, trial: Trial) -> None:
         """Record a trial, in memory and on disk."""
         self.trials[trial.number] = trial
         write_trial(self.study, trial)
 
-    def log_figures(self) -> None:
+    def log_study_results(self) -> None:
         """Log the study's figures, tables, recipes and metrics, as they are now, to its MLflow run."""
-        self.last_figures = time.monotonic()
+        self.last_results = time.monotonic()
         trials, against = self.in_order(), self.study.against or "gmacs"
         files = pareto.pareto_files({self.study.name: trials}, self.study.recipe, against, self.variant_latencies)
         for path, content in files.items():

@@ -140,7 +140,7 @@ class SearcherAdapter(Searcher):
         return {"job": self.controller.trial_job(trial).to_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self.controller.log_progress(self.numbers[trial_id], result["epoch"], result["top1"])
+        self.controller.record_epoch(self.numbers[trial_id], result["epoch"], result["top1"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error or not result:  # see LostTrialCallback

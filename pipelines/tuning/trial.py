@@ -22,7 +22,7 @@ from pipelines.cluster.session import start_ray
 from pipelines.runs.errors import StoppedError
 from pipelines.runs.models import example_input
 from pipelines.runs.record import read_record, run_folder
-from pipelines.training.train import TrialHooks, train
+from pipelines.training.train import TrialContext, train
 from pipelines.tuning.study import TrialState, over_budget
 from posmlp import create_model
 from posmlp.config import Config
@@ -152,8 +152,8 @@ class TrialRun(ray.tune.Trainable):
             if VAL_TOP1 in metrics and metrics[EPOCH] < config.train.epochs:
                 self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)))
 
-        hooks = TrialHooks(job.tags, job.params, costs, on_epoch, self.ending)
-        return TrialEvent(TrialState.FINISHED, costs | train(config, hooks=hooks).metrics)
+        context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending)
+        return TrialEvent(TrialState.FINISHED, costs | train(config, trial=context).metrics)
 
 
 def log_to_stdout() -> None:

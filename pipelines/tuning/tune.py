@@ -116,9 +116,9 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
         run_trials(controller)
         compare_latencies(controller)
         if study.repeats > 1:
-            controller.schedule_repeats()
+            controller.start_repeats()
             run_trials(controller)
-        controller.log_figures()
+        controller.log_study_results()
         register_best(controller)
         status = "FINISHED"
     except KeyboardInterrupt:

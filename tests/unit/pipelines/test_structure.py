@@ -16,7 +16,7 @@ MOST_MODULES = 9  # in a package of pipelines/
 RAY_INTERNALS = "pipelines.cluster.ray_internals"
 # What other packages may import from a driver: its entry point, and the types of its arguments and results.
 LENT = {
-    "pipelines.training.train": {"train", "RunResult", "TrialHooks"},
+    "pipelines.training.train": {"train", "RunResult", "TrialContext"},
     "pipelines.tuning.tune": {"tune", "StudyResult"},
     "pipelines.inference.evaluate": {"evaluate", "Evaluation", "ClassResult"},
 }

@@ -8,6 +8,7 @@ import torch
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Learner
+from posmlp.learn.optim import learning_rate
 from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
@@ -65,3 +66,14 @@ def test_dropout_differs_between_workers_steps_and_seeds_and_repeats(monkeypatch
     assert all(not torch.equal(masks[i], masks[j]) for i in range(len(masks)) for j in range(i))
     assert torch.equal(dropped(monkeypatch, rank=1), masks[1])
     assert torch.equal(dropped(monkeypatch, rank=0, step=1), masks[3])
+
+
+def test_the_rate_stays_at_its_end_and_a_short_decay_is_a_whole_one():
+    def rate(epoch, epochs, warmup):
+        config = load_recipe("demo", [f"train.epochs={epochs}", f"optim.warmup_epochs={warmup}", "optim.min_lr=0.001"])
+        return learning_rate(epoch, config.train, config.optim)
+
+    assert rate(2.5, 2, 1) == rate(9, 2, 1) == pytest.approx(0.001)  # resumed with fewer epochs
+    assert rate(1.75, 2, 1.5) == pytest.approx(0.002)  # half-way between 0.003 and 0.001
+    assert rate(2, 2, 1.5) == pytest.approx(0.001)
+    assert rate(1.999, 2, 2) == pytest.approx(0.003 * 0.9995)

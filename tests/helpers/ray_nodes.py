@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -50,6 +50,8 @@ class RayNodes:
         self.env = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.env |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "RAY_DISABLE_IMPORT_WARNING": "1"}
         self.env["RAY_USAGE_STATS_ENABLED"] = "0"
+        # These export metrics on fixed ports by default, which another Ray may have.
+        self.env |= {f"{part}_METRIC_PORT": str(free_port()) for part in ("DASHBOARD", "AUTOSCALER")}
         options = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]
         options.append('--system-config={"metrics_report_interval_ms": 1000}')
         if node_types:
@@ -64,10 +66,11 @@ class RayNodes:
         self.add("head", *options)
         for key in ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"):
             self.env.pop(key, None)
-        deadline = time.monotonic() + 120
-        while not self.answers():
-            assert self.nodes["head"].poll() is None and time.monotonic() < deadline, self.log("head")
-            time.sleep(0.3)
+        with self.stopped_on_error():
+            deadline = time.monotonic() + 120
+            while not self.answers():
+                assert self.nodes["head"].poll() is None and time.monotonic() < deadline, self.log("head")
+                time.sleep(0.3)
 
     def write_config(self, node_types):
         provider = {"type": "external", "module": PROVIDER, "launch_multiple": True, "head_node_id": HEAD_ID}
@@ -129,18 +132,26 @@ class RayNodes:
         (found,) = json.loads(self.discovery.read_text())
         texts = []
         for target in found["targets"]:
-            with suppress(
-                OSError
-            ):  # the dashboard's and the autoscaler's own ports are fixed: another Ray may have them
+            with suppress(OSError):  # a node that was lost
                 texts.append(urllib.request.urlopen(f"http://{target}/metrics", timeout=30).read().decode())
         return [each for text in texts for family in text_string_to_metric_families(text) for each in family.samples]
 
     def wait(self):
         """Wait until all nodes have joined."""
-        deadline = time.monotonic() + 120
-        while {*self.names().values()} != {*self.nodes}:
-            assert time.monotonic() < deadline, "\n".join(map(self.log, self.nodes))
-            time.sleep(0.2)
+        with self.stopped_on_error():
+            deadline = time.monotonic() + 120
+            while {*self.names().values()} != {*self.nodes}:
+                assert time.monotonic() < deadline, "\n".join(map(self.log, self.nodes))
+                time.sleep(0.2)
+
+    @contextmanager
+    def stopped_on_error(self):
+        """No node outlives an error in the block, where a fixture has not yet given the cluster to a test."""
+        try:
+            yield
+        except BaseException:
+            self.stop()
+            raise
 
     def listing(self, kind):
         """The rows of ``ray list nodes``, ``actors``, ``tasks``, ``placement_groups`` and so on."""

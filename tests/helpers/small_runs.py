@@ -111,8 +111,18 @@ def active_uri(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
+def own_processes():
+    """This process and those of the Ray that it has started, not those of another Ray that a test has started."""
+    session = ray.get_runtime_context().get_session_name()
+    yield psutil.Process()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended
+            if any(session in argument for argument in child.cmdline()):
+                yield from [child, *child.children(recursive=True)]
+
+
 class ListeningSockets:
-    """Records the sockets on which this process and its children listen during a block: address and process name."""
+    """Records the sockets on which this process and its Ray listen during a block: address and process name."""
 
     def __init__(self):
         self.found, self.over = set(), threading.Event()
@@ -120,7 +130,7 @@ class ListeningSockets:
 
     def watch(self):
         while not self.over.wait(0.2):
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            for process in own_processes():
                 with suppress(psutil.Error):  # it has ended
                     for socket in process.net_connections("inet"):
                         if socket.status == psutil.CONN_LISTEN:

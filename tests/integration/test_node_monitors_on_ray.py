@@ -27,6 +27,7 @@ logging.getLogger("pipelines").setLevel(logging.INFO)
 logging.getLogger("pipelines").addHandler(logging.StreamHandler(ours))
 ray.init(log_to_driver=False)
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
+node_monitors.UNUSED_S = 3600.0  # on a busy machine the first minute is over before all nodes are there
 tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl")
 print("STARTED", tracker.run_id, file=ours)
 sys.stdin.readline()
@@ -71,11 +72,16 @@ def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path
             return [row for row in cluster.listing("actors") if row["state"] == "ALIVE"]
 
         known = cluster.names()
-        until(lambda: count("one")[0] > 2 and count("head")[0] > 2)
-        total = psutil.virtual_memory()
-        for name in ("one", "head", None):
+        memory = []
+
+        def sampled():
+            memory.append(psutil.virtual_memory().used / psutil.virtual_memory().total)
+            return count("one")[0] > 2 and count("head")[0] > 2
+
+        until(sampled)
+        for name in ("one", "head", None):  # other processes of this machine may need memory, or give it back
             used = count(name, "system_memory_usage_percentage")[1]
-            assert used == pytest.approx(100 * total.used / total.total, abs=15)
+            assert 100 * min(memory) - 15 <= used <= 100 * max(memory) + 15
             assert count(name, "network_receive_megabytes")[0] and count(name, "disk_usage_percentage")[0]
         cluster.add("two", "--num-cpus=1")  # joins later
         cluster.wait()

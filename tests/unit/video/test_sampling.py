@@ -117,6 +117,12 @@ def test_dense_is_centred_without_a_generator():
     assert dense_indices(4, 4, 2, None).tolist() == [0, 2, 3, 3]
 
 
+def test_dense_clips_that_start_between_two_frames_start_at_the_later():
+    """Of three clips of 4 frames in 5, the second would start at 0.5; of five in 9, others at 1.25, 2.5 and 3.75."""
+    assert [dense_indices(5, 4, 1, None, clip, 3)[0] for clip in range(3)] == [0, 1, 1]
+    assert [dense_indices(9, 4, 1, None, clip, 5)[0] for clip in range(5)] == [0, 1, 3, 4, 5]
+
+
 def test_dense_can_start_anywhere_that_fits():
     generator = rng()
     assert {int(dense_indices(10, 3, 2, generator)[0]) for _ in range(200)} == set(range(6))
@@ -289,10 +295,15 @@ def test_the_generator_stays_the_same_over_releases():
         lambda: uniform_indices(0, 4, None),
         lambda: uniform_indices(4, 0, None),
         lambda: dense_indices(4, 4, 0, None),
+        lambda: dense_indices(0, 4, 1, None),
+        lambda: dense_indices(4, 0, 1, None),
         lambda: uniform_indices(4, 4, None, 2, 2),
         lambda: uniform_indices(4, 4, None, -1, 2),
         lambda: dense_indices(4, 4, 1, None, 3, 3),
         lambda: square_crop(0, 4),
+        lambda: square_crop(4, 0),
+        lambda: random_resized_crop(0, 4, (0.1, 0.9), (1.0, 1.0), rng()),
+        lambda: random_resized_crop(4, 0, (0.1, 0.9), (1.0, 1.0), rng()),
         lambda: square_crop(4, 4, 0, 2),
         lambda: square_crop(4, 4, 3, 3),
         lambda: square_crop(4, 4, 1, 1),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
+from pipelines.cluster.signals import exit_code, interrupt_on_signal
 from pipelines.commands import data, inference, planning, recipes, runs, training, tuning
 from pipelines.commands.options import add_verbosity
 from posmlp.errors import UserError
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 1 failed or refused, 2 wrong usage, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+        The exit code: 0 done, 1 failed or refused, 2 wrong usage, 128 + N stopped by signal N (130: Ctrl-C,
+        143: SIGTERM).
     """
     args = parse(argv)
     try:
@@ -30,16 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("posmlp: the current folder does not exist any more; change to another folder", file=sys.stderr)
         return 1
     handlers = start_logging(getattr(args, "log_level", "INFO"))
-    try:
-        return args.run(args) or 0
-    except KeyboardInterrupt as stop:
-        print(f"\ninterrupted; {args.after_interrupt}", file=sys.stderr)
-        return 128 + getattr(stop, "signum", signal.SIGINT)
-    except (UserError, OSError) as error:  # OSError: a disk or a store that does not answer
-        print(f"posmlp: {error}", file=sys.stderr)
-        return 1
-    finally:
-        stop_logging(handlers)
+    with interrupt_on_signal():
+        try:
+            return args.run(args) or 0
+        except KeyboardInterrupt as stop:
+            print(f"\ninterrupted; {args.after_interrupt}", file=sys.stderr)
+            return exit_code(stop)
+        except (UserError, OSError) as error:  # OSError: a disk or a store that does not answer
+            print(f"posmlp: {error}", file=sys.stderr)
+            return 1
+        finally:
+            stop_logging(handlers)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import ray
+
+from posmlp.processes import shielded_children
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +27,8 @@ logger = logging.getLogger(__name__)
 WITHOUT = {
     "ray._private.utils.read_ray_address": "the Ray of `ray start` is used only if RAY_ADDRESS names it",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "a local Ray may listen on all network interfaces",
+    "ray._private.services.ConsolePopen": "a signal to the command's process group ends Ray before a run is saved",
+    "ray._private.utils.set_sigterm_handler": "SIGTERM while Ray starts ends the command with exit code 15",
     "ray._private.state.available_resources_per_node": "MLflow gets no system metrics of the cluster's other nodes",
     "ray._private.internal_api.get_state_from_address": "data/object_store_mb and data/spilled_mb are NaN",
     "ray._private.internal_api.get_memory_info_reply": "data/object_store_mb and data/spilled_mb are NaN",
@@ -42,6 +51,9 @@ WORKER_NAMES = (
     "ray._private.internal_api.get_state_from_address",
     "ray._private.internal_api.get_memory_info_reply",
 )
+
+QUIET: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+sweepers: list[subprocess.Popen[bytes]] = []  # kept, as Python warns about a forgotten process
 
 # Loggers that report every execution of Ray Data. An unknown logger name does no harm.
 DATA_LOGGERS = ("ray.data", "ray.data._internal.progress")
@@ -69,6 +81,38 @@ def listen_on_loopback() -> None:
     if private_name("ray._private.ray_constants.ENABLE_RAY_CLUSTER") is not None:
         constants: Any = importlib.import_module("ray._private.ray_constants")
         constants.ENABLE_RAY_CLUSTER = False
+
+
+@contextmanager
+def shielded_start() -> Iterator[None]:
+    """In the block, ``ray.init`` starts processes that signals to this command do not reach, and sets no handler here.
+
+    Each of Ray's processes gets a session of its own, and it and the workers that it starts block the signals that ask
+    to stop. Linux kills it when this process ends, whatever ends it. On macOS Ray does that with a process that signals
+    the group of this one, so Ray's processes stay in that group there.
+    """
+    popen: Any = private_name("ray._private.services.ConsolePopen")
+    set_handler = private_name("ray._private.utils.set_sigterm_handler")
+
+    def start(command: Sequence[str], **options: Any) -> Any:
+        with shielded_children():
+            process = popen(command, start_new_session=True, **options)
+            if os.path.basename(command[0]) == "raylet":
+                sweeper = [sys.executable, "-IS", str(Path(__file__).with_name("sweeper.py")), str(process.pid)]
+                sweepers.append(subprocess.Popen(sweeper, start_new_session=True, **QUIET))
+        process.terminate = process.kill  # SIGTERM would be blocked
+        return process
+
+    with ExitStack() as restore:
+        if popen is not None and sys.platform == "linux":
+            services: Any = importlib.import_module("ray._private.services")
+            services.ConsolePopen = start
+            restore.callback(setattr, services, "ConsolePopen", popen)
+        if set_handler is not None:
+            utils: Any = importlib.import_module("ray._private.utils")
+            utils.set_sigterm_handler = lambda handler: None
+            restore.callback(setattr, utils, "set_sigterm_handler", set_handler)
+        yield
 
 
 def silence_start() -> None:

@@ -1,13 +1,12 @@
-"""Connect to a Ray cluster or start a local one, and handle stop signals."""
+"""Connect to a Ray cluster or start a local one."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -21,7 +20,8 @@ from pipelines.cluster.address import (
     shared_memory_warning,
     token_without_home,
 )
-from pipelines.cluster.ray_internals import listen_on_loopback, silence_start
+from pipelines.cluster.ray_internals import listen_on_loopback, shielded_start, silence_start
+from pipelines.cluster.signals import hold_signals, raise_held
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def start_ray(**options: Any) -> None:
 
     Raises:
         RayUnavailable: there is no such cluster, it cannot be joined, or Ray cannot be started here.
+        SignalInterrupt: a signal came while Ray started.
     """
     listen_on_loopback()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for the next health check
@@ -61,12 +62,18 @@ def start_ray(**options: Any) -> None:
         token_without_home()
     free = free_shared_memory()
     silence_start()  # the lines below say the same
-    try:
-        ray.init(address=choice.init_address, log_to_driver=False, logging_level=logging.WARNING, **options)
-    except Exception as error:  # of the network, the token, the versions, the disk
-        with suppress(Exception):  # what has started of it ends
-            ray.shutdown()
-        raise explain_ray_error(error, choice) from error
+    with hold_signals() as held:
+        try:
+            with shielded_start():
+                ray.init(address=choice.init_address, log_to_driver=False, logging_level=logging.WARNING, **options)
+        except Exception as error:  # of the network, the token, the versions, the disk
+            with suppress(Exception):  # what has started of it ends
+                ray.shutdown()
+            raise_held(held)
+            raise explain_ray_error(error, choice) from error
+    for signum in (signal.SIGINT, signal.SIGTERM):  # Ray's end, at exit, takes seconds: a signal then ends this at once
+        atexit.register(signal.signal, signum, signal.SIG_DFL)
+    raise_held(held)
     announce(choice)
     store = ray.cluster_resources().get("object_store_memory", 0.0)
     if choice.address is None and (warning := shared_memory_warning(free, store)):
@@ -82,32 +89,3 @@ def announce(choice: RayChoice) -> None:
     if address not in announced:
         announced.add(address)
         logger.info("%s", describe(choice, ray.nodes()))
-
-
-@contextmanager
-def stop_on_signal(stop: Callable[[], object]) -> Iterator[list[int]]:
-    """Call ``stop`` on the first SIGINT or SIGTERM, and raise ``KeyboardInterrupt`` on the second.
-
-    Only the main thread receives signals; in another thread this does nothing.
-
-    Yields:
-        the signals received so far.
-    """
-    received: list[int] = []
-
-    def handle(signum: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-        stop()
-        logger.warning("%s: saving and stopping; send it again to exit at once", signal.Signals(signum).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from pipelines.cluster.capacity import wait_for_room
 from pipelines.cluster.session import start_ray
+from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.data.scan import to_parquet
 from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, SplitScores, score_split
 from pipelines.inference.views import with_views
@@ -203,8 +204,10 @@ def evaluate(
         "confusion.png": plots.confusion_matrix(counts.confusion.numpy(), names),
         "scores.parquet": scores_parquet(scores, manifest, names, crops),
     }
-    write_results(folder, files)
-    result.mlflow_run_id = log_evaluation(result, files, config, record["mlflow_run_id"] if record else None)
+    with hold_signals() as held:
+        write_results(folder, files)
+        result.mlflow_run_id = log_evaluation(result, files, config, record["mlflow_run_id"] if record else None)
+    raise_held(held)
     return result
 
 

@@ -15,16 +15,24 @@ class AgreedError(RunError):
     """An error that all training workers raise at the same step, so that none waits for another."""
 
 
-class StoppedError(KeyboardInterrupt):
-    """A signal or the study asked the run to stop, and the run has saved a checkpoint.
+class SignalInterrupt(KeyboardInterrupt):
+    """A signal interrupts the command.
 
     Attributes:
-        signum: number of the signal; SIGTERM if the study asked.
+        signum: number of the signal.
     """
 
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+class StoppedError(SignalInterrupt):
+    """A signal or the study asked the run to stop, and the run has saved a checkpoint.
+
+    Attributes:
+        signum: number of the signal; SIGTERM if the study asked.
+    """
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ class Registration:
     Attributes:
         previous_world_size: of the worker group before it; 0 for the first group.
         losses: the number of restarts after a loss of workers.
-        failed: the run has failed, so the group must not train.
+        ended: the run has failed or was asked to stop, so the group must not train.
     """
 
     previous_world_size: int
     losses: int
-    failed: bool
+    ended: bool
 
 
 class RunChannel:
@@ -44,7 +44,7 @@ class RunChannel:
         """
         previous, self.world_size = self.world_size, world_size
         self.losses += 0 < world_size <= previous
-        return Registration(previous, self.losses, bool(self.reason))
+        return Registration(previous, self.losses, self.stopping or bool(self.reason))
 
     def send(self, event: WorkerEvent) -> None:
         """Queue an event for the driver."""

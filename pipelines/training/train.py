@@ -29,7 +29,8 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.cluster.capacity import wait_for_room, worker_resources
 from pipelines.cluster.ray_internals import warn_about_worker_features
-from pipelines.cluster.session import CUBLAS_ENV, WORKER_ENV, start_ray, stop_on_signal
+from pipelines.cluster.session import CUBLAS_ENV, WORKER_ENV, start_ray
+from pipelines.cluster.signals import exit_despite, hold_signals, raise_held, stop_on_signal
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo, RunError, StoppedError
 from pipelines.runs.models import example_input, load_newest_model
@@ -112,8 +113,9 @@ def train(
     Raises:
         ManifestError: the list of a split is wrong.
         RunError: the run cannot start (the message says what to change), or has failed.
-        StoppedError: a signal (SIGINT or SIGTERM) or the study stopped the run; the same call resumes it.
-        KeyboardInterrupt: a second signal came; the same call resumes the run from its last checkpoint.
+        StoppedError: a signal (SIGINT, SIGTERM or SIGHUP) or the study stopped the run; the same call resumes it.
+        KeyboardInterrupt: a signal came before the training, or a second one; the same call resumes the run from its
+            last checkpoint.
     """
     trial = trial or TrialContext()
     run = run_folder(config)
@@ -134,7 +136,8 @@ def train(
     check_writable(run)
     run_id = record["mlflow_run_id"] if record else None
     tags = {**source_tags(), "run": run, **trial.tags}
-    tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=trial.params)
+    with hold_signals() as held:  # it makes MLflow's tables and run
+        tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=trial.params)
     logger.info("MLflow: %s", tracker.place)
     reporter = RunReporter(config.name, tracker, trial.on_epoch)
     if trial.costs and not saved:
@@ -147,6 +150,7 @@ def train(
             tracker.log_tags({f"changed.{key}": change for key, change in changed.items()})
             tracker.log_file("config.yaml", config.to_yaml().encode())
         write_record(run, config, lists, tracker.run_id, None)
+        raise_held(held)
 
         # Fit.
         channel = open_channel()
@@ -171,7 +175,7 @@ def train(
         if config.tracking.log_model:
             log_model(run, config, tracker)
     except KeyboardInterrupt:
-        status = "KILLED"
+        status = "KILLED" if status == "FAILED" else status  # a finished run is not trained again
         raise
     finally:
         undelivered = tracker.close(status)
@@ -222,6 +226,9 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, stop: threading.E
             reporter.receive(channel)  # events that came just before the end
         failure = str(ray.get(channel.failure.remote()))
         ray.kill(channel)
+    except KeyboardInterrupt as interrupt:  # the second signal
+        exit_despite(fitting, interrupt)
+        raise
     except ray.exceptions.RayError as error:
         raise RunError(f"the Ray cluster does not answer any more: {error}; the same call resumes the run") from error
     finally:

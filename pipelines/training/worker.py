@@ -108,7 +108,7 @@ class Worker:
     def work(self) -> None:
         """Train from the newest checkpoint to the end of the run, or until a stop is requested."""
         registration = on_first_worker(self.register)
-        if registration.failed:  # a restart would fail for the same reason
+        if registration.ended:  # there is nothing to save, and a restart would fail for the same reason
             return
         config, rows = self.config, {"train": self.job.train_rows, "val": self.job.val_rows}
         self.train_split, self.val_split = (
@@ -350,7 +350,7 @@ class Worker:
         return action
 
     def stop_requested(self) -> bool:
-        """Whether the driver has requested a stop. Asks it now and then, and does not wait for the answer."""
+        """Return whether the driver has requested a stop. Asks it now and then, and does not wait for the answer."""
         if self.stop_reply is None and time.perf_counter() - self.stop_asked_at > STOP_POLL_S:
             self.stop_reply, self.stop_asked_at = self.channel.stop_requested.remote(), time.perf_counter()
         if self.stop_reply is None or not ray.wait([self.stop_reply], timeout=0)[0]:

@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from pipelines.cluster.ray_internals import withhold_from_tune_actors
-from pipelines.cluster.session import stop_on_signal
+from pipelines.cluster.signals import exit_despite, stop_on_signal
 from pipelines.runs.errors import StoppedError
 from pipelines.tracking.uris import tracking_uri
 from pipelines.tuning.controller import StudyController
@@ -43,11 +43,21 @@ def run_trials(controller: StudyController) -> None:
     if controller.peek_trial() is None:
         return
     failures: list[BaseException] = []
-    with stop_on_signal(controller.stopping.set) as received:
-        thread = threading.Thread(target=run_tuner, args=(controller, failures), daemon=True)
-        thread.start()  # outside the main thread, Tune does not handle signals
-        while thread.is_alive():
-            thread.join(POLL_S)
+    scratch = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's experiment state, which nothing reads
+    stop_file = Path(scratch, "stop")
+    thread = threading.Thread(target=run_tuner, args=(controller, scratch, stop_file, failures), daemon=True)
+    try:
+        with stop_on_signal(controller.stopping.set) as received:
+            thread.start()  # outside the main thread, Tune does not handle signals
+            while thread.is_alive():
+                thread.join(POLL_S)
+                if controller.stopping.is_set():
+                    stop_file.touch()
+    except KeyboardInterrupt as interrupt:  # the second signal
+        exit_despite(thread, interrupt)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     if controller.stopping.is_set():
         raise StoppedError(received[0] if received else signal.SIGINT)
     if failures:
@@ -55,17 +65,23 @@ def run_trials(controller: StudyController) -> None:
         raise StudyError(f"the search failed: {failures[0]}; resume it with posmlp tune --resume {name}")
 
 
-def run_tuner(controller: StudyController, failures: list[BaseException]) -> None:
-    """Run Ray Tune over the controller's trials; an exception is appended to the list."""
+def run_tuner(controller: StudyController, scratch: str, stop_file: Path, failures: list[BaseException]) -> None:
+    """Run Ray Tune over the controller's trials.
+
+    Args:
+        scratch: folder for Tune's own files.
+        stop_file: the trials save their state and end when it appears. If Tune ended them itself, it would kill those
+            that take longer than 15 s.
+        failures: receives an exception.
+    """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_ENV.items()})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the controller logs how a trial ends
     study = controller.study
-    scratch = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's experiment state, which nothing reads
     # Ray would put its credentials for S3 into the actors' runtime environments, which it logs and lists.
     withhold_from_tune_actors(S3_CREDENTIALS)
     env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") or name in S3_CREDENTIALS}
     env["MLFLOW_TRACKING_URI"] = tracking_uri(study.recipe)
-    trainable = ray.tune.with_parameters(TrialRun, env=env)
+    trainable = ray.tune.with_parameters(TrialRun, env=env, stop_file=str(stop_file))
     # On the driver's node, where the journal is; an actor uses next to no CPU.
     this_node = {f"node:{ray.util.get_node_ip_address()}": 0.001}
     adapter = SearcherAdapter(controller)
@@ -84,7 +100,6 @@ def run_tuner(controller: StudyController, failures: list[BaseException]) -> Non
             run_config=ray.tune.RunConfig(
                 name=study.name,
                 storage_path=scratch,
-                stop=Stopper(controller),
                 failure_config=ray.tune.FailureConfig(max_failures=study.recipe.scaling.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # the runs write checkpoints
                 callbacks=[LostTrialCallback(controller, adapter.numbers)],
@@ -93,8 +108,6 @@ def run_tuner(controller: StudyController, failures: list[BaseException]) -> Non
         ).fit()
     except BaseException as error:  # an exception in a thread would be lost
         failures.append(error)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def asha_scheduler(epochs: int) -> ASHAScheduler:
@@ -102,22 +115,6 @@ def asha_scheduler(epochs: int) -> ASHAScheduler:
     return ASHAScheduler(
         time_attr="epoch", metric="top1", mode="max", max_t=epochs, grace_period=max(1, epochs // 9), reduction_factor=3
     )
-
-
-class Stopper(ray.tune.Stopper):
-    """Ends all trials when the user asks to stop; they save their state."""
-
-    def __init__(self, controller: StudyController):
-        self.controller = controller
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.controller.stopping.is_set()
-
-    def __getstate__(self) -> dict[str, Any]:  # Tune pickles it for a resume of its own, which is not used
-        return {}
 
 
 class SearcherAdapter(Searcher):
@@ -158,7 +155,7 @@ class SearcherAdapter(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing: the study's records are enough."""
 
-    def __getstate__(self) -> dict[str, Any]:  # as for Stopper
+    def __getstate__(self) -> dict[str, Any]:  # Tune pickles it for a resume of its own, which is not used
         return {}
 
 
@@ -178,5 +175,5 @@ class LostTrialCallback(ray.tune.Callback):
         lost = TrialEvent(TrialState.FAILED, reason=f"its process was lost: {last}")
         self.controller.record_result(self.numbers[trial.trial_id], lost)
 
-    def __getstate__(self) -> dict[str, Any]:  # as for Stopper
+    def __getstate__(self) -> dict[str, Any]:  # as for SearcherAdapter
         return {}

@@ -31,6 +31,7 @@ from posmlp.metrics import EPOCH, VAL_TOP1
 from posmlp.model.cost import cost, seconds
 from tune_spaces import Value
 
+POLL_S = 0.2
 TIMED_PASSES = 9  # per model, when latencies are compared
 WARM_UP_PASSES = 2
 
@@ -97,10 +98,18 @@ class TrialRun(ray.tune.Trainable):
     """Ray Tune's actor for one trial, and the driver of its run. A step of Tune is an epoch.
 
     The run continues in a thread while Tune decides; its events reach Tune through a queue. When Tune ends the trial,
-    the run saves its state first, so no process is left behind.
+    or the study's driver asks to stop, the run saves its state first, so no process is left behind.
     """
 
-    def setup(self, config: dict[str, Any], env: Mapping[str, str] | None = None) -> None:
+    def setup(self, config: dict[str, Any], env: Mapping[str, str] | None = None, stop_file: str = "") -> None:
+        """Start the run.
+
+        Args:
+            config: ``job``, a ``TrialJob`` as text.
+            env: variables for this process.
+            stop_file: the run ends when this file appears.
+        """
+        self.stop_file = stop_file
         os.environ.update(env or {})
         log_to_stdout()
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -109,7 +118,12 @@ class TrialRun(ray.tune.Trainable):
         self.thread.start()
 
     def step(self) -> dict[str, Any]:
-        return self.events.get()
+        while True:
+            try:
+                return self.events.get(timeout=POLL_S)
+            except queue.Empty:
+                if os.path.exists(self.stop_file):
+                    self.ending.set()
 
     def cleanup(self) -> None:
         self.ending.set()
@@ -117,20 +131,24 @@ class TrialRun(ray.tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
-        self.setup(new_config)  # with_parameters has bound env
+        self.setup(new_config)  # with_parameters has bound the other arguments
         return True
 
-    def send(self, event: TrialEvent) -> None:
-        """Give Tune an event as a result."""
+    def send(self, event: TrialEvent, done: bool = True) -> None:
+        """Give Tune an event as a result.
+
+        Args:
+            done: whether it is the last one.
+        """
         result = {"epoch": int(event.metrics.get(EPOCH, 0)), "top1": event.metrics.get(VAL_TOP1, 0.0)}
-        self.events.put({"event": event.to_json(), "done": event.state != TrialState.RUNNING, **result})
+        self.events.put({"event": event.to_json(), "done": done, **result})
 
     def run_job(self, text: str) -> None:
         """Run the trial of a ``TrialJob``, given as text, and send how it ended, whatever happens."""
         try:
             event = self.run_trial(TrialJob.from_json(text))
-        except StoppedError:  # Tune has ended the trial, and asks for no more results
-            return
+        except StoppedError:  # the trial is to be resumed; if Tune has ended it, nothing reads this
+            event = TrialEvent(TrialState.RUNNING)
         except UserError as error:
             event = TrialEvent(TrialState.FAILED, reason=str(error))
         except BaseException as error:  # a failed trial does not end the study
@@ -150,7 +168,7 @@ class TrialRun(ray.tune.Trainable):
 
         def on_epoch(metrics: Mapping[str, float]) -> None:
             if VAL_TOP1 in metrics and metrics[EPOCH] < config.train.epochs:
-                self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)))
+                self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)), done=False)
 
         context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending)
         return TrialEvent(TrialState.FINISHED, costs | train(config, trial=context).metrics)

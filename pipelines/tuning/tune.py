@@ -14,6 +14,7 @@ import ray
 
 from pipelines.cluster.capacity import MIN_DECODING_CPUS, wait_for_room
 from pipelines.cluster.session import start_ray
+from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.runs.models import example_input, load_newest_model
 from pipelines.runs.record import check_writable, run_folder, write_json
 from pipelines.tracking.mlflow_client import register_model, source_tags
@@ -106,11 +107,13 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     start_ray()
     wait_for_room(recipe.scaling)
     concurrent = study.concurrent or max_concurrent_trials(recipe)
-    tracker = open_tracker(study, found[1] if found else None)
+    with hold_signals() as held:  # it makes MLflow's tables and run
+        tracker = open_tracker(study, found[1] if found else None)
     logger.info("MLflow: %s", tracker.place)
     status = "FAILED"
     try:
         log_settings(study, tracker)
+        raise_held(held)
         controller = StudyController(study, space, trials, tracker, concurrent)
         controller.log_start()
         run_trials(controller)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from posmlp.errors import UserError
+from posmlp.processes import shielded_children
 from posmlp.video.decode import (
     TOO_LARGE,
     DecodeError,
@@ -150,13 +151,14 @@ class DecodingProcess:
         ours, theirs = socket.socketpair()
         code = f"from posmlp.video.isolated import serve; serve({theirs.fileno()}, {self.memory.fileno()})"
         command = [sys.executable, "-P", "-c", code]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), self.memory.fileno()),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-        )
+        with shielded_children():
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self.memory.fileno()),
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            )
         theirs.close()
         self.channel = Connection(ours.detach())
         try:
@@ -168,7 +170,7 @@ class DecodingProcess:
             raise UserError(f"the decoding process does not start on {socket.gethostname()}: {' '.join(command)}")
 
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Return whether the process still runs."""
         return self.process.poll() is None
 
     def call(self, uri: str, command: str, args: tuple[Any, ...], deadline: float, timeout_s: float) -> Any:
@@ -231,7 +233,6 @@ def _kill_at_exit() -> None:
 
 def serve(channel_fd: int, memory_fd: int) -> None:
     """Run the parent's commands until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
     with contextlib.suppress(ValueError, OSError):

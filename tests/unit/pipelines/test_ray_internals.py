@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services, utils
 from ray.tune.execution import class_cache
 
 from pipelines.cluster import ray_internals
@@ -22,6 +22,8 @@ USAGE_DISABLED = "ray.data._internal.usage.collector.usage_collection_disabled"
 USAGE = "ray.data._internal.usage.actor.get_or_create_usage_collection_actor"
 RECORDED = "ray._private.utils.read_ray_address"
 AVAILABLE = "ray._private.state.available_resources_per_node"
+POPEN = "ray._private.services.ConsolePopen"
+SIGTERM = "ray._private.utils.set_sigterm_handler"
 LOOPBACK = "ray._private.ray_constants.ENABLE_RAY_CLUSTER"
 PROPAGATED = "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE"
 
@@ -75,6 +77,9 @@ def test_a_missing_name_costs_only_its_feature(monkeypatch, mocked, path):
         ray_internals.listen_on_loopback()
         ray_internals.place_ray_data_actors()
         ray_internals.withhold_from_tune_actors({"SECRET"})
+        with ray_internals.shielded_start():
+            assert (getattr(services, "ConsolePopen", None) in (None, mocked[POPEN])) == (path == POPEN)
+            assert (getattr(utils, "set_sigterm_handler", None) in (None, mocked[SIGTERM])) == (path == SIGTERM)
         assert (ray_internals.recorded_address() is None) == (path == RECORDED)
         assert (ray_internals.available_resources_per_node() is None) == (path == AVAILABLE)
         assert (ray_internals.object_store_stats() is None) == (path in WORKER_NAMES)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 from unittest.mock import MagicMock
 
 import cloudpickle
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from pipelines.cluster.capacity import matches_labels, worker_resources, workers_that_fit
-from pipelines.cluster.session import stop_on_signal
 from pipelines.runs.errors import BadVideo
 from pipelines.tracking import prometheus
 from pipelines.training.channel import Registration, RunChannel
@@ -37,8 +35,16 @@ def test_the_channel_tells_growth_from_loss():
     assert channel.register_workers(3) == Registration(3, 1, False)
     channel.fail("first")
     channel.fail("second")
-    assert channel.register_workers(1) == Registration(3, 2, True)
+    assert channel.register_workers(1) == Registration(3, 2, True)  # it ends before it trains
     assert channel.failure() == "first"
+
+
+def test_a_worker_group_that_starts_after_a_stop_request_ends():
+    channel = RunChannel()
+    assert not channel.register_workers(1).ended
+    channel.request_stop()
+    assert channel.register_workers(1).ended
+    assert channel.stop_requested() and channel.failure() == ""
 
 
 def test_the_channel_carries_events_once_and_a_stop_request():
@@ -163,18 +169,6 @@ def test_a_line_within_an_epoch(monkeypatch):
     config = load_recipe("demo", ["train.epochs=3", "train.global_batch=8"])
     line = describe_steps(progress, meter, 1, 20, config)
     assert line == "epoch 2/3  step 14/20  loss 1.000  4.0 clips/s  data wait 25%  left 52 s"
-
-
-def test_the_first_signal_requests_a_stop_and_the_second_interrupts():
-    before, stops = signal.getsignal(signal.SIGTERM), []
-    with log_lines(logging.WARNING) as lines, stop_on_signal(lambda: stops.append(1)) as received:
-        signal.raise_signal(signal.SIGTERM)
-        assert stops == [1] and received == [signal.SIGTERM]
-        assert lines == ["SIGTERM: saving and stopping; send it again to exit at once"]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert stops == [1]
 
 
 def test_workers_are_counted_on_nodes_with_the_labels():

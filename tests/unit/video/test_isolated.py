@@ -265,6 +265,18 @@ def test_no_child_outlives_its_killed_parent_for_long(video):
     assert wait_until_gone(children, 2 + 6)
 
 
+def test_a_signal_to_the_process_group_leaves_the_child_to_its_parent(video):
+    """``timeout``, Slurm and terminals signal the whole group; the parent may still need the child to end in order."""
+    with open_isolated(video, timeout_s=60) as opened:
+        child = opened.run(process_id)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(child, signum)
+        assert opened.run(process_id) == child
+    isolated._child.kill()
+    with open_isolated(video, timeout_s=60) as opened:  # and the next one starts as ever
+        assert opened.run(process_id) != child
+
+
 def test_a_process_that_ends_ends_its_child(video):
     parent, child = start_parent(video, "30", "nothing")
     assert parent.wait(30) == 0

@@ -158,6 +158,60 @@ def test_a_crop_that_never_fits_is_the_largest_centred_one():
     assert random_resized_crop(100, 10, (1.0, 1.0), (0.5, 0.5), rng()) == Box(40, 0, 20, 10)
 
 
+class Draws:
+    """A generator whose shares of the area and ratios are given, and whose positions are the last possible."""
+
+    def __init__(self, *areas_and_ratios):
+        self.given, self.used = list(areas_and_ratios), 0
+
+    def uniform(self, low, high):
+        value = self.given[self.used % len(self.given)]
+        self.used += 1
+        return value if self.used % 2 else math.log(value)
+
+    def integers(self, count):
+        return count - 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "area", "ratio", "box"),
+    [
+        (40, 100, 0.25, 2.5, Box(20, 50, 20, 50)),  # 1000 of 4000 pixels
+        (40, 100, 0.4, 1.0, Box(0, 60, 40, 40)),  # as high as the frame
+        (100, 40, 0.4, 1.0, Box(60, 0, 40, 40)),  # as wide as the frame
+        (50, 50, 1.0, 1.0, Box(0, 0, 50, 50)),
+        (100, 100, 0.0001, 1.0, Box(99, 99, 1, 1)),
+        (100, 100, 0.0004, 4.0, Box(99, 96, 1, 4)),
+        (100, 100, 0.0004, 0.25, Box(96, 99, 4, 1)),
+    ],
+)
+def test_a_draw_that_fits_is_taken(height, width, area, ratio, box):
+    draws = Draws(area, ratio)
+    assert random_resized_crop(height, width, (0, 1), (0.1, 10), draws) == box
+    assert draws.used == 2
+
+
+@pytest.mark.parametrize(
+    ("area", "ratio"), [(0.9, 9.0), (0.9, 1 / 9), (1e-9, 1.0), (2e-4, 9.0), (2e-4, 1 / 9)], ids=str
+)
+def test_after_ten_draws_that_do_not_fit_the_crop_is_the_largest_centred_one(area, ratio):
+    """Too wide, too high, of no pixel, of no line, of no column."""
+    draws = Draws(area, ratio)
+    assert random_resized_crop(60, 60, (0, 1), (1.5, 2), draws) == Box(10, 0, 40, 60)
+    assert draws.used == 20
+    late = Draws(*[area, ratio] * 9, 0.25, 1.0)
+    assert random_resized_crop(60, 60, (0, 1), (0.5, 2), late) == Box(30, 30, 30, 30)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [(10, 100, Box(0, 40, 10, 20)), (100, 10, Box(40, 0, 20, 10)), (60, 100, Box(0, 0, 60, 100))],
+    ids=["too wide", "too high", "as allowed"],
+)
+def test_the_largest_centred_crop_has_the_nearest_allowed_shape(height, width, box):
+    assert random_resized_crop(height, width, (4.0, 4.0), (0.5, 2.0), rng()) == box
+
+
 def test_the_shape_of_a_crop_is_not_biased():
     boxes = [random_resized_crop(1000, 1000, (0.1, 0.3), (0.5, 2.0), rng(seed)) for seed in range(2000)]
     assert abs(np.mean([math.log(box.width / box.height) for box in boxes])) < 0.05
@@ -249,6 +303,7 @@ def test_fps_examples():
     assert fps_indices(even, 4).tolist() == [0, 2, 5, 7]
     assert fps_indices(even, 0.01).tolist() == [0]
     assert fps_indices(np.zeros(1), 30).tolist() == [0]
+    assert fps_indices(np.array([0.0, 0.5 + 0.0015]), 2).tolist() == [0, 1]  # as late as rounding makes it
     assert fps_indices(np.array([0.0, 0.1, 0.2, 1.2, 1.3, 1.4]), 2).tolist() == [0, 2, 2]
 
 

@@ -2,12 +2,13 @@
 # make test      run the tests: unit tests in parallel, then integration tests (Ray, MLflow, PostgreSQL) one by one
 # make test-all  also run the slow tests, which compile, train for long, or kill processes many times
 # make lint      run ruff and mypy
+# make mutants   change the pure modules in small ways, and list the changes that no test notices (hours; not in CI)
 # make docs      build the documentation site in site/
 # make clean     delete .venv and build output
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint mutants docs clean
 
 demo: .venv/installed
 	$(BIN)/posmlp demo
@@ -23,6 +24,11 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: .venv/installed-test
+	$(BIN)/pip install -q -c constraints.txt -e '.[mutants]'
+	nice $(BIN)/mutmut run --max-children 1
+	$(BIN)/mutmut results
 
 # Broken links, pages outside the navigation and wrong docstrings are errors.
 docs: .venv/installed
@@ -43,4 +49,4 @@ docs: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv build mutants site *.egg-info

@@ -64,6 +64,10 @@ def test_overrides_set_nested_keys_and_parse_as_yaml():
         ("epochs", ["'epochs'", "section.key=value"]),
         ("train.epochs.x=3", ["'epochs' is a value"]),
         ("train.epochs=[", ["not YAML"]),
+        ("model.choices={depth: []}", ["model.choices.depth: unknown key", "did you mean 'depths'"]),
+        ("data.train.pth=x", ["data.train.pth: unknown key", "did you mean 'path'"]),
+        ("data.train.where=3", ["data.train.where: ", "valid dictionary, not 3"]),
+        ("scaling.train_on={a: '-'}", ["scaling.train_on.a: ", "not '-'"]),
     ],
 )
 def test_wrong_overrides_are_refused_with_key_and_value(override, expected):
@@ -71,6 +75,12 @@ def test_wrong_overrides_are_refused_with_key_and_value(override, expected):
         load_recipe("demo", [override])
     for part in expected:
         assert part in str(error.value)
+
+
+def test_a_problem_says_the_value_as_it_was_read():
+    with pytest.raises(RecipeError, match=r"train\.epochs: .*integer.*, not 1\.5$"):
+        load_recipe("demo", ["train.epochs=1.5"])
+    assert (repr(read_yaml("1.50")), repr(read_yaml("yes"))) == ("1.5", "True")
 
 
 def test_all_problems_are_listed_at_once():

@@ -18,22 +18,25 @@ GRACE_S = 3.0  # for those that end by themselves
 
 
 def sweep(leader: int) -> None:
-    """Wait for the end of a process, the leader of its session, and kill the session's other processes.
+    """Wait for the end of a process, the leader of its session, and kill what it leaves in the session.
 
-    Their session keeps the number of its leader, which no new process can get while they live.
+    A process is named by a descriptor of the kernel's, since its number may soon be another's.
     """
-    try:
+    with suppress(ProcessLookupError):  # it has ended already
         end = os.pidfd_open(leader)
-    except ProcessLookupError:
-        end = None
-    if end is not None:
         select.select([end], [], [])
-        os.close(end)
-    time.sleep(GRACE_S)
-    for name in os.listdir("/proc"):
-        with suppress(ValueError, OSError):  # it is no process, or has ended
+    left = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended
+            process = os.pidfd_open(int(name))
             if os.getsid(int(name)) == leader:
-                os.kill(int(name), signal.SIGKILL)
+                left.append(process)
+            else:
+                os.close(process)
+    time.sleep(GRACE_S)
+    for process in left:
+        with suppress(OSError):  # it has ended
+            signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":

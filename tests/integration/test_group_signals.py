@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -51,30 +52,29 @@ class Command:
     """
 
     def __init__(self, folder, *words, code=None, **pipes):
-        self.folder, self.tree = folder, {}
+        self.folder = folder
         command = [sys.executable, *(["-c", code] if code else ["-m", "pipelines.cli", *map(str, words)])]
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         env |= {"RAY_ADDRESS": "local", "PYTHONPATH": os.getcwd(), "RAY_USAGE_STATS_ENABLED": "0"}
         with open(folder / "log.txt", "a") as log:
             streams = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL} | pipes
             self.process = subprocess.Popen(command, env=env, cwd=folder, start_new_session=True, text=True, **streams)
+        self.tree = {self.process.pid: psutil.Process(self.process.pid)}  # psutil notices when a pid is another's
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         for process in self.look():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
 
     def look(self):
         """The processes that it is seen to have; a later call finds them even if they have lost their parents."""
-        try:
-            me = psutil.Process(self.process.pid)
-            self.tree |= {each.pid: each for each in [me, *me.children(recursive=True)]}
-        except psutil.NoSuchProcess:
-            pass
-        return [each for each in self.tree.values() if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        with suppress(psutil.NoSuchProcess):
+            self.tree |= {each.pid: each for each in self.tree[self.process.pid].children(recursive=True)}
+        return [each for each in self.tree.values() if runs(each)]
 
     def log(self):
         return log_of(self.folder)
@@ -90,7 +90,8 @@ class Command:
 
     def signal_all(self, signum):
         for process in self.look():
-            process.send_signal(signum)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signum)
 
     def check_end(self, code, seconds=90):
         """It ends with this exit code, without a traceback, and none of its processes lives on."""
@@ -100,6 +101,14 @@ class Command:
 
     def check_nothing_is_left(self, seconds=15):
         until(lambda: not self.look(), seconds)
+
+
+def runs(process):
+    """Whether a process runs; one that has ended and was not collected does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def train(folder, motion_set, *overrides):
@@ -128,7 +137,7 @@ def test_ray_started_here_is_not_reached_by_signals_and_ends_with_its_driver(tmp
         needed = [each for each in of_ray if "dashboard" not in " ".join(each.cmdline()).lower()]
         for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             for each in of_ray:
-                if each.is_running():
+                with suppress(psutil.NoSuchProcess):
                     each.send_signal(signum)
         time.sleep(1)
         print("ask", file=command.process.stdin, flush=True)

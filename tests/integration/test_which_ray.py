@@ -66,6 +66,7 @@ def clean():
     return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 
 
+@pytest.mark.slow
 def test_a_cluster_of_ray_start(short_folder):
     nodes = RayNodes(short_folder, cpus=1)
     try:
@@ -117,6 +118,7 @@ def test_a_start_in_a_folder_that_is_too_long_or_cannot_be_made(clean, short_fol
     assert line.startswith(f"refused: TMPDIR={short_folder}/file: Ray cannot write its files to {short_folder}/file")
 
 
+@pytest.mark.slow
 def test_a_start_with_a_small_shared_memory(clean):
     wrapper = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh"]
     try:

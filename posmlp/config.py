@@ -257,13 +257,13 @@ class Config(Section):
         clips_per_step = self.data.repeats * self.scaling.workers
         if self.train.global_batch % clips_per_step:
             problems.append(
-                f"train.global_batch {self.train.global_batch} must divide by scaling.workers {self.scaling.workers} x "
-                f"data.repeats {self.data.repeats}"
+                f"train.global_batch {self.train.global_batch} must be divisible by scaling.workers "
+                f"{self.scaling.workers} x data.repeats {self.data.repeats}"
             )
         elif (self.augment.mixup or self.augment.cutmix) and self.train.global_batch // clips_per_step % 2:
             problems.append(
                 f"augment.mixup and augment.cutmix blend pairs: train.global_batch {self.train.global_batch} must "
-                f"divide by 2 x scaling.workers x data.repeats = {2 * clips_per_step}"
+                f"be divisible by 2 x scaling.workers x data.repeats = {2 * clips_per_step}"
             )
         if (self.scaling.min_workers or 1) > self.scaling.workers:
             problems.append(
@@ -271,8 +271,8 @@ class Config(Section):
             )
         if self.scaling.micro_batch and self.scaling.micro_batch % self.clips_together:
             problems.append(
-                f"scaling.micro_batch {self.scaling.micro_batch} must divide by {self.clips_together}: the clips of "
-                "a video (data.repeats), and with mixup or cutmix of two videos, stay together"
+                f"scaling.micro_batch {self.scaling.micro_batch} must be divisible by {self.clips_together}: the clips "
+                "of a video (data.repeats), and with mixup or cutmix of two videos, stay together"
             )
         if self.train.precision == "fp16" and self.scaling.parallel == "fsdp":
             problems.append("train.precision fp16 does not work with scaling.parallel fsdp; use bf16 or ddp")

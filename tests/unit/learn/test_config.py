@@ -128,18 +128,18 @@ TOGETHER = [
     ),
     (
         ["train.global_batch=12", "scaling.workers=2", "data.repeats=4"],
-        "train.global_batch 12 must divide by scaling.workers 2 x data.repeats 4",
+        "train.global_batch 12 must be divisible by scaling.workers 2 x data.repeats 4",
         ["train.global_batch=16", "scaling.workers=2", "data.repeats=4"],
     ),
     (
         ["train.global_batch=15", "scaling.workers=5", "augment.mixup=0.5"],
-        "augment.mixup and augment.cutmix blend pairs: train.global_batch 15 must divide by "
+        "augment.mixup and augment.cutmix blend pairs: train.global_batch 15 must be divisible by "
         "2 x scaling.workers x data.repeats = 10",
         ["train.global_batch=20", "scaling.workers=5", "augment.mixup=0.5"],
     ),
     (
         ["train.global_batch=12", "data.repeats=4", "augment.cutmix=0.5"],
-        "augment.mixup and augment.cutmix blend pairs: train.global_batch 12 must divide by "
+        "augment.mixup and augment.cutmix blend pairs: train.global_batch 12 must be divisible by "
         "2 x scaling.workers x data.repeats = 8",
         ["train.global_batch=12", "data.repeats=4"],
     ),
@@ -150,14 +150,14 @@ TOGETHER = [
     ),
     (
         ["scaling.micro_batch=9", "data.repeats=2"],
-        "scaling.micro_batch 9 must divide by 2: the clips of a video (data.repeats), and with mixup or cutmix of two "
-        "videos, stay together",
+        "scaling.micro_batch 9 must be divisible by 2: the clips of a video (data.repeats), and with mixup or cutmix of "
+        "two videos, stay together",
         ["scaling.micro_batch=10", "data.repeats=2"],
     ),
     (
         ["scaling.micro_batch=6", "data.repeats=2", "augment.mixup=1"],
-        "scaling.micro_batch 6 must divide by 4: the clips of a video (data.repeats), and with mixup or cutmix of two "
-        "videos, stay together",
+        "scaling.micro_batch 6 must be divisible by 4: the clips of a video (data.repeats), and with mixup or cutmix of "
+        "two videos, stay together",
         ["scaling.micro_batch=8", "data.repeats=2", "augment.mixup=1"],
     ),
     (

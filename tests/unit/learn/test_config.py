@@ -150,14 +150,14 @@ TOGETHER = [
     ),
     (
         ["scaling.micro_batch=9", "data.repeats=2"],
-        "scaling.micro_batch 9 must be divisible by 2: the clips of a video (data.repeats), and with mixup or cutmix of "
-        "two videos, stay together",
+        "scaling.micro_batch 9 must be divisible by 2: the clips of a video (data.repeats), and with mixup or cutmix "
+        "of two videos, stay together",
         ["scaling.micro_batch=10", "data.repeats=2"],
     ),
     (
         ["scaling.micro_batch=6", "data.repeats=2", "augment.mixup=1"],
-        "scaling.micro_batch 6 must be divisible by 4: the clips of a video (data.repeats), and with mixup or cutmix of "
-        "two videos, stay together",
+        "scaling.micro_batch 6 must be divisible by 4: the clips of a video (data.repeats), and with mixup or cutmix "
+        "of two videos, stay together",
         ["scaling.micro_batch=8", "data.repeats=2", "augment.mixup=1"],
     ),
     (

@@ -26,6 +26,24 @@ def motion_set(tmp_path_factory):
     return make_motion_set(tmp_path_factory.mktemp("motion"), train=32, val=16, size=32)
 
 
+@pytest.fixture
+def lines():
+    """The log lines of the test."""
+    from tests.helpers.log_lines import log_lines
+
+    with log_lines() as collected:
+        yield collected
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """The delivery to MLflow tries again after a second, and no MLflow is in the environment."""
+    from pipelines.tracking import delivery
+
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE", 1.0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="module")
 def untrained_run(motion_set, tmp_path_factory):
     """A run with a checkpoint of a random model and with a broken video in its val split."""

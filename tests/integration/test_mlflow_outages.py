@@ -3,9 +3,7 @@
 import math
 import os
 import signal
-import sqlite3
 import time
-from collections import Counter
 from pathlib import Path
 
 import mlflow
@@ -17,13 +15,13 @@ from pipelines.tracking import delivery
 from pipelines.tracking.delivery import sync_journals
 from pipelines.tracking.journal import read_entries
 from pipelines.tracking.operations import EndRun
-from pipelines.tracking.tracker import Tracker
-from posmlp.config import load_recipe
 from posmlp.errors import UserError
-from tests.helpers.log_lines import log_lines
 from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.small_runs import active_uri
+from tests.helpers.tracker_runs import once, rows, start
 from tests.helpers.waiting import until
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture(scope="module")
@@ -37,38 +35,6 @@ def one_server(tmp_path_factory):
 def server(one_server):
     one_server.start()
     return one_server
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE", 1.0)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture
-def lines():
-    """The log lines of the test."""
-    with log_lines() as collected:
-        yield collected
-
-
-def recipe(folder, *overrides):
-    return load_recipe("demo", ["name=small", f"train.storage={folder}", *overrides])
-
-
-def start(folder, *overrides, run_id=None):
-    return Tracker.open(recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl")
-
-
-def rows(database, run_id, key="train/loss"):
-    """How many times each step of a metric is in the database."""
-    with sqlite3.connect(database) as connection:
-        found = connection.execute("SELECT step FROM metrics WHERE run_uuid = ? AND key = ?", (run_id, key))
-        return Counter(step for (step,) in found)
-
-
-def once(*steps):
-    return Counter(steps)
 
 
 def test_a_server_that_stops_during_a_run_gets_every_metric_once_when_it_is_back(server, tmp_path, lines):

@@ -18,7 +18,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from pipelines.planning.doctor import check_mlflow
-from pipelines.tracking import delivery
 from pipelines.tracking.delivery import sync_journals
 from pipelines.tracking.mlflow_client import (
     PARENT,
@@ -31,21 +30,9 @@ from pipelines.tracking.tracker import Tracker
 from pipelines.tuning.pareto import read_study_from_mlflow
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
-from tests.helpers.log_lines import log_lines
 from tests.helpers.waiting import until
 
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE", 1.0)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture
-def lines():
-    """The log lines of the test."""
-    with log_lines() as collected:
-        yield collected
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """What a run logs reaches MLflow once, also if the run is killed, its disk fails, or MLflow refuses something."""
 
 import json
-import sqlite3
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import mlflow
@@ -14,48 +12,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
-from pipelines.tracking import delivery
 from pipelines.tracking.delivery import sync_journals
 from pipelines.tracking.journal import JournalInUse, JournalState, read_entries
 from pipelines.tracking.mlflow_client import shorten
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import refuse_foreign_server, tracking_uri, without_secrets
-from posmlp.config import load_recipe
 from posmlp.errors import UserError
-from tests.helpers.log_lines import log_lines
+from tests.helpers.tracker_runs import once, recipe, rows, start
 from tests.helpers.waiting import until
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE", 1.0)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture
-def lines():
-    """The log lines of the test."""
-    with log_lines() as collected:
-        yield collected
-
-
-def recipe(folder, *overrides):
-    return load_recipe("demo", ["name=small", f"train.storage={folder}", *overrides])
-
-
-def start(folder, *overrides, run_id=None):
-    return Tracker.open(recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl")
-
-
-def rows(database, run_id, key="train/loss"):
-    """How many times each step of a metric is in the database."""
-    with sqlite3.connect(database) as connection:
-        found = connection.execute("SELECT step FROM metrics WHERE run_uuid = ? AND key = ?", (run_id, key))
-        return Counter(step for (step,) in found)
-
-
-def once(*steps):
-    return Counter(steps)
 
 
 def test_everything_arrives(tmp_path, lines):
@@ -89,6 +53,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from pipelines.tracking.tracker import Tracker
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])

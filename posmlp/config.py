@@ -50,7 +50,7 @@ class RecipeError(UserError):
 
 @dataclass(frozen=True)
 class Scalar:
-    """A value in a YAML file that is not text to YAML, such as ``001``: as it is written, and as YAML reads it."""
+    """A YAML value that YAML does not read as a string, such as ``001``: its source text and its parsed value."""
 
     text: str
     value: Any
@@ -137,7 +137,7 @@ class AugmentSection(Section):
 
     flip: Fraction = 0.0  # probability of a horizontal flip; keep 0 where direction determines the class
     flip_classes: dict[str, str] = {}  # classes that a flip exchanges, as {left: right}
-    brightness: Fraction = 0.0  # largest relative change; so are contrast and saturation
+    brightness: Fraction = 0.0  # largest relative change, as for contrast and saturation
     contrast: Fraction = 0.0
     saturation: Fraction = 0.0
     randaug_layers: Annotated[int, Field(ge=0)] = 0  # RandAugment: operations per clip
@@ -194,15 +194,15 @@ class ScalingSection(Section):
     """Number of training workers, their resources, and the nodes that they and the decoders run on."""
 
     workers: Positive = 1
-    min_workers: Positive | None = None  # fewest to train with when nodes are lost; None: all
+    min_workers: Positive | None = None  # minimum number of workers when nodes are lost; None: all
     use_gpu: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights and optimizer state are sharded
-    micro_batch: Positive | None = None  # most clips per forward pass; gradients accumulate over a worker's share
+    micro_batch: Positive | None = None  # maximum clips per forward pass; gradients accumulate over a worker's share
     max_failures: Annotated[int, Field(ge=0)] = 3  # number of times to replace lost workers
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     threads_per_worker: Positive | None = None  # PyTorch threads; None: the node's cores, split among its workers
     train_on: dict[Label, LabelValue] = {}  # labels of the nodes for workers, as in {ray.io/node-group: gpu}
-    wait_s: Annotated[float, Field(ge=0)] = 0.0  # most seconds to wait at the start for nodes to join
+    wait_s: Annotated[float, Field(ge=0)] = 0.0  # maximum seconds to wait at the start for nodes to join
     decode_on: dict[Label, LabelValue] = {}  # labels of the nodes that decode first; others help when busy
 
 
@@ -249,7 +249,7 @@ class Config(Section):
         if self.data.modality == "rgb_difference" and self.model.variant().frames < 2:
             problems.append("data.modality rgb_difference needs model.frames of at least 2")
         if self.data.full_frame and self.eval.crops > 1:
-            problems.append(f"data.full_frame leaves one crop of a clip, not eval.crops {self.eval.crops}; use 1")
+            problems.append(f"data.full_frame shows the whole frame, so eval.crops must be 1, not {self.eval.crops}")
         for key in ("crop_scale", "crop_ratio"):
             low, high = getattr(self.data, key)
             if not 0 < low <= high:
@@ -354,8 +354,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 def set_key(tree: dict[str, Any], override: str) -> None:
     """Apply one override, ``section.key=value``, to the tree, in place.
 
-    The value is YAML, so ``null``, ``[1, 2]`` and ``{a: b}`` work. A key that takes text takes all that follows the
-    equals sign, also what is not YAML, as in ``data.template={:05d}.jpg``; quotes around it are left out.
+    The value is YAML, so ``null``, ``[1, 2]`` and ``{a: b}`` work. A text key takes everything after the
+    equals sign, even if it is not valid YAML, as in ``data.template={:05d}.jpg``. Surrounding quotes are removed.
 
     Raises:
         RecipeError: the override has no key, its value is not YAML, or a section of the key is a value.
@@ -368,18 +368,18 @@ def set_key(tree: dict[str, Any], override: str) -> None:
     try:
         value = as_typed(read_yaml(text), kind)
     except yaml.YAMLError as error:
-        if not takes_text(kind) or text.startswith("!"):
+        if not accepts_text(kind) or text.startswith("!"):
             raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
         value = text
-    if takes_text(kind) and text and not text.startswith(("'", '"', "!")):
+    if accepts_text(kind) and text and not text.startswith(("'", '"', "!")):
         is_null = value is None and text.lower() in ("null", "~")
-        if not (is_null or isinstance(value, list | dict)) or not takes(kind, value):
-            value = text  # without what YAML leaves out or finds in it: comments, anchors, mappings, ...
+        if not (is_null or isinstance(value, list | dict)) or not accepts(kind, value):
+            value = text  # YAML would drop a comment, or find an anchor or a mapping in it
     set_value(tree, key, value)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads YAML; a value that is not text becomes a ``Scalar``, which also has the text."""
+    """Reads YAML. A value that is not a string becomes a ``Scalar``, which keeps its source text."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if not isinstance(node, yaml.ScalarNode):
@@ -395,7 +395,7 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """Parse YAML. What is not text to YAML is a ``Scalar``, which ``as_typed`` replaces.
+    """Parse YAML. Values that are not strings are ``Scalar`` objects, which ``as_typed`` replaces.
 
     Raises:
         yaml.YAMLError: it is not YAML, or has tags of Python objects.
@@ -404,18 +404,18 @@ def read_yaml(text: str) -> Any:
 
 
 def as_typed(value: Any, kind: Any) -> Any:
-    """Replace each ``Scalar`` by its text where the recipe takes text, and by its value elsewhere.
+    """Replace each ``Scalar`` by its text where the recipe expects text, and by its value elsewhere.
 
-    Null stays null where the recipe takes it, and where nothing is written. A part that the recipe does not know, or in
-    whose place it takes something else, stays as it is: the validation refuses it.
+    Null stays null where the recipe accepts null, and where the YAML has no text. Unknown keys and values of the wrong
+    kind are left unchanged; the validation rejects them.
 
     Args:
         value: as ``read_yaml`` returns it.
-        kind: the type that the recipe has in its place: a section, or the annotation of a field.
+        kind: the expected type: a section, or the annotation of a field.
     """
     if isinstance(value, Scalar):
-        is_null = value.value is None and (not value.text or takes(kind, None))
-        return value.text if takes_text(kind) and not is_null else value.value
+        is_null = value.value is None and (not value.text or accepts(kind, None))
+        return value.text if accepts_text(kind) and not is_null else value.value
     for option in options_of(kind):
         origin, args = get_origin(option), get_args(option)
         if isinstance(value, list) and origin is tuple:
@@ -437,16 +437,16 @@ def options_of(kind: Any) -> list[Any]:
     return [kind]
 
 
-def takes_text(kind: Any) -> bool:
-    """Whether a field takes text: any, or one of some words."""
+def accepts_text(kind: Any) -> bool:
+    """Return whether a field accepts a string, or one of a set of strings."""
     return any(
         option is str or (get_origin(option) is Literal and all(isinstance(word, str) for word in get_args(option)))
         for option in options_of(kind)
     )
 
 
-def takes(kind: Any, value: Any) -> bool:
-    """Whether a field takes a value such as this one: null, a list or a mapping."""
+def accepts(kind: Any, value: Any) -> bool:
+    """Return whether a field accepts a value of this type: null, a list or a mapping."""
     wanted = {NoneType: NoneType, list: tuple, dict: dict}.get(type(value))
     return any(wanted in (option, get_origin(option)) for option in options_of(kind))
 
@@ -492,7 +492,7 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def current_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe's tree with renamed keys under their present names (``RENAMED_KEYS``).
+    """Return a copy of a recipe's tree with renamed keys under their present names (``RENAMED_KEYS``).
 
     Use it to compare a stored config with a present one. A key that is given by both names keeps both, and is refused
     when the tree is validated.
@@ -506,7 +506,7 @@ def current_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holder_of(tree: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """The part of the tree that directly holds ``section.key``; None if the tree does not have the key."""
+    """Return the part of the tree that directly holds ``section.key``; None if the tree does not have the key."""
     *sections, last = key.split(".")
     part: Any = tree
     for section in sections:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 MAX_METRICS = 1000  # per call of MLflow's log_batch
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two attempts
 POSTPONED_PAUSE = 60.0  # seconds between two attempts of what was postponed
-KNOWN_AWAY_WAIT = 5.0  # longest wait of a flush, in seconds, if the last attempt failed
+FLUSH_WAIT_WHEN_DOWN = 5.0  # longest wait of a flush, in seconds, if the last attempt failed
 MAX_BAD_REQUESTS = 3  # attempts of an operation after which MLflow's BAD_REQUEST is final
 
 
@@ -114,7 +114,7 @@ class DeliveryWorker(threading.Thread):
     def flush(self, wait_s: float) -> None:
         """Wait until the queue is empty, at most ``wait_s`` seconds. Return early if MLflow does not answer."""
         with self.journal.changed:
-            wait_s = min(wait_s, KNOWN_AWAY_WAIT) if self.failures else wait_s
+            wait_s = min(wait_s, FLUSH_WAIT_WHEN_DOWN) if self.failures else wait_s
             deadline, attempts = time.monotonic() + wait_s, self.attempts
             self.retry_now.set()
             while self.journal.queue and (left := deadline - time.monotonic()) > 0:
@@ -239,7 +239,7 @@ class DeliveryWorker(threading.Thread):
                 raise LostError("the line is not an operation in JSON")
 
     def is_stored(self, operation: LogMetrics) -> bool:
-        """Return whether another driver has sent this epoch. Only asked after a driver could not ask at its start."""
+        """Return whether another driver has sent this epoch. Needed only if a driver opened the journal offline."""
         if not self.check_stored_epochs or TRAIN_LOSS not in operation.values:
             return False
         if self.stored_epochs is None:
@@ -271,7 +271,7 @@ class DeliveryWorker(threading.Thread):
         if isinstance(error, requests.HTTPError) and error.response is not None:
             return error.response.status_code in (400, 413)
         code = error_code(error)
-        if code == "BAD_REQUEST":  # MLflow also reports a lost database connection so; the next attempt reconnects
+        if code == "BAD_REQUEST":  # MLflow reports a lost database connection this way too; the next attempt reconnects
             return self.bad_requests >= MAX_BAD_REQUESTS
         if code == "INVALID_PARAMETER_VALUE":  # also the answer to all operations of a run that is deleted
             return self.deleted_run() is None
@@ -290,7 +290,7 @@ class DeliveryWorker(threading.Thread):
         return None
 
     def client(self) -> MlflowClient:
-        """Return the client. It is made on first use, because for a database that already connects."""
+        """Return the client. It is created on first use, because creating it for a database already connects."""
         self.connection = self.connection or MlflowClient(self.uri)
         return self.connection
 
@@ -359,7 +359,7 @@ def sync_journals(path: Path, uri: str | None = None) -> int:
     for file in files:
         state = JournalState.read(file)
         if state.run_id is None or state.uri is None:
-            raise UserError(f"{file} is no tracking journal: no line of it names an MLflow run")
+            raise UserError(f"{file} is not a tracking journal: it names no MLflow run")
         journal = Journal(file)
         try:
             from_env = os.environ.get("MLFLOW_TRACKING_URI", "")

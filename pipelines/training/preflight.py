@@ -1,4 +1,7 @@
-"""Checks that decide whether a run may start or resume. All of them run before Ray starts."""
+"""Checks of the recipe, the lists, the weights and the run's record: may a run start or resume? Ray is not needed.
+
+Whether the run fits on the cluster and can write its storage is checked once Ray runs (``pipelines.training.train``).
+"""
 
 from __future__ import annotations
 

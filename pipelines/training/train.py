@@ -1,6 +1,6 @@
 """The driver of one training run, from its recipe to its result.
 
-The driver runs all checks first (``pipelines.training.preflight``). Then it starts Ray Train workers
+The driver checks the recipe and its data first (``pipelines.training.preflight``). Then it starts Ray Train workers
 (``pipelines.training.worker``) and receives their events through a channel (``pipelines.training.channel``). Only the
 driver logs lines and writes to MLflow.
 
@@ -58,8 +58,9 @@ from posmlp.metrics import EPOCH, VAL_TOP1
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.2  # between two looks for events of the workers
-GROW_S = 60.0  # between two checks whether an elastic run can grow: it restarts, and nodes come one by one
+POLL_S = 0.2  # seconds between two polls for events of the workers
+# Seconds between two checks whether an elastic run can grow. Growing restarts the run, and nodes join one by one.
+GROW_S = 60.0
 
 
 @dataclass
@@ -120,16 +121,16 @@ def train(
     trial = trial or TrialContext()
     run = run_folder(config)
 
-    # Validate. Nothing is started or written before all checks have passed.
+    # Validate the recipe, its data and the run's record, before anything is started or written.
     train_set, val_set = read_splits(config)
     config = check_data(config, train_set, val_set)
     record, lists = read_record(run), {"train": list_fingerprint(train_set), "val": list_fingerprint(val_set)}
     saved = [entry.info for entry in checkpoints.find(run) if entry.info]
-    epochs_done = max((about.epoch for about in saved), default=0)
+    epochs_done = max((info.epoch for info in saved), default=0)
     changed = check_record(run, record, config, lists, epochs_done, allow_changes) if record else {}
     weights = None if saved else find_weights(config)
 
-    # Start Ray and open the tracker.
+    # Start Ray, check room and storage, and open the tracker.
     start_ray()
     warn_about_worker_features()
     wait_for_room(config.scaling)

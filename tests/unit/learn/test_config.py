@@ -103,7 +103,7 @@ TOGETHER = [
     ),
     (
         ["data.full_frame=true", "eval.crops=3"],
-        "data.full_frame leaves one crop of a clip, not eval.crops 3; use 1",
+        "data.full_frame shows the whole frame, so eval.crops must be 1, not 3",
         ["data.full_frame=true", "eval.crops=1"],
     ),
     (

@@ -21,6 +21,8 @@ from posmlp.errors import UserError
 from tests.helpers.tracker_runs import once, recipe, rows, start
 from tests.helpers.waiting import until
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 
 def test_everything_arrives(tmp_path, lines):
     tracker = start(tmp_path, "tracking.experiment=" + "long" * 20)
@@ -53,8 +55,6 @@ WRITER = """
 import sys
 from pathlib import Path
 from pipelines.tracking.tracker import Tracker
-
-pytestmark = pytest.mark.usefixtures("short_pauses")
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
@@ -282,7 +282,7 @@ def test_a_folder_without_a_journal_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no tracking journal"):
         sync_journals(tmp_path)
     (tmp_path / "journal.jsonl").write_text('{"op"')
-    with pytest.raises(UserError, match="names an MLflow run"):
+    with pytest.raises(UserError, match="names no MLflow run"):
         sync_journals(tmp_path)
 
 

@@ -195,7 +195,7 @@ class ScalingSection(Section):
 
     workers: Positive = 1
     min_workers: Positive | None = None  # minimum number of workers when nodes are lost; None: all
-    use_gpu: bool = False
+    use_gpu: Literal["auto"] | bool = "auto"  # a GPU for each worker; auto: if the cluster has enough GPUs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights and optimizer state are sharded
     micro_batch: Positive | None = None  # maximum clips per forward pass; gradients accumulate over a worker's share
     max_failures: Annotated[int, Field(ge=0)] = 3  # number of times to replace lost workers

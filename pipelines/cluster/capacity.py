@@ -9,7 +9,7 @@ import ray
 from ray.util import placement_group, remove_placement_group
 
 from pipelines.cluster.ray_internals import place_ray_data_actors
-from posmlp.config import ScalingSection
+from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,45 @@ def wait_for_room(scaling: ScalingSection) -> None:
     place_ray_data_actors()
 
 
+def choose_device(config: Config) -> Config:
+    """Replace ``scaling.use_gpu: auto`` by true or false, and log which device the workers use.
+
+    The workers use GPUs if the cluster has one for each of them (for each of ``scaling.min_workers``, if that is set).
+    """
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    use_gpu, line = device_for(config.scaling, gpus)
+    idle_gpus = gpus - (config.scaling.workers if use_gpu else 0)
+    logger.log(logging.WARNING if idle_gpus >= 1 else logging.INFO, "%s", line)
+    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"use_gpu": use_gpu})})
+
+
+def device_for(scaling: ScalingSection, gpus: float) -> tuple[bool, str]:
+    """Return whether the workers use GPUs, and a line that says why.
+
+    Args:
+        gpus: number of GPUs of the cluster.
+    """
+    fewest = scaling.min_workers or scaling.workers
+    use_gpu = 0 < fewest <= gpus if scaling.use_gpu == "auto" else scaling.use_gpu
+    there = f"the cluster has {quantity(gpus, 'GPU')}"
+    if use_gpu:
+        line = f"device: GPU, one for each of {quantity(scaling.workers, 'worker')}; {there}"
+        if gpus >= scaling.workers + 1:
+            line += f". The others stay idle: scaling.workers={gpus:g} uses them all"
+    elif gpus < 1:
+        line = f"device: CPU; {there}"
+    elif scaling.use_gpu == "auto":
+        line = f"device: CPU; {there}, too few for {fewest} workers: scaling.workers={gpus:g} uses them"
+    else:
+        line = f"device: CPU; {there}, idle because of scaling.use_gpu=false: scaling.use_gpu=auto uses them"
+    return use_gpu, line
+
+
+def quantity(number: float, noun: str) -> str:
+    """Format a number with its noun, as ``1 GPU``, ``4 GPUs`` or ``no GPU``."""
+    return f"no {noun}" if number == 0 else f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
 def request_nodes(scaling: ScalingSection) -> None:
     """Wait until a run would fit. An autoscaler starts nodes for the pending placement group."""
     fewest = scaling.min_workers or scaling.workers
@@ -64,7 +103,7 @@ def why_run_cannot_fit(scaling: ScalingSection) -> str:
             f"needs at least {MIN_DECODING_CPUS:g}. Lower scaling.workers, or scaling.cpus_per_worker to at most "
             f"{most:g} (it reserves CPUs; scaling.threads_per_worker sets the number of threads)"
         )
-    if scaling.use_gpu and gpus < fewest:
+    if scaling.use_gpu is True and gpus < fewest:
         return f"{fewest} workers (scaling.workers) need a GPU each, and the cluster has {gpus:g}"
     if scaling.min_workers and (anywhere := workers_that_fit(nodes, scaling, {})) > fitting:
         return (
@@ -99,8 +138,8 @@ def workers_that_fit(
 
 
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:
-    """The resources that one training worker reserves on its node."""
-    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    """The resources that one training worker reserves on its node. ``scaling.use_gpu`` is true or false."""
+    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu is True else {})
 
 
 def matches_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:

@@ -27,7 +27,7 @@ from mlflow.entities import LifecycleStage, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
-from pipelines.cluster.capacity import wait_for_room
+from pipelines.cluster.capacity import choose_device, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.data.scan import to_parquet
@@ -185,6 +185,7 @@ def evaluate(
     name = evaluation_name(split, config, info, overrides)
     folder = storage.join(".", out) if out else storage.join(run if record else checkpoint, f"{FOLDER}/{name}")
     start_ray()
+    config = choose_device(config)
     wait_for_room(config.scaling)
     clips, crops = config.eval.clips, config.eval.crops
     what = f"{split}, {len(manifest.rows)} videos x {clips}x{crops} views, workers: {config.scaling.workers}"
@@ -215,7 +216,7 @@ def evaluate(
 
 
 def recipe_of(info: checkpoints.CheckpointInfo, overrides: Sequence[str], run: str | None) -> Config:
-    """Return a checkpoint's recipe with overrides.
+    """Return a checkpoint's recipe with ``scaling.use_gpu: auto``, and with overrides.
 
     Args:
         run: folder of the checkpoint's run, which may have moved since: it gives ``train.storage``.
@@ -224,6 +225,7 @@ def recipe_of(info: checkpoints.CheckpointInfo, overrides: Sequence[str], run: s
         RecipeError: an override changes a key that the checkpoint fixes, or the result is not a valid recipe.
     """
     tree = json.loads(json.dumps(info.config))
+    tree["scaling"]["use_gpu"] = "auto"  # the run may have used another machine
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key == "scaling.workers":

@@ -120,7 +120,7 @@ def score_blocks(
     blocks = (manifest.rows.slice(first, size) for first in range(0, len(manifest.rows), size))
     recipe, shared_weights = config.model_dump(), ray.put(dict(weights))
     decoder = ray.remote(decode).options(max_retries=scaling.max_failures, **decoding_options(scaling))
-    options: dict[str, Any] = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu)}
+    options: dict[str, Any] = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu is True)}
     options |= {"label_selector": scaling.train_on} if scaling.train_on else {}
     options |= {"max_restarts": scaling.max_failures, "max_task_retries": scaling.max_failures}
     actor: Any = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
@@ -183,7 +183,7 @@ class Scorer:
         self.config = Config.model_validate(config)
         scaling = self.config.scaling
         torch.set_num_threads(scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // scaling.workers))
-        self.device = torch.device("cuda" if scaling.use_gpu else "cpu")
+        self.device = torch.device("cuda" if scaling.use_gpu is True else "cpu")
         self.model: nn.Module | None = None
 
     def load(self, weights: Mapping[str, Tensor]) -> nn.Module:

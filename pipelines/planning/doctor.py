@@ -26,7 +26,7 @@ import ray
 from mlflow import MlflowClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.cluster.capacity import matches_labels, worker_resources, workers_that_fit
+from pipelines.cluster.capacity import device_for, matches_labels, worker_resources, workers_that_fit
 from pipelines.cluster.session import start_ray
 from pipelines.data.loader import OBJECT_STORE_SHARE, decode_rows, rows_per_block
 from pipelines.runs.record import JOB_FOLDER
@@ -298,7 +298,8 @@ def check_lists(config: Config) -> Generator[Finding, None, pa.Table | None]:
 
 def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
     """Check whether the workers fit, and what they leave for decoding."""
-    scaling = config.scaling
+    use_gpu, _ = device_for(config.scaling, total(nodes, "GPU"))
+    scaling = config.scaling.model_copy(update={"use_gpu": use_gpu})
     labelled = [node for node in nodes if matches_labels(node.labels, scaling.train_on)]
     if scaling.train_on and not labelled:
         yield Finding(

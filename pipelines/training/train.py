@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines.cluster.capacity import wait_for_room, worker_resources
+from pipelines.cluster.capacity import choose_device, wait_for_room, worker_resources
 from pipelines.cluster.ray_internals import warn_about_worker_features
 from pipelines.cluster.session import CUBLAS_ENV, WORKER_ENV, start_ray
 from pipelines.cluster.signals import exit_despite, hold_signals, raise_held, stop_on_signal
@@ -133,6 +133,7 @@ def train(
     # Start Ray, check room and storage, and open the tracker.
     start_ray()
     warn_about_worker_features()
+    config = choose_device(config)
     wait_for_room(config.scaling)
     check_writable(run)
     run_id = record["mlflow_run_id"] if record else None
@@ -198,10 +199,10 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, stop: threading.E
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=dict(vars(job)),
-        torch_config=ProcessGroupConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo"),
+        torch_config=ProcessGroupConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu is True else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg] # the type stubs are those of Ray Train V1
             num_workers=workers,  # type: ignore[arg-type]
-            use_gpu=scaling.use_gpu,
+            use_gpu=scaling.use_gpu is True,
             resources_per_worker=worker_resources(scaling),
             label_selector=scaling.train_on or None,
             elastic_resize_monitor_interval_s=GROW_S,

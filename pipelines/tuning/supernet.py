@@ -21,7 +21,7 @@ import yaml
 from scipy import stats
 from torch import Tensor, nn
 
-from pipelines.cluster.capacity import wait_for_room
+from pipelines.cluster.capacity import choose_device, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.inference.scoring import Scorer, score_good_videos
 from pipelines.runs import checkpoints
@@ -44,7 +44,7 @@ from pipelines.tuning.study import (
     study_space,
 )
 from posmlp import storage
-from posmlp.config import Config, RecipeError, set_value
+from posmlp.config import Config, RecipeError, ScalingSection, set_value
 from posmlp.learn.evaluation import video_scores
 from posmlp.learn.learner import score_views
 from posmlp.metrics import SUPERNET_BEST_TOP1, SUPERNET_KENDALL, SUPERNET_SPEARMAN, VAL_TOP1
@@ -153,10 +153,11 @@ def supernet(
     train_unless_finished(config)
 
     start_ray()
+    config = choose_device(config)
     wait_for_room(config.scaling)
     run = run_folder(config)
     recipes = [member_recipe for _, member_recipe in drawn] + [each.recipe for each in standalone]
-    top1, bad = score_members(run, [each.model.variant().architecture() for each in recipes])
+    top1, bad = score_members(run, config.scaling, [each.model.variant().architecture() for each in recipes])
     members = [
         Trial(number, dict(member), state=TrialState.FINISHED, metrics={VAL_TOP1: top1[number]} | static_costs(recipe))
         for number, (member, recipe) in enumerate(drawn)
@@ -330,7 +331,9 @@ class MemberScorer(Scorer):
         return torch.stack(predicted, 1)
 
 
-def score_members(run: str, architectures: Sequence[Architecture]) -> tuple[list[float], list[BadVideo]]:
+def score_members(
+    run: str, scaling: ScalingSection, architectures: Sequence[Architecture]
+) -> tuple[list[float], list[BadVideo]]:
     """Score members on the validation split with the weights of a supernet's newest checkpoint.
 
     Returns:
@@ -344,7 +347,7 @@ def score_members(run: str, architectures: Sequence[Architecture]) -> tuple[list
         reasons = "; ".join(map(str, problems))
         raise StudyError(f"{run} has no whole checkpoint: {reasons}; delete that folder to train it again")
     info, contents = checkpoints.load(checkpoint, [checkpoints.WEIGHTS])
-    config, bad = info.recipe(), list[BadVideo]()
+    config, bad = info.recipe().model_copy(update={"scaling": scaling}), list[BadVideo]()
     manifest = read_split(config.data, "val", known_classes(info))
     logger.info(
         "scoring %d members on %d videos with the weights of %s", len(architectures), len(manifest.rows), checkpoint

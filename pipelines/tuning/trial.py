@@ -188,7 +188,7 @@ def on_training_worker(function: Callable[..., Any], recipe: Config) -> Any:
     return ray.remote(function).options(
         **labels,
         num_cpus=scaling.cpus_per_worker,
-        num_gpus=int(scaling.use_gpu),
+        num_gpus=int(scaling.use_gpu is True),
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from pipelines.cluster.capacity import MIN_DECODING_CPUS, wait_for_room
+from pipelines.cluster.capacity import MIN_DECODING_CPUS, choose_device, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.runs.models import example_input, load_newest_model
@@ -105,6 +105,8 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     check_writable(study.folder)
 
     start_ray()
+    recipe = choose_device(recipe)
+    study = study.model_copy(update={"recipe": recipe})
     wait_for_room(recipe.scaling)
     concurrent = study.concurrent or max_concurrent_trials(recipe)
     with hold_signals() as held:  # it makes MLflow's tables and run
@@ -158,8 +160,8 @@ def max_concurrent_trials(recipe: Config) -> int:
     cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
     cpus_per_trial = scaling.workers * scaling.cpus_per_worker
     limits = [int((cpus - MIN_DECODING_CPUS + 1e-6) / cpus_per_trial)]
-    limits += [int(gpus / scaling.workers)] if scaling.use_gpu else []
-    if scaling.threads_per_worker and not scaling.use_gpu:
+    limits += [int(gpus / scaling.workers)] if scaling.use_gpu is True else []
+    if scaling.threads_per_worker and scaling.use_gpu is not True:
         limits.append(max(1, int(cpus / (scaling.workers * scaling.threads_per_worker))))
     return max(1, min(limits))
 

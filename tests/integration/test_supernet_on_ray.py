@@ -57,4 +57,4 @@ def test_a_space_is_trained_and_ranked(finished_study, motion_set, tmp_path, cap
     assert main(["supernet", *options, "optim.lr=0.1"]) == 1
     assert "was trained with another recipe" in capsys.readouterr().err
     joint = Architecture(("joint",) * 4, (4, 8, 8, 16), (1, 2, 1, 1))
-    assert score_members(found.run, [joint])[1] == []
+    assert score_members(found.run, recipe.scaling, [joint])[1] == []

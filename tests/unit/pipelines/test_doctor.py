@@ -27,6 +27,7 @@ NODES = [
     Node("c", "10.0.0.3 (gpu)", HEAD | {"CPU": 4.0, "GPU": 2.0}, {"ray.io/node-group": "gpu"}, REPORT),
 ]
 GPUS = ["scaling.use_gpu=true", "scaling.workers=2", "scaling.cpus_per_worker=1"]
+SIX_CPUS = ["scaling.workers=2", "scaling.cpus_per_worker=6"]
 PLACED = ["scaling.train_on={ray.io/node-group: gpu}", "scaling.decode_on={ray.io/node-group: decode}"]
 
 
@@ -70,7 +71,8 @@ def test_a_node_that_differs_is_named(nodes, level, what):
     ("overrides", "level", "what"),
     [
         (["scaling.use_gpu=true", "scaling.workers=4"], "fail", "room for 2 of 4 training workers"),
-        (["scaling.workers=2", "scaling.cpus_per_worker=6"], "fail", "room for 1 of 2 training workers of 6 CPU"),
+        (["scaling.use_gpu=false", *SIX_CPUS], "fail", "room for 1 of 2 training workers of 6 CPU"),
+        (SIX_CPUS, "fail", "room for 0 of 2 training workers of 6 CPU and 1 GPU"),
         (["scaling.train_on={team: video}"], "warn", "no node has the labels {'team': 'video'} of scaling.train_on"),
         (["scaling.decode_on={team: video}"], "warn", "0 nodes have the labels of scaling.decode_on"),
         (["scaling.workers=8", "scaling.cpus_per_worker=1.4"], "fail", "0.8 CPUs are left for decoding"),

@@ -8,7 +8,7 @@ import cloudpickle
 import numpy as np
 import pytest
 
-from pipelines.cluster.capacity import matches_labels, worker_resources, workers_that_fit
+from pipelines.cluster.capacity import device_for, matches_labels, worker_resources, workers_that_fit
 from pipelines.runs.errors import BadVideo
 from pipelines.tracking import prometheus
 from pipelines.training.channel import Registration, RunChannel
@@ -183,3 +183,22 @@ def test_workers_are_counted_on_nodes_with_the_labels():
     assert worker_resources(scaling) == {"CPU": 2.0}
     assert matches_labels({"group": "train", "zone": "a"}, {"group": "train"})
     assert not matches_labels({}, {"group": "train"})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "gpus", "use_gpu", "says"),
+    [
+        ({}, 0, False, "device: CPU; the cluster has no GPU"),
+        ({}, 1, True, "device: GPU, one for each of 1 worker; the cluster has 1 GPU"),
+        ({"workers": 2}, 4, True, "The others stay idle: scaling.workers=4 uses them all"),
+        ({"workers": 4}, 2, False, "2 GPUs, too few for 4 workers: scaling.workers=2 uses them"),
+        ({"workers": 4, "min_workers": 2}, 2, True, "device: GPU"),
+        ({"use_gpu": False}, 2, False, "2 GPUs, idle because of scaling.use_gpu=false"),
+        ({"use_gpu": False}, 0, False, "device: CPU; the cluster has no GPU"),
+        ({"use_gpu": True, "workers": 2}, 0, True, "device: GPU"),  # an autoscaler may start some
+    ],
+)
+def test_auto_uses_gpus_if_there_are_enough(scaling, gpus, use_gpu, says):
+    chosen, line = device_for(ScalingSection(**scaling), gpus)
+    assert chosen is use_gpu
+    assert says in line

@@ -1,16 +1,94 @@
-"""``posmlp checkpoints`` and ``posmlp sync``: what finished and interrupted runs have left."""
+"""``posmlp runs``, ``posmlp checkpoints`` and ``posmlp sync``: what finished and interrupted runs have left."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 
 from pipelines.commands.options import Commands, add_command
 from posmlp import metrics as names
 
 
 def add_commands(commands: Commands) -> None:
+    add_runs(commands)
     add_checkpoints(commands)
     add_sync(commands)
+
+
+def add_runs(commands: Commands) -> None:
+    listing = add_command(commands, "runs", run_runs, "list runs and studies with their state and result")
+    listing.add_argument(
+        "folder",
+        nargs="?",
+        default="runs",
+        help="folder that holds them, train.storage of their recipes (default: runs)",
+    )
+
+
+def run_runs(args: argparse.Namespace) -> None:
+    """Print one line for each run and study of a folder."""
+    from posmlp import storage
+    from posmlp.errors import UserError
+
+    folder = storage.join(".", args.folder)
+    try:
+        rows = [row for each in storage.list_folders(folder) if (row := describe_run(each) or describe_study(each))]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
+    if not rows:
+        raise UserError(
+            f"{folder} holds no run and no study; `posmlp train` and `posmlp tune` make them (train.storage)"
+        )
+    table = [("name", "state", "best val top-1"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(2)]
+    for name, state, top1 in table:
+        print(f"{name:<{widths[0]}}  {state:<{widths[1]}}  {top1}".rstrip())
+
+
+def describe_run(run: str) -> tuple[str, str, str] | None:
+    """Return the name, state and best top-1 of a run as text; None if the folder is no run."""
+    from pipelines.runs import checkpoints
+    from pipelines.runs.record import read_record
+
+    record = read_record(run)
+    if record is None:
+        return None
+    entries, epochs = checkpoints.find(run), record["config"]["train"]["epochs"]
+    done = max((entry.info.epoch for entry in entries if entry.info), default=0)
+    if record["metrics"] is not None:
+        state = f"finished, {epochs} epochs"
+    else:
+        state = f"{'running' if is_running(run) else 'not finished'}, {done} of {epochs} epochs"
+    best = [entry.info.metrics[names.VAL_TOP1] for entry in checkpoints.best(entries, 1) if entry.info]
+    last = (record["metrics"] or {}).get(names.VAL_TOP1)
+    top1 = max([*best, *([last] if last is not None else [])], default=None)
+    return record["config"]["name"], state, "" if top1 is None else f"{top1:.1%}"
+
+
+def describe_study(folder: str) -> tuple[str, str, str] | None:
+    """Return the name, the number of trials by state, and the best trial of a study; None if the folder is no study."""
+    from pipelines.tuning.pareto import best_trial
+    from pipelines.tuning.study import TrialState, read_study, read_trials
+
+    found = read_study(folder)
+    if found is None:
+        return None
+    running, trials = is_running(folder), read_trials(folder)
+    counts = Counter(
+        "not finished" if trial.state == TrialState.RUNNING and not running else trial.state.value for trial in trials
+    )
+    states = ", ".join(f"{number} {state}" for state, number in counts.items())
+    best = best_trial(trials)
+    result = "" if best is None else f"{best.metrics[names.VAL_TOP1]:.1%}, trial {best.number}"
+    return found[0].name, f"{'running ' * running}study, trials: {states or 'none'}", result
+
+
+def is_running(run: str) -> bool:
+    """Return whether a process of this machine drives the run or study."""
+    from pipelines.tracking.journal import is_held
+    from pipelines.tracking.uris import journal_path
+
+    return is_held(journal_path(run))
 
 
 def add_checkpoints(commands: Commands) -> None:

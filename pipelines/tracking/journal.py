@@ -46,6 +46,18 @@ class JournalInUse(UserError):
     """Another process holds the journal."""
 
 
+def is_held(path: Path) -> bool:
+    """Return whether another process of this machine holds a journal. Nothing is written."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no journal, or the file system has no locks
+        pass
+    return False
+
+
 @dataclass(eq=False)
 class Entry:
     """One operation of a journal.

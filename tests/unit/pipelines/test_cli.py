@@ -17,6 +17,10 @@ import yaml
 from pipelines.cli import main
 from pipelines.commands import recipes
 from pipelines.data.loader import global_order
+from pipelines.runs.record import write_record
+from pipelines.tracking.journal import Journal
+from pipelines.tracking.uris import journal_path
+from pipelines.tuning.study import Study, Trial, TrialState, write_study, write_trial
 from posmlp.config import RECIPES, load_recipe
 from posmlp.model.cost import count_macs
 from posmlp.model.spec import model_variant
@@ -25,6 +29,7 @@ from posmlp.video.batch import Batch
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
 from posmlp.video.sampling import sample_seed
+from tests.helpers.random_models import write_checkpoint
 
 
 def test_cost_as_json_and_as_a_table(capsys):
@@ -244,3 +249,32 @@ def test_help_shows_overrides_as_optional(capsys):
         text = capsys.readouterr().out
         assert "[key=value ...]" in " ".join(text.split())
         assert "optional: recipe keys to change" in " ".join(text.split())
+
+
+def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_path):
+    small = ["train.epochs=4", f"train.storage={tmp_path}"]
+    for name, metrics in (("done", {"val/top1": 0.5}), ("half", None), ("held", None)):
+        config = load_recipe("demo", [f"name={name}", *small])
+        write_checkpoint(tmp_path / name, config, metrics={"val/top1": 0.625})
+        write_record(str(tmp_path / name), config, {}, "run", metrics)
+    study = Study(name="search", recipe=load_recipe("demo", small), space="learning")
+    write_study(study, "run")
+    for number, (state, top1) in enumerate([("finished", 0.25), ("finished", 0.75), ("failed", 0.0), ("running", 0.0)]):
+        metrics = {"val/top1": top1, "cost/gmacs": 1.0}
+        write_trial(study, Trial(number, {}, state=TrialState(state), metrics=metrics))
+    (tmp_path / "something else").mkdir()
+    held = Journal(journal_path(str(tmp_path / "held")))
+    try:
+        assert main(["runs", str(tmp_path)]) == 0
+    finally:
+        held.close()
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["name", "state", "best val top-1"],
+        ["done", "finished, 4 epochs", "62.5%"],
+        ["half", "not finished, 1 of 4 epochs", "62.5%"],
+        ["held", "running, 1 of 4 epochs", "62.5%"],
+        ["search", "study, trials: 2 finished, 1 failed, 1 not finished", "75.0%, trial 1"],
+    ]
+    assert main(["runs", str(tmp_path / "something else")]) == 1
+    assert "holds no run and no study" in capsys.readouterr().err

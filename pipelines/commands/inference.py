@@ -27,7 +27,7 @@ def add_evaluate(commands: Commands) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from pipelines.inference.views import parse_views
+    from posmlp.video.views import parse_views
 
     views = parse_views(args.views) if args.views else None  # before a slow import: a typo is reported at once
     from pipelines.inference.evaluate import evaluate
@@ -50,7 +50,7 @@ def add_predict(commands: Commands) -> None:
 def run_predict(args: argparse.Namespace) -> int:
     """Return exit code 1 if a file could not be read."""
     from pipelines.inference.predict import predict
-    from pipelines.inference.views import parse_views
+    from posmlp.video.views import parse_views
 
     unreadable = 0
     for prediction in predict(args.model, args.files, args.top, parse_views(args.views) if args.views else None):

@@ -32,7 +32,6 @@ from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.data.scan import to_parquet
 from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, SplitScores, score_split
-from pipelines.inference.views import with_views
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
 from pipelines.runs.models import find_checkpoint, known_classes, output_names
@@ -60,6 +59,7 @@ from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
 from posmlp.metrics import TEST, TEST_TRAIN, VAL
 from posmlp.video.manifest import Manifest, read_split
+from posmlp.video.views import with_views
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def evaluate(
 
     Args:
         uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
-        views: clips per video and crops per clip (``pipelines.inference.views.parse_views``); None: the recipe's.
+        views: clips per video and crops per clip (``posmlp.video.views.parse_views``); None: the recipe's.
         split: which of the recipe's lists of videos.
         overrides: each is ``section.key=value``, with a key of ``KEYS_OVERRIDABLE``.
         workers: number of actors that score; None: ``scaling.workers``.

@@ -30,7 +30,6 @@ from pipelines.data.loader import (
     rows_per_block,
 )
 from pipelines.data.scan import ScanProgress
-from pipelines.inference.views import videos_per_pass
 from pipelines.runs.errors import BadVideo
 from posmlp import create_model
 from posmlp.config import Config
@@ -38,6 +37,7 @@ from posmlp.errors import UserError
 from posmlp.learn.learner import score_views
 from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import Manifest
+from posmlp.video.views import videos_per_pass
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import pytest
 from matplotlib.image import imsave
 
 from pipelines.inference.predict import predict
-from pipelines.inference.views import parse_views
 from pipelines.runs.models import find_checkpoint
 from posmlp.errors import UserError
+from posmlp.video.views import parse_views
 from tests.helpers.random_models import CLASSES, plain_shares, videos_of, write_checkpoint
 from tests.helpers.small_runs import recipe_for
 

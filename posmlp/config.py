@@ -35,6 +35,9 @@ RENAMED_KEYS = {  # old name -> present name; recipes, overrides and stored conf
     "data.whole": "data.full_frame",
 }
 
+# Keys of the model that are null where the recipe leaves them to the model's name
+ARCHITECTURE_KEYS = ("frames", "image_size", "dims", "depths", "groups", "windows", "blocks")
+
 logger = logging.getLogger(__name__)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -97,6 +100,11 @@ class ModelSection(Section):
     def variant(self) -> Variant:
         """The model as checked plain data. Its ``frames`` and ``image_size`` are the size of a clip."""
         return model_variant(self.name, **self.overrides())
+
+    def resolved(self) -> ModelSection:
+        """The same model with the values that its name stands for in place of null."""
+        variant = self.variant()
+        return self.model_copy(update={key: getattr(variant, key) for key in ARCHITECTURE_KEYS})
 
 
 class SplitSection(Section):
@@ -163,6 +171,9 @@ class OptimSection(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # clip the gradient to this 2-norm
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weights' EMA, which is evaluated and saved
+    # Fine-tuning: parts that do not learn. 2: the stem and the first two stages; all: everything but the classifier.
+    freeze: Annotated[int, Field(ge=0, le=4)] | Literal["all"] | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # factor of the rate from a layer to the one before
 
 
 class TrainSection(Section):
@@ -280,6 +291,11 @@ class Config(Section):
             problems.append(
                 "model.choices works neither with train.compile nor with scaling.parallel fsdp; leave them out"
             )
+        if self.optim.freeze is not None and (self.model.choices or not self.model.weights):
+            problems.append(
+                f"optim.freeze {self.optim.freeze} keeps weights that are trained already: it needs model.weights, and "
+                "does not work with model.choices; leave it out"
+            )
         if self.optim.min_lr > self.optim.lr:
             problems.append(
                 f"optim.min_lr {self.optim.min_lr:g} is more than optim.lr {self.optim.lr:g}, the peak rate"
@@ -300,6 +316,20 @@ class Config(Section):
     def flat(self) -> dict[str, Any]:
         """All values by their full key, ``section.key``."""
         return flatten(self.model_dump(mode="json"))
+
+    def resolved(self) -> Config:
+        """The same recipe with the architecture that the model's name stands for (``ModelSection.resolved``)."""
+        return self.model_copy(update={"model": self.model.resolved()})
+
+    def non_defaults(self) -> dict[str, Any]:
+        """The values that differ from their defaults, by full key; ``name`` and the lists' paths have no default.
+
+        The default of an architecture's value is the one that ``model.name`` stands for.
+        """
+        splits = {name: SplitSection(path=getattr(self.data, name).path) for name in ("train", "val")}
+        default = Config(name=self.name, data=DataSection(**splits), model=ModelSection(name=self.model.name))
+        own, usual = self.resolved().flat(), default.resolved().flat() | {"model.name": ModelSection().name}
+        return {key: value for key, value in own.items() if key not in usual or usual[key] != value}
 
     def to_yaml(self) -> str:
         """The full effective recipe as YAML; ``load_recipe`` reads it back."""
@@ -326,6 +356,9 @@ def find_recipe(recipe: str | Path) -> Path:
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply overrides.
 
+    If an override of ``train.epochs`` makes the run shorter than its warm-up, the warm-up gets the same share of the
+    epochs as in the recipe.
+
     Args:
         recipe: a YAML file, or the name of a file in ``posmlp/recipes``.
         overrides: each is ``section.key=value``, see ``set_key``.
@@ -342,13 +375,33 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         found = type(as_typed(tree, Any)).__name__
         raise RecipeError(f"{path}: expected sections such as 'model:' and 'data:', found {found}")
     tree = as_typed(current_keys(tree), Config)
+    before = deepcopy(tree)
     for override in overrides:
         set_key(tree, override)
+    shorten_warmup(tree, before)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         problems = [describe(problem) for problem in error.errors()]
         raise RecipeError(f"{path} cannot be run:\n  " + "\n  ".join(problems)) from error
+
+
+def shorten_warmup(tree: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Scale a warm-up that is longer than the run, in place, if overrides changed the epochs and not the warm-up.
+
+    Args:
+        before: the tree without overrides.
+    """
+    try:
+        was, now = (TrainSection.model_validate(each.get("train", {})).epochs for each in (before, tree))
+        warmups = [OptimSection.model_validate(each.get("optim", {})).warmup_epochs for each in (before, tree)]
+    except (ValidationError, AttributeError):
+        return  # the caller lists the problems
+    warmup = warmups[0]
+    if warmups[1] == warmup and now < warmup <= was:
+        shorter = warmup * now / was
+        tree["optim"] = {**tree.get("optim", {}), "warmup_epochs": shorter}
+        logger.warning("optim.warmup_epochs %g becomes %.3g, because train.epochs=%d is shorter", warmup, shorter, now)
 
 
 def set_key(tree: dict[str, Any], override: str) -> None:

@@ -6,8 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from pipelines.commands.options import Commands, add_command, add_recipe, not_negative, positive, positive_float
-from posmlp.config import Format, load_recipe
+from pipelines.commands.options import (
+    Commands,
+    add_command,
+    add_recipe,
+    load_recipe_and_data,
+    not_negative,
+    positive,
+    positive_float,
+)
+from posmlp.config import Format
 from posmlp.errors import UserError
 
 if TYPE_CHECKING:
@@ -170,6 +178,6 @@ def add_preview(commands: Commands) -> None:
 def run_preview(args: argparse.Namespace) -> None:
     from pipelines.data.preview import preview
 
-    config = load_recipe(args.recipe, args.overrides)
+    config = load_recipe_and_data(args.recipe, args.overrides)
     preview(config, args.out, train=args.split == "train", epoch=args.epoch, videos=args.videos)
     print(args.out)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from posmlp.config import Config, load_recipe
 
 Handler = Callable[[argparse.Namespace], int | None]
 Commands = argparse._SubParsersAction  # what add_subparsers returns; argparse has no public name for it
@@ -54,6 +57,24 @@ def add_recipe(command: argparse.ArgumentParser, example: str, *, required: bool
     text = "recipe: a YAML file, or a name that `posmlp recipes` lists"
     command.add_argument("recipe", nargs=None if required else "?", help=text)
     add_overrides(command, example)
+
+
+def load_recipe_and_data(recipe: str, overrides: list[str]) -> Config:
+    """Load a recipe. For the recipe ``demo`` the embedded motion set is drawn, unless there is a list already."""
+    config = load_recipe(recipe, overrides)
+    train_list = Path(config.data.train.path)
+    if recipe == "demo" and config.data.train.path == load_recipe("demo").data.train.path and not train_list.exists():
+        draw_motion_set(train_list.parent)
+    return config
+
+
+def draw_motion_set(folder: Path) -> None:
+    """Draw the embedded motion set, unless the folder holds it."""
+    from posmlp.video.motion import make_motion_set
+
+    start = time.perf_counter()
+    make_motion_set(folder)
+    print(f"embedded motion set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def add_overrides(command: argparse.ArgumentParser, example: str) -> None:

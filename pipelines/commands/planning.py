@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 
-from pipelines.commands.options import Commands, add_command, add_recipe, not_negative, positive, positive_float
-from posmlp.config import load_recipe
+from pipelines.commands.options import (
+    Commands,
+    add_command,
+    add_recipe,
+    load_recipe_and_data,
+    not_negative,
+    positive,
+    positive_float,
+)
 from posmlp.errors import UserError
 
 # For the help text. Copies, because the modules that define them import PyTorch; tests/unit/pipelines/test_plan.py
@@ -32,7 +39,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     """Return exit code 1 if a check failed."""
     if args.recipe and "=" in args.recipe:
         raise UserError(f"override {args.recipe!r} without a recipe; name a recipe before it")
-    config = load_recipe(args.recipe, args.overrides) if args.recipe else None
+    config = load_recipe_and_data(args.recipe, args.overrides) if args.recipe else None
     from pipelines.planning.doctor import doctor, print_findings
 
     return int(not print_findings(doctor(config, args.address)))

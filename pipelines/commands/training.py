@@ -14,6 +14,8 @@ from pipelines.commands.options import (
     add_overrides,
     add_recipe,
     add_train_options,
+    draw_motion_set,
+    load_recipe_and_data,
     mlflow_hint,
 )
 from posmlp import metrics as names
@@ -44,12 +46,8 @@ def add_demo(commands: Commands) -> None:
 
 def run_demo(args: argparse.Namespace) -> None:
     """Make the data set, train, print the result."""
-    from posmlp.video.motion import make_motion_set
-
     config = load_recipe("demo", args.overrides)
-    start = time.perf_counter()
-    folder = make_motion_set(Path(config.data.train.path).parent)
-    print(f"embedded motion set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+    draw_motion_set(Path(config.data.train.path).parent)
     train_and_print(config, args)
 
 
@@ -60,7 +58,7 @@ def add_train(commands: Commands) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    train_and_print(load_recipe(args.recipe, args.overrides), args)
+    train_and_print(load_recipe_and_data(args.recipe, args.overrides), args)
 
 
 def train_and_print(config: Config, args: argparse.Namespace) -> None:

@@ -12,12 +12,12 @@ from pipelines.commands.options import (
     Commands,
     add_command,
     add_recipe,
+    load_recipe_and_data,
     mlflow_hint,
     not_negative,
     positive,
     positive_float,
 )
-from posmlp.config import load_recipe
 from posmlp.metrics import COSTS
 from tune_spaces import list_spaces
 
@@ -106,7 +106,7 @@ def run_tune(args: argparse.Namespace) -> None:
     else:
         if not args.recipe or not args.space:
             raise StudyError("give a recipe and --space, or --resume STUDY; see posmlp tune --help")
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe_and_data(args.recipe, args.overrides)
         name = args.name or f"{recipe.name}-{Path(args.space).stem}"
         try:
             study = Study(name=name, recipe=recipe, **given)
@@ -157,7 +157,7 @@ def run_supernet(args: argparse.Namespace) -> None:
     from pipelines.tuning import pareto
     from pipelines.tuning.supernet import supernet
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe_and_data(args.recipe, args.overrides)
     result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
     print(f"\n{pareto.describe_study(Path(result.run).name, result.members, 'gmacs')}")
     if result.agreement:

@@ -25,6 +25,7 @@ from posmlp.config import (
     set_value,
     warn_renamed,
 )
+from tests.helpers.log_lines import log_lines
 
 RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -553,3 +554,19 @@ def test_the_version_is_that_of_the_distribution(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     assert posmlp.__version__ == "0+unknown"
+
+
+def test_a_warm_up_longer_than_the_run_is_scaled_with_it():
+    assert load_recipe("demo").optim.warmup_epochs == 2 and load_recipe("demo").train.epochs == 24
+    with log_lines() as lines:
+        assert load_recipe("demo", ["train.epochs=1"]).optim.warmup_epochs == pytest.approx(2 / 24)
+        assert load_recipe("demo", ["train.epochs=1", "optim.lr=0.1"]).optim.lr == 0.1
+    assert lines == ["optim.warmup_epochs 2 becomes 0.0833, because train.epochs=1 is shorter"] * 2
+    with log_lines() as lines:
+        assert load_recipe("demo", ["train.epochs=2"]).optim.warmup_epochs == 2
+        assert load_recipe("demo", ["train.epochs=1", "optim.warmup_epochs=1"]).optim.warmup_epochs == 1
+    assert not lines
+    with pytest.raises(RecipeError, match=r"warmup_epochs 3\.0 is more than train\.epochs 1"):
+        load_recipe("demo", ["train.epochs=1", "optim.warmup_epochs=3"])  # both are chosen
+    with pytest.raises(RecipeError, match=r"train\.epochs"):
+        load_recipe("demo", ["train.epochs=many"])

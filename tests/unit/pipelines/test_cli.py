@@ -16,6 +16,7 @@ import yaml
 
 from pipelines.cli import main
 from pipelines.commands import recipes
+from pipelines.commands.options import load_recipe_and_data
 from pipelines.data.loader import global_order
 from pipelines.runs.record import write_record
 from pipelines.tracking.journal import Journal
@@ -278,3 +279,17 @@ def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_pat
     ]
     assert main(["runs", str(tmp_path / "something else")]) == 1
     assert "holds no run and no study" in capsys.readouterr().err
+
+
+def test_the_recipe_demo_draws_its_data_set_if_it_is_not_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr("posmlp.video.motion.make_motion_set", lambda folder: drawn.append(str(folder)))
+    load_recipe_and_data("demo", ["train.epochs=1"])
+    assert drawn == ["data/motion"] and "embedded motion set: data/motion" in capsys.readouterr().out
+    load_recipe_and_data("demo", ["data.train.path=mine.csv"])
+    load_recipe_and_data("small_data", [])
+    Path("data/motion").mkdir(parents=True)
+    Path("data/motion/train.csv").write_text("path,label\n")  # another set, which is left alone
+    load_recipe_and_data("demo", [])
+    assert drawn == ["data/motion"]

@@ -54,6 +54,8 @@ KEYS_FIXED_ON_RESUME = (
     "model.choices",
     "train.global_batch",
     "train.seed",
+    "optim.freeze",
+    "optim.layer_decay",
     "data.repeats",
     "data.train.",
     "data.format",

@@ -27,8 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.ema import WeightEMA
-from posmlp.learn.optim import build_optimizer, learning_rate
+from posmlp.learn.finetune import freeze_parts
+from posmlp.learn.optim import RATE_SCALE, build_optimizer, learning_rate
 from posmlp.learn.parallel import gradient_sync, mean_over_workers, rank, total_norm, world_size
+from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import flip_labels, to_input, to_train_input
 from posmlp.video.batch import Batch
@@ -73,6 +75,8 @@ class Learner:
         module: the backbone without ``DistributedDataParallel``; with FSDP its parameters are sharded.
         step: number of finished optimizer steps.
         num_classes: length of the logits.
+        frozen: the parts that do not learn (``optim.freeze``). They stay in eval mode: no drop path, no dropout, and
+            batch norms use their stored statistics and leave them unchanged.
         ema: the moving average of the weights; None without ``optim.ema``. The model itself holds the live weights.
 
     Raises:
@@ -88,6 +92,7 @@ class Learner:
         self.device = next(model.parameters()).device
         self.num_classes = config.model.variant().num_classes
         self.flipped = flip_labels(config.augment.flip_classes, class_names, self.num_classes).to(self.device)
+        self.frozen = freeze_parts(cast(PosMLPVideo, self.module), config.optim.freeze)
         self.optimizer = build_optimizer(self.module, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
         self.ema = WeightEMA(self.module, config.optim.ema) if config.optim.ema else None
@@ -108,8 +113,11 @@ class Learner:
         """
         optim = self.config.optim
         self.model.train()
+        for part in self.frozen:
+            part.eval()
+        rate = learning_rate(self.step / self.steps_per_epoch, self.config.train, optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step / self.steps_per_epoch, self.config.train, optim)
+            group["lr"] = rate * group.get(RATE_SCALE, 1.0)
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.step) * 1_009 + rank())
         if isinstance(self.module, Supernet):
             self.module.draw(self.config.train.seed, self.step)
@@ -214,7 +222,10 @@ class Learner:
         but the saved run had none, the average starts from the weights.
         """
         full = StateDictOptions(full_state_dict=True)
-        hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
+        hyperparameters = [
+            {k: group[k] for k in ("weight_decay", "betas", RATE_SCALE) if k in group}
+            for group in self.optimizer.param_groups
+        ]
         set_model_state_dict(self.module, dict[str, Any](state["model"] or weights), options=full)
         if self.ema:
             self.ema = WeightEMA(self.module, self.ema.decay)

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import AdamW
 
 from posmlp.config import OptimSection, TrainSection
+from posmlp.learn.finetune import rate_scales
+from posmlp.model.backbone import PosMLPVideo
+
+RATE_SCALE = "rate_scale"  # of a parameter group with layer decay: its share of the learning rate
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
-    """Create AdamW without weight decay on 1-D parameters: biases, norms and token biases (the published recipe)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """Create AdamW without weight decay on 1-D parameters: biases, norms and token biases (the published recipe).
+
+    Frozen parameters are left out. With ``layer_decay`` each layer has groups of its own, the last layer first, whose
+    ``RATE_SCALE`` is the layer's share of the learning rate.
+    """
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scales: dict[str, float] = {}
+    if config.layer_decay is not None:
+        scales = rate_scales(cast(PosMLPVideo, model), config.layer_decay)
+    groups: list[dict[str, Any]] = []
+    for scale in sorted({scales.get(name, 1.0) for name, _ in learning}, reverse=True):
+        parameters = [p for name, p in learning if scales.get(name, 1.0) == scale]
+        extra = {RATE_SCALE: scale} if scales else {}
+        groups += [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay, **extra},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, **extra},
+        ]
     return AdamW(groups, lr=config.lr, betas=config.betas)
 
 

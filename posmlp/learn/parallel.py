@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from posmlp.config import Config
+from posmlp.learn.finetune import freeze_parts
 from posmlp.model.backbone import PosMLPVideo, Stage
 from posmlp.model.supernet import Supernet
 
@@ -44,13 +45,15 @@ def parallelise(model: PosMLPVideo, config: Config, device: torch.device) -> nn.
 
     Args:
         model: has the same weights on all workers.
-        config: the recipe, for ``train.compile``, ``.recompute``, ``.sync_batch_norm`` and ``scaling.parallel``.
+        config: the recipe, for ``train.compile``, ``.recompute``, ``.sync_batch_norm``, ``scaling.parallel`` and
+            ``optim.freeze``.
         device: this worker's device.
 
     Returns:
         The model itself, with FSDP a sharded one, or ``DistributedDataParallel`` around it.
     """
     distributed = world_size() > 1
+    freeze_parts(model, config.optim.freeze)  # before the wrappers look at the parameters
     model.to(device)
     if distributed and config.train.sync_batch_norm:
         if device.type == "cuda":

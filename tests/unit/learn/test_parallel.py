@@ -91,13 +91,15 @@ def create_weights(overrides):
         (),
         ("scaling.parallel=fsdp", "optim.ema=0.9"),
         ("optim.ema=0.9", "augment.mixup=0.8", "augment.cutmix=1", "optim.clip_grad=0.1", "train.recompute=true"),
+        ("optim.freeze=2", "optim.layer_decay=0.7", "model.weights=given", "optim.ema=0.9"),
+        ("optim.freeze=2", "optim.layer_decay=0.7", "model.weights=given", "scaling.parallel=fsdp"),
         (
             "model.choices={depths: [[1, 2], [1, 2], [1], [1, 3]], blocks: [[parallel, joint], [], [], []]}",
             "optim.ema=0.9",
             "train.recompute=true",
         ),
     ],
-    ids=["ddp", "fsdp", "everything", "supernet"],
+    ids=["ddp", "fsdp", "everything", "fine_tuning", "fine_tuning_fsdp", "supernet"],
 )
 def test_two_workers_train_as_one(tmp_path, overrides):
     one = train(0, 1, overrides)
@@ -109,6 +111,31 @@ def test_two_workers_train_as_one(tmp_path, overrides):
     ahead = on_two(tmp_path / "more", *overrides, state=one[1:])[0], train(0, 1, overrides, state=two[1:])[0]
     assert ahead[0][0] == pytest.approx(ahead[1][0], rel=1e-4)
     assert ahead[0] == pytest.approx(ahead[1], rel=1e-2)
+
+
+def reduced_worker(rank, folder):
+    """Saves the number of gradient values that the workers exchange in a step with frozen parts."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    config = load_recipe("demo", [*SMALL, "scaling.workers=2", "optim.freeze=3", "model.weights=given"])
+    model = parallelise(create_model(config.model.name, **config.model.overrides()), config, torch.device("cpu"))
+    sizes = []
+
+    def reduce(state, bucket):
+        sizes.append(bucket.buffer().numel())
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0] / 2)
+
+    model.register_comm_hook(None, reduce)
+    Learner(model, config, STEPS).train_step(list(global_batch(0).micro_batches(4))[rank])
+    torch.save(sizes, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_frozen_parameters_are_not_reduced(tmp_path):
+    start_two(reduced_worker, (str(tmp_path),))
+    config = load_recipe("demo", SMALL)
+    model = create_model(config.model.name, **config.model.overrides())
+    learning = sum(p.numel() for part in (model.stages[3], model.norm, model.head) for p in part.parameters())
+    assert [sum(torch.load(tmp_path / f"{rank}.pt")) for rank in (0, 1)] == [learning, learning]
 
 
 def test_padding_does_not_change_the_gradient():

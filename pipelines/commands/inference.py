@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 from pipelines.commands.options import Commands, add_command, add_overrides, add_trained_model, add_views, positive
+
+CLASSES_SHOWN = 5  # in the summary of predictions
 
 
 def add_commands(commands: Commands) -> None:
@@ -41,7 +46,10 @@ def add_predict(commands: Commands) -> None:
     add_trained_model(predict)
     add_views(predict)
     predict.add_argument(
-        "files", nargs="+", metavar="FILE", help="a video, an image or a folder of frames; a path or a URI"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="a video, an image, a folder of frames (each a path or a URI), or a folder with videos in it",
     )
     predict.add_argument("--top", type=positive, default=5, help="classes printed per file (default: %(default)s)")
     predict.add_argument("--json", action="store_true", help="print one line of JSON per file")
@@ -52,16 +60,36 @@ def run_predict(args: argparse.Namespace) -> int:
     from pipelines.inference.predict import predict
     from posmlp.video.views import parse_views
 
-    unreadable = 0
-    for prediction in predict(args.model, args.files, args.top, parse_views(args.views) if args.views else None):
+    files = [file for given in args.files for file in videos_in(given) or [given]]
+    first, unreadable = Counter[str](), 0
+    for prediction in predict(args.model, files, args.top, parse_views(args.views) if args.views else None):
         unreadable += bool(prediction.error)
+        first.update(name for name, _ in prediction.top[:1])
         if args.json:
             print(prediction.json(), flush=True)
         elif prediction.error:
             print(f"posmlp: {prediction.file}: {prediction.error}", file=sys.stderr, flush=True)
         else:
             print(prediction, flush=True)
+    if len(files) > 1 and not args.json:
+        print(f"\n{summarise_predictions(first, unreadable)}")
     return int(unreadable > 0)
+
+
+def videos_in(folder: str) -> Sequence[str]:
+    """List the videos in a local folder and in the folders below it. Empty for a file or a folder of frames."""
+    from posmlp.video.manifest import VIDEO_SUFFIXES
+
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    return [str(path) for path in files if path.is_file()]
+
+
+def summarise_predictions(first: Counter[str], unreadable: int) -> str:
+    """Format how many files were predicted, and how often each class came first, the most frequent five."""
+    classes = ", ".join(f"{name} {files}" for name, files in first.most_common(CLASSES_SHOWN))
+    more = f" and {len(first) - CLASSES_SHOWN} more classes" if len(first) > CLASSES_SHOWN else ""
+    problems = f"; {unreadable} could not be read" if unreadable else ""
+    return f"{first.total() + unreadable} files: {classes or 'none'}{more}{problems}"
 
 
 def add_export(commands: Commands) -> None:

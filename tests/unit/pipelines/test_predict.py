@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imsave
 
+from pipelines.cli import main
 from pipelines.inference.predict import predict
 from pipelines.runs.models import find_checkpoint
 from posmlp.errors import UserError
@@ -128,3 +130,27 @@ def test_views_that_cannot_be_are_refused(text):
 
 def test_views_are_clips_and_crops():
     assert parse_views("10x1") == (10, 1)
+
+
+def test_a_folder_of_videos_is_all_its_videos_and_a_summary(trained, motion_set, tmp_path, capsys):
+    run, _, _ = trained
+    good = videos_of(motion_set, 3)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    names = ["a.MP4", "deep/b.mp4", "deep/er/c.mp4"]
+    for source, name in zip(good, names, strict=True):
+        shutil.copy(source, tmp_path / name)
+    (tmp_path / "deep" / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "notes.txt").write_text("no video")
+    assert main(["predict", str(run), str(tmp_path), "--top", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if line.startswith("/")] == [str(tmp_path / name) for name in names]
+    first = Counter(p.top[0][0] for p in predict(str(run), good, top=1))
+    (summary,) = (line for line in out.splitlines() if " files: " in line)
+    assert summary.startswith("4 files: ") and summary.endswith("; 1 could not be read")
+    assert all(f"{name} {files}" in summary for name, files in first.items())
+    assert f"{tmp_path}/deep/broken.mp4: " in err
+
+    assert main(["predict", str(run), good[0]]) == 0
+    assert " files: " not in capsys.readouterr().out
+    assert main(["predict", str(run), *good, "--json"]) == 0
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 3

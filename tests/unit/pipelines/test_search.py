@@ -7,14 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.tuning import search as searching
 from pipelines.tuning import study as records
 from pipelines.tuning.search import (
     check_space,
+    make_sampler,
     objectives,
     propose_trial,
     space_size,
     static_costs,
     suggest_members,
+    to_distribution,
+    to_optuna_trial,
 )
 from pipelines.tuning.study import Study, StudyError, Trial, TrialState, over_budget
 from posmlp import create_model
@@ -228,3 +232,155 @@ def test_the_record_of_a_study_is_read_back(tmp_path):
         records.find_study(str(tmp_path / "s"))
     with pytest.raises(StudyError, match="no study nowhere"):
         records.find_study("nowhere")
+
+
+# What Optuna gets, as literals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("searcher", "at_random", "kind", "options"),
+    [
+        ("tpe", False, "TPESampler", {"n_startup_trials": 8, "multivariate": True, "constant_liar": True}),
+        ("nsga2", False, "NSGAIISampler", {"population_size": 12}),
+        ("random", False, "RandomSampler", {}),
+        ("tpe", True, "RandomSampler", {}),
+        ("nsga2", True, "RandomSampler", {}),
+    ],
+)
+def test_the_samplers_of_optuna_and_their_settings(searcher, at_random, kind, options, monkeypatch):
+    """The seed is numpy.random.SeedSequence([3, 5]).generate_state(1), as printed by NumPy 2."""
+    made = []
+    for name in ("TPESampler", "NSGAIISampler", "RandomSampler"):
+        monkeypatch.setattr(searching, name, lambda seed=None, _name=name, **given: made.append((_name, seed, given)))
+    make_sampler(study_of(searcher, "gmacs" if searcher == "nsga2" else None, seed=3), 5, at_random)
+    assert made == [(kind, 3746004709, options)]
+
+
+def test_after_50_suggestions_that_were_not_used_members_are_random(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        searching, "make_sampler", lambda study, *how: asked.append(how) or optuna.samplers.RandomSampler(how[0])
+    )
+    suggestions = suggest_members(study_of("tpe"), FOUR, [], 7)
+    assert [next(suggestions).number for _ in range(53)] == list(range(7, 60))
+    assert asked == [(number, number >= 57) for number in range(7, 60)]
+
+
+def test_a_suggestion_that_was_not_used_counts_as_failed(monkeypatch):
+    created, create = [], optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **options: created.append(create(**options)) or created[-1])
+    suggestions = suggest_members(study_of("random"), FOUR, [], 0)
+    members = [next(suggestions).member for _ in range(3)]
+    assert [trial.state.name for trial in created[0].trials] == ["FAIL", "FAIL", "RUNNING"]
+    assert [trial.params for trial in created[0].trials] == members
+    assert all(member.keys() == FOUR.dimensions.keys() for member in members)
+    assert all(value in FOUR.dimensions[name] for member in members for name, value in member.items())
+
+
+def test_the_generation_of_nsga2_is_stored_with_the_trial():
+    """After a population of 12 the next is bred; a suggestion without the generations of the others is not."""
+    trials = search(study_of("nsga2", "gmacs"), 14)
+    generations = [list(trial.sampler_attrs.values()) for trial in trials]
+    assert generations == [[0]] * 12 + [[1]] * 2
+    assert all(name.endswith(":generation") for trial in trials for name in trial.sampler_attrs)
+    assert search(study_of("tpe"), 1)[0].sampler_attrs == {}
+
+
+def test_dimensions_as_optuna_has_them():
+    assert to_distribution((1, "x", 0.5)) == optuna.distributions.CategoricalDistribution((1, "x", 0.5))
+    assert to_distribution(Range(0.25, 2.0)) == optuna.distributions.FloatDistribution(0.25, 2.0, log=False)
+    assert to_distribution(Range(0.25, 2.0, log=True)) == optuna.distributions.FloatDistribution(0.25, 2.0, log=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "top1", "expected"),
+    [
+        (TrialState.FINISHED, 0.7, ("COMPLETE", [0.7], {})),
+        (TrialState.STOPPED, 0.7, ("PRUNED", None, {3: 0.7})),
+        (TrialState.RUNNING, 0.7, ("RUNNING", None, {})),
+        (TrialState.FAILED, 0.7, ("FAIL", None, {})),
+        (TrialState.OVER_BUDGET, 0.7, ("FAIL", None, {})),
+        (TrialState.FINISHED, float("inf"), ("FAIL", None, {})),
+        (TrialState.STOPPED, float("nan"), ("FAIL", None, {})),
+        (TrialState.RUNNING, None, ("RUNNING", None, {})),
+    ],
+)
+def test_a_trial_as_optuna_has_it(state, top1, expected):
+    metrics = {"epoch": 3.0} | ({} if top1 is None else {VAL_TOP1: top1})
+    member, space = {"a": 2, "c": 0.25}, {"a": to_distribution((1, 2)), "c": to_distribution(Range(0.1, 1.0))}
+    trial = Trial(4, member, state=state, metrics=metrics, sampler_attrs={"x:generation": 2})
+    made = to_optuna_trial(study_of("tpe"), trial, space)
+    assert (made.state.name, made.values, made.intermediate_values) == expected
+    assert (made.params, made.distributions, made.system_attrs) == (member, space, {"x:generation": 2})
+
+
+# Which trial is proposed ----------------------------------------------------------------------------------------------
+
+
+def test_a_trial_has_the_next_numbers_and_the_seed_of_the_recipe():
+    """Of the trials and of the suggestions; the searcher learns from the first seed of each member alone."""
+    recipe = BASE.model_copy(update={"train": BASE.train.model_copy(update={"seed": 11})})
+    study = study_of("grid").model_copy(update={"recipe": recipe})
+    first = propose_trial(study, FOUR, [])
+    assert (first.number, first.suggestion, first.seed, first.repeat_of) == (0, 0, 11, None)
+    earlier = [Trial(4, {"a": 1, "b": "x", "c": 0.5, "d": 0}, suggestion=2), Trial(6, {"a": 9}, repeat_of=4)]
+    trial = propose_trial(study, FOUR, earlier)
+    assert (trial.number, trial.suggestion, trial.seed, trial.state) == (7, 3, 11, TrialState.RUNNING)
+    assert trial.member == {"a": 1, "b": "x", "c": 1.0, "d": 1}
+
+
+def test_the_searcher_does_not_see_repeats(monkeypatch):
+    given_trials = []
+    monkeypatch.setattr(
+        searching, "suggest_members", lambda study, space, trials, start: given_trials.append((trials, start)) or ()
+    )
+    trials = [Trial(0, {"a": 1}, suggestion=0), Trial(1, {"a": 1}, repeat_of=0), Trial(2, {"a": 2}, suggestion=5)]
+    assert propose_trial(study_of("tpe"), FOUR, trials) is None
+    assert given_trials == [([trials[0], trials[2]], 6)]
+
+
+def test_members_that_are_known_or_cannot_be_built_are_skipped():
+    """Of (width, groups) in order: the first is known, the second is refused, as 16 channels have no 3 groups."""
+    space = Space({"dim": (16,), "groups": (4, 3, 8)}, lambda m: {"model.groups": [m["groups"], 8, 8, 16]})
+    known = Trial(0, {"groups": 4, "dim": 16}, suggestion=0)  # in another order
+    trial = propose_trial(study_of("grid"), space, [known])
+    assert (trial.number, trial.suggestion, trial.member) == (1, 2, {"dim": 16, "groups": 8})
+    assert propose_trial(study_of("grid"), space, [known, trial]) is None
+
+
+def test_a_search_gives_up_after_2000_suggestions(monkeypatch):
+    taken = []
+
+    def endless(study, space, trials, start):
+        for number in range(10**6):
+            taken.append(number)
+            yield searching.Suggestion(number, {"lr": 0.5}, {})
+
+    monkeypatch.setattr(searching, "suggest_members", endless)
+    space = Space({"lr": Range(0.1, 1.0)}, lambda member: {})
+    assert propose_trial(study_of("tpe"), space, [Trial(0, {"lr": 0.5})]) is None
+    assert len(taken) == 2000
+
+
+def test_the_size_of_a_space():
+    assert space_size(FOUR) == 72
+    assert space_size(Space({"a": (1, 2), "lr": Range(0.1, 1.0)}, FOUR.keys)) == float("inf")
+
+
+def test_values_are_compared_with_those_of_the_space():
+    space = Space({"a": (1, 2), "lr": Range(0.25, 1.0)}, lambda member: {})
+    for lr in (0.25, 0.5, 1.0, 1):
+        check_space(study_of("tpe"), space, [Trial(0, {"a": 2, "lr": lr})])
+    for member in ({"a": 3, "lr": 0.5}, {"a": 1, "lr": 0.24}, {"a": 1, "lr": 1.01}):
+        with pytest.raises(StudyError, match="space none has changed since trial 5 of s, which is "):
+            check_space(study_of("tpe"), space, [Trial(0, {"a": 2, "lr": 0.5}), Trial(5, member)])
+
+
+def test_a_grid_names_all_ranges_of_the_space():
+    space = Space({"lr": Range(1e-4, 1e-2), "a": (1, 2), "decay": Range(0, 1)}, lambda member: {})
+    message = "searcher grid needs values to choose from, but space none has ranges (lr, decay); use another searcher"
+    with pytest.raises(StudyError) as error:
+        check_space(study_of("grid"), space, [])
+    assert str(error.value) == message
+    check_space(study_of("random"), space, [])
+    check_space(study_of("grid"), FOUR, [])

@@ -70,6 +70,9 @@ class Finding:
         return f"{self.level:<5} {self.what}" + (f"\n      -> {self.advice}" if self.advice else "")
 
 
+ORDER = ("fail", "warn", "ok")
+
+
 @dataclass(frozen=True)
 class Node:
     """A node of the cluster, as Ray and a task on it report.
@@ -399,11 +402,10 @@ def one_line(error: BaseException) -> str:
 
 
 def print_findings(findings: Iterator[Finding]) -> bool:
-    """Print each finding as soon as it is made, then the counts; returns whether none is ``fail``."""
-    levels = []
-    for finding in findings:
-        print(finding, flush=True)
-        levels.append(finding.level)
-    counts = ", ".join(f"{levels.count(level)} {level}" for level in ("ok", "warn", "fail"))
-    print(f"\n{counts}")
+    """Print a verdict, then the findings, the worst first. Returns whether none is ``fail``."""
+    found = sorted(findings, key=lambda finding: ORDER.index(finding.level))
+    levels = [finding.level for finding in found]
+    counts = ", ".join(f"{levels.count(level)} {level}" for level in ORDER)
+    verdict = "a run would not work" if "fail" in levels else "ready, with warnings" if "warn" in levels else "ready"
+    print("\n".join([f"{verdict}: {counts}\n", *map(str, found)]), flush=True)
     return "fail" not in levels

@@ -19,6 +19,7 @@ from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
 from posmlp.model.cost import EVAL_FLOPS_PER_MAC, PEAKS, TRAIN_FLOPS_PER_MAC, count_macs, count_params
+from posmlp.video.draws import epoch_length
 from posmlp.video.manifest import read_split, training_classes
 
 # GPUs
@@ -517,7 +518,8 @@ def count_videos(config: Config, split: str, option: str, given: int | None) -> 
             "(Kinetics-400 has about 240000 training and 20000 validation videos)"
         )
     known = training_classes(config.data) if split == "val" and here["train"] else None
-    return len(read_split(config.data, "train" if split == "train" else "val", known).rows)
+    rows = read_split(config.data, "train" if split == "train" else "val", known).rows
+    return epoch_length(rows, config.data.balance) if split == "train" else len(rows)
 
 
 # --- printing a plan -------------------------------------------------------------------------------------------------
@@ -526,10 +528,11 @@ TableRow = tuple[str, float, str, str]  # label, number, unit, where the number 
 
 
 def format_plan(plan: RunPlan) -> str:
-    """Return the text that ``posmlp plan`` prints: a line for each number, then the bottleneck and what removes it."""
+    """Return the text that ``posmlp plan`` prints: the nodes, the verdict, then a line for each number."""
     rows = [*gpu_rows(plan), *data_rows(plan), *network_rows(plan), *run_rows(plan)]
     lines = [f"  {label:<27}{format_number(value):>9}  {unit:<15}{origin}" for label, value, unit, origin in rows]
-    return "\n".join([describe_cluster(plan), *lines, describe_bottleneck(plan)])
+    verdict = f"run time {format_number(plan.run_s / 3600)} hours; {describe_bottleneck(plan)}"
+    return "\n".join([describe_cluster(plan), verdict, *lines])
 
 
 def describe_cluster(plan: RunPlan) -> str:
@@ -624,7 +627,7 @@ def run_rows(plan: RunPlan) -> list[TableRow]:
 
 
 def describe_bottleneck(plan: RunPlan) -> str:
-    """Return the last line: the bottleneck, the next one, and what would remove the first."""
+    """Describe the bottleneck, the next one, and what would remove the first."""
     rates, part = plan.max_rates(), plan.bottleneck
     second = min((name for name in rates if name != part), key=rates.__getitem__)
     text = f"{part}, {format_number(plan.rate)} clips/s; next {second}, {format_number(rates[second])} clips/s"

@@ -80,7 +80,7 @@ def test_the_doctor_finds_no_problem_and_the_upload_is_small(cluster, motion_set
     look += "print('THERE', *{path.parts[0] for path in files})\nprint('BYTES', sum(p.stat().st_size for p in files))"
     work = f"{shlex.join([sys.executable, '-c', look])} && {shlex.join([*POSMLP, 'doctor', path])}"
     code, out = run_job(cluster, "sh", "-c", work)
-    assert code == 0 and "nodes that answer: 3 of 3, 4 CPUs" in out and "0 warn, 0 fail" in out, out
+    assert code == 0 and "nodes that answer: 3 of 3, 4 CPUs" in out and "ready: 0 fail, 0 warn" in out, out
     assert float(re.search(r"the job's working directory: \d+ files, ([\d.]+) MiB", out)[1]) < 8
     printed = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("THERE", "BYTES"))}
     assert int(printed["BYTES"][0]) < 8e6, printed

@@ -7,6 +7,7 @@ import pytest
 from pipelines.cli import main
 from pipelines.planning import doctor as module
 from pipelines.planning.doctor import (
+    Finding,
     Node,
     check_mlflow,
     check_nodes,
@@ -14,6 +15,7 @@ from pipelines.planning.doctor import (
     check_stores,
     check_upload,
     doctor,
+    print_findings,
     versions,
 )
 from posmlp.config import RecipeError, load_recipe
@@ -136,3 +138,18 @@ def test_what_a_probe_cannot_do_is_its_report(tmp_path, monkeypatch):
 def test_a_cluster_that_does_not_answer_is_told_at_once():
     ((level, what),) = lines(doctor(None, "127.0.0.1:1"))
     assert level == "fail" and "127.0.0.1:1: nothing answers there" in what
+
+
+@pytest.mark.parametrize(
+    ("levels", "verdict", "passed"),
+    [
+        (["ok", "warn", "fail", "ok"], "a run would not work: 1 fail, 1 warn, 2 ok", False),
+        (["ok", "warn"], "ready, with warnings: 0 fail, 1 warn, 1 ok", True),
+        (["ok"], "ready: 0 fail, 0 warn, 1 ok", True),
+    ],
+)
+def test_the_verdict_comes_first_and_then_the_worst(capsys, levels, verdict, passed):
+    assert print_findings(iter([Finding(level, f"{level} {i}") for i, level in enumerate(levels)])) is passed
+    first, _, *rest = capsys.readouterr().out.splitlines()
+    assert first == verdict
+    assert [line.split()[0] for line in rest] == sorted(levels, key=["fail", "warn", "ok"].index)

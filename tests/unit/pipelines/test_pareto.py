@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunData, RunInfo, RunTag
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from PIL import Image
 
 from pipelines.tracking.mlflow_client import PARENT
@@ -267,3 +270,265 @@ def test_a_trials_recipe_has_no_password():
     study = Study(name="s", recipe=BASE.model_copy(update={"tracking": tracking}), space="block_types")
     text = pareto.standalone_recipe(BASE, study, 3)
     assert "uri: http://mlflow.example\n" in text and "hushhush" not in text
+
+
+# Tables and texts, as literals ----------------------------------------------------------------------------------------
+
+
+def study_of_three():
+    """Two finished trials, the first with a repeat; one without latency; one that failed and one that runs."""
+    members = [
+        {"block1": "parallel", "block2": "joint", "width": 1.5},
+        {"block1": "joint", "block2": "joint", "width": 0.123456},
+        {"block1": "spatial", "block2": "joint", "width": 2},
+    ]
+    trials = [trial(0, 0.5, 2.0, member=members[0]), trial(1, 0.25, 1.0, member=members[1])]
+    trials += [trial(2, 0.7, 2.0, repeat_of=0, seed=1, member=members[0])]
+    trials += [replace(trial(3, 0.0, 4.0, TrialState.FAILED, member=members[2]), metrics={}, reason="out of memory")]
+    trials += [replace(trial(4, 0.0, 4.0, TrialState.RUNNING, member=members[2]), metrics={GMACS: 4.0})]
+    costs = {k: v for k, v in trials[1].metrics.items() if k != COSTS["latency"]}
+    return [trials[0], replace(trials[1], metrics=costs), *trials[2:]]
+
+
+def test_a_study_in_words():
+    """The hypervolume is that of (0.25, 1) and (0.5, 2) up to the reference cost, by hand."""
+    text = """look: 3 finished, 1 failed, 1 running; hypervolume 0.125 (top-1 against gmacs)
+
+  trial   top-1        over seeds       ms     GMACs  M params  member
+      1   25.0%                                    1       0.5  block joint,joint; width 0.1235
+      0   50.0%  60.0% ± 14.1 (2)       20         2         1  block parallel,joint; width 1.5"""
+    assert pareto.describe_study("look", study_of_three(), "gmacs") == text
+    volume = (0.25 * (4 - 1) + 0.25 * (4 - 2)) / 4
+    assert f"hypervolume {volume:.3f} " in pareto.describe_study("look", study_of_three(), "gmacs", 4.0)
+    assert pareto.describe_study("look", [], "gmacs") == "look: no trials"
+    waiting = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET), trial(1, 0.5, 1.0, TrialState.STOPPED)]
+    assert pareto.describe_study("look", waiting, "gmacs") == "look: 1 stopped early, 1 over budget"
+
+
+def test_the_rows_of_a_table():
+    rows = pareto.trial_rows(study_of_three())
+    latency, params = COSTS["latency"], COSTS["params"]
+    first = {"trial": 0, "state": "finished", "reason": "", "seed": 0, "repeats": ""}
+    first |= {"search.block1": "parallel", "search.block2": "joint", "search.width": 1.5}
+    first |= {"top1": 0.5, "top1_mean": pytest.approx(0.6), "top1_std": pytest.approx(0.2 / math.sqrt(2)), "seeds": 2}
+    first |= {latency: 20.0, GMACS: 2.0, params: 1.0, "front_latency": 1, "front_gmacs": 1, "front_params": 1}
+    assert rows[0] == first
+    assert list(rows[0]) == list(first)
+    assert (rows[1]["top1_std"], rows[1]["seeds"]) == (None, 1)
+    assert (rows[1]["front_latency"], rows[1]["front_gmacs"], rows[1]["front_params"]) == (0, 1, 1)
+    assert (rows[2]["repeats"], rows[2]["seed"], rows[2]["front_gmacs"]) == (0, 1, 0)
+    assert rows[3] == {
+        **{"trial": 3, "state": "failed", "reason": "out of memory", "seed": 0, "repeats": ""},
+        **{"search.block1": "spatial", "search.block2": "joint", "search.width": 2},
+        **{"front_latency": 0, "front_gmacs": 0, "front_params": 0},
+    }
+    assert rows[4][GMACS] == 4.0 and "top1" not in rows[4]
+
+
+def test_rows_as_csv():
+    rows = [{"trial": 0, "why": "a, b"}, {"trial": 1, "top1": 0.5}, {}]
+    assert pareto.to_csv(rows) == b'trial,why,top1\n0,"a, b",\n1,,0.5\n,,\n'
+
+
+def test_a_trial_as_it_is_drawn():
+    trials = study_of_three()
+    point = pareto.trial_point(trials[0], trials, "spatial")
+    assert (point.number, point.top1, point.mean, point.seeds) == (0, 0.5, pytest.approx(0.6), 2)
+    assert point.deviation == pytest.approx(0.2 / math.sqrt(2))
+    assert point.costs == {"latency": 20.0, "gmacs": 2.0, "params": 1.0}
+    assert (point.blocks, point.label) == (("parallel", "joint"), "block parallel,joint; width 1.5")
+    point = pareto.trial_point(trials[1], trials, "spatial")
+    assert math.isnan(point.costs["latency"]) and (point.costs["gmacs"], point.deviation) == (1.0, None)
+    shallow = trial(7, 0.5, 1.0, member={"depth1": 2, "block2": "joint", "block": "spatial", "blocks": "no"})
+    assert pareto.trial_point(shallow, [], "parallel").blocks == ("spatial", "joint")
+    shallow = trial(7, 0.5, 1.0, member={"depth1": 2})
+    assert pareto.trial_point(shallow, [], "parallel").blocks == ("parallel",)
+    assert pareto.trial_point(shallow, [], ["joint", "spatial"]).blocks == ("joint", "spatial")
+
+
+def test_the_distribution_of_a_dimension():
+    """Nine or more different floats are a range; fewer, or anything else, a choice."""
+    floats = [0.5, 0.25, 3.0, 2.0, 1.0, 4.0, 7.0, 6.0, 5.0]
+    assert pareto.infer_distribution(floats) == FloatDistribution(0.25, 7.0)
+    assert pareto.infer_distribution(floats[:8] * 2) == CategoricalDistribution(sorted(floats[:8], key=str))
+    assert pareto.infer_distribution(list(range(9))) == CategoricalDistribution(range(9))
+    assert pareto.infer_distribution([*floats, "x"]) == CategoricalDistribution(sorted([*floats, "x"], key=str))
+
+
+def test_importance_starts_with_four_trials_and_is_sorted():
+    trials = [trial(i, top1, 1.0, member={"b": i % 2, "a": i}) for i, top1 in enumerate([0.1, 0.9, 0.1, 0.9])]
+    found = pareto.dimension_importance(trials, VAL_TOP1)
+    assert set(found) == {"a", "b"} and list(found.values()) == sorted(found.values(), reverse=True)
+    assert pareto.dimension_importance(trials[:3], VAL_TOP1) == {}
+    trials[1] = replace(trials[1], metrics={VAL_TOP1: math.inf})
+    assert pareto.dimension_importance(trials, VAL_TOP1) == {}
+    assert pareto.dimension_importance([trial(i, i / 9, 1.0, member={"a": 1}) for i in range(9)], VAL_TOP1) == {}
+
+
+def test_the_largest_cost_is_above_0():
+    assert pareto.largest_cost([trial(0, 0.5, 2.0), trial(1, 0.5, 9.0, TrialState.STOPPED)], "latency") == 20.0
+    assert pareto.largest_cost([], "gmacs") == 1.0
+    assert pareto.largest_cost([trial(0, 0.5, 0.0)], "gmacs") == 1.0
+
+
+def test_the_curve_of_the_hypervolume_by_hand():
+    trials = [trial(0, 0.5, 2.0), trial(1, 0.25, 1.0), trial(2, 1.0, 4.0)]
+    assert pareto.hypervolume_curve(trials, "gmacs") == [0.5 * 2 / 4, (0.25 * 3 + 0.25 * 2) / 4, (0.25 * 3 + 0.5) / 4]
+    assert pareto.hypervolume_curve(trials, "gmacs", 8.0)[-1] == (0.25 * 7 + 0.25 * 6 + 0.5 * 4) / 8
+    assert pareto.hypervolume_curve(trials, "latency", 20.0)[:2] == [0.0, 0.25 * 10 / 20]
+    assert pareto.hypervolume_curve([], "gmacs") == []
+
+
+def test_published_variants_have_the_clips_and_classes_of_the_recipe():
+    """Parameters of s: 13,509,537 - here with 5 classes - are those of a model that is built, not counted."""
+    recipe = load_recipe("demo", ["model.num_classes=5", "model.frames=6", "model.image_size=96"])
+    made = pareto.published_variant_recipe(recipe, "s")
+    assert made.model.model_dump(exclude_none=True) == {
+        **{"name": "s", "num_classes": 5, "frames": 6, "image_size": 96, "drop_path": 0.0, "dropout": 0.0}
+    }
+    assert made.data == recipe.data and made.train == recipe.train
+    costs = pareto.published_variant_costs(recipe, {"tiny": 4.5, "unknown": 1.0})
+    assert list(costs) == ["tiny", "s", "b", "l"]
+    assert costs["tiny"][COSTS["latency"]] == 4.5 and set(costs["s"]) == {GMACS, COSTS["params"]}
+    built = create_model("s", frames=6, image_size=96, num_classes=5)
+    assert costs["s"][COSTS["params"]] == sum(p.numel() for p in built.parameters()) / 1e6
+
+
+def test_variants_are_marked_where_their_cost_is_near(monkeypatch):
+    costs = {"tiny": {GMACS: 2.0}, "s": {GMACS: 4.0}}
+    asked = []
+    monkeypatch.setattr(pareto, "published_variant_costs", lambda recipe, latencies: costs)
+    monkeypatch.setattr(
+        pareto.pareto_plots, "variants_in_range", lambda *given: asked.append(given) or [("s", 4.0), ("tiny", 2.0)]
+    )
+    assert pareto.variants_to_mark([*study_of_three(), trial(9, math.nan, 1.0)], BASE) == ["s", "tiny"]
+    assert asked == [(costs, "gmacs", [2.0, 1.0])]
+
+
+def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
+    """The figures themselves have tests of their own; here is what they get."""
+    drawn = []
+    for name in ("interactive_page", "front_image", "search_progress"):
+        monkeypatch.setattr(
+            pareto.pareto_plots, name, lambda *given, _name=name: drawn.append((_name, given)) or _name.encode()
+        )
+    monkeypatch.setattr(pareto, "published_variant_costs", lambda recipe, latencies: (recipe, latencies))
+    monkeypatch.setattr(pareto, "dimension_importance", lambda trials, metric: (len(trials), metric))
+    trials, base = study_of_three(), load_recipe("demo", ["model.blocks=spatial"])
+    plain = [replace(t, member={"width": 1.0}) for t in trials]
+    files = pareto.pareto_files({"one": trials, "two": plain[:2]}, base, "latency", {"s": 7.0})
+    assert {name: content for name, content in files.items() if not name.endswith("csv")} == {
+        **{"front.html": b"interactive_page", "front.png": b"front_image"},
+        **{"one-progress.png": b"search_progress", "two-progress.png": b"search_progress"},
+    }
+    assert files["one-trials.csv"] == pareto.to_csv(pareto.trial_rows(trials))
+    assert files["two-trials.csv"] == pareto.to_csv(pareto.trial_rows(plain[:2]))
+    points, fronts, variants = drawn[0][1]
+    assert drawn[1] == ("front_image", drawn[0][1]) and drawn[0][0] == "interactive_page"
+    assert {name: [point.number for point in found] for name, found in points.items()} == {"one": [0, 1], "two": [0, 1]}
+    assert points["one"][0].seeds == 2 and points["two"][0].blocks == ("spatial",)
+    on_front = {"latency": [0], "gmacs": [1, 0], "params": [1, 0]}
+    assert fronts == {"one": on_front, "two": on_front}
+    assert variants == (base, {"s": 7.0})
+    shares = {"top-1": (5, VAL_TOP1), "latency": (5, COSTS["latency"])}
+    assert drawn[2] == ("search_progress", ([0.0], shares, "latency"))
+    drawn.clear()
+    files = pareto.pareto_files({"one": trials}, BASE, "gmacs")
+    assert set(files) == {"front.html", "front.png", "trials.csv", "progress.png"}
+    assert drawn[0][1][2] == (BASE, {})
+    unset = load_recipe("demo", ["model.blocks=null"])
+    pareto.pareto_files({"one": plain}, unset, "gmacs")
+    assert drawn[-3][1][0]["one"][0].blocks == ("parallel",)
+
+
+def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
+    """Of both studies the largest cost, 90; a folder that exists is used."""
+    for name in ("interactive_page", "front_image", "search_progress"):
+        monkeypatch.setattr(pareto.pareto_plots, name, lambda *given: b"drawn")
+    study = Study(name="look", recipe=BASE, space="speed_accuracy", against="gmacs")
+    cheap = [trial(0, 0.5, 9.0), trial(1, 0.75, 45.0)]
+    logged = [
+        pareto.LoggedStudy(study, "run", cheap, {1: "name: a\n"}, {"tiny": 3.0}),
+        pareto.LoggedStudy(study.model_copy(update={"name": "other"}), "run", [trial(0, 1.0, 90.0)], {0: "b"}, {}),
+    ]
+    out = tmp_path / "deep" / "out"
+    for _ in range(2):
+        text = pareto.write_studies(logged, "gmacs", out)
+    one, two = text.split("\n\nother: ")
+    volume = (0.5 * 81 + 0.25 * 45) / 90
+    assert one.startswith(f"look: 2 finished; hypervolume {volume:.3f} (top-1 against gmacs)\n\n  trial ")
+    assert two.startswith("1 finished; hypervolume 0.000 ")
+    assert {p.name for p in out.iterdir()} == {
+        *("front.html", "front.png", "recipes", "look-trials.csv", "other-trials.csv"),
+        *("look-progress.png", "other-progress.png"),
+    }
+    assert {p.name: p.read_text() for p in (out / "recipes").iterdir()} == {
+        "look-trial-001.yaml": "name: a\n",
+        "other-trial-000.yaml": "b",
+    }
+    assert (out / "other-trials.csv").read_bytes() == pareto.to_csv(pareto.trial_rows(logged[1].trials))
+
+
+def test_a_trials_recipe_is_one_to_run_alone():
+    study = Study(
+        name="look",
+        recipe=load_recipe("demo", ["train.storage=there", "tracking.experiment=all", "tracking.uri=http://a"]),
+        space="block_types",
+    )
+    run = load_recipe("demo", ["train.storage=there/look/trials", "train.seed=4", "model.frames=6"])
+    first, *rest = pareto.standalone_recipe(run, study, 7).splitlines()
+    assert first == "# Trial 7 of the study look."
+    tree = yaml.safe_load("\n".join(rest))
+    assert (tree["name"], tree["train"]["storage"], tree["train"]["seed"]) == ("look-trial-007", "there", 4)
+    assert tree["tracking"] == {"uri": "http://a", "experiment": "all", "log_model": study.recipe.tracking.log_model}
+    assert tree["model"]["frames"] == 6
+    assert list(tree)[:3] == ["name", "model", "data"]  # the order of a recipe, not of the alphabet
+
+
+# What is read from MLflow ---------------------------------------------------------------------------------------------
+
+
+def test_all_pages_are_read():
+    class Page(list):
+        token = None
+
+    pages = {None: Page([1, 2]), "b": Page([3]), "c": Page()}
+    pages[None].token, pages["b"].token = "b", "c"
+    asked = []
+    assert list(pareto.all_pages(lambda token: asked.append(token) or pages[token])) == [1, 2, 3]
+    assert asked == [None, "b", "c"]
+
+
+def test_params_are_the_numbers_that_were_logged():
+    assert [pareto.parse_value(text) for text in ("8", "-1", "1.5", "1e-3", "joint", "8 a")] == [
+        *(8, -1, 1.5, 0.001, "joint", "8 a")
+    ]
+    assert isinstance(pareto.parse_value("8"), int)
+
+
+def run_of(tags, params=(), metrics=()):
+    """A run of MLflow, as its client returns it."""
+    data = RunData(
+        metrics=[Metric(name, value, 0, 0) for name, value in metrics],
+        params=[Param(name, value) for name, value in params],
+        tags=[RunTag(name, value) for name, value in tags],
+    )
+    info = RunInfo("abc", "0", "me", "FINISHED", 0, 1, "active")
+    return Run(info, data)
+
+
+def test_a_trial_from_its_mlflow_run():
+    tags = [("trial", "12"), ("trial.repeats", "3"), ("trial.state", "stopped early"), ("trial.reason", "too slow")]
+    params = [("search.block1", "joint"), ("search.width", "1.5"), ("train.seed", "7"), ("model.name", "tiny")]
+    metrics = [(VAL_TOP1, 0.5), ("system/cpu", 3.0), (GMACS, 2.0)]
+    assert pareto.trial_from_run(run_of(tags, params, metrics)) == Trial(
+        12,
+        {"block1": "joint", "width": 1.5},
+        seed=7,
+        repeat_of=3,
+        state=TrialState.STOPPED,
+        reason="too slow",
+        metrics={VAL_TOP1: 0.5, GMACS: 2.0},
+        mlflow_run_id="abc",
+    )
+    assert pareto.trial_from_run(run_of([("trial", "0")])) == Trial(0, {}, mlflow_run_id="abc")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from posmlp import create_model
 from posmlp.config import OptimSection, TrainSection, load_recipe
 from posmlp.errors import UserError
+from posmlp.learn import ema
 from posmlp.learn.ema import WeightEMA
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
 from posmlp.learn.learner import ExplodedError, Learner, micro_batch_size
@@ -210,6 +211,40 @@ def test_the_ema_includes_buffers():
     with average.applied():
         torch.testing.assert_close(model.running_mean, 0.9 * torch.tensor([0.1, 0.3]))  # keeps (1 + 0) / (10 + 0)
         assert model.num_batches_tracked == 1
+
+
+def test_the_ema_of_a_sharded_model_is_of_this_workers_shard(monkeypatch):
+    class Sharded:
+        def to_local(self):
+            return torch.ones(2)
+
+    class Model:
+        def state_dict(self):
+            return {"sharded": Sharded(), "whole": torch.zeros(3)}
+
+    monkeypatch.setattr(ema, "DTensor", Sharded)
+    assert [x.tolist() for x in WeightEMA(Model(), 0.5).average] == [[1, 1], [0, 0, 0]]
+
+
+def test_the_ema_of_one_number_by_hand():
+    """Keeps 1/10, then 2/11, then 3/12 of the average, and never more than the decay; counters are copied."""
+    model = torch.nn.BatchNorm1d(1)
+    average = WeightEMA(model, 0.2)
+    expected = 0.0
+    for live, keep in [(1.0, 0.1), (4.0, 2 / 11), (-2.0, 0.2), (3.0, 0.2)]:
+        model.running_mean.fill_(live)
+        model.num_batches_tracked += 5
+        average.update()
+        expected = keep * expected + (1 - keep) * live
+        with average.applied():
+            assert model.running_mean.item() == pytest.approx(expected)
+            assert model.num_batches_tracked.item() == 5 * average.updates
+        assert model.running_mean.item() == live
+    assert average.updates == 4
+    with pytest.raises(ValueError, match="stop"), average.applied():
+        assert model.running_mean.item() == pytest.approx(expected)
+        raise ValueError("stop")
+    assert model.running_mean.item() == 3.0
 
 
 @pytest.mark.parametrize(("what", "expected"), [("nan", "loss nan"), ("large", "loss ")])

@@ -10,7 +10,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
-from posmlp.video.augment import color_jitter, flip_labels, to_input, to_train_input
+from posmlp.video import augment
+from posmlp.video.augment import color_jitter, cut_box, flip_labels, random_erasing, to_input, to_train_input
 from posmlp.video.batch import Batch
 from posmlp.video.randaugment import (
     AFFINE_OPERATIONS,
@@ -21,6 +22,7 @@ from posmlp.video.randaugment import (
     enhancement_factor,
     randaugment,
 )
+from posmlp.video.sampling import Box
 
 OFF = ("data.modality=rgb", "augment.brightness=0", "augment.contrast=0", "augment.saturation=0")
 KINDS = {
@@ -366,7 +368,37 @@ def test_erasing_fills_one_box_of_all_frames_with_noise():
     assert noise.std().item() == pytest.approx(1, abs=0.01)
 
 
+def test_the_noise_of_a_seed_stays_the_same(monkeypatch):
+    """numpy.random.default_rng(0).random(), then .standard_normal((3, 1, 1, 2), float32), as printed by NumPy 2."""
+    asked = []
+    monkeypatch.setattr(augment, "random_resized_crop", lambda *given: asked.append(given[:4]) or Box(1, 2, 1, 2))
+    for probability, erased in [(0.63, False), (0.64, True)]:
+        x = torch.zeros(1, 3, 1, 4, 5)
+        random_erasing(x, [np.random.default_rng(0)], probability)
+        noise = [[-0.42657161, -0.80358726], [0.60142773, -0.07499325], [0.05969319, -0.03200609]]
+        expected = torch.zeros(1, 3, 1, 4, 5)
+        if erased:
+            expected[0, :, 0, 1, 2:4] = torch.tensor(noise)
+        torch.testing.assert_close(x, expected)
+    assert asked == [(4, 5, (0.02, 1 / 3), (0.3, 10 / 3))]
+
+
 # ---------------------------------------------------------------- mixing
+
+
+@pytest.mark.parametrize(
+    ("share", "y", "x", "box"),
+    [
+        (0.25, 0.5, 0.5, Box(25, 13, 50, 24)),  # half of each side of 100 x 50, rounded to whole halves
+        (0.25, 0.0, 0.99, Box(0, 37, 25, 13)),  # clipped at the top and on the right
+        (0.25, 0.9, 0.1, Box(65, 0, 35, 17)),  # clipped at the bottom and on the left
+        (0.04, 0.5, 0.5, Box(40, 20, 20, 10)),
+        (1.0, 0.5, 0.5, Box(0, 0, 100, 50)),
+        (0.0, 0.5, 0.5, Box(50, 25, 0, 0)),
+    ],
+)
+def test_the_box_of_cutmix_has_the_share_of_the_frame_and_its_shape(share, y, x, box):
+    assert cut_box(100, 50, share, y, x) == box
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])

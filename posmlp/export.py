@@ -229,6 +229,13 @@ def load_exported(content: bytes, suffix: str, threads: int | None = None) -> Ru
     return lambda clips: torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
 
 
+def load_exported_file(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a ``.pt2`` file that this module wrote: its module, from uint8 clips to logits, and its metadata."""
+    extra = {METADATA_NAME: ""}
+    module = torch.export.load(path, extra_files=extra).module()
+    return module, json.loads(extra[METADATA_NAME])
+
+
 @contextmanager
 def silence_exporters() -> Iterator[None]:
     """Hide the exporters' warnings about themselves and about optional packages."""

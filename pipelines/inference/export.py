@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
-from pipelines.runs.checkpoints import CheckpointInfo
-from pipelines.runs.models import find_checkpoint, load_trained_model, output_names
+from pipelines.runs.models import describe_model, find_checkpoint, load_trained_model
 from posmlp import storage
-from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.export import Exported, check_format
 from posmlp.export import export as export_model
-from posmlp.video.augment import MEAN, STD
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def export(uri: str, out: str | None = None, *, int8: bool = False) -> ExportedF
     out = storage.join(".", out or config.name + suffix)
     write_file(out + ".part", b"")  # before tracing, which takes a while: fail now if the folder cannot be written
     storage.remove(out + ".part")
-    exported = export_model(model, config, describe_model(info, config), suffix, int8=int8)
+    exported = export_model(model, config, describe_model(info), suffix, int8=int8)
     if not exported.matches_model:
         raise UserError(
             f"{out} was not written: its logits differ from the model's by {exported.difference:.2g}, expected "
@@ -83,30 +79,3 @@ def write_file(uri: str, content: bytes) -> None:
         storage.write_bytes(uri, content)
     except OSError as error:
         raise UserError(f"{uri} cannot be written, see --out: {error}") from error
-
-
-def describe_model(info: CheckpointInfo, config: Config) -> dict[str, Any]:
-    """Return what a user of the file must know, as plain data: classes, input, output, preprocessing, sampling."""
-    variant, data = config.model.variant(), config.data
-    return {
-        "run": config.name,
-        "step": info.step,
-        "metrics": dict(info.metrics),
-        "classes": output_names(info.classes, variant.num_classes),
-        "input": {
-            "name": "clips",
-            "axes": "B T H W C",
-            "shape": [None, variant.frames, variant.image_size, variant.image_size, 3],
-            "type": "uint8, RGB",
-        },
-        "output": {"name": "logits", "shape": [None, variant.num_classes], "type": "float32, before softmax"},
-        "done_inside": {"mean": MEAN, "std": STD, "modality": data.modality},
-        "sampling": {
-            "frames": data.sampling,
-            "stride": data.stride if data.sampling == "dense" else None,
-            "fps": data.fps,
-            "frame_order": data.frame_order,
-            "short_side": data.short_side or -(-variant.image_size * 8 // 7),
-            "square": "whole frame, squeezed" if data.full_frame else "centre",
-        },
-    }

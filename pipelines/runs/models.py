@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from posmlp import create_model, storage
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
+from posmlp.video.augment import MEAN, STD
 from posmlp.video.classes import KnownClasses
 
 
@@ -86,3 +88,31 @@ def known_classes(info: checkpoints.CheckpointInfo) -> KnownClasses:
 def output_names(classes: Sequence[str], count: int) -> list[str]:
     """A name for each of a model's ``count`` outputs: the class names, then the labels of outputs without a class."""
     return [*classes, *map(str, range(len(classes), count))]
+
+
+def describe_model(info: checkpoints.CheckpointInfo) -> dict[str, Any]:
+    """Return what a user of an exported model must know, as plain data: classes, input, output, sampling."""
+    config = info.recipe()
+    variant, data = config.model.variant(), config.data
+    return {
+        "run": config.name,
+        "step": info.step,
+        "metrics": dict(info.metrics),
+        "classes": output_names(info.classes, variant.num_classes),
+        "input": {
+            "name": "clips",
+            "axes": "B T H W C",
+            "shape": [None, variant.frames, variant.image_size, variant.image_size, 3],
+            "type": "uint8, RGB",
+        },
+        "output": {"name": "logits", "shape": [None, variant.num_classes], "type": "float32, before softmax"},
+        "done_inside": {"mean": MEAN, "std": STD, "modality": data.modality},
+        "sampling": {
+            "frames": data.sampling,
+            "stride": data.stride if data.sampling == "dense" else None,
+            "fps": data.fps,
+            "frame_order": data.frame_order,
+            "short_side": data.short_side or -(-variant.image_size * 8 // 7),
+            "square": "whole frame, squeezed" if data.full_frame else "centre",
+        },
+    }

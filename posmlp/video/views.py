@@ -23,6 +23,11 @@ def parse_views(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def format_views(config: Config) -> str:
+    """The recipe's views, in the form that ``parse_views`` reads."""
+    return f"{config.eval.clips}x{config.eval.crops}"
+
+
 def with_views(config: Config, views: tuple[int, int] | None) -> Config:
     """Return the recipe with these views as ``eval.clips`` and ``eval.crops``; None: the recipe unchanged.
 

@@ -1,0 +1,1 @@
+"""What MLflow keeps besides runs: data sets, logged models and registered models."""

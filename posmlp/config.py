@@ -322,7 +322,7 @@ class Config(Section):
         return self.model_copy(update={"model": self.model.resolved()})
 
     def non_defaults(self) -> dict[str, Any]:
-        """The values that differ from their defaults, by full key; ``name`` and the lists' paths have no default.
+        """The values that differ from their defaults, by full key; ``name`` and the lists have no default.
 
         The default of an architecture's value is the one that ``model.name`` stands for.
         """
@@ -602,3 +602,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+def section_in(kind: Any) -> Any:
+    """The section in a field's annotation, which may be optional or a tuple of them."""
+    options = [inner for option in options_of(kind) for inner in (get_args(option) or (option,))]
+    return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
+
+

@@ -18,6 +18,8 @@ VAL_LOSS = "val/loss"  # mean cross-entropy of a video's prediction, nats
 VAL_TOP1 = "val/top1"  # share of videos whose likeliest class is right
 VAL_TOP5 = "val/top5"  # share of videos whose class is among the five likeliest
 VAL_CLASS_MEAN = "val/class_mean"  # mean of the classes' own top-1, over the classes that occur
+VAL_BEST_TOP1 = "val/best_top1"  # highest val/top1 of the epochs so far
+VAL_BEST_EPOCH = "val/best_epoch"  # the epoch that has it, the newest of several, as for checkpoints
 VAL_VIDEOS = "val/clips"  # number of videos scored (not of clips): a video counts once, however many views it has
 
 # Training in an epoch (the training workers) -------------------------------------------------------------------------
@@ -25,6 +27,13 @@ TRAIN_LOSS = "train/loss"  # mean over the steps, nats. Every epoch has it.
 TRAIN_GRAD_NORM = "train/grad_norm"  # mean 2-norm of the gradient before it is clipped
 TRAIN_WORKERS = "train/workers"  # number of training workers
 TRAIN_LR = "train/lr"  # learning rate of the last step
+
+# Training by optimizer step (the training workers). MLflow's step is the optimizer's; all other metrics are by epoch.
+# MLflow's pages sort groups of charts by name, so this group comes first.
+BY_STEP_TRAIN_LOSS = "by_step/train_loss"  # mean over the steps since the last point, nats
+BY_STEP_LR = "by_step/lr"  # learning rate of the step
+BY_STEP_CLIPS_PER_S = "by_step/clips_per_s"  # since the last point, over all workers, without validation
+BY_STEP = (BY_STEP_TRAIN_LOSS, BY_STEP_LR, BY_STEP_CLIPS_PER_S)
 
 # Speed of training in an epoch (the training workers) ----------------------------------------------------------------
 PERF_STEPS_PER_S = "perf/steps_per_s"  # optimizer steps per second
@@ -42,7 +51,8 @@ DATA_DECODED_BY_PYAV = "data/decoded_by_pyav"  # number of videos where PyAV rep
 DATA_OBJECT_STORE_MB = "data/object_store_mb"  # MiB: largest use of the cluster's object store that was seen
 DATA_SPILLED_MB = "data/spilled_mb"  # MiB: moved from the object store to disk in the epoch
 
-# Cost of a model for one clip (posmlp.model.cost; a run logs it once, at its start) ----------------------------------
+# Cost of a model for one clip (posmlp.model.cost), measured at the start of a run. They are params of its MLflow run.
+# A study's trials have metrics instead: their latency is measured twice, and MLflow orders params as text -------------
 COST = "cost/"  # prefix
 COST_PARAMS_M = "cost/params_m"  # parameters, in millions
 COST_GMACS = "cost/gmacs"  # multiply-accumulates, in 10^9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,13 +131,3 @@ def positive_float(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
-
-
-def mlflow_hint(uri: str) -> str:
-    """Return the line that tells how to open MLflow, without secrets."""
-    from pipelines.tracking.uris import without_secrets
-
-    uri = without_secrets(uri)
-    if uri.startswith("sqlite:"):
-        uri = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
-    return f"see it in MLflow:  {uri}"

@@ -1,9 +1,10 @@
-"""``posmlp runs``, ``posmlp checkpoints`` and ``posmlp sync``: what finished and interrupted runs have left."""
+"""``posmlp runs``, ``checkpoints``, ``sync`` and ``relocate``: what finished and interrupted runs have left."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from pathlib import Path
 
 from pipelines.commands.options import Commands, add_command
 from posmlp import metrics as names
@@ -13,6 +14,7 @@ def add_commands(commands: Commands) -> None:
     add_runs(commands)
     add_checkpoints(commands)
     add_sync(commands)
+    add_relocate(commands)
 
 
 def add_runs(commands: Commands) -> None:
@@ -149,3 +151,17 @@ def run_sync(args: argparse.Namespace) -> int:
             journals = [journal_path(find_run(name))]
         left += sum(sync_journals(journal.parent) for journal in journals)
     return int(left > 0)
+
+
+def add_relocate(commands: Commands) -> None:
+    relocate = add_command(
+        commands, "relocate", run_relocate, "make a copied or moved MLflow database name the files next to it"
+    )
+    relocate.add_argument("database", type=Path, help="the SQLite file, for example runs/mlflow.db")
+
+
+def run_relocate(args: argparse.Namespace) -> None:
+    from pipelines.tracking.mlflow_client import relocate
+
+    former = relocate(args.database)
+    print("\n".join(f"{folder} is now the folder next to {args.database}" for folder in former) or "nothing to change")

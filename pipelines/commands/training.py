@@ -16,7 +16,6 @@ from pipelines.commands.options import (
     add_train_options,
     draw_motion_set,
     load_recipe_and_data,
-    mlflow_hint,
 )
 from posmlp import metrics as names
 from posmlp.config import Config, load_recipe
@@ -63,12 +62,13 @@ def run_train(args: argparse.Namespace) -> None:
 
 def train_and_print(config: Config, args: argparse.Namespace) -> None:
     """Train, then print the result."""
-    from pipelines.tracking.uris import tracking_uri
+    from pipelines.tracking.uris import links_text, tracking_uri
     from pipelines.training.train import train
 
     start = time.perf_counter()
     result = train(config, profile=args.profile, allow_changes=args.allow_changes)
-    print(f"\n{format_result(result, time.perf_counter() - start)}\n\n  {mlflow_hint(tracking_uri(config))}")
+    links = links_text(tracking_uri(config), result.links)
+    print(f"\n{format_result(result, time.perf_counter() - start)}\n\n  {links}")
 
 
 def format_result(result: RunResult, seconds: float) -> str:

@@ -13,7 +13,6 @@ from pipelines.commands.options import (
     add_command,
     add_recipe,
     load_recipe_and_data,
-    mlflow_hint,
     not_negative,
     positive,
     positive_float,
@@ -112,7 +111,7 @@ def run_tune(args: argparse.Namespace) -> None:
             study = Study(name=name, recipe=recipe, **given)
         except ValidationError as error:
             raise StudyError(f"study {name}: {explain_error(error)}") from error
-    from pipelines.tracking.uris import tracking_uri
+    from pipelines.tracking.uris import links_text, tracking_uri
     from pipelines.tuning import pareto
     from pipelines.tuning.tune import tune
 
@@ -124,7 +123,7 @@ def run_tune(args: argparse.Namespace) -> None:
     print(
         f"  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
     )
-    print(f"  {mlflow_hint(tracking_uri(study.recipe))}")
+    print(f"  {links_text(tracking_uri(study.recipe), result.links)}")
 
 
 def add_supernet(commands: Commands) -> None:
@@ -153,7 +152,7 @@ def add_supernet(commands: Commands) -> None:
 
 
 def run_supernet(args: argparse.Namespace) -> None:
-    from pipelines.tracking.uris import tracking_uri
+    from pipelines.tracking.uris import links_text, tracking_uri
     from pipelines.tuning import pareto
     from pipelines.tuning.supernet import supernet
 
@@ -165,7 +164,7 @@ def run_supernet(args: argparse.Namespace) -> None:
     for video in result.bad:
         print(f"  not scored: {video.uri}: {video.reason}")
     print(f"\n  {result.run}/members has front.html, members.csv and the front's recipes; so has MLflow")
-    print(f"  {mlflow_hint(tracking_uri(recipe))}")
+    print(f"  {links_text(tracking_uri(recipe), result.links)}")
 
 
 def add_front(commands: Commands) -> None:

@@ -47,8 +47,10 @@ from pipelines.tracking.mlflow_client import (
     prepare_sqlite,
 )
 from pipelines.tracking.uris import (
+    links_text,
     recipe_without_password,
     refuse_foreign_server,
+    run_link,
     scrub,
     tracking_uri,
     without_secrets,
@@ -107,6 +109,7 @@ class Evaluation:
         classes: the figures of each class, by label.
         bad: videos that could not be decoded; they are in no metric.
         mlflow_run_id: the MLflow run that has the evaluation; None if MLflow did not accept it.
+        pages: how to open that run in MLflow's pages; empty likewise.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Evaluation:
     classes: list[ClassResult]
     bad: list[BadVideo]
     mlflow_run_id: str | None = None
+    pages: str = ""
 
     def __str__(self) -> str:
         """Format as a table, followed by the worst classes and the bad videos."""
@@ -144,6 +148,7 @@ class Evaluation:
         lines += [f"  {video.uri}: {video.reason}" for video in self.bad[:BAD_VIDEOS_SHOWN]]
         if len(self.bad) > BAD_VIDEOS_SHOWN:
             lines.append(f"  ... and {len(self.bad) - BAD_VIDEOS_SHOWN} more bad videos in summary.json")
+        lines += ["", f"  {self.pages}"] if self.pages else []
         return "\n".join(lines)
 
 
@@ -292,7 +297,7 @@ def count_predictions(
 def summary_json(result: Evaluation, config: Config) -> bytes:
     """Return ``summary.json``: the evaluation without the figures of its classes, and its recipe without secrets."""
     tree = asdict(result)
-    for key in ("classes", "path", "mlflow_run_id"):
+    for key in ("classes", "path", "mlflow_run_id", "pages"):
         del tree[key]
     tree |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "config": config.model_dump(mode="json")}
     return scrub(json.dumps(tree, indent=1), tracking_uri(config)).encode()
@@ -372,6 +377,8 @@ def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Confi
             client.log_artifacts(target, folder, f"{ARTIFACTS}/{result.name}")
         if not known:
             client.set_terminated(target)
+        link = run_link(uri, client.get_run(target).info.experiment_id, target)
+        result.pages = links_text(uri, {"this run": link})
     except Exception as error:  # networks, databases and artifact stores raise many kinds; the results are on disk
         problem = explain_store_error(error, uri)
         logger.warning(f"{server} does not accept the evaluation ({problem}); its files are in {result.path}")

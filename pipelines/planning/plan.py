@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pipelines.training.progress import SEND_STEPS_S, StepSeries
 from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
@@ -38,11 +39,10 @@ TRAIN_METRICS = 9  # values per epoch (Worker.training_metrics in pipelines.trai
 THROUGHPUT_METRICS = 4  # values per epoch without perf/mfu (Worker.throughput_metrics)
 EPOCH_METRICS = 2  # values per epoch without data/decoded_by_pyav (Worker.run_epoch)
 VAL_METRICS = sum(str(name).startswith(metrics.VAL) for name in vars(metrics).values()) - 1  # without the prefix itself
-COST_METRICS = 5  # values per run (posmlp.model.cost)
 NODE_METRICS = 8  # values in a node's sample of system metrics, without its GPUs (mlflow.system_metrics)
 GPU_METRICS = 5  # values in that sample for each GPU (mlflow.system_metrics)
 START_WRITES = 4  # create the run, store config.yaml, set the status, log the cost; params are counted apart
-END_WRITES = 4  # two plots, the last sample of system metrics, the status
+END_WRITES = 5  # two plots, the description, the last sample of system metrics, the status
 MODEL_WRITES = 4  # create the model, its outputs, its files, finalize it
 
 # The clips and videos that VIDEO_STORAGE was measured with
@@ -337,6 +337,17 @@ class RunPlan:
         return TRAIN_METRICS + THROUGHPUT_METRICS + EPOCH_METRICS + VAL_METRICS + mfu + decord
 
     @property
+    def step_points(self) -> int:
+        """Return the number of points of the metrics by step in a run."""
+        steps = self.steps_per_epoch * self.config.train.epochs
+        return steps // StepSeries.for_run(steps, self.config.train.global_batch).every
+
+    @property
+    def step_writes(self) -> int:
+        """Return an upper bound of the writes of metrics by step in a run."""
+        return min(self.step_points, int(self.run_s / SEND_STEPS_S) + self.config.train.epochs)
+
+    @property
     def system_samples(self) -> int:
         """Return the number of samples of system metrics in a run, without the last one."""
         return int(self.run_s / SYSTEM_SAMPLE_S)
@@ -361,14 +372,16 @@ class RunPlan:
         """
         params = math.ceil(len(self.config.flat()) / MAX_PARAMS)
         model = MODEL_WRITES if self.config.tracking.log_model else 0
-        return START_WRITES + params + 2 * self.config.train.epochs + self.system_samples + END_WRITES + model
+        epochs = 3 * self.config.train.epochs + self.step_writes
+        return START_WRITES + params + epochs + self.system_samples + END_WRITES + model
 
     @property
     def mlflow_values(self) -> int:
         """Return the number of metric values that a run writes to MLflow."""
         epochs = self.config.train.epochs
         values = epochs * self.values_per_epoch - (epochs - self.validations) * VAL_METRICS
-        return COST_METRICS + values + (self.system_samples + 1) * self.values_per_system_sample
+        values += len(metrics.BY_STEP) * self.step_points
+        return values + (self.system_samples + 1) * self.values_per_system_sample
 
 
 # --- making a plan ---------------------------------------------------------------------------------------------------
@@ -608,9 +621,12 @@ def run_rows(plan: RunPlan) -> list[TableRow]:
     kept = config.train.keep_last + config.train.keep_best
     contents = f"{plan.num_params:,} parameters, AdamW" + ", EMA" * bool(config.optim.ema)
     samples = (plan.train_epoch_s + plan.checkpoint_s_per_epoch) / SYSTEM_SAMPLE_S
+    per_epoch = 2 + samples + plan.step_writes / config.train.epochs  # 2: the metrics, the description
     steps = f"{plan.videos:,} videos x {plural(config.data.repeats, 'clip')}"
     validation = f"{plan.val_videos:,} videos x {plural(plan.clips_per_video(False), 'clip')}"
-    values = f"{plan.values_per_epoch} per epoch, {plan.values_per_system_sample} every {SYSTEM_SAMPLE_S:g} s"
+    by_step = f"{len(metrics.BY_STEP)} x {plan.step_points} by step"
+    system = f"{plan.values_per_system_sample} every {SYSTEM_SAMPLE_S:g} s"
+    values = f"{plan.values_per_epoch} per epoch, {by_step}, {system}"
     return [
         ("checkpoint size", checkpoint_mb, "MB", contents),
         ("checkpoints written", writes * checkpoint_mb, "MB/epoch", f"{writes:g} per epoch"),
@@ -620,7 +636,7 @@ def run_rows(plan: RunPlan) -> list[TableRow]:
         ("training time", plan.train_epoch_s, "s/epoch", f"at {format_number(plan.rate)} clips/s"),
         ("validation time", plan.validation_s, "s/validation", validation),
         ("run time", plan.run_s / 3600, "hours", f"{config.train.epochs} epochs, {plan.validations} validations"),
-        ("MLflow writes per epoch", 1 + samples, "writes", "metrics, system metrics; one more with bad videos"),
+        ("MLflow writes per epoch", per_epoch, "writes", "metrics, by step, of machines; one more with bad videos"),
         ("MLflow writes per run", plan.mlflow_writes, "writes", "at most, all by the driver (pipelines/tracking)"),
         ("MLflow values per run", plan.mlflow_values, "values", values),
     ]

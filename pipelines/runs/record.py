@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # part of the path into which Ray unpacks a job's files
@@ -78,6 +82,15 @@ def write_json(uri: str, tree: dict[str, Any]) -> None:
         storage.write_bytes(uri, json.dumps(tree, indent=1).encode())
     except OSError as error:
         raise UserError(f"{uri} cannot be written, see train.storage: {error}") from error
+
+
+def write_files(folder: str, files: Mapping[str, bytes]) -> None:
+    """Write files that are nice to have into the folder of a run or a study. A failure is only logged."""
+    try:
+        for name, content in files.items():
+            storage.write_bytes(storage.join(folder, name), content)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", folder, error)
 
 
 def check_writable(run: str) -> None:

@@ -25,11 +25,24 @@ from pipelines.tracking.mlflow_client import (
     explain_store_error,
     infinite_tags,
     last_epoch_stored,
+    last_step_stored,
+    log_new_params,
     prepare_mlflow,
     prepare_sqlite,
     upload_model,
 )
-from pipelines.tracking.operations import EndRun, LogFile, LogMetrics, LogModel, OpenRun, Operation, SetTags, Unreadable
+from pipelines.tracking.operations import (
+    EndRun,
+    LogFile,
+    LogMetrics,
+    LogModel,
+    LogParams,
+    LogSeries,
+    OpenRun,
+    Operation,
+    SetTags,
+    Unreadable,
+)
 from pipelines.tracking.uris import without_secrets
 from posmlp.errors import UserError
 from posmlp.metrics import TRAIN_LOSS
@@ -75,6 +88,7 @@ class DeliveryWorker(threading.Thread):
         self.retry_now = threading.Event()  # ends the pause after a failure
         self.check_stored_epochs = check_stored_epochs
         self.stored_epochs: int | None = None  # the last epoch that MLflow has; None until MLflow is asked
+        self.stored_steps: int | None = None  # the last optimizer step, likewise
 
     # The thread -------------------------------------------------------------------------------------------------------
 
@@ -154,8 +168,8 @@ class DeliveryWorker(threading.Thread):
             count = 0
             for entry in islice(self.journal.queue, MAX_METRICS):
                 match entry.operation:
-                    case LogMetrics(values=values, run_id=None):
-                        count += len(values)
+                    case LogMetrics(run_id=None) | LogSeries():
+                        count += count_values(entry.operation)
                         if entries and count > MAX_METRICS:
                             break
                         entries.append(entry)
@@ -214,14 +228,15 @@ class DeliveryWorker(threading.Thread):
         if entry.file and not file.exists():
             raise LostError(f"{file} is missing")
         match entry.operation:
-            case LogMetrics(run_id=None):
-                operations = [op for each in entries if isinstance(op := each.operation, LogMetrics)]
-                operations = [op for op in operations if not self.is_stored(op)]
-                metrics = [metric for op in operations for metric in as_metrics(op.values, op.time, op.step)]
+            case LogMetrics(run_id=None) | LogSeries():
+                points = [point for each in entries for point in self.points_to_send(each.operation)]
+                metrics = [metric for point in points for metric in as_metrics(point.values, point.time, point.step)]
                 for i in range(0, len(metrics), MAX_METRICS):
                     self.deliver_metrics(metrics[i : i + MAX_METRICS])
-                if tags := [tag for op in operations for tag in infinite_tags(op.values, op.step)]:
+                if tags := [tag for point in points for tag in infinite_tags(point.values, point.step)]:
                     client.log_batch(self.run_id, tags=tags)
+            case LogParams(params):
+                log_new_params(client, self.run_id, params)
             case LogMetrics(time, step, values, str(run_id)):
                 client.log_batch(run_id, metrics=as_metrics(values, time, step), tags=infinite_tags(values, step))
             case OpenRun():
@@ -238,13 +253,28 @@ class DeliveryWorker(threading.Thread):
             case Unreadable():
                 raise LostError("the line is not an operation in JSON")
 
-    def is_stored(self, operation: LogMetrics) -> bool:
-        """Return whether another driver has sent this epoch. Needed only if a driver opened the journal offline."""
-        if not self.check_stored_epochs or TRAIN_LOSS not in operation.values:
-            return False
-        if self.stored_epochs is None:
-            self.stored_epochs = last_epoch_stored(self.client(), self.run_id)
-        return operation.step <= self.stored_epochs
+    def points_to_send(self, operation: Operation) -> list[LogMetrics]:
+        """The points of an operation with metrics, without those that another driver has sent.
+
+        MLflow is asked for these only if a driver opened the journal offline.
+        """
+        match operation:
+            case LogMetrics(step=step, values=values):
+                if self.check_stored_epochs and TRAIN_LOSS in values:
+                    if self.stored_epochs is None:
+                        self.stored_epochs = last_epoch_stored(self.client(), self.run_id)
+                    if step <= self.stored_epochs:
+                        return []
+                return [operation]
+            case LogSeries(names, rows):
+                if self.check_stored_epochs and self.stored_steps is None:
+                    self.stored_steps = last_step_stored(self.client(), self.run_id)
+                return [
+                    LogMetrics(int(time), int(step), dict(zip(names, values, strict=True)))
+                    for time, step, *values in rows
+                    if step > (self.stored_steps or 0)
+                ]
+        return []
 
     def deliver_metrics(self, metrics: list[Metric]) -> None:
         """Send metrics in one call. If MLflow refuses it, send halves, so that only the bad metrics are rejected."""
@@ -332,6 +362,11 @@ class DeliveryWorker(threading.Thread):
         """Explain an error in one line without secrets."""
         deleted = self.deleted_run() if error_code(error) == "INVALID_PARAMETER_VALUE" else None
         return deleted or explain_store_error(error, self.uri)
+
+
+def count_values(operation: LogMetrics | LogSeries) -> int:
+    """Return the number of values of an operation with metrics."""
+    return len(operation.values) if isinstance(operation, LogMetrics) else len(operation.rows) * len(operation.names)
 
 
 def sync_journals(path: Path, uri: str | None = None) -> int:

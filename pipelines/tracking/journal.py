@@ -30,6 +30,7 @@ from pipelines.tracking.operations import (
     LogFile,
     LogMetrics,
     LogModel,
+    LogSeries,
     OpenRun,
     Operation,
     Unreadable,
@@ -37,7 +38,7 @@ from pipelines.tracking.operations import (
     to_json,
 )
 from posmlp.errors import UserError
-from posmlp.metrics import SYSTEM, TRAIN_LOSS
+from posmlp.metrics import BY_STEP_TRAIN_LOSS, SYSTEM, TRAIN_LOSS
 
 logger = logging.getLogger(__name__)
 
@@ -317,6 +318,7 @@ class JournalState:
         run_id: the MLflow run; None if no line of the journal names one.
         uri: the tracking URI without secrets; None likewise.
         last_epoch: the last epoch whose metrics are in the journal; 0 for none.
+        last_step: the last optimizer step whose metrics are in the journal; 0 for none.
         next_system_step: the MLflow step for the next system metrics.
         opened_offline: a driver opened the journal while MLflow did not answer.
     """
@@ -324,6 +326,7 @@ class JournalState:
     run_id: str | None = None
     uri: str | None = None
     last_epoch: int = 0
+    last_step: int = 0
     next_system_step: int = 0
     opened_offline: bool = False
 
@@ -345,6 +348,8 @@ class JournalState:
                     self.last_epoch = max(self.last_epoch, step)
                 if any(name.startswith(SYSTEM) for name in values):
                     self.next_system_step = step + 1
+            case LogSeries(names, rows) if BY_STEP_TRAIN_LOSS in names:
+                self.last_step = max([self.last_step, *(int(row[1]) for row in rows)])
 
 
 def remove_path(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 import logging
 import math
 import os
@@ -25,21 +27,37 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model
+from mlflow.utils.file_utils import local_file_uri_to_path
 
-from pipelines.tracking.uris import scrub, sqlite_path, tracking_uri, without_secrets
+from pipelines.tracking.uris import VIEW_TAG, scrub, sqlite_path, tracking_uri, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.metrics import TRAIN_LOSS
+from posmlp.metrics import BY_STEP_TRAIN_LOSS, TRAIN_LOSS
 
 MAX_PARAMS = 100  # per call of MLflow's log_batch
 MAX_PARAM_LENGTH = 6000  # characters of a value
 MAX_TAG_LENGTH = 8000  # characters of a value
 INFINITE = "infinite."  # prefix of the tags that name infinite metrics
+RUN_NAME = "mlflow.runName"  # the tag with the run's name
+NOTE = "mlflow.note.content"  # the tag with the description, in Markdown
 PARENT = "mlflow.parentRunId"  # the tag with the run below which MLflow's pages show this run
+
+EXPERIMENT_NOTE = "Runs of PosMLP-Video. To see them, choose Model training (top left, next to GenAI) before you click."
 
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 OTHER_STORE = "choose another store with tracking.uri or MLFLOW_TRACKING_URI"
 OTHER_EXPERIMENT = "choose another experiment with tracking.experiment=NAME"
+
+ARTIFACTS = "mlartifacts"  # folder next to a SQLite database
+OURS = f"artifact_location LIKE 'file://%/{ARTIFACTS}'"  # experiments whose artifacts are in such a folder
+# Columns with paths of artifacts, in MLflow's databases
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"  # of the tables of MLflow's databases
 
@@ -122,9 +140,9 @@ def create_run(
     """
     uri = tracking_uri(config)
     experiment = experiment_of_study(client, tags.get(PARENT), uri) or get_or_create_experiment(client, config)
-    tags = {k: shorten(v, MAX_TAG_LENGTH) for k, v in tags.items()}
+    tags = {k: shorten(scrub(v, uri), MAX_TAG_LENGTH) for k, v in tags.items()}
     run_id = find_trial_run(client, experiment, tags)
-    run_id = run_id or client.create_run(experiment, run_name=config.name, tags=tags).info.run_id
+    run_id = run_id or client.create_run(experiment, run_name=tags.get(RUN_NAME, config.name), tags=tags).info.run_id
     texts = {k: shorten(scrub(str(v), uri), MAX_PARAM_LENGTH) for k, v in (config.flat() | dict(params or {})).items()}
     all_params = [Param(k, text) for k, text in texts.items()]
     for i in range(0, len(all_params), MAX_PARAMS):
@@ -187,11 +205,11 @@ def get_or_create_experiment(client: MlflowClient, config: Config) -> str:
     if found := find_experiment(client, config):
         return found
     if path := sqlite_path(uri):
-        location = (path.parent / "mlartifacts").as_uri()
-    # Without this tag MLflow's pages open with views for language-model agents.
-    kind = {"mlflow.experimentKind": "custom_model_development"}
+        location = (path.parent / ARTIFACTS).as_uri()
+    # The kind has an effect before MLflow 3.17 only; the note is on MLflow's first page.
+    tags = {"mlflow.experimentKind": "custom_model_development", NOTE: EXPERIMENT_NOTE}
     try:
-        return client.create_experiment(name, artifact_location=location, tags=kind)
+        return client.create_experiment(name, artifact_location=location, tags=tags)
     except MlflowException as error:
         found = find_experiment(client, config)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
@@ -199,10 +217,71 @@ def get_or_create_experiment(client: MlflowClient, config: Config) -> str:
         return found  # another driver created it in the meantime
 
 
+def explain_moved(experiment: Experiment, uri: str) -> str:
+    """Explain that a SQLite store was copied or moved, so that an experiment's artifacts are elsewhere; else empty.
+
+    MLflow stores the absolute path of the artifacts. Only the folder that this project makes, next to the database,
+    is checked: a user may have chosen another one.
+    """
+    path, location = sqlite_path(uri), experiment.artifact_location or ""
+    if path is None or not location.startswith("file://"):
+        return ""
+    folder = Path(local_file_uri_to_path(location))
+    here = path.parent / ARTIFACTS
+    if folder.name != ARTIFACTS or folder.resolve() == here.resolve():
+        return ""
+    name = experiment.name
+    return (
+        f"{path} was copied or moved: MLflow stores the files of experiment {name!r} in {folder}, not next to it.\n"
+        f"  If {here.name} was copied too: `posmlp relocate {path}`. Otherwise choose tracking.experiment=NAME."
+    )
+
+
+def relocate(database: Path) -> list[str]:
+    """Make a copied or moved SQLite store name the artifacts next to it, in place of those in its former folder.
+
+    Returns:
+        The former folders of artifacts; empty if the store names no other than the one next to it.
+
+    Raises:
+        UserError: there is no such store, or it cannot be written.
+    """
+    uri, here = f"sqlite:///{database.resolve()}", (database.resolve().parent / ARTIFACTS).as_uri()
+    if not database.is_file():
+        raise UserError(f"no MLflow database {database}")
+    prepare_sqlite(uri)
+    try:
+        with closing(sqlite3.connect(database)) as connection, connection:
+            rows = connection.execute(f"SELECT DISTINCT artifact_location FROM experiments WHERE {OURS}").fetchall()
+            former = [location for (location,) in rows if location != here]
+            for location in former:
+                for table, column in LOCATIONS:
+                    change = f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
+                    where = f"WHERE {column} = ? OR substr({column}, 1, ?) = ?"
+                    values = (here, len(location) + 1, location, len(location) + 1, f"{location}/")
+                    connection.execute(f"{change} {where}", values)
+    except sqlite3.Error as error:
+        raise UserError(f"{database} cannot be changed: {error}") from error
+    return former
+
+
+def share_view(client: MlflowClient, experiment: Experiment, name: str, view: Mapping[str, Any]) -> None:
+    """Store a view of MLflow's pages (``pipelines.tracking.uris``) in an experiment, unless it is there already.
+
+    A failure is not reported: the link that names the view then shows MLflow's own columns and charts.
+    """
+    key, text = f"{VIEW_TAG}{name}", json.dumps(view, separators=(",", ":"))
+    if experiment.tags.get(key) != text:
+        with suppress(Exception):  # the user may not change the experiment, or the text is too long for this store
+            client.set_experiment_tag(experiment.experiment_id, key, text)
+
+
 def source_tags() -> dict[str, str]:
-    """Tags with the versions of Python, torch, Ray and MLflow, and the git commit if the code is in a repository."""
+    """Tags with the command, the user, the versions of Python, torch, Ray and MLflow, and the git commit if known."""
     tags = {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__}
-    tags["mlflow"] = mlflow.__version__
+    tags |= {"mlflow": mlflow.__version__, "mlflow.source.name": command_name(), "mlflow.source.type": "LOCAL"}
+    with suppress(Exception):  # a container may have no name for the user
+        tags["mlflow.user"] = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode == 0:
@@ -212,9 +291,29 @@ def source_tags() -> dict[str, str]:
     return tags
 
 
+def command_name() -> str:
+    """The command of this process in short, such as ``posmlp train``; the name of the program if it is another."""
+    program, *arguments = [*sys.argv, ""]
+    name = Path(program).name
+    verb = next((word for word in arguments if word and not word.startswith("-")), "")
+    return f"posmlp {verb}".strip() if name in ("posmlp", "cli.py") else name or "python"
+
+
 def last_epoch_stored(client: MlflowClient, run_id: str) -> int:
     """The last epoch whose metrics MLflow has; 0 for none."""
     return max((m.step for m in client.get_metric_history(run_id, TRAIN_LOSS)), default=0)  # every epoch has it
+
+
+def last_step_stored(client: MlflowClient, run_id: str) -> int:
+    """The last optimizer step whose metrics MLflow has; 0 for none."""
+    return max((m.step for m in client.get_metric_history(run_id, BY_STEP_TRAIN_LOSS)), default=0)
+
+
+def log_new_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    """Log the params that a run does not have yet."""
+    known = client.get_run(run_id).data.params
+    if new := [Param(key, text) for key, text in params.items() if key not in known]:
+        client.log_batch(run_id, params=new)
 
 
 def upload_model(client: MlflowClient, run_id: str, folder: Path) -> None:

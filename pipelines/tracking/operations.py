@@ -9,7 +9,7 @@ a study.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,26 @@ class LogMetrics:
     step: int
     values: Mapping[str, float]
     run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class LogSeries:
+    """Log several points of metrics in one operation.
+
+    Attributes:
+        names: of the metrics.
+        rows: for each point, milliseconds since 1970, MLflow's step, and a value per name.
+    """
+
+    names: Sequence[str]
+    rows: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class LogParams:
+    """Log params. MLflow's params cannot change: a param that the run already has keeps its value."""
+
+    params: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,7 @@ class Unreadable:
     line: str
 
 
-Operation = OpenRun | LogMetrics | SetTags | EndRun | LogFile | LogModel | Unreadable
+Operation = OpenRun | LogMetrics | LogSeries | LogParams | SetTags | EndRun | LogFile | LogModel | Unreadable
 
 
 def to_json(operation: Operation) -> dict[str, Any]:
@@ -112,6 +132,10 @@ def to_json(operation: Operation) -> dict[str, Any]:
             return {"op": "metrics", "time": time, "step": step, "values": dict(values)}
         case LogMetrics(time, step, values, run_id):
             return {"op": "metrics of", "of": run_id, "time": time, "step": step, "values": dict(values)}
+        case LogSeries(names, rows):
+            return {"op": "series", "names": list(names), "rows": [list(row) for row in rows]}
+        case LogParams(params):
+            return {"op": "params", "params": dict(params)}
         case SetTags(tags, run_id):
             return {"op": "tags", "tags": dict(tags)} | _other_run(run_id)
         case EndRun(status, time, run_id):
@@ -133,6 +157,10 @@ def from_json(tree: Any) -> Operation | None:
             return LogMetrics(time, step, values)
         case {"op": "metrics of", "of": str(run_id), "time": int(time), "step": int(step), "values": dict(values)}:
             return LogMetrics(time, step, values, run_id)
+        case {"op": "series", "names": [*names], "rows": [*rows]}:
+            return LogSeries(names, rows)
+        case {"op": "params", "params": dict(params)}:
+            return LogParams(params)
         case {"op": "tags", "tags": dict(tags)}:
             return SetTags(tags, tree.get("of"))
         case {"op": "status", "status": str(status), "time": int(time)}:

@@ -11,8 +11,10 @@ once.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +26,31 @@ from mlflow import MlflowClient
 from pipelines.tracking.delivery import DeliveryWorker
 from pipelines.tracking.journal import Journal, JournalState, archive_journal
 from pipelines.tracking.mlflow_client import (
+    MAX_PARAM_LENGTH,
     MAX_TAG_LENGTH,
     PARENT,
     check_schema,
     create_run,
     error_code,
     explain_deleted,
+    explain_moved,
     explain_store_error,
     last_epoch_stored,
+    last_step_stored,
     now_ms,
     prepare_mlflow,
     prepare_sqlite,
+    share_view,
     shorten,
 )
 from pipelines.tracking.node_monitors import ClusterMonitor, SystemMetrics
-from pipelines.tracking.operations import EndRun, LogFile, LogMetrics, LogModel, OpenRun, SetTags
-from pipelines.tracking.uris import scrub, tracking_uri, without_secrets
+from pipelines.tracking.operations import EndRun, LogFile, LogMetrics, LogModel, LogParams, LogSeries, OpenRun, SetTags
+from pipelines.tracking.uris import RUNS_VIEW, run_link, runs_view, scrub, tracking_uri, view_link, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.metrics import BY_STEP
+
+logger = logging.getLogger(__name__)
 
 CLOSE_WAIT = 20.0  # seconds that close() waits for the delivery of the last operations
 MODEL_WAIT = 600.0  # seconds that log_model() waits for the upload of a model
@@ -54,6 +63,7 @@ class Tracker:
         run_id: the MLflow run.
         uri: the tracking URI, with user and password if it has them.
         place: the experiment, the store and the run, for a log line; without secrets.
+        experiment_id: the MLflow experiment; None if MLflow did not answer.
         journal: what is not delivered yet.
         delivery: the thread that delivers the journal.
         system_metrics: the thread that samples CPU, memory, disk, network and GPU.
@@ -67,6 +77,8 @@ class Tracker:
         next_system_step: int,
         place: str,
         monitor_cluster: bool = True,
+        last_step: int = 0,
+        experiment_id: str | None = None,
     ):
         """
         Args:
@@ -74,10 +86,13 @@ class Tracker:
             next_system_step: MLflow step of the first system metrics.
             place: see above.
             monitor_cluster: sample all nodes of the cluster, not only the driver's.
+            last_step: the last optimizer step whose metrics MLflow or the journal already has.
+            experiment_id: see above.
         """
         self.journal, self.delivery = journal, delivery
         self.run_id, self.uri = delivery.run_id, delivery.uri
-        self.last_epoch, self.place = last_epoch, place
+        self.last_epoch, self.last_step = last_epoch, last_step
+        self.place, self.experiment_id = place, experiment_id
         cluster = ClusterMonitor() if monitor_cluster else None
         self.system_metrics = SystemMetrics(self.log_system_metrics, next_system_step, cluster)
         delivery.start()
@@ -112,7 +127,7 @@ class Tracker:
             prepare_sqlite(uri)
         if journal.exists():
             Journal(journal).close()  # fails if another process holds it
-        stored_epochs, experiment = None, config.tracking.experiment
+        stored_epochs, stored_steps, experiment, experiment_id = None, 0, config.tracking.experiment, None
         try:
             client = MlflowClient(uri)
             if run_id is None:
@@ -121,8 +136,11 @@ class Tracker:
             found = client.get_experiment(run.info.experiment_id)
             if deleted := explain_deleted(run, found, uri):
                 raise UserError(f"{store}: {deleted}, or choose another name for a new run (name=...)")
-            experiment = found.name
-            stored_epochs = last_epoch_stored(client, run_id)
+            experiment, experiment_id = found.name, found.experiment_id
+            if moved := explain_moved(found, uri):
+                logger.warning("%s", moved)
+            share_view(client, found, RUNS_VIEW, runs_view())
+            stored_epochs, stored_steps = last_epoch_stored(client, run_id), last_step_stored(client, run_id)
         except UserError:
             raise
         except Exception as error:  # networks, databases and artifact stores raise many types
@@ -147,7 +165,16 @@ class Tracker:
         is_trial = PARENT in tags
         last_epoch = max(state.last_epoch, stored_epochs or 0)
         place = f"experiment {experiment!r} at {without_secrets(uri)}, run {run_id}"
-        return cls(opened, delivery, last_epoch, state.next_system_step, place, monitor_cluster=not is_trial)
+        return cls(
+            opened,
+            delivery,
+            last_epoch,
+            state.next_system_step,
+            place,
+            monitor_cluster=not is_trial,
+            last_step=max(state.last_step, stored_steps),
+            experiment_id=experiment_id,
+        )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, run_id: str | None = None) -> None:
         """Log one set of metrics of this run, or of another one, such as a trial of this study."""
@@ -156,6 +183,23 @@ class Tracker:
     def log_system_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log a sample of system metrics. A power cut may lose the last ones: they are not forced to the disk."""
         self.journal.append(LogMetrics(now_ms(), step, as_floats(metrics)), durable=False)
+
+    def log_steps(self, rows: Sequence[Sequence[float]]) -> None:
+        """Log metrics of optimizer steps (``posmlp.metrics.BY_STEP``), except of steps that were logged before.
+
+        A power cut may lose the last ones: they are not forced to the disk.
+
+        Args:
+            rows: for each point, milliseconds since 1970, the optimizer step, and a value per metric.
+        """
+        new = [row for row in rows if row[1] > self.last_step]
+        if new:
+            self.last_step = int(new[-1][1])
+            self.journal.append(LogSeries(BY_STEP, new), durable=False)
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Log params of this run. A param that it already has keeps its value."""
+        self.journal.append(LogParams({name: shorten(str(value), MAX_PARAM_LENGTH) for name, value in params.items()}))
 
     def log_tags(self, tags: Mapping[str, str], run_id: str | None = None) -> None:
         """Set tags of this run, or of another one, such as a trial of this study."""
@@ -197,6 +241,20 @@ class Tracker:
             return
         self.journal.append_file(LogModel(now_ms()), "model", folder)
         self.delivery.flush(MODEL_WAIT)
+
+    def share_view(self, name: str, view: Mapping[str, Any]) -> None:
+        """Store a view of MLflow's pages in the experiment. Without it, a link that names the view works too."""
+        if self.experiment_id is not None:
+            with suppress(Exception):  # MLflow is down again
+                client = MlflowClient(self.uri)
+                share_view(client, client.get_experiment(self.experiment_id), name, view)
+
+    def links(self) -> dict[str, str]:
+        """Links into MLflow's pages, by what they show; empty if MLflow did not answer when the run was opened."""
+        if self.experiment_id is None:
+            return {}
+        runs = view_link(self.uri, self.experiment_id, RUNS_VIEW)
+        return {"this run": run_link(self.uri, self.experiment_id, self.run_id), "all runs": runs}
 
     def epochs_logged(self) -> int:
         """Return the number of epochs whose metrics MLflow or the journal had when this tracker was opened."""

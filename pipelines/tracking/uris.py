@@ -1,10 +1,18 @@
-"""The tracking URI, URIs without secrets, and the path of the journal."""
+"""The tracking URI, URIs without secrets, the path of the journal, and links into MLflow's pages.
+
+MLflow 3.17 opens an experiment on pages for language-model agents, unless this browser has chosen "Model training" or
+the address says so (``TRAINING``). No setting of the server or tag of the experiment changes that. An address can also
+name a shared view: the state of a page of runs (columns, filter, charts), stored as a tag of the experiment.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlflow.environment_variables import MLFLOW_TRACKING_TOKEN
 from mlflow.utils.credentials import read_mlflow_creds
@@ -12,6 +20,26 @@ from mlflow.utils.credentials import read_mlflow_creds
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.metrics import (
+    BY_STEP_CLIPS_PER_S,
+    BY_STEP_LR,
+    BY_STEP_TRAIN_LOSS,
+    COST_GMACS,
+    COST_LATENCY_MS,
+    COST_PARAMS_M,
+    PERF_CLIPS_PER_S,
+    TRAIN_LOSS,
+    VAL_BEST_EPOCH,
+    VAL_BEST_TOP1,
+    VAL_LOSS,
+    VAL_TOP1,
+)
+
+LOCAL_PAGES = "http://127.0.0.1:5000"  # where `mlflow server` listens
+TRAINING = "workflowType=machine_learning"  # in an address: MLflow's pages for training
+VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tags; the view's name follows
+RUNS_VIEW = "posmlp-runs"  # the view of all runs of an experiment
+SEARCH_PARAM = "search."  # prefix; a dimension's name follows: the params of a trial's MLflow run
 
 
 def tracking_uri(config: Config) -> str:
@@ -82,3 +110,114 @@ def journal_path(run: str) -> Path:
     """Path of the local journal that buffers MLflow writes: in the run's folder; below ``runs`` if that is remote."""
     folder = Path("runs", run.rstrip("/").rpartition("/")[2]).resolve() if storage.is_remote(run) else Path(run)
     return folder / "tracking" / "journal.jsonl"
+
+
+# --- links into MLflow's pages ---------------------------------------------------------------------------------------
+
+
+def pages_address(uri: str) -> str:
+    """The address of MLflow's pages: the server, or one that the user starts on this machine for a database."""
+    return without_secrets(uri).rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL_PAGES
+
+
+def run_link(uri: str, experiment: str, run_id: str) -> str:
+    """The address of a run's page.
+
+    Args:
+        experiment: id of its experiment.
+    """
+    return f"{pages_address(uri)}/#/experiments/{experiment}/runs/{run_id}?{TRAINING}"
+
+
+def view_link(uri: str, experiment: str, view: str, *, charts: bool = False) -> str:
+    """The address of a page of runs in a shared view (``runs_view``, ``study_view``).
+
+    Args:
+        experiment: id of the experiment.
+        view: name of the view.
+        charts: show the charts next to the list of runs, not the table.
+    """
+    mode = "&compareRunsMode=CHART" if charts else ""
+    return f"{pages_address(uri)}/#/experiments/{experiment}/runs?{TRAINING}&viewStateShareKey={view}{mode}"
+
+
+def links_text(uri: str, links: Mapping[str, str]) -> str:
+    """Describe how to open links: a line with the command, if a database needs a server first, and a line per link."""
+    head = "see it in MLflow:"
+    if pages_address(uri) == LOCAL_PAGES and not uri.startswith("http"):
+        head += f" `{Path(sys.executable).parent / 'mlflow'} server --backend-store-uri {without_secrets(uri)}`, then"
+    width = max(map(len, links), default=0)
+    lines = [f"    {what:<{width}}  {link}" for what, link in links.items()] or [f"    {pages_address(uri)}"]
+    return "\n".join([head, *lines])
+
+
+def study_view_name(run_id: str) -> str:
+    """The name of a study's view; ``run_id`` is its MLflow run."""
+    return f"study-{run_id}"
+
+
+def runs_view() -> dict[str, Any]:
+    """The view of all runs: the columns that compare them, and charts with validation and training first."""
+    metrics = (VAL_BEST_TOP1, VAL_BEST_EPOCH, VAL_TOP1, TRAIN_LOSS, PERF_CLIPS_PER_S)
+    params = ("model.name", "model.blocks", "model.dims", "train.epochs", COST_GMACS)
+    columns = [column("metrics", name) for name in metrics] + [column("params", name) for name in params]
+    columns += [column("tags", "overrides"), column("attributes", "Models"), column("attributes", "Dataset")]
+    order = {"orderByKey": "attributes.start_time", "orderByAsc": False}
+    return order | {"selectedColumns": columns} | charts_state(curves())
+
+
+def study_view(study: str, dimensions: Sequence[str]) -> dict[str, Any]:
+    """The view of a study's trials, the best first: parallel coordinates, top-1 against each cost, and curves.
+
+    Args:
+        dimensions: names of the space's dimensions.
+    """
+    costs, params = (COST_LATENCY_MS, COST_GMACS, COST_PARAMS_M), [f"{SEARCH_PARAM}{name}" for name in dimensions]
+    columns = [column("metrics", name) for name in (VAL_TOP1, *costs)] + [column("params", name) for name in params]
+    parallel = {"selectedParams": params, "selectedMetrics": [COST_GMACS, VAL_TOP1], "showAllRuns": False}
+    charts = [chart("PARALLEL", "study", "members", parallel)]
+    for cost in costs:
+        axes = {"xaxis": {"key": cost, "type": "METRIC"}, "yaxis": {"key": VAL_TOP1, "type": "METRIC"}}
+        charts.append(chart("SCATTER", "study", cost, axes))
+    filters = {"searchFilter": f"tags.study = '{study}' AND tags.trial LIKE '%'", "runsHiddenMode": "SHOW_ALL"}
+    order = {"orderByKey": column("metrics", VAL_TOP1), "orderByAsc": False}
+    return filters | order | {"selectedColumns": columns} | charts_state([*charts, *curves()])
+
+
+def column(kind: str, name: str) -> str:
+    """The key of a column of the table of runs. ``kind`` is ``metrics``, ``params``, ``tags`` or ``attributes``."""
+    return f"{kind}.`{name}`"
+
+
+def curves() -> list[dict[str, Any]]:
+    """The line charts of a view. MLflow adds those of all other metrics, each group of names after these groups."""
+    groups = {
+        "val": (VAL_TOP1, VAL_BEST_TOP1, VAL_LOSS),
+        "by_step": (BY_STEP_TRAIN_LOSS, BY_STEP_LR, BY_STEP_CLIPS_PER_S),
+        "train": (TRAIN_LOSS,),
+    }
+    return [line_chart(group, name) for group, names in groups.items() for name in names]
+
+
+def line_chart(group: str, metric: str) -> dict[str, Any]:
+    return chart("LINE", group, metric, {"metricKey": metric, "xAxisKey": "step"} | LINE_DEFAULTS)
+
+
+LINE_DEFAULTS = {
+    **{"lineSmoothness": 0, "xAxisScaleType": "linear", "scaleType": "linear", "range": {}, "yAxisKey": "metric"},
+    **{"yAxisExpressions": [], "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True},
+}
+
+
+def chart(kind: str, group: str, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A chart as MLflow's pages store it, in the section of this group."""
+    limit = 10 if kind == "LINE" else 100  # runs that it shows
+    identity = {"uuid": f"{group}-{name}", "metricSectionId": group, "type": kind, "runsCountToCompare": limit}
+    return identity | {"deleted": False, "isGenerated": kind == "LINE"} | dict(state)
+
+
+def charts_state(charts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The charts and their sections, in this order, as MLflow's pages store them."""
+    groups = dict.fromkeys(str(each["metricSectionId"]) for each in charts)
+    sections = [{"uuid": group, "name": group, "display": True, "isReordered": False} for group in groups]
+    return {"compareRunCharts": list(charts), "compareRunSections": sections, "isAccordionReordered": True}

@@ -65,6 +65,13 @@ class CostMeasured:
 
 
 @dataclass(frozen=True)
+class StepMetrics:
+    """Metrics of optimizer steps since the last message: rows as for ``Tracker.log_steps``."""
+
+    rows: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
 class EpochMetrics:
     """The metrics of consecutive finished epochs: of the newest, or of all epochs so far when workers start."""
 
@@ -93,4 +100,4 @@ class ArtifactFile:
     content: bytes
 
 
-WorkerEvent = ProgressLine | CostMeasured | EpochMetrics | BadVideosFound | ConfusionMatrix | ArtifactFile
+WorkerEvent = ProgressLine | CostMeasured | StepMetrics | EpochMetrics | BadVideosFound | ConfusionMatrix | ArtifactFile

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
@@ -167,10 +169,10 @@ def changed_keys(record: dict[str, Any], config: Config, lists: dict[str, str]) 
     Returns:
         For each changed key, its old and its new value as text.
     """
-    before = flatten(current_keys(record["config"])) | {
-        f"list.{split}": text for split, text in record["lists"].items()
-    }
-    now = config.flat() | {f"list.{split}": text for split, text in lists.items()}
+    Architectures are compared as resolved (``ModelSection.resolved``); earlier versions stored null.
+
+    before = stored_keys(record["config"]) | {f"list.{split}": text for split, text in record["lists"].items()}
+    now = config.resolved().flat() | {f"list.{split}": text for split, text in lists.items()}
     changed = {k: f"was {before.get(k)!r}, is {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)}
     return {k: change for k, change in changed.items() if not k.startswith(KEYS_FREE_ON_RESUME)}
 
@@ -178,6 +180,14 @@ def changed_keys(record: dict[str, Any], config: Config, lists: dict[str, str]) 
 def list_fingerprint(manifest: Manifest) -> str:
     """A text that changes when a list's videos, labels or classes change, but not when the videos move."""
     rows = manifest.rows.select(["sample_id", "label"]).to_pydict()
+def stored_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """All values of a stored recipe by their full key; keys that are newer than the recipe have their defaults."""
+    try:
+        return Config.model_validate(tree).resolved().flat()
+    except ValidationError:  # a recipe of a version with other keys: the comparison names them
+        return flatten(current_keys(tree))
+
+
     text = json.dumps([rows, manifest.classes])
     return f"{len(manifest.rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,10 +21,17 @@ from posmlp.metrics import (
     PERF_EPOCH_S,
     PERF_FIRST_BATCH_S,
     TRAIN_LOSS,
+    VAL_BEST_EPOCH,
+    VAL_BEST_TOP1,
     VAL_TOP1,
 )
+from posmlp.video.manifest import Manifest
 
 LINE_S = 5.0  # between two progress lines
+SEND_STEPS_S = 3.0  # between two messages with metrics of steps
+MAX_STEP_POINTS = 500  # of each metric of steps in a run: MLflow's charts show no more
+# Not told in the tag ``overrides``: where a run lies, and what follows from the data
+NOT_OVERRIDES = ("model.num_classes", "train.storage", "tracking.uri", "tracking.experiment", "data.cache_dir")
 PROGRESS_KEYS = {"decoded_by_pyav": "taken_over", "training_metrics": "trained"}  # field -> key in checkpoint.json
 MAX_DATA_WAIT = 0.2  # share of an epoch that may pass in waiting for clips before the run gives advice
 
@@ -122,6 +130,72 @@ class EpochMeter:
         self.seconds = time.perf_counter() - self.start
 
 
+@dataclass
+class StepSeries:
+    """The metrics of optimizer steps (``posmlp.metrics.BY_STEP``), one point every N steps, until they are sent.
+
+    N depends on the length of the run alone: a run has at most ``MAX_STEP_POINTS`` points, however long it is, and one
+    that resumes has them at the same steps.
+
+    Attributes:
+        every: N, the number of steps from one point to the next.
+        global_batch: clips per step.
+        rows: the points that are not sent yet, as for ``Tracker.log_steps``.
+        loss, count: sum of the losses since the last point, and their number.
+        since: when the steps since the last point began, in seconds of ``time.perf_counter``.
+        sent: when points were sent last, likewise.
+    """
+
+    every: int
+    global_batch: int
+    rows: list[list[float]] = field(default_factory=list)
+    loss: float = 0.0
+    count: int = 0
+    since: float = 0.0
+    sent: float = 0.0
+
+    @classmethod
+    def for_run(cls, steps: int, global_batch: int) -> StepSeries:
+        """An empty series for a run of this many optimizer steps."""
+        return cls(-(-steps // MAX_STEP_POINTS), global_batch)
+
+    def start(self) -> None:
+        """Begin an epoch: what is before it, such as validation, does not count as time of a step."""
+        self.loss, self.count, self.since = 0.0, 0, time.perf_counter()
+
+    def add(self, step: int, loss: float, rate: float) -> None:
+        """Add a finished step.
+
+        Args:
+            step: number of the optimizer step.
+            rate: its learning rate.
+        """
+        self.loss += loss
+        self.count += 1
+        if step % self.every == 0:
+            seconds = max(time.perf_counter() - self.since, 1e-9)
+            clips_per_s = self.count * self.global_batch / seconds
+            self.rows.append([int(time.time() * 1000), step, self.loss / self.count, rate, clips_per_s])
+            self.start()
+
+    def take(self, at_once: bool) -> list[list[float]]:
+        """Return and remove the points to send: all, if ``at_once`` or if the last time was ``SEND_STEPS_S`` ago."""
+        now = time.perf_counter()
+        if not self.rows or not (at_once or now - self.sent > SEND_STEPS_S):
+            return []
+        rows, self.rows, self.sent = self.rows, [], now
+        return rows
+
+
+def best_so_far(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The highest ``val/top1`` of epochs, and the newest epoch that has it; empty if no epoch was validated."""
+    validated = [(metrics[VAL_TOP1], metrics[EPOCH]) for metrics in history if VAL_TOP1 in metrics]
+    if not validated:
+        return {}
+    top1, epoch = max(validated)
+    return {VAL_BEST_TOP1: top1, VAL_BEST_EPOCH: epoch}
+
+
 def describe_steps(progress: RunProgress, meter: EpochMeter, epoch: int, steps: int, config: Config) -> str:
     """The progress line within an epoch.
 
@@ -148,6 +222,40 @@ def describe_epoch(metrics: dict[str, float], config: Config) -> str:
     if metrics[DATA_BAD]:
         text += f"  bad videos {metrics[DATA_BAD]:.0f}"
     return text
+
+
+def describe_run(config: Config, train_set: Manifest, val_set: Manifest) -> str:
+    """The model of a run and its data, in one line."""
+    model, blocks = config.model, dict.fromkeys(config.model.resolved().blocks or ())
+    what = f"{model.name} with {' and '.join(blocks)} blocks, {model.variant().frames} frames"
+    data = f"{len(train_set.rows)} videos of {len(train_set.classes)} classes from {config.data.train.path}"
+    return (
+        f"**{config.name}**: {what}, {config.train.epochs} epochs on {data}; validation on {len(val_set.rows)} videos"
+    )
+
+
+def describe_result(history: Sequence[Mapping[str, float]], epochs: int, status: str) -> str:
+    """How far a run is and what it has reached, in one line.
+
+    Args:
+        epochs: of the whole run.
+        status: of its MLflow run.
+    """
+    state = {"FINISHED": "Finished", "KILLED": "Stopped", "FAILED": "Failed", "RUNNING": "Running"}[status]
+    text = f"{state} after epoch {len(history)} of {epochs}"
+    last = next((metrics for metrics in reversed(history) if VAL_TOP1 in metrics), None)
+    if last is None:
+        return text
+    best = best_so_far(history)
+    return f"{text}: val/top1 {last[VAL_TOP1]:.1%}, best {best[VAL_BEST_TOP1]:.1%} in epoch {best[VAL_BEST_EPOCH]:.0f}"
+
+
+def describe_overrides(config: Config) -> str:
+    """The keys that differ from their defaults, as in ``train.epochs=5, optim.lr=0.003``."""
+    changed = {key: value for key, value in config.non_defaults().items() if key not in NOT_OVERRIDES}
+    return ", ".join(
+        f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in changed.items()
+    )
 
 
 def advise(metrics: dict[str, float], config: Config) -> dict[str, str]:

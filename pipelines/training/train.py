@@ -34,11 +34,11 @@ from pipelines.cluster.signals import exit_despite, hold_signals, raise_held, st
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo, RunError, StoppedError
 from pipelines.runs.models import example_input, load_newest_model
-from pipelines.runs.record import check_writable, read_record, run_folder, write_record
+from pipelines.runs.record import check_writable, read_record, run_folder, write_files, write_record
 from pipelines.tracking import plots, prometheus
-from pipelines.tracking.mlflow_client import source_tags
+from pipelines.tracking.mlflow_client import NOTE, source_tags
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import journal_path, recipe_without_password
+from pipelines.tracking.uris import journal_path, links_text, recipe_without_password
 from pipelines.training.channel import open_channel
 from pipelines.training.messages import (
     ArtifactFile,
@@ -47,11 +47,13 @@ from pipelines.training.messages import (
     CostMeasured,
     EpochMetrics,
     ProgressLine,
+    StepMetrics,
     WorkerEvent,
     WorkerJob,
 )
 from pipelines.training.preflight import check_data, check_record, find_weights, list_fingerprint, read_splits
 from pipelines.training.process_group import ProcessGroupConfig
+from pipelines.training.progress import describe_overrides, describe_result, describe_run
 from pipelines.training.worker import train_worker
 from posmlp.config import Config
 from posmlp.metrics import EPOCH, VAL_TOP1
@@ -72,6 +74,7 @@ class RunResult:
         metrics: of the last epoch.
         bad: all bad videos of the run, each once.
         undelivered: the number of operations that MLflow has not received yet (``posmlp sync`` delivers them).
+        links: into MLflow's pages, by what they show.
     """
 
     name: str
@@ -80,6 +83,7 @@ class RunResult:
     metrics: dict[str, float]
     bad: list[BadVideo] = field(default_factory=list)
     undelivered: int = 0
+    links: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def train(
 
     # Validate the recipe, its data and the run's record, before anything is started or written.
     train_set, val_set = read_splits(config)
-    config = check_data(config, train_set, val_set)
+    config = check_data(config, train_set, val_set).resolved()
     record, lists = read_record(run), {"train": list_fingerprint(train_set), "val": list_fingerprint(val_set)}
     saved = [entry.info for entry in checkpoints.find(run) if entry.info]
     epochs_done = max((info.epoch for info in saved), default=0)
@@ -137,13 +141,16 @@ def train(
     wait_for_room(config.scaling)
     check_writable(run)
     run_id = record["mlflow_run_id"] if record else None
-    tags = {**source_tags(), "run": run, **trial.tags}
+    about = describe_run(config, train_set, val_set)
+    tags = {**source_tags(), "run": run, "overrides": describe_overrides(config), NOTE: about, **trial.tags}
     with hold_signals() as held:  # it makes MLflow's tables and run
         tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=trial.params)
     logger.info("MLflow: %s", tracker.place)
-    reporter = RunReporter(config.name, tracker, trial.on_epoch)
+    if not trial.tags:
+        logger.info("%s", links_text(tracker.uri, tracker.links()))
+    reporter = RunReporter(config.name, tracker, trial.on_epoch, folder=run, about=about, epochs=config.train.epochs)
     if trial.costs and not saved:
-        tracker.log_metrics(trial.costs, step=0)
+        tracker.log_metrics(trial.costs, step=0)  # not params: a study measures latency again at its end
 
     status = "FAILED"
     try:
@@ -180,10 +187,12 @@ def train(
         status = "KILLED" if status == "FAILED" else status  # a finished run is not trained again
         raise
     finally:
+        reporter.describe_result(status)
         undelivered = tracker.close(status)
         if undelivered:
             logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
-    return RunResult(config.name, run, tracker.run_id, metrics, list(reporter.bad.values()), undelivered)
+    bad = list(reporter.bad.values())
+    return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, tracker.links())
 
 
 def fit(job: WorkerJob, config: Config, reporter: RunReporter, stop: threading.Event) -> None:
@@ -255,13 +264,26 @@ class RunReporter:
     """Logs and tracks the events of a run's workers.
 
     Attributes:
+        folder: the run's folder, which gets the plots too; None: only MLflow gets them.
+        about: what the run does, the first line of its description in MLflow.
+        epochs: of the whole run.
         history: metrics of each finished epoch.
         bad: all bad videos, by sample id.
         confusion: of the last validation, ``[classes, classes]``.
     """
 
-    def __init__(self, run: str, tracker: Tracker, on_epoch: Callable[[Mapping[str, float]], None]):
+    def __init__(
+        self,
+        run: str,
+        tracker: Tracker,
+        on_epoch: Callable[[Mapping[str, float]], None],
+        *,
+        folder: str | None = None,
+        about: str = "",
+        epochs: int = 0,
+    ):
         self.run, self.tracker, self.on_epoch = run, tracker, on_epoch
+        self.folder, self.about, self.epochs = folder, about, epochs
         self.history: list[dict[str, float]] = []
         self.bad: dict[str, BadVideo] = {}
         self.confusion: np.ndarray | None = None
@@ -280,7 +302,9 @@ class RunReporter:
             case ProgressLine(text, level):
                 logger.log(level, "%s", text)
             case CostMeasured(metrics):
-                self.tracker.log_metrics(metrics, step=0)
+                self.tracker.log_params({name: f"{value:.6g}" for name, value in metrics.items()})
+            case StepMetrics(rows):
+                self.tracker.log_steps(rows)
             case EpochMetrics(epochs):
                 for metrics in epochs:
                     self.add_epoch(dict(metrics))
@@ -301,6 +325,7 @@ class RunReporter:
         if epoch > self.epochs_logged:
             self.epochs_logged = epoch
             self.tracker.log_metrics(metrics, step=epoch)
+            self.describe_result("RUNNING")
 
     def publish_progress(self) -> None:
         """Set the Prometheus metrics of the run's progress."""
@@ -310,11 +335,24 @@ class RunReporter:
                 values["val_top1"] = metrics[VAL_TOP1]
         prometheus.publish(self.run, **values)
 
+    def describe_result(self, status: str) -> None:
+        """Write the run's description in MLflow: what it does, and how far it is.
+
+        Args:
+            status: of the MLflow run.
+        """
+        result = describe_result(self.history, self.epochs, status)
+        self.tracker.log_tags({NOTE: f"{self.about}\n\n{result}"})
+
     def log_plots(self, classes: tuple[str, ...]) -> None:
-        """Log the plots of a finished run."""
-        self.tracker.log_file("learning_curves.png", plots.learning_curves(self.history))
+        """Log the plots of a finished run, and write them to its folder."""
+        files = {"learning_curves.png": plots.learning_curves(self.history)}
         if self.confusion is not None:
-            self.tracker.log_file("confusion.png", plots.confusion_matrix(self.confusion, classes))
+            files["confusion.png"] = plots.confusion_matrix(self.confusion, classes)
+        for name, content in files.items():
+            self.tracker.log_file(name, content)
+        if self.folder is not None:
+            write_files(self.folder, files)
 
 
 def log_model(run: str, config: Config, tracker: Tracker) -> None:

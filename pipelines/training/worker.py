@@ -34,11 +34,20 @@ from pipelines.training.messages import (
     CostMeasured,
     EpochMetrics,
     ProgressLine,
+    StepMetrics,
     WorkerEvent,
     WorkerJob,
 )
 from pipelines.training.profiling import TRACE_FILE, TRACED_STEPS, peak_memory_mb, start_profiler
-from pipelines.training.progress import EpochMeter, RunProgress, advise, describe_epoch, describe_steps
+from pipelines.training.progress import (
+    EpochMeter,
+    RunProgress,
+    StepSeries,
+    advise,
+    best_so_far,
+    describe_epoch,
+    describe_steps,
+)
 from posmlp import create_model, load_published, storage
 from posmlp import metrics as names
 from posmlp.config import Config
@@ -118,6 +127,7 @@ class Worker:
         self.saved_step = self.learner.step
         self.first_epoch = len(self.progress.history)
         advised: set[str] = set()
+        self.series = StepSeries.for_run(self.train_split.steps * config.train.epochs, config.train.global_batch)
         batches = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
         for epoch in range(self.first_epoch, config.train.epochs):
             metrics = self.run_epoch(batches, epoch)
@@ -233,6 +243,8 @@ class Worker:
         check_bad_fraction(bad, rows, config)
         self.progress = self.progress.next_epoch(metrics)
         self.finish_epoch(metrics)
+        if names.VAL_TOP1 in metrics:
+            metrics |= best_so_far([*self.progress.history, metrics])
         return metrics
 
     def train_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
@@ -251,17 +263,22 @@ class Worker:
                 batch = self.next_batch(batches)
             if batch is None:
                 return None
+        self.series.start()
             try:
                 step = learner.train_step(batch.to(learner.device))
             except ExplodedError as error:
                 raise self.save_explosion(batch, error) from error
+                self.send_steps(at_once=True)
             progress.add_step(step.loss, step.grad_norm)
             meter.steps += 1
             if profiler:
                 profiler.step()
+                self.send_steps(at_once=True)
             if every and learner.step % every == 0 and progress.steps < steps:
                 self.save()
             if meter.line_is_due():
+            self.series.add(learner.step, step.loss, self.learning_rate())
+            self.send_steps()
                 meter.max_store_mib = max(meter.max_store_mib, self.store_usage()[0])
                 self.send_line(describe_steps(progress, meter, epoch, steps, config))
                 self.publish_throughput(throughput, meter)
@@ -273,6 +290,7 @@ class Worker:
         return self.training_metrics(meter)
 
     def training_metrics(self, meter: EpochMeter) -> dict[str, float]:
+        self.send_steps(at_once=True)
         """The metrics of an epoch's training steps. Collective: call it on every rank."""
         progress, (used, spilled) = self.progress, self.store_usage()
         (waited_share,) = mean_over_workers([meter.waited / meter.seconds])
@@ -280,7 +298,7 @@ class Worker:
             names.TRAIN_LOSS: progress.loss / progress.steps,
             names.TRAIN_GRAD_NORM: progress.grad_norm / max(1, progress.norms),
             names.TRAIN_WORKERS: float(self.world_size),
-            names.TRAIN_LR: self.learner.optimizer.param_groups[0]["lr"],
+            names.TRAIN_LR: self.learning_rate(),
             names.PERF_DATA_WAIT_FRAC: waited_share,
             names.PERF_FIRST_BATCH_S: meter.first_batch_s,
             names.PERF_EPOCH_S: meter.seconds,
@@ -294,6 +312,15 @@ class Worker:
         return object_store_usage() if self.rank == 0 else (math.nan, math.nan)
 
     def publish_throughput(self, throughput: prometheus.ThroughputGauge, meter: EpochMeter) -> None:
+    def learning_rate(self) -> float:
+        """The learning rate of the last step, the largest of the optimizer's groups."""
+        return float(max(group["lr"] for group in self.learner.optimizer.param_groups))
+
+    def send_steps(self, at_once: bool = False) -> None:
+        """Send the driver the metrics of steps, now and then or ``at_once``."""
+        if rows := self.series.take(at_once):
+            self.send(StepMetrics(rows))
+
         """Publish throughput and loss to Prometheus, on the first worker."""
         if self.rank == 0:
             throughput.publish(meter.seconds, meter.steps, meter.waited)
@@ -395,6 +422,7 @@ class Worker:
 
     def save(self) -> None:
         """Save a checkpoint of this step.
+        self.progress.bad = list(known.values())
 
         Raises:
             AgreedError: it cannot be written; on all workers.

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipelines.runs.record import read_json, read_record
-from pipelines.tracking.mlflow_client import PARENT
+from pipelines.runs.record import read_json, read_record, write_files
+from pipelines.tracking.mlflow_client import NOTE, PARENT, RUN_NAME, command_name
 from pipelines.tracking.tracker import Tracker
 from pipelines.tuning import pareto
 from pipelines.tuning.search import propose_trial
@@ -124,6 +124,7 @@ class StudyController:
         """What a ``TrialRun`` needs to run a trial."""
         config = self.study.trial_recipe(self.space, trial.member, trial.number, trial.seed)
         tags = {PARENT: self.tracker.run_id, "study": self.study.name, "trial": str(trial.number)}
+        tags |= {RUN_NAME: pareto.trial_name(trial), "mlflow.source.name": command_name()}
         if trial.repeat_of is not None:
             tags["trial.repeats"] = str(trial.repeat_of)
         params = {f"{pareto.SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
@@ -172,6 +173,7 @@ class StudyController:
         files = pareto.pareto_files({self.study.name: trials}, self.study.recipe, against, self.variant_latencies)
         for path, content in files.items():
             self.tracker.log_file(path, content)
+        write_files(self.study.folder, files)
         for trial in pareto.on_any_front(trials):
             if (record := read_record(trial_folder(self.study, trial.number))) is not None:
                 config = Config.model_validate(record["config"])
@@ -183,6 +185,19 @@ class StudyController:
             self.tracker.log_metrics(metrics, step=len(volumes))
         if best := pareto.best_trial(trials):
             self.tracker.log_metrics({STUDY_BEST_TOP1: best.metrics[VAL_TOP1]}, step=len(volumes))
+        self.tracker.log_tags({NOTE: describe_study(self.study, trials)})
+
+
+def describe_study(study: Study, trials: Sequence[Trial]) -> str:
+    """The description of a study's MLflow run in two lines: what it searches, and what it has found."""
+    goal = f"top-1 against {study.against}" if study.against else "top-1"
+    recipe = f"{study.recipe.model.name}, {study.recipe.train.epochs} epochs each on {study.recipe.data.train.path}"
+    what = f"**{study.name}**: search of {study.space} for {goal} ({study.searcher}), {study.trials} trials of {recipe}"
+    states = [trial.state for trial in trials if trial.repeat_of is None]
+    text = ", ".join(f"{states.count(state)} {state}" for state in TrialState if state in states) or "no trials yet"
+    if best := pareto.best_trial(trials):
+        text += f"; best: {pareto.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}"
+    return f"{what}\n\n{text}"
 
 
 def describe_outcome(trial: Trial) -> str:

@@ -33,9 +33,10 @@ from pipelines.tracking.mlflow_client import (
     explain_store_error,
     prepare_mlflow,
     restore_command,
+    shorten,
     stored_metrics,
 )
-from pipelines.tracking.uris import without_secrets
+from pipelines.tracking.uris import SEARCH_PARAM, without_secrets
 from pipelines.tuning import pareto_plots
 from pipelines.tuning.study import STUDY_FILE, Study, StudyError, Trial, TrialState, fully_trained
 from posmlp import create_model
@@ -49,8 +50,8 @@ from tune_spaces import Member, Value
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 MIN_IMPORTANCE_TRIALS = 4  # fewest finished trials for which importance is estimated
+MAX_TRIAL_NAME = 120  # characters of the name of a trial's MLflow run
 RECIPE_ARTIFACT = "config.yaml"  # of a trial's MLflow run
-SEARCH_PARAM = "search."  # prefix; a dimension's name follows: the params of a trial's MLflow run
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,17 @@ def describe_member(member: Member) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         groups.setdefault(name.rstrip("0123456789"), []).append(text)
     return "; ".join(f"{name} {','.join(values)}" for name, values in groups.items())
+
+
+def trial_name(trial: Trial) -> str:
+    """The name of a trial's MLflow run: ``trial-007 block joint; width 1.5``. A value that all stages have is once."""
+    groups: dict[str, list[str]] = {}
+    for part in describe_member(trial.member).split("; "):
+        name, _, values = part.partition(" ")
+        groups[name] = list(dict.fromkeys(values.split(","))) if len(set(values.split(","))) == 1 else [values]
+    member = "; ".join(f"{name} {values[0]}" for name, values in groups.items())
+    seed = "" if trial.repeat_of is None else f"; seed {trial.seed}"
+    return shorten(f"trial-{trial.number:03d} {member}{seed}", MAX_TRIAL_NAME)
 
 
 def standalone_recipe(config: Config, study: Study, number: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -111,6 +111,7 @@ class SupernetResult:
         members: the scored members, as finished trials with their inherited top-1 and their costs.
         agreement: with the ranking of a study; None without a study.
         bad: validation videos that could not be decoded.
+        links: into MLflow's pages, by what they show.
     """
 
     run: str
@@ -118,6 +119,7 @@ class SupernetResult:
     members: list[Trial]
     agreement: RankAgreement | None
     bad: list[BadVideo]
+    links: dict[str, str] = field(default_factory=dict)
 
 
 def supernet(
@@ -166,8 +168,7 @@ def supernet(
     record = read_record(run)
     assert record is not None
     result = SupernetResult(run, record["mlflow_run_id"], members, agreement, bad)
-    write_results(result, config, drawn)
-    return result
+    return replace(result, links=write_results(result, config, drawn))
 
 
 # --- members -----------------------------------------------------------------------------------------------------
@@ -377,8 +378,10 @@ def compare_rankings(standalone: Sequence[StandaloneTrial], inherited: Sequence[
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[Member, Config]]) -> None:
+def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[Member, Config]]) -> dict[str, str]:
     """Write the members' Pareto front, table and recipes into the run's folder and its MLflow run.
+
+    Returns links into MLflow's pages, by what they show.
 
     Args:
         config: the recipe of the supernet.
@@ -409,3 +412,4 @@ def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[
         raise StudyError(f"{result.run} cannot be written: {error}") from error
     finally:
         tracker.close("FINISHED")
+    return tracker.links()

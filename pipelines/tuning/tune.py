@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import ray
 
@@ -17,12 +17,21 @@ from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.runs.models import example_input, load_newest_model
 from pipelines.runs.record import check_writable, run_folder, write_json
-from pipelines.tracking.mlflow_client import register_model, source_tags
+from pipelines.tracking.mlflow_client import NOTE, register_model, source_tags
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import journal_path, recipe_without_password, tracking_uri
+from pipelines.tracking.uris import (
+    journal_path,
+    links_text,
+    recipe_without_password,
+    study_view,
+    study_view_name,
+    tracking_uri,
+    view_link,
+)
 from pipelines.training.preflight import check_data, find_weights, read_splits
+from pipelines.training.progress import describe_overrides
 from pipelines.tuning import pareto
-from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController
+from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController, describe_study
 from pipelines.tuning.ray_tune import run_trials
 from pipelines.tuning.search import check_space, propose_trial
 from pipelines.tuning.study import (
@@ -38,7 +47,7 @@ from pipelines.tuning.study import (
 )
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
-from posmlp.config import Config
+from posmlp.config import Config, SplitSection
 from posmlp.metrics import COST_LATENCY_MS, PUBLISHED_LATENCY_MS
 
 # How the best trial is chosen (pareto.best_trial), as a tag of the registered model.
@@ -56,6 +65,7 @@ class StudyResult:
         trials: all trials, ordered by number.
         best: the best trial (``pareto.best_trial``); None if no trial was finished.
         undelivered: number of operations that MLflow has not received yet (``posmlp sync`` delivers them).
+        links: into MLflow's pages, by what they show.
     """
 
     study: Study
@@ -63,6 +73,7 @@ class StudyResult:
     trials: list[Trial]
     best: Trial | None
     undelivered: int = 0
+    links: dict[str, str] = field(default_factory=dict)
 
 
 def tune(study: Study, *, resume: bool = False) -> StudyResult:
@@ -112,9 +123,11 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     with hold_signals() as held:  # it makes MLflow's tables and run
         tracker = open_tracker(study, found[1] if found else None)
     logger.info("MLflow: %s", tracker.place)
+    logger.info("%s", links_text(tracker.uri, study_links(tracker)))
     status = "FAILED"
     try:
         log_settings(study, tracker)
+        tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions)))
         raise_held(held)
         controller = StudyController(study, space, trials, tracker, concurrent)
         controller.log_start()
@@ -134,7 +147,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
         if undelivered:
             logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, study.folder)
     trials = controller.in_order()
-    return StudyResult(study, tracker.run_id, trials, pareto.best_trial(trials), undelivered)
+    return StudyResult(study, tracker.run_id, trials, pareto.best_trial(trials), undelivered, study_links(tracker))
 
 
 def with_absolute_paths(recipe: Config) -> Config:
@@ -143,9 +156,14 @@ def with_absolute_paths(recipe: Config) -> Config:
     def absolute(path: str | None) -> str | None:
         return path and storage.join(".", path)
 
-    splits = {
-        name: split.model_copy(update={"path": absolute(split.path), "root": absolute(split.root)})
-        for name, split in (("train", recipe.data.train), ("val", recipe.data.val))
+    def moved(split: SplitSection) -> SplitSection:
+        return split.model_copy(update={"path": absolute(split.path), "root": absolute(split.root)})
+
+    others = tuple(map(moved, recipe.data.train.others))
+    splits: dict[str, SplitSection | None] = {
+        "train": moved(recipe.data.train).model_copy(update={"others": others}),
+        "val": moved(recipe.data.val),
+        "test": recipe.data.test and moved(recipe.data.test),
     }
     data = recipe.data.model_copy(update={**splits, "classes": absolute(recipe.data.classes)})
     train = recipe.train.model_copy(update={"storage": absolute(recipe.train.storage)})
@@ -168,10 +186,20 @@ def max_concurrent_trials(recipe: Config) -> int:
 
 def open_tracker(study: Study, run_id: str | None) -> Tracker:
     """Start the study's MLflow run, or resume the run ``run_id``."""
-    config = study.recipe.model_copy(update={"name": study.name})
-    tags = source_tags() | {"study": study.name, "space": study.space}
+    config = study.recipe.model_copy(update={"name": study.name}).resolved()
+    tags = source_tags() | {"study": study.name, "space": study.space, "overrides": describe_overrides(config)}
+    tags[NOTE] = describe_study(study, [])
     params = {f"study.{key}": value for key, value in study.model_dump(exclude={"recipe"}).items()}
     return Tracker.open(config, tags, run_id, journal=journal_path(study.folder), params=params)
+
+
+def study_links(tracker: Tracker) -> dict[str, str]:
+    """Links into MLflow's pages, by what they show: the trials side by side, and those of any run."""
+    if tracker.experiment_id is None:
+        return {}
+    trials = view_link(tracker.uri, tracker.experiment_id, study_view_name(tracker.run_id), charts=True)
+    links = tracker.links()
+    return {"compare trials": trials, "this study": links["this run"], "all runs": links["all runs"]}
 
 
 def log_settings(study: Study, tracker: Tracker) -> None:

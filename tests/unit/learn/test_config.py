@@ -570,3 +570,27 @@ def test_a_warm_up_longer_than_the_run_is_scaled_with_it():
         load_recipe("demo", ["train.epochs=1", "optim.warmup_epochs=3"])  # both are chosen
     with pytest.raises(RecipeError, match=r"train\.epochs"):
         load_recipe("demo", ["train.epochs=many"])
+
+
+def test_a_resolved_recipe_says_what_the_models_name_stands_for():
+    config = load_recipe("demo", ["model.name=s16", "model.frames=null", "model.depths=[1,1,1,1]"])
+    resolved = config.resolved()
+    assert resolved.model.variant() == config.model.variant()
+    assert resolved.model.dims == (72, 144, 288, 576)  # of the release
+    assert (resolved.model.depths, resolved.model.frames, resolved.model.blocks) == (
+        (1, 1, 1, 1),
+        16,
+        ("parallel",) * 4,
+    )
+    assert resolved.resolved() == resolved
+    assert Config.model_validate(resolved.model_dump(mode="json")) == resolved
+
+
+def test_values_that_differ_from_their_defaults_are_listed():
+    data = ["data.train.path=a.csv", "data.val.path=b.csv"]
+    plain = Config.model_validate({"name": "x", "data": {"train": {"path": "a.csv"}, "val": {"path": "b.csv"}}})
+    assert plain.non_defaults() == plain.resolved().non_defaults() == {}
+    keys = ["model.name=s", "model.dims=[72,144,288,576]", "model.blocks=joint", "train.epochs=7", "optim.lr=0.001"]
+    changed = load_recipe("demo", [*data, *keys]).non_defaults()
+    assert changed["model.name"] == "s" and changed["model.blocks"] == ["joint"] * 4 and changed["train.epochs"] == 7
+    assert "model.dims" not in changed and "optim.lr" not in changed and "name" not in changed

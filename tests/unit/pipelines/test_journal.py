@@ -11,6 +11,8 @@ from pipelines.tracking.operations import (
     LogFile,
     LogMetrics,
     LogModel,
+    LogParams,
+    LogSeries,
     OpenRun,
     SetTags,
     Unreadable,
@@ -19,7 +21,7 @@ from pipelines.tracking.operations import (
 )
 from tests.helpers.log_lines import log_lines
 
-# Lines as the first versions of this project wrote them, one for each kind of operation.
+# Lines as earlier versions of this project wrote them, one for each kind of operation.
 LINES = [
     (
         '{"op": "open", "uri": "sqlite:////runs/mlflow.db", "run_id": "abc", "blind": false}',
@@ -37,6 +39,11 @@ LINES = [
         '{"op": "metrics of", "of": "def", "time": 1700000000123, "step": 2, "values": {"cost/latency_ms": 1e-07}}',
         LogMetrics(1700000000123, 2, {"cost/latency_ms": 1e-07}, run_id="def"),
     ),
+    (
+        '{"op": "series", "names": ["by_step/train_loss", "by_step/lr"], "rows": [[1700000000123, 8, 0.5, 0.001]]}',
+        LogSeries(["by_step/train_loss", "by_step/lr"], [[1700000000123, 8, 0.5, 0.001]]),
+    ),
+    ('{"op": "params", "params": {"cost/gmacs": "0.5"}}', LogParams({"cost/gmacs": "0.5"})),
     ('{"op": "tags", "tags": {"trial": "3"}, "of": "def"}', SetTags({"trial": "3"}, run_id="def")),
     ('{"op": "tags", "tags": {"colour": "gr\\u00fcn"}}', SetTags({"colour": "grün"})),
     ('{"op": "status", "status": "FINISHED", "time": 1700000000123}', EndRun("FINISHED", 1700000000123)),

@@ -40,6 +40,7 @@ from pipelines.tracking.journal import Journal, read_entries
 from pipelines.tracking.operations import OpenRun
 from pipelines.tracking.tracker import Tracker
 from pipelines.training.messages import BadVideosFound, ConfusionMatrix, CostMeasured, EpochMetrics
+from pipelines.training.progress import StepSeries, best_so_far
 from pipelines.training.train import RunReporter
 from pipelines.training.worker import Worker
 from posmlp import create_model
@@ -47,7 +48,7 @@ from posmlp import metrics as metric_names
 from posmlp.config import load_recipe
 from posmlp.learn.evaluation import ClassificationMetrics
 from posmlp.learn.learner import Learner
-from posmlp.model.cost import PEAKS, cost
+from posmlp.model.cost import PEAKS
 from posmlp.video.batch import Batch
 
 ROOT = Path(__file__).parents[3]
@@ -133,8 +134,7 @@ def test_metrics_are_counted_as_they_are_sent():
     assert len(names(Worker.run_epoch) - {"data/decoded_by_pyav"}) == plan.EPOCH_METRICS
     tally = ClassificationMetrics.empty(2)
     tally.add(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1))
-    assert len(tally.metrics()) == plan.VAL_METRICS
-    assert len(replace(cost("tiny", repeats=1, device="cpu"), peak_mb=1.0).metrics()) == plan.COST_METRICS
+    assert len(tally.metrics() | best_so_far([{"epoch": 1.0, "val/top1": 0.5}])) == plan.VAL_METRICS
     values = 0
     for monitor in (CPUMonitor(), DiskMonitor(), NetworkMonitor()):
         monitor.collect_metrics()
@@ -168,6 +168,7 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
         reporter.handle(BadVideosFound([loader.BadVideo(str(epoch), "uri", "reason")]))
         reporter.handle(EpochMetrics([{"epoch": float(epoch), "train/loss": 1.0, "val/top1": 0.5}]))
     reporter.log_plots(("left", "right"))
+    reporter.describe_result("FINISHED")
     tracker.close("FINISHED")
     journal.close()
     (tmp_path / "model").mkdir()
@@ -178,7 +179,18 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
     found = k400("train.epochs=2", "optim.warmup_epochs=1")
     assert found.system_samples == math.floor(found.run_s / plan.SYSTEM_SAMPLE_S)
     journal_writes = len(list(read_entries(tmp_path / "journal.jsonl")))
-    assert len(calls) + journal_writes == found.mlflow_writes - found.system_samples
+    assert len(calls) + journal_writes == found.mlflow_writes - found.system_samples - found.step_writes
+
+
+@pytest.mark.parametrize("steps", [1, 499, 500, 501, 20_000])
+def test_points_by_step_are_counted_as_they_are_made(steps):
+    series = StepSeries.for_run(steps, 8)
+    for step in range(1, steps + 1):
+        series.add(step, 1.0, 0.1)
+    found = k400("train.epochs=1", "optim.warmup_epochs=1")
+    found = replace(found, videos=steps * found.config.train.global_batch)
+    assert (found.steps_per_epoch, found.step_points) == (steps, len(series.rows))
+    assert 0 < found.step_points <= 500
 
 
 @pytest.mark.parametrize("ema", ["null", "0.99"])

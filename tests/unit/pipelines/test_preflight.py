@@ -34,8 +34,10 @@ LISTS = {"train": "32 videos, a", "val": "16 videos, b"}
             ["optim.lr=2e-3"],
             {},
             True,
-            r"folder, or restore:\n  model\.blocks: was 'joint', is None$",
+            r"folder, or restore:\n  model\.blocks: was \['joint', .*\], is \['parallel', .*\]$",
         ),
+        (["model.blocks=parallel"], ["model.dims=[16,32,48,64]"], {}, False, None),  # tiny has these
+        ([], ["model.dims=[16,32,48,128]"], {}, True, r"model\.dims: was \[16, 32, 48, 64\], is \[16, 32, 48, 128\]$"),
         ([], [], {"val": "17 videos, c"}, False, r"list\.val: was '16 videos, b', is '17 videos, c'"),
         ([], [], {"val": "17 videos, c"}, True, None),
         ([], [], {"train": "33 videos, c"}, True, r"or restore:\n  list\.train"),
@@ -51,6 +53,17 @@ def test_what_a_resumed_run_may_change(motion_set, tmp_path, then, now, lists, a
     with pytest.raises(RunError, match=expected) if expected else contextlib.nullcontext():
         changes = check_record("runs/small", record, recipe_for(tmp_path, motion_set, *now), LISTS | lists, 3, allowed)
         assert set(changes) <= {"optim.lr", "list.val"}
+
+
+def test_a_run_whose_architecture_was_stored_as_null_resumes(motion_set, tmp_path):
+    """Version 0.1.0 stored the recipe with null for what the model's name stands for."""
+    config = recipe_for(tmp_path, motion_set)
+    record = {"config": config.model_dump(mode="json"), "lists": LISTS, "metrics": None}
+    assert record["config"]["model"]["dims"] is None
+    assert check_record("runs/small", record, config.resolved(), LISTS, 3, False) == {}
+    record["config"] = config.resolved().model_dump(mode="json")
+    assert record["config"]["model"]["dims"] == [16, 32, 48, 64]
+    assert check_record("runs/small", record, config, LISTS, 3, False) == {}
 
 
 def test_the_fingerprint_of_a_list_covers_videos_labels_and_classes(motion_set):

@@ -93,6 +93,62 @@ def test_a_killed_writer_leaves_every_metric_once(tmp_path):
     assert rows(tmp_path / "mlflow.db", state.run_id, "val/top1") == once(*range(1, state.last_epoch + 1))
 
 
+def test_metrics_of_steps_reach_mlflow_once_whatever_is_sent_again(tmp_path):
+    """A run that resumes repeats the steps since its checkpoint, and a kill may repeat the delivery."""
+
+    def row(step):
+        return [1_700_000_000_000 + step, step, 1 / step, 0.1, 50.0]
+
+    first = start(tmp_path)
+    first.log_steps([row(2), row(4)])
+    first.log_metrics({"train/loss": 1.0}, step=1)
+    first.log_steps([row(6)])
+    assert first.close("KILLED") == 0
+    second = start(tmp_path, run_id=first.run_id)
+    second.log_steps([[7, *row(4)[1:]], [8, *row(6)[1:]], row(8)])  # at another time
+    assert second.close("FINISHED") == 0
+    (tmp_path / "journal.done").unlink()  # as if killed after the delivery and before its record
+    assert sync_journals(tmp_path) == 0
+    database = tmp_path / "mlflow.db"
+    for name in ("by_step/train_loss", "by_step/lr", "by_step/clips_per_s"):
+        assert rows(database, first.run_id, name) == once(2, 4, 6, 8)
+    assert rows(database, first.run_id) == once(1)  # epochs and steps share no name
+    history = MlflowClient(f"sqlite:///{database}").get_metric_history(first.run_id, "by_step/train_loss")
+    assert {m.step: (m.value, m.timestamp) for m in history} == {s: (1 / s, row(s)[0]) for s in (2, 4, 6, 8)}
+
+    (tmp_path / "journal.jsonl").rename(tmp_path / "lost.jsonl")  # MLflow alone knows the last step
+    third = start(tmp_path, run_id=first.run_id)
+    third.log_steps([[9, *row(8)[1:]], row(10)])
+    assert third.close("FINISHED") == 0
+    assert rows(database, first.run_id, "by_step/lr") == once(2, 4, 6, 8, 10)
+
+
+def test_steps_that_were_logged_while_mlflow_was_down_arrive_once(tmp_path, monkeypatch):
+    first = start(tmp_path)
+    first.log_steps([[1, 1, 0.5, 0.1, 9.0]])
+    assert first.close("KILLED") == 0
+    for name in ("journal.jsonl", "journal.done"):
+        (tmp_path / name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_run", lambda *_: 1 / 0)
+        offline = start(tmp_path, run_id=first.run_id)
+        offline.log_steps([[5, 1, 0.5, 0.1, 9.0], [6, 2, 0.5, 0.1, 9.0]])  # it cannot know that MLflow has step 1
+        assert offline.links() == {}
+        until(lambda: not offline.journal.pending_count())
+    assert offline.close("FINISHED") == 0
+    assert rows(tmp_path / "mlflow.db", first.run_id, "by_step/lr") == once(1, 2)
+
+
+def test_a_param_that_is_measured_again_keeps_its_first_value(tmp_path):
+    tracker = start(tmp_path)
+    tracker.log_params({"cost/latency_ms": "5", "train.epochs": "ignored"})
+    tracker.log_params({"cost/latency_ms": "7", "cost/gmacs": "0.5"})
+    assert tracker.close("FINISHED") == 0
+    params = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(tracker.run_id).data.params
+    assert (params["cost/latency_ms"], params["cost/gmacs"], params["train.epochs"]) == ("5", "0.5", "24")
+    assert not tracker.journal.rejected_path.exists()
+
+
 OLD_JOURNAL = """\
 {"op": "open", "uri": "sqlite:///FOLDER/mlflow.db", "run_id": "RUN", "blind": true}
 {"op": "metrics", "time": 1700000000001, "step": 1, "values": {"train/loss": 9.0}}

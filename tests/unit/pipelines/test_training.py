@@ -19,10 +19,19 @@ from pipelines.training.messages import (
     CostMeasured,
     EpochMetrics,
     ProgressLine,
+    StepMetrics,
     WorkerJob,
 )
 from pipelines.training.process_group import ProcessGroupBackend, ProcessGroupConfig
-from pipelines.training.progress import EpochMeter, RunProgress, describe_steps
+from pipelines.training.progress import (
+    EpochMeter,
+    RunProgress,
+    StepSeries,
+    best_so_far,
+    describe_overrides,
+    describe_result,
+    describe_steps,
+)
 from pipelines.training.train import RunReporter
 from posmlp.config import ScalingSection, load_recipe
 from tests.helpers.log_lines import log_lines
@@ -122,7 +131,8 @@ def test_the_reporter_tracks_costs_files_and_bad_videos(reporter):
     reporter.handle(BadVideosFound(videos[:1]))
     reporter.handle(BadVideosFound(videos))
     reporter.handle(ConfusionMatrix(np.eye(2)))
-    reporter.tracker.log_metrics.assert_called_once_with({"cost/gmacs": 1.0}, step=0)
+    reporter.tracker.log_params.assert_called_once_with({"cost/gmacs": "1"})
+    reporter.tracker.log_metrics.assert_not_called()
     reporter.tracker.log_file.assert_called_once_with("profile/trace.json.gz", b"trace")
     rows, path = reporter.tracker.log_table.call_args.args
     assert path == "quarantine.json" and [row["uri"] for row in rows] == ["/a.mp4", "/b.mp4"]
@@ -169,6 +179,71 @@ def test_a_line_within_an_epoch(monkeypatch):
     config = load_recipe("demo", ["train.epochs=3", "train.global_batch=8"])
     line = describe_steps(progress, meter, 1, 20, config)
     assert line == "epoch 2/3  step 14/20  loss 1.000  4.0 clips/s  data wait 25%  left 52 s"
+
+
+def test_points_by_step_are_means_since_the_last_point(monkeypatch):
+    """A run of 1000 steps has a point every 2 steps; validation between two epochs is no time of a step."""
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.5)
+    series = StepSeries.for_run(1000, global_batch=8)
+    for epoch in (range(1, 4), range(4, 7)):  # 3 steps each: the one after the last point counts to no other epoch
+        now += 50  # validation
+        series.start()
+        for step in epoch:
+            now += 2
+            series.add(step, float(step), step / 100)
+    times, steps, losses, rates, speeds = zip(*series.rows, strict=True)
+    assert (steps, losses, rates, speeds) == ((2, 4, 6), (1.5, 4.0, 5.5), (0.02, 0.04, 0.06), (4.0, 4.0, 4.0))
+    assert set(times) == {1_700_000_000_500}
+    assert len(series.take(at_once=False)) == 3 and series.take(at_once=True) == []
+    series.add(8, 1.0, 0.1)
+    assert series.take(at_once=False) == []  # three seconds have not passed
+    assert len(series.take(at_once=True)) == 1
+
+
+def test_the_best_epoch_is_the_newest_of_equals():
+    """As for checkpoints."""
+    history = [{"epoch": float(n), **({} if top1 is None else {"val/top1": top1})} for n, top1 in enumerate(TOP1, 1)]
+    assert best_so_far(history) == {"val/best_top1": 0.75, "val/best_epoch": 4.0}
+    assert best_so_far(history[1:2]) == {}
+    expected = "Running after epoch 5 of 9: val/top1 70.0%, best 75.0% in epoch 4"
+    assert describe_result(history, 9, "RUNNING") == expected
+    assert describe_result(history[1:2], 9, "KILLED") == "Stopped after epoch 1 of 9"
+
+
+TOP1 = (0.75, None, 0.5, 0.75, 0.7)
+
+
+def test_the_tag_of_overrides_names_what_a_run_does_differently():
+    config = load_recipe("demo", ["train.epochs=5", "model.blocks=joint", "train.storage=/elsewhere"])
+    text = describe_overrides(config.resolved())
+    assert "train.epochs=5, " in text and 'model.blocks=["joint", "joint", "joint", "joint"]' in text
+    assert "storage" not in text and "model.dims" not in text and "\n" not in text
+
+
+def test_the_description_is_kept_current(reporter):
+    reporter.about, reporter.epochs = "**demo**: tiny", 2
+    reporter.handle(EpochMetrics([{"epoch": 1.0, "val/top1": 0.5}]))  # MLflow has it
+    reporter.tracker.log_tags.assert_not_called()
+    reporter.handle(EpochMetrics([{"epoch": 2.0, "val/top1": 0.25}]))
+    (call,) = reporter.tracker.log_tags.call_args_list
+    note = "**demo**: tiny\n\nRunning after epoch 2 of 2: val/top1 25.0%, best 50.0% in epoch 1"
+    assert call.args == ({"mlflow.note.content": note},)
+
+
+def test_plots_are_in_the_runs_folder_too(reporter, tmp_path):
+    reporter.folder = str(tmp_path)
+    reporter.handle(EpochMetrics([{"epoch": 1.0, "train/loss": 0.5, "val/top1": 0.5}]))
+    reporter.handle(ConfusionMatrix(np.eye(2)))
+    reporter.log_plots(("left", "right"))
+    for name in ("learning_curves.png", "confusion.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reporter_sends_metrics_of_steps(reporter):
+    reporter.handle(StepMetrics([[1, 2, 3.0, 4.0, 5.0]]))
+    reporter.tracker.log_steps.assert_called_once_with([[1, 2, 3.0, 4.0, 5.0]])
 
 
 def test_workers_are_counted_on_nodes_with_the_labels():

@@ -21,7 +21,7 @@ from posmlp.errors import UserError
 from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo, cannot_open
 
 MAX_FILE_BYTES = 2**33  # of one cache file: a small video file may decode to any number of frames
-CACHE_VERSION = 4  # increase it when decoding or scaling changes, so that old cache files are not used
+CACHE_VERSION = 5  # increase it when decoding or scaling changes, so that old cache files are not used
 
 
 def cache_path(uri: str, images: int | None, short_side: int | None, cache_dir: str) -> Path:

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple, cast
 
 import av
@@ -41,6 +42,8 @@ Allocate = Callable[[tuple[int, ...]], Frames]  # returns memory for uint8 pixel
 TIMED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg1video", "mpeg2video", "mpeg4")
 TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "flv")
 SEEKABLE_CONTAINERS = TIMED_CONTAINERS[:2]  # have an index of key frames; in the others a seek is a guess
+BROADCAST_CONTAINERS = ("mpeg", "mpegts")  # may change their clock halfway, where recordings were joined
+MAX_FORWARD_S, MAX_BACK_S = 10.0, 0.1  # larger steps between two packets are such changes; limits of FFmpeg's tools
 DECLARED_CONTAINERS = ("matroska,webm", "avi", "flv")  # have their duration in the header; elsewhere it is estimated
 # The only containers that may be opened: a playlist (HLS, DASH, concat) would make FFmpeg read the files it names.
 CONTAINERS = (
@@ -49,6 +52,7 @@ CONTAINERS = (
 )
 UNTIMED = -(2**63)  # stands for the time of a packet that has none
 SEEK_GAP = 4  # seek if more than this many frames lie between two wanted frames
+MPEG4_PICTURE = b"\0\0\1\xb6"  # starts each picture of MPEG-4 Part 2
 TOO_LARGE = "it needs more memory than a decoder may use; scale the video down"
 MAX_FRAMES = 10**7  # per video, four days at 30 fps; a damaged or hostile file may claim years
 KEPT_BYTES = 2**28  # of decoded frames, kept if the whole stream has to be decoded to count its frames
@@ -276,9 +280,20 @@ class Video:
         declared = container.duration / av.time_base if container.duration and not exact else 0.0
         frames: dict[int, list[tuple[int, bool]]] = {stream.index: [] for stream in streams}  # time, key frame
         hidden = dict.fromkeys(frames, 0)  # number of packets that are decoded but not shown
+        broadcast = container.format.name in BROADCAST_CONTAINERS
+        before: dict[int, int] = {}  # decoding time of the packet before in each stream
+        joined = set[int]()  # streams whose clock changes
+        mpeg4 = {stream.index for stream in streams if stream.codec_context.name == "mpeg4"}
+        packed = set[int]()  # streams with several pictures in a packet, the packed B-frames of DivX and Xvid
         end = 0.0
         for packet in container.demux() if declared else container.demux(streams):
             index, pts = packet.stream_index, packet.pts
+            if broadcast and packet.dts is not None and packet.time_base:
+                if self._clock_changes((packet.dts - before.get(index, packet.dts)) * packet.time_base):
+                    joined.add(index)
+                before[index] = packet.dts
+            if index in mpeg4 and bytes(packet).count(MPEG4_PICTURE) > 1:
+                packed.add(index)
             if declared:
                 time = packet.dts if pts is None else pts
                 if time is not None and packet.time_base:
@@ -309,6 +324,7 @@ class Video:
             and all(a < b for a, b in itertools.pairwise(self.pts))
             and codec in TIMED_CODECS
             and container.format.name in TIMED_CONTAINERS
+            and self._index not in packed | joined
         )
         self.seekable = container.format.name in SEEKABLE_CONTAINERS
         self.skips = codec == "h264"  # only here FFmpeg knows for certain which frames no other refers to
@@ -316,12 +332,18 @@ class Video:
         info = VideoInfo(len(times), codec, times - times[0], len(self.keys), "pyav")
         return replace(info, stream=self._index, video_streams=len(streams), stream_choice=choice)
 
+    def _clock_changes(self, step: float | Fraction) -> bool:
+        """Return whether a step in seconds between two packets or frames is a change of clocks and not of time."""
+        broadcast = self._container.format.name in BROADCAST_CONTAINERS
+        return broadcast and not -MAX_BACK_S <= step <= MAX_FORWARD_S
+
     def _check_length(
         self, container: InputContainer, stream: VideoStream, packets: int, declared: float, end: float
     ) -> None:
         """Refuse a truncated file, which holds less than its header declares."""
-        if container.format.name == TIMED_CONTAINERS[0] and packets < stream.frames:
-            found, promised = f"{packets} frames", f"{stream.frames}"
+        # The index has the frames that an edit list leaves, unlike ``stream.frames``.
+        if container.format.name == TIMED_CONTAINERS[0] and packets < len(stream.index_entries):
+            found, promised = f"{packets} frames", f"{len(stream.index_entries)}"
         elif (
             container.format.name in DECLARED_CONTAINERS
             and end < declared - max(0.5, 0.05 * declared)
@@ -348,7 +370,7 @@ class Video:
     def _decode_times(self) -> NDArray[np.float64]:
         """Decode the whole stream to find the frame times. The frames of small videos are kept for ``read``."""
         times: list[float] = []
-        size = 0
+        size, shift, step = 0, 0.0, 0.0  # shift: from the file's times to those of one clock
         try:
             with self.open_container() as container:
                 stream = self._stream(container)
@@ -359,7 +381,11 @@ class Video:
                     if frame.key_frame:
                         matrix = own
                     self._check_frame(frame, len(times))
-                    times.append(len(times) / rate if frame.time is None else frame.time)
+                    time = (len(times) / rate if frame.time is None else frame.time) + shift
+                    if times and self._clock_changes(time - times[-1]):
+                        shift, time = shift + times[-1] + step - time, times[-1] + step
+                    step = time - times[-1] if times else 0.0
+                    times.append(time)
                     size += sum(plane.buffer_size for plane in frame.planes)
                     if size <= KEPT_BYTES:
                         self._kept.append(Picture(frame, own or matrix))

@@ -7,11 +7,14 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
 from posmlp import storage
-from posmlp.video.decode import ImageFolder, Video
+from posmlp.video.decode import DecodeError, ImageFolder, Video
 
 FOLDER_FPS = 12  # for frame folders, which have no frame rate; that of Something-Something
+UNITS = (90_000, 10_000_000, 1000, 1)  # of the times in a packed file, per second: the first that fits the video
+MAX_STEP = 2**28  # units between two frames: MP4 has 31 bits for several, as B-frames are shown later than decoded
 PRESET, CRF = "veryfast", 20  # of x264; this rate factor costs a network no accuracy (18 is visually lossless)
 
 
@@ -59,10 +62,12 @@ def encode(video: Video | ImageFolder, short_side: int | None, keyframe_interval
     times = video.info.times
     if times is None:
         times = np.arange(video.info.frames) / FOLDER_FPS
-    units = Fraction(1, 90_000)
+    units = choose_units(video.uri, times)
+    # Otherwise an edit list in milliseconds may hide the frames of a very short video, and times have other units.
+    scales = dict.fromkeys(("movie_timescale", "video_track_timescale"), str(units.denominator))
     file = io.BytesIO()
     height = width = 0
-    with av.open(file, "w", format="mp4", options={"fflags": "bitexact"}) as container:
+    with av.open(file, "w", format="mp4", options={"fflags": "bitexact"} | scales) as container:
         # without mbtree: its vector code reads uninitialised memory, so the bytes would differ between runs
         x264 = f"keyint={keyframe_interval}:min-keyint={keyframe_interval}:scenecut=0:open-gop=0:threads=1:mbtree=0"
         stream = container.add_stream("libx264", rate=Fraction(video.info.fps or FOLDER_FPS).limit_denominator(1001))
@@ -79,3 +84,24 @@ def encode(video: Video | ImageFolder, short_side: int | None, keyframe_interval
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return file.getvalue(), height, width
+
+
+def choose_units(uri: str, times: NDArray[np.float64]) -> Fraction:
+    """The unit of a packed video's times, in seconds: every frame needs a time of its own.
+
+    Args:
+        times: of the frames, float64 ``[N]`` in seconds.
+
+    Raises:
+        DecodeError: no unit of ``UNITS`` fits.
+    """
+    for rate in UNITS:
+        steps = np.diff(np.round(times * rate))
+        if ((steps >= 1) & (steps <= MAX_STEP)).all():
+            return Fraction(1, rate)
+    steps = np.diff(times)
+    raise DecodeError(
+        uri,
+        f"its frames are {steps.min():.3g} to {steps.max():.3g} s apart, which no MP4 file can say; pack it unchanged, "
+        "without --short-side and --keyframe-interval, or remove it",
+    )

@@ -106,7 +106,8 @@ def fps_indices(times: NDArray[np.float64], fps: float) -> NDArray[np.int64]:
         return np.zeros(1, np.int64)
     duration = times[-1] * len(times) / (len(times) - 1)
     moments = np.arange(max(1, round(duration * fps))) / fps
-    return np.searchsorted(times, moments + ROUNDING_S, side="right") - 1
+    tolerance = min(ROUNDING_S, duration / len(times) / 2)  # of high-speed cameras, less than a frame
+    return np.searchsorted(times, moments + tolerance, side="right") - 1
 
 
 def random_resized_crop(

@@ -121,7 +121,7 @@ class DataSection(Section):
     format: Format = "auto"  # format of the lists; auto: a CSV file, a Parquet file or a class-per-folder tree
     classes: str | None = None  # file of class names, for formats with a separate one
     template: str = "{:05d}.jpg"  # file names of a frame folder's images, numbered from 1 (ssv1)
-    train: SplitSection
+    train: TrainSplitSection  # a path, a section, or a list of them
     val: SplitSection
     modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the previous one
     sampling: Literal["uniform", "dense"] = "uniform"
@@ -326,8 +326,8 @@ class Config(Section):
 
         The default of an architecture's value is the one that ``model.name`` stands for.
         """
-        splits = {name: SplitSection(path=getattr(self.data, name).path) for name in ("train", "val")}
-        default = Config(name=self.name, data=DataSection(**splits), model=ModelSection(name=self.model.name))
+        lists = DataSection(train=self.data.train, val=self.data.val)
+        default = Config(name=self.name, data=lists, model=ModelSection(name=self.model.name))
         own, usual = self.resolved().flat(), default.resolved().flat() | {"model.name": ModelSection().name}
         return {key: value for key, value in own.items() if key not in usual or usual[key] != value}
 
@@ -602,9 +602,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-def section_in(kind: Any) -> Any:
-    """The section in a field's annotation, which may be optional or a tuple of them."""
-    options = [inner for option in options_of(kind) for inner in (get_args(option) or (option,))]
-    return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
-
-

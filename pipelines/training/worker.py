@@ -422,7 +422,6 @@ class Worker:
 
     def save(self) -> None:
         """Save a checkpoint of this step.
-        self.progress.bad = list(known.values())
 
         Raises:
             AgreedError: it cannot be written; on all workers.

@@ -47,7 +47,7 @@ from pipelines.tuning.study import (
 )
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
-from posmlp.config import Config, SplitSection
+from posmlp.config import Config
 from posmlp.metrics import COST_LATENCY_MS, PUBLISHED_LATENCY_MS
 
 # How the best trial is chosen (pareto.best_trial), as a tag of the registered model.
@@ -156,14 +156,9 @@ def with_absolute_paths(recipe: Config) -> Config:
     def absolute(path: str | None) -> str | None:
         return path and storage.join(".", path)
 
-    def moved(split: SplitSection) -> SplitSection:
-        return split.model_copy(update={"path": absolute(split.path), "root": absolute(split.root)})
-
-    others = tuple(map(moved, recipe.data.train.others))
-    splits: dict[str, SplitSection | None] = {
-        "train": moved(recipe.data.train).model_copy(update={"others": others}),
-        "val": moved(recipe.data.val),
-        "test": recipe.data.test and moved(recipe.data.test),
+    splits = {
+        name: split.model_copy(update={"path": absolute(split.path), "root": absolute(split.root)})
+        for name, split in (("train", recipe.data.train), ("val", recipe.data.val))
     }
     data = recipe.data.model_copy(update={**splits, "classes": absolute(recipe.data.classes)})
     train = recipe.train.model_copy(update={"storage": absolute(recipe.train.storage)})
@@ -193,6 +188,11 @@ def open_tracker(study: Study, run_id: str | None) -> Tracker:
     return Tracker.open(config, tags, run_id, journal=journal_path(study.folder), params=params)
 
 
+def log_settings(study: Study, tracker: Tracker) -> None:
+    """Write the study's settings to its folder and to MLflow, without a password."""
+    safe = study.model_copy(update={"recipe": recipe_without_password(study.recipe)})
+    write_study(safe, tracker.run_id)
+    tracker.log_file(STUDY_FILE, safe.model_dump_json(indent=1).encode())
 def study_links(tracker: Tracker) -> dict[str, str]:
     """Links into MLflow's pages, by what they show: the trials side by side, and those of any run."""
     if tracker.experiment_id is None:
@@ -202,11 +202,6 @@ def study_links(tracker: Tracker) -> dict[str, str]:
     return {"compare trials": trials, "this study": links["this run"], "all runs": links["all runs"]}
 
 
-def log_settings(study: Study, tracker: Tracker) -> None:
-    """Write the study's settings to its folder and to MLflow, without a password."""
-    safe = study.model_copy(update={"recipe": recipe_without_password(study.recipe)})
-    write_study(safe, tracker.run_id)
-    tracker.log_file(STUDY_FILE, safe.model_dump_json(indent=1).encode())
 
 
 def compare_latencies(controller: StudyController) -> None:

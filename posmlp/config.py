@@ -108,7 +108,10 @@ class ModelSection(Section):
 
 
 class SplitSection(Section):
-    """One split of a data set: its list of videos, and the rows of it to use. Paths may be URIs (``s3://...``)."""
+    """One split of a data set: its list of videos, and the rows of it to use. Paths may be URIs (``s3://...``).
+
+    A path alone stands for a section with this path.
+    """
 
     path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
     root: str | None = None  # folder of the videos; None: the list's folder
@@ -121,7 +124,7 @@ class DataSection(Section):
     format: Format = "auto"  # format of the lists; auto: a CSV file, a Parquet file or a class-per-folder tree
     classes: str | None = None  # file of class names, for formats with a separate one
     template: str = "{:05d}.jpg"  # file names of a frame folder's images, numbered from 1 (ssv1)
-    train: TrainSplitSection  # a path, a section, or a list of them
+    train: SplitSection
     val: SplitSection
     modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the previous one
     sampling: Literal["uniform", "dense"] = "uniform"

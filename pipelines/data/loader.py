@@ -33,6 +33,7 @@ from posmlp.errors import UserError
 from posmlp.video.batch import Batch
 from posmlp.video.clip import load_clips, views_per_video
 from posmlp.video.decode import DecodeError
+from posmlp.video.draws import Draws, epoch_draws
 from posmlp.video.sampling import sample_seed
 
 SEGMENT_BLOCKS = 256
@@ -41,16 +42,23 @@ DECODE_TASKS_PER_CPU = 2  # one that runs, and one that waits, so that the CPU i
 OBJECT_STORE_SHARE = 0.25
 
 
-def global_order(rows: int, config: Config, epoch: int, *, train: bool, world: int = 1) -> np.ndarray:
+def global_order(
+    rows: int, config: Config, epoch: int, *, train: bool, world: int = 1, draws: Draws | None = None
+) -> np.ndarray:
     """Return the row indices of one epoch in the order of the global batches, int64 ``[rows]``; -1 marks padding.
 
-    Training: a new permutation each epoch; the rows after the last full global batch are left out of this epoch.
-    Validation: every row once, in order, padded to whole batches of ``world`` workers.
+    Training: a new permutation each epoch, or a new order of ``draws``; the rows after the last full global batch are
+    left out of this epoch. Validation: every row once, in order, padded to whole batches of ``world`` workers.
+
+    Args:
+        draws: the expected draws of the rows; None: each row once. Draw k (from 0) of row i in an epoch is the index
+            ``k * rows + i``.
     """
     per_step = rows_per_step(config, train=train, world=world)
     if train:
-        order = np.random.default_rng([config.train.seed, epoch]).permutation(rows)
-        return order[: rows // per_step * per_step]
+        rng = np.random.default_rng([config.train.seed, epoch])
+        order = rng.permutation(rows) if draws is None else draws.order(rng)
+        return order[: len(order) // per_step * per_step]
     padded = np.full(math.ceil(rows / per_step) * per_step, -1)
     padded[:rows] = np.arange(rows)
     return padded
@@ -96,6 +104,7 @@ class SplitLoader:
         bad: videos of this worker's share that could not be decoded, since the last ``take_bad``.
         decoded_by_pyav: number of videos that PyAV had to decode in place of decord, since the last ``take_bad``.
         num_rows: of the whole split.
+        draws: of training rows, if an epoch does not have each of them once.
         rows_per_step: rows in a global batch.
     """
 
@@ -109,13 +118,17 @@ class SplitLoader:
 
     def __post_init__(self) -> None:
         self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
-        self.num_rows = len(ray.get(self.reference))
+        table = ray.get(self.reference)
+        self.num_rows = len(table)
+        self.draws = epoch_draws(table, self.config.data.balance) if self.train else None
         self.rows_per_step = rows_per_step(self.config, train=self.train, world=self.world)
 
     @property
     def steps(self) -> int:
         """Return the number of batches in an epoch."""
-        return self.num_rows // self.rows_per_step if self.train else math.ceil(self.num_rows / self.rows_per_step)
+        if not self.train:
+            return math.ceil(self.num_rows / self.rows_per_step)
+        return (self.draws.total if self.draws else self.num_rows) // self.rows_per_step
 
     def batches(self, epoch: int, step: int = 0, until: int | None = None) -> Iterator[Batch]:
         """Yield the worker's batches, on the CPU, from a step of an epoch on.
@@ -136,7 +149,7 @@ class SplitLoader:
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
         """Yield this worker's segments of an epoch from ``step`` on: row indices of batches, ``[batches, rows]``."""
-        order = global_order(self.num_rows, self.config, epoch, train=self.train, world=self.world)
+        order = global_order(self.num_rows, self.config, epoch, train=self.train, world=self.world, draws=self.draws)
         together = self.config.clips_together // self.config.data.repeats if self.train else 1
         own = local_order(order, self.rows_per_step, self.rank, self.world, together)
         length = max(1, SEGMENT_BLOCKS * rows_per_block(self.config, self.train) // own.shape[1])
@@ -261,16 +274,21 @@ def decode_block(
     cfg = Config.model_validate(config)
     (index,) = block["id"]
     size = rows_per_block(cfg, train)
-    own = order[index * size : (index + 1) * size]
-    return decode_rows(ray.get(rows).take(np.maximum(own, 0)), own >= 0, cfg, epoch, train)
+    own, table = order[index * size : (index + 1) * size], ray.get(rows)
+    draws, indices = np.divmod(np.maximum(own, 0), len(table))
+    return decode_rows(table.take(indices), own >= 0, cfg, epoch, train, draws)
 
 
-def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, train: bool) -> dict[str, np.ndarray]:
+def decode_rows(
+    table: pa.Table, real: np.ndarray, config: Config, epoch: int, train: bool, draws: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Decode manifest rows. A row that fails stays, with its ``reason``.
 
     Args:
         table: manifest rows.
         real: bool ``[rows]``; False marks padding, which is not decoded.
+        draws: int64 ``[rows]``, how often the epoch has drawn each training row before; each draw has views of its own.
+            None: never.
 
     Returns:
         Columns: ``clip`` uint8 ``[rows, V, T, H, W, 3]`` (V views), ``label`` int32, ``real``, ``seeds`` ``[rows, V]``,
@@ -280,11 +298,13 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
     rows, variant, views = table.to_pylist(), config.model.variant(), views_per_video(config, train)
     clips = np.zeros((len(rows), views, variant.frames, variant.image_size, variant.image_size, 3), np.uint8)
     reasons, decoders, fatal = ([""] * len(rows) for _ in range(3))
+    first_views = [0] * len(rows) if draws is None else (draws * views).tolist()
     for i in np.flatnonzero(real):
         row = rows[i]
         try:
             count = row["frames"]  # of images in a frame folder; None for a video
-            clips[i], used = load_clips(row["uri"], row["sample_id"], config, epoch=epoch, train=train, images=count)
+            options: dict[str, Any] = {"images": count, "first_view": first_views[i]}
+            clips[i], used = load_clips(row["uri"], row["sample_id"], config, epoch=epoch, train=train, **options)
             decoders[i] = used if count is None else "images"
         except DecodeError as error:
             reasons[i] = error.reason
@@ -293,14 +313,17 @@ def decode_rows(table: pa.Table, real: np.ndarray, config: Config, epoch: int, t
             break
         except Exception as error:  # one video must not cost another
             reasons[i] = f"it cannot be read ({type(error).__name__}: {error}); re-encode it, or remove it"
-    seed = config.train.seed
+    seeds = [
+        [sample_seed(config.train.seed, epoch, row["sample_id"], view) for view in range(first, first + views)]
+        for row, first in zip(rows, first_views, strict=True)
+    ]
     return {
         "sample_id": np.array([row["sample_id"] for row in rows], dtype=object),
         "uri": np.array([row["uri"] for row in rows], dtype=object),
         "label": np.array([row["label"] for row in rows], np.int32),
         "real": real,
         "clip": clips,
-        "seeds": np.array([[sample_seed(seed, epoch, row["sample_id"], v) for v in range(views)] for row in rows]),
+        "seeds": np.array(seeds),
         "reason": np.array(reasons, dtype=object),
         "decoder": np.array(decoders, dtype=object),
         "fatal": np.array(fatal, dtype=object),

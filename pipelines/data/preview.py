@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.video.augment import MEAN, STD, flip_labels, to_input, to_train_input
 from posmlp.video.clip import views_per_video
+from posmlp.video.draws import epoch_draws
 from posmlp.video.manifest import read_split, training_classes
 
 matplotlib.use("Agg")
@@ -36,15 +38,14 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
     known = None if train else training_classes(config.data)
     manifest = read_split(config.data, "train" if train else "val", known)
     count = len(manifest.rows)
-    if train and count < rows_per_step(config, train=True):
+    draws = epoch_draws(manifest.rows, config.data.balance) if train else None
+    if train and (draws.total if draws else count) < rows_per_step(config, train=True):
         raise UserError(
             f"{config.data.train.path} has {count} videos, fewer than a batch takes; lower train.global_batch"
         )
-    order = global_order(count, config, epoch, train=True) if train else range(count)
-    rows = [int(row) for row in order if row >= 0][: videos + videos % 2]  # mixed in pairs
-    columns = decode_rows(
-        manifest.rows.take(rows), torch.ones(len(rows), dtype=torch.bool).numpy(), config, epoch, train
-    )
+    order = global_order(count, config, epoch, train=True, draws=draws) if train else np.arange(count)
+    repeats, rows = np.divmod(order[: videos + videos % 2], count)  # mixed in pairs
+    columns = decode_rows(manifest.rows.take(rows), np.ones(len(rows), bool), config, epoch, train, repeats)
     batch, views = collate(columns), views_per_video(config, train)
     classes = manifest.classes
     if train:

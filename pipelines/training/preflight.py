@@ -22,6 +22,7 @@ from posmlp.errors import UserError
 from posmlp.metrics import VAL_TOP1
 from posmlp.model.checkpoint import CheckpointError, fit_published
 from posmlp.video.augment import flip_labels
+from posmlp.video.draws import epoch_length
 from posmlp.video.manifest import Manifest, ManifestError, read_split, training_classes
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
@@ -35,6 +36,7 @@ KEYS_FREE_ON_RESUME = (
     "data.decoder",
     "data.train.root",
     "data.val.root",
+    "data.test",
     "train.checkpoint_every_steps",
     "train.keep_last",
     "train.keep_best",
@@ -54,11 +56,12 @@ KEYS_FIXED_ON_RESUME = (
     "model.windows",
     "model.blocks",
     "model.choices",
-    "train.global_batch",
-    "train.seed",
     "optim.freeze",
     "optim.layer_decay",
+    "train.global_batch",
+    "train.seed",
     "data.repeats",
+    "data.balance",
     "data.train.",
     "data.format",
     "list.train",
@@ -99,11 +102,11 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     Raises:
         RunError: they do not fit; the message names the key to change.
     """
-    clips = len(train_set.rows) * config.data.repeats
+    clips = epoch_length(train_set.rows, config.data.balance) * config.data.repeats
     if clips < config.train.global_batch:
         raise RunError(
             f"train.global_batch {config.train.global_batch} is more than the {clips} training clips "
-            f"of {config.data.train.path}; lower it"
+            f"of an epoch of {config.data.train.path}; lower it"
         )
     if config.data.fps is not None:
         for split, manifest in ((config.data.train, train_set), (config.data.val, val_set)):
@@ -166,20 +169,17 @@ def check_record(
 def changed_keys(record: dict[str, Any], config: Config, lists: dict[str, str]) -> dict[str, str]:
     """Compare a recipe and its lists with those of a run, without ``KEYS_FREE_ON_RESUME``.
 
+    Architectures are compared as resolved (``ModelSection.resolved``); earlier versions stored null.
+
     Returns:
         For each changed key, its old and its new value as text.
     """
-    Architectures are compared as resolved (``ModelSection.resolved``); earlier versions stored null.
-
     before = stored_keys(record["config"]) | {f"list.{split}": text for split, text in record["lists"].items()}
     now = config.resolved().flat() | {f"list.{split}": text for split, text in lists.items()}
     changed = {k: f"was {before.get(k)!r}, is {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)}
     return {k: change for k, change in changed.items() if not k.startswith(KEYS_FREE_ON_RESUME)}
 
 
-def list_fingerprint(manifest: Manifest) -> str:
-    """A text that changes when a list's videos, labels or classes change, but not when the videos move."""
-    rows = manifest.rows.select(["sample_id", "label"]).to_pydict()
 def stored_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
     """All values of a stored recipe by their full key; keys that are newer than the recipe have their defaults."""
     try:
@@ -188,6 +188,9 @@ def stored_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
         return flatten(current_keys(tree))
 
 
+def list_fingerprint(manifest: Manifest) -> str:
+    """A text that changes when a list's videos, labels or classes change, but not when the videos move."""
+    rows = manifest.rows.select(["sample_id", "label"]).to_pydict()
     text = json.dumps([rows, manifest.classes])
     return f"{len(manifest.rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -57,6 +57,7 @@ from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops
 from posmlp.video.batch import Batch
+from posmlp.video.draws import class_weights
 
 STOP_POLL_S = 0.5  # between two polls of the channel for a requested stop
 
@@ -126,8 +127,8 @@ class Worker:
         self.set_up(registration)
         self.saved_step = self.learner.step
         self.first_epoch = len(self.progress.history)
-        advised: set[str] = set()
         self.series = StepSeries.for_run(self.train_split.steps * config.train.epochs, config.train.global_batch)
+        advised: set[str] = set()
         batches = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
         for epoch in range(self.first_epoch, config.train.epochs):
             metrics = self.run_epoch(batches, epoch)
@@ -160,7 +161,11 @@ class Worker:
         if found is None and self.job.weights:
             report = load_published(model, self.job.weights)
             notes = [f"start from {self.job.weights}: {report.loaded} tensors", *report.adapted]
-        learner = Learner(parallelise(model, config, get_device()), config, self.train_split.steps, self.job.classes)
+        weights = None
+        if config.data.balance == "weights":
+            weights = class_weights(ray.get(self.job.train_rows), config.model.variant().num_classes)
+        parallel = parallelise(model, config, get_device())
+        learner = Learner(parallel, config, self.train_split.steps, self.job.classes, weights)
         self.learner, self.progress = learner, RunProgress()
         if found is not None:
             uri, notes = found
@@ -238,13 +243,13 @@ class Worker:
             metrics[names.DATA_DECODED_BY_PYAV] = float(self.progress.decoded_by_pyav)
         bad = [BadVideo(**video) for video in self.progress.bad]
         metrics |= {names.DATA_BAD: float(len(bad)), names.EPOCH: float(epoch + 1)}
+        if names.VAL_TOP1 in metrics:
+            metrics |= best_so_far([*self.progress.history, metrics])
         if bad:
             self.send(BadVideosFound(bad))
         check_bad_fraction(bad, rows, config)
         self.progress = self.progress.next_epoch(metrics)
         self.finish_epoch(metrics)
-        if names.VAL_TOP1 in metrics:
-            metrics |= best_so_far([*self.progress.history, metrics])
         return metrics
 
     def train_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
@@ -258,39 +263,39 @@ class Worker:
         throughput = prometheus.ThroughputGauge(config.name, config.train.global_batch)
         traced = self.job.profile and epoch == self.first_epoch
         profiler = self.start_profiler(steps - progress.steps) if traced else None
+        self.series.start()
         while progress.steps < steps:
             with meter.waiting():
                 batch = self.next_batch(batches)
             if batch is None:
+                self.send_steps(at_once=True)
                 return None
-        self.series.start()
             try:
                 step = learner.train_step(batch.to(learner.device))
             except ExplodedError as error:
-                raise self.save_explosion(batch, error) from error
                 self.send_steps(at_once=True)
+                raise self.save_explosion(batch, error) from error
             progress.add_step(step.loss, step.grad_norm)
             meter.steps += 1
+            self.series.add(learner.step, step.loss, self.learning_rate())
+            self.send_steps()
             if profiler:
                 profiler.step()
-                self.send_steps(at_once=True)
             if every and learner.step % every == 0 and progress.steps < steps:
                 self.save()
             if meter.line_is_due():
-            self.series.add(learner.step, step.loss, self.learning_rate())
-            self.send_steps()
                 meter.max_store_mib = max(meter.max_store_mib, self.store_usage()[0])
                 self.send_line(describe_steps(progress, meter, epoch, steps, config))
                 self.publish_throughput(throughput, meter)
         if profiler:
             profiler.stop()
         meter.end()
+        self.send_steps(at_once=True)
         if not meter.lines:  # a short epoch
             self.publish_throughput(throughput, meter)
         return self.training_metrics(meter)
 
     def training_metrics(self, meter: EpochMeter) -> dict[str, float]:
-        self.send_steps(at_once=True)
         """The metrics of an epoch's training steps. Collective: call it on every rank."""
         progress, (used, spilled) = self.progress, self.store_usage()
         (waited_share,) = mean_over_workers([meter.waited / meter.seconds])
@@ -307,11 +312,6 @@ class Worker:
         }
         return metrics | self.throughput_metrics(meter.steps / meter.seconds)
 
-    def store_usage(self) -> tuple[float, float]:
-        """``loader.object_store_usage`` on the first worker; NaN on the others, as the query asks every node."""
-        return object_store_usage() if self.rank == 0 else (math.nan, math.nan)
-
-    def publish_throughput(self, throughput: prometheus.ThroughputGauge, meter: EpochMeter) -> None:
     def learning_rate(self) -> float:
         """The learning rate of the last step, the largest of the optimizer's groups."""
         return float(max(group["lr"] for group in self.learner.optimizer.param_groups))
@@ -321,6 +321,11 @@ class Worker:
         if rows := self.series.take(at_once):
             self.send(StepMetrics(rows))
 
+    def store_usage(self) -> tuple[float, float]:
+        """``loader.object_store_usage`` on the first worker; NaN on the others, as the query asks every node."""
+        return object_store_usage() if self.rank == 0 else (math.nan, math.nan)
+
+    def publish_throughput(self, throughput: prometheus.ThroughputGauge, meter: EpochMeter) -> None:
         """Publish throughput and loss to Prometheus, on the first worker."""
         if self.rank == 0:
             throughput.publish(meter.seconds, meter.steps, meter.waited)
@@ -413,10 +418,11 @@ class Worker:
         gathered: list[tuple[list[dict[str, str]], int]] = [(own, decoded_by_pyav)] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, (own, decoded_by_pyav))
-        known = {video["sample_id"] for video in self.progress.bad}
+        known = {video["sample_id"]: video for video in self.progress.bad}
         for videos, count in gathered:
-            self.progress.bad += [video for video in videos if video["sample_id"] not in known]
+            known = {video["sample_id"]: video for video in videos} | known
             self.progress.decoded_by_pyav += count
+        self.progress.bad = list(known.values())
 
     # --- checkpoints and other files -----------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -69,6 +71,8 @@ class Learner:
         config: the whole recipe.
         steps_per_epoch: optimizer steps in an epoch.
         class_names: for ``augment.flip_classes``; if empty, a class's name is its label.
+        class_weights: ``[classes]``, factor of each class's part of the loss, with a mean of 1 over the training clips
+            (``data.balance: weights``, ``posmlp.video.draws.class_weights``); None: 1.
 
     Attributes:
         model: what computes the training step: the backbone, plain or wrapped.
@@ -83,7 +87,14 @@ class Learner:
         UserError: ``augment.flip_classes`` does not fit the classes.
     """
 
-    def __init__(self, model: nn.Module, config: Config, steps_per_epoch: int, class_names: Sequence[str] = ()):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        steps_per_epoch: int,
+        class_names: Sequence[str] = (),
+        class_weights: NDArray[np.float64] | None = None,
+    ):
         self.model = model
         self.module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.config = config
@@ -92,6 +103,8 @@ class Learner:
         self.device = next(model.parameters()).device
         self.num_classes = config.model.variant().num_classes
         self.flipped = flip_labels(config.augment.flip_classes, class_names, self.num_classes).to(self.device)
+        weights = None if class_weights is None else torch.from_numpy(class_weights).float().to(self.device)
+        self.class_weights = weights
         self.frozen = freeze_parts(cast(PosMLPVideo, self.module), config.optim.freeze)
         self.optimizer = build_optimizer(self.module, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
@@ -153,7 +166,8 @@ class Learner:
                 with autocast(self.device, self.config):
                     logits = self.model(clips).float()
                 smoothing = self.config.optim.label_smoothing
-                losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+                options: dict[str, Any] = {"weight": self.class_weights, "label_smoothing": smoothing}
+                losses = F.cross_entropy(logits, targets, reduction="none", **options)
                 partial = (losses * micro_batch.weights.to(self.device, non_blocking=True)).sum() / share
                 self.scaler.scale(partial).backward()
             loss += partial.detach()
@@ -166,8 +180,9 @@ class Learner:
         In fp16, an infinite gradient may only mean that the loss scale is too high: the scaler then skips the step.
         """
         guess = math.log(self.num_classes)  # loss of uniform probabilities
+        heaviest = 1.0 if self.class_weights is None else max(1.0, float(self.class_weights.max()))
         may_be_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        loss_ok = result.loss <= MAX_LOSS_RATIO * max(1.0, guess)  # false for NaN
+        loss_ok = result.loss <= MAX_LOSS_RATIO * max(1.0, guess) * heaviest  # false for NaN
         if loss_ok and (math.isfinite(result.grad_norm) or may_be_overflow):
             return
         raise ExplodedError(

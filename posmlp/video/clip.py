@@ -53,7 +53,7 @@ def views_per_video(config: Config, train: bool) -> int:
 
 
 def load_clips(
-    uri: str, sample_id: str, config: Config, *, epoch: int, train: bool, images: int | None = None
+    uri: str, sample_id: str, config: Config, *, epoch: int, train: bool, images: int | None = None, first_view: int = 0
 ) -> tuple[Frames, Decoder]:
     """All views of one video, decoded once. Every random choice derives from ``(train.seed, epoch, sample_id, view)``.
 
@@ -64,6 +64,7 @@ def load_clips(
 
     Args:
         uri, sample_id, images: from the manifest row; ``images`` is its ``frames``.
+        first_view: number of the first training view; above 0 where an epoch draws the video again.
 
     Returns:
         uint8 ``[V, T, H, W, 3]`` RGB with ``T = model.frames`` and ``H = W = model.image_size``; and the decoder used.
@@ -78,7 +79,7 @@ def load_clips(
         info = video.info
         if data.fps is not None and info.times is None:
             raise DecodeError(uri, "data.fps needs frame times, but a frame folder has none; leave data.fps out")
-        views = list(choose_views(uri, info, variant.frames, sample_id, config, epoch, train))
+        views = list(choose_views(uri, info, variant.frames, sample_id, config, epoch, train, first_view))
         wanted, positions = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
         pictures = read(wanted.tolist())
         clips = np.empty((len(views), variant.frames, size, size, 3), np.uint8)
@@ -93,7 +94,7 @@ def load_clips(
 
 
 def choose_views(
-    uri: str, info: VideoInfo, count: int, sample_id: str, config: Config, epoch: int, train: bool
+    uri: str, info: VideoInfo, count: int, sample_id: str, config: Config, epoch: int, train: bool, first_view: int = 0
 ) -> Iterator[View]:
     """The views of a video, each of ``count`` frames.
 
@@ -114,7 +115,7 @@ def choose_views(
         return numbers[uniform_indices(len(numbers), count, rng, clip, clips)]
 
     if train:
-        for view in range(data.repeats):
+        for view in range(first_view, first_view + data.repeats):
             rng = sample_rng(config.train.seed, epoch, sample_id, view)
             yield View(pick(rng), rng)
     else:

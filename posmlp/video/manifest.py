@@ -18,9 +18,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from posmlp import storage
-from posmlp.config import DataSection
+from posmlp.config import DataSection, SplitSection, WeightedSplitSection
 from posmlp.errors import UserError
 from posmlp.video.classes import ClassIndex, KnownClasses, in_order, list_names, same_name
+from posmlp.video.draws import WEIGHT
 from posmlp.video.formats import (
     MANIFEST_FORMATS,
     PARSERS,
@@ -586,8 +587,15 @@ def _count_images(source: ManifestSource, row: ListingRow, folder: str) -> int |
     return count
 
 
-def read_split(data: DataSection, name: Literal["train", "val"], known: KnownClasses | None = None) -> Manifest:
+Split = Literal["train", "val", "test"]
+
+
+def read_split(data: DataSection, name: Split, known: KnownClasses | None = None) -> Manifest:
     """Read a split of a recipe; raises the errors of ``read_manifest``.
+
+    Several training lists become one manifest. The labels of the later ones refer to the classes of the first, and the
+    sample ids of list n (from 2) begin with ``n:``. If lists have weights, the rows have a further column, ``weight``
+    (``posmlp.video.draws``).
 
     Args:
         known: the classes that the labels shall refer to; give ``training_classes`` for the validation split.
@@ -606,11 +614,45 @@ def training_classes(data: DataSection, manifest: Manifest | None = None) -> Kno
     """
     if manifest is None:
         manifest = _read(data, "train", missing_ok=True)
+    return _first_lists_classes(data, manifest)
+
+
+def _first_lists_classes(data: DataSection, manifest: Manifest) -> KnownClasses:
     advice = "correct the names, leave these videos out, or name all classes in a file (`data.classes`)"
     return KnownClasses(manifest.classes, f"the training list {data.train.path}", advice)
 
 
-def _read(data: DataSection, name: Literal["train", "val"], **options: Any) -> Manifest:
-    split = getattr(data, name)
-    where, files = split.where, {"root": split.root, "classes": data.classes, "template": data.template}
-    return read_manifest(split.path, where, format=data.format, **files, **options)
+def _read(data: DataSection, name: Split, *, known: KnownClasses | None = None, missing_ok: bool = False) -> Manifest:
+    split: SplitSection | None = getattr(data, name)
+    if split is None:
+        raise UserError(f"the recipe has no data.{name}; name the list, as in data.{name}.path={name}.csv")
+    manifests: list[Manifest] = []
+    for each in split.lists:
+        files = {"root": each.root, "classes": data.classes, "template": data.template}
+        options: dict[str, Any] = {"known": known, "missing_ok": missing_ok, **files}
+        manifests.append(read_manifest(each.path, each.where, format=data.format, **options))
+        known = known or _first_lists_classes(data, manifests[0])
+    weights = [each.weight for each in split.lists if isinstance(each, WeightedSplitSection)]
+    if len(manifests) == 1 and weights in ([], [1.0]):
+        return manifests[0]
+    return _join([each.path for each in split.lists], manifests, weights)
+
+
+def _join(paths: Sequence[str], manifests: Sequence[Manifest], weights: Sequence[float]) -> Manifest:
+    """One manifest of the rows of several lists, with the column ``weight``.
+
+    Raises:
+        ManifestError: two lists have the same video.
+    """
+    tables, seen, problems = [], dict[str, int](), []
+    for number, (path, manifest, weight) in enumerate(zip(paths, manifests, weights, strict=True), 1):
+        for uri in manifest.rows["uri"].to_pylist():
+            if (first := seen.setdefault(uri, number)) != number:
+                text = f"{path}: video {uri} is also in {paths[first - 1]}; keep one of the two"
+                problems.append(f"{text} (`weight` draws the videos of a list more often)")
+        ids = [each if number == 1 else f"{number}:{each}" for each in manifest.rows["sample_id"].to_pylist()]
+        table = manifest.rows.set_column(0, SCHEMA.field("sample_id"), pa.array(ids, pa.string()))
+        tables.append(table.append_column(WEIGHT, pa.array([float(weight)] * len(ids), pa.float64())))
+    if problems:
+        raise ManifestError(problems)
+    return Manifest(pa.concat_tables(tables).combine_chunks(), manifests[0].classes, manifests[0].root)

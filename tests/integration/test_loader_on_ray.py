@@ -51,6 +51,21 @@ def test_global_batches_are_the_same_for_1_2_and_3_workers(local_ray, motion_set
 
 
 @pytest.mark.ray
+def test_balanced_batches_are_the_same_for_1_and_2_workers_and_resume_at_a_step(local_ray, motion_set):
+    rows = read_manifest(motion_set / "train.csv").rows
+    few = rows.take([i for i, label in enumerate(rows["label"].to_pylist()) if label < 2 or i < 10])
+    config = recipe("data.rows_per_block=4", "data.balance=sampling", "train.global_batch=4")
+    one, two = (epoch_of(few, config, world)[0] for world in (1, 2))
+    assert one == two and len(one) == len(few) // 4
+    assert epoch_of(few, config, 1, step=1)[0] == one[1:]
+    clips = [clip for step in one for clip in step]
+    labels = few["label"].to_pylist()
+    most = {label: 1 + len(few) // len(set(labels)) for label in set(labels)}
+    assert all([label for label, *_ in clips].count(label) <= most[label] for label in most)
+    assert len({pixels for _, pixels, _, _ in clips}) == len(clips), "a video that is drawn twice has two clips"
+
+
+@pytest.mark.ray
 def test_clips_are_those_of_load_clip(local_ray, motion_set):
     rows, config = read_manifest(motion_set / "train.csv").rows, recipe("data.repeats=2")
     order = global_order(len(rows), config, 3, train=True)

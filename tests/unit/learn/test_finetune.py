@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from posmlp.learn.finetune import frozen_parts, layer_of
 from posmlp.learn.learner import Learner
 from posmlp.learn.optim import build_optimizer, learning_rate
 from posmlp.video.augment import to_train_input
+from posmlp.video.batch import Batch
 from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8", "model.weights=given"]
@@ -168,3 +170,46 @@ def test_fine_tuning_resumes_bit_for_bit(keys):
     assert [g["lr"] for g in straight.optimizer.param_groups] == [g["lr"] for g in resumed.optimizer.param_groups]
     one, other = straight.weights(), resumed.weights()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- class weights ----------------------------------------------------------------------------------------------
+
+
+def weighted_learner(weights, *overrides):
+    config = load_recipe("demo", [*SMALL, *overrides])
+    torch.manual_seed(0)
+    model = create_model(config.model.name, **config.model.overrides())
+    return Learner(model, config, 5, class_weights=None if weights is None else np.array(weights))
+
+
+def test_the_loss_weighs_each_class():
+    """Written out: the parts of each class's share in the mixed, smoothed target, times the weight of the class."""
+    weights = [0.5, 2, 1, 1, 3, 0.25, 1, 1]
+    learner = weighted_learner(weights, "augment.mixup=0.8", "optim.label_smoothing=0.1")
+    batch = make_batch()
+    clips, targets = to_train_input(batch, learner.config, torch.arange(8))
+    learner.module.train()
+    parts = -(0.9 * targets + 0.1 / 8) * learner.module(clips).log_softmax(1)
+    expected = (parts * torch.tensor(weights)).sum(1).mean().item()
+    assert learner.backward(batch)[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("weights", "shares"), [(None, [0.75, 0.25]), ([0.5 / 0.75, 0.5 / 0.25], [0.5, 0.5])])
+def test_balanced_weights_predict_classes_equally_where_nothing_tells_them_apart(weights, shares):
+    """All clips are alike, six of class 0 and two of class 1: the best prediction is the classes' frequencies."""
+    keys = ["model.num_classes=2", "optim.freeze=all", "optim.warmup_epochs=0", "optim.weight_decay=0", "optim.lr=0.05"]
+    keys += [f"augment.{name}=0" for name in ("brightness", "contrast", "saturation")]
+    learner = weighted_learner(weights, *keys, "optim.min_lr=0.05", "train.epochs=100")
+    batch = make_batch()
+    same = Batch(batch.clips[:1].repeat(8, 1, 1, 1, 1), torch.tensor([0] * 6 + [1] * 2), batch.weights, batch.seeds)
+    for _ in range(60):
+        learner.train_step(same)
+    scores = learner.score(same).exp()[:, 0].mean(0)
+    assert scores.tolist() == pytest.approx(shares, abs=0.03)
+
+
+def test_a_heavy_class_does_not_look_like_an_explosion():
+    learner = weighted_learner([0.1] * 7 + [100], "optim.warmup_epochs=0")
+    batch = make_batch()
+    loss = learner.train_step(Batch(batch.clips, torch.full((8,), 7), batch.weights, batch.seeds)).loss
+    assert loss > 10 * np.log(8), "more than a step without weights may have"

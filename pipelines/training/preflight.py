@@ -22,7 +22,6 @@ from posmlp.errors import UserError
 from posmlp.metrics import VAL_TOP1
 from posmlp.model.checkpoint import CheckpointError, fit_published
 from posmlp.video.augment import flip_labels
-from posmlp.video.draws import epoch_length
 from posmlp.video.manifest import Manifest, ManifestError, read_split, training_classes
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
@@ -36,7 +35,6 @@ KEYS_FREE_ON_RESUME = (
     "data.decoder",
     "data.train.root",
     "data.val.root",
-    "data.test",
     "train.checkpoint_every_steps",
     "train.keep_last",
     "train.keep_best",
@@ -61,7 +59,6 @@ KEYS_FIXED_ON_RESUME = (
     "train.global_batch",
     "train.seed",
     "data.repeats",
-    "data.balance",
     "data.train.",
     "data.format",
     "list.train",
@@ -102,11 +99,11 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     Raises:
         RunError: they do not fit; the message names the key to change.
     """
-    clips = epoch_length(train_set.rows, config.data.balance) * config.data.repeats
+    clips = len(train_set.rows) * config.data.repeats
     if clips < config.train.global_batch:
         raise RunError(
             f"train.global_batch {config.train.global_batch} is more than the {clips} training clips "
-            f"of an epoch of {config.data.train.path}; lower it"
+            f"of {config.data.train.path}; lower it"
         )
     if config.data.fps is not None:
         for split, manifest in ((config.data.train, train_set), (config.data.val, val_set)):

@@ -57,7 +57,6 @@ from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops
 from posmlp.video.batch import Batch
-from posmlp.video.draws import class_weights
 
 STOP_POLL_S = 0.5  # between two polls of the channel for a requested stop
 
@@ -161,11 +160,7 @@ class Worker:
         if found is None and self.job.weights:
             report = load_published(model, self.job.weights)
             notes = [f"start from {self.job.weights}: {report.loaded} tensors", *report.adapted]
-        weights = None
-        if config.data.balance == "weights":
-            weights = class_weights(ray.get(self.job.train_rows), config.model.variant().num_classes)
-        parallel = parallelise(model, config, get_device())
-        learner = Learner(parallel, config, self.train_split.steps, self.job.classes, weights)
+        learner = Learner(parallelise(model, config, get_device()), config, self.train_split.steps, self.job.classes)
         self.learner, self.progress = learner, RunProgress()
         if found is not None:
             uri, notes = found
@@ -418,11 +413,10 @@ class Worker:
         gathered: list[tuple[list[dict[str, str]], int]] = [(own, decoded_by_pyav)] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, (own, decoded_by_pyav))
-        known = {video["sample_id"]: video for video in self.progress.bad}
+        known = {video["sample_id"] for video in self.progress.bad}
         for videos, count in gathered:
-            known = {video["sample_id"]: video for video in videos} | known
+            self.progress.bad += [video for video in videos if video["sample_id"] not in known]
             self.progress.decoded_by_pyav += count
-        self.progress.bad = list(known.values())
 
     # --- checkpoints and other files -----------------------------------------------------------------------------
 

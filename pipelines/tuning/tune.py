@@ -188,11 +188,6 @@ def open_tracker(study: Study, run_id: str | None) -> Tracker:
     return Tracker.open(config, tags, run_id, journal=journal_path(study.folder), params=params)
 
 
-def log_settings(study: Study, tracker: Tracker) -> None:
-    """Write the study's settings to its folder and to MLflow, without a password."""
-    safe = study.model_copy(update={"recipe": recipe_without_password(study.recipe)})
-    write_study(safe, tracker.run_id)
-    tracker.log_file(STUDY_FILE, safe.model_dump_json(indent=1).encode())
 def study_links(tracker: Tracker) -> dict[str, str]:
     """Links into MLflow's pages, by what they show: the trials side by side, and those of any run."""
     if tracker.experiment_id is None:
@@ -202,6 +197,11 @@ def study_links(tracker: Tracker) -> dict[str, str]:
     return {"compare trials": trials, "this study": links["this run"], "all runs": links["all runs"]}
 
 
+def log_settings(study: Study, tracker: Tracker) -> None:
+    """Write the study's settings to its folder and to MLflow, without a password."""
+    safe = study.model_copy(update={"recipe": recipe_without_password(study.recipe)})
+    write_study(safe, tracker.run_id)
+    tracker.log_file(STUDY_FILE, safe.model_dump_json(indent=1).encode())
 
 
 def compare_latencies(controller: StudyController) -> None:

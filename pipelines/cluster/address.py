@@ -247,12 +247,22 @@ def explain_start(error: Exception) -> str:
             f"{shown} is too long for the sockets of Ray, whose paths would have {len(os.fsencode(socket_path))} bytes "
             "(the system allows 107, on macOS 103); set TMPDIR or RAY_TMPDIR to a short folder, such as /tmp"
         )
+    if start_timed_out(error):
+        return (
+            "Ray did not start in time on this machine, though it was tried twice. Close other programs, or let Ray "
+            "wait longer: RAY_raylet_start_wait_time_s=120"
+        )
     if SHM in text:
         return f"Ray's object store does not fit into {SHM}: enlarge it (docker run --shm-size=...). Ray says: {text}"
     if isinstance(error, OSError) and str(error.filename or "").startswith(folder):
         reason = error.strerror or text
         return f"{shown}: Ray cannot write its files to {error.filename} ({reason}); set TMPDIR to a folder that exists"
     return f"Ray cannot be started on this machine: {text}"
+
+
+def start_timed_out(error: Exception) -> bool:
+    """Return whether ``ray.init`` gave up waiting for the processes that it started."""
+    return isinstance(error, TimeoutError) or bool(re.search(r"timed out|deadline exceeded", str(error), re.IGNORECASE))
 
 
 def has_current_folder() -> bool:

@@ -18,6 +18,7 @@ from pipelines.cluster.address import (
     explain_ray_error,
     free_shared_memory,
     shared_memory_warning,
+    start_timed_out,
     token_without_home,
 )
 from pipelines.cluster.ray_internals import listen_on_loopback, shielded_start, silence_start
@@ -63,14 +64,18 @@ def start_ray(**options: Any) -> None:
     free = free_shared_memory()
     silence_start()  # the lines below say the same
     with hold_signals() as held:
-        try:
-            with shielded_start():
-                ray.init(address=choice.init_address, log_to_driver=False, logging_level=logging.WARNING, **options)
-        except Exception as error:  # of the network, the token, the versions, the disk
-            with suppress(Exception):  # what has started of it ends
-                ray.shutdown()
-            raise_held(held)
-            raise explain_ray_error(error, choice) from error
+        for attempt in (1, 2):
+            try:
+                with shielded_start():
+                    ray.init(address=choice.init_address, log_to_driver=False, logging_level=logging.WARNING, **options)
+                break
+            except Exception as error:  # of the network, the token, the versions, the disk
+                with suppress(Exception):  # what has started of it ends
+                    ray.shutdown()
+                raise_held(held)
+                if choice.address is not None or attempt == 2 or not start_timed_out(error):
+                    raise explain_ray_error(error, choice) from error
+                logger.warning("Ray did not start in time on this machine; it is tried once more")
     for signum in (signal.SIGINT, signal.SIGTERM):  # Ray's end, at exit, takes seconds: a signal then ends this at once
         atexit.register(signal.signal, signum, signal.SIG_DFL)
     raise_held(held)

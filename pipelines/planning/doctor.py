@@ -70,7 +70,7 @@ class Finding:
         return f"{self.level:<5} {self.what}" + (f"\n      -> {self.advice}" if self.advice else "")
 
 
-ORDER = ("fail", "warn", "ok")
+ORDER: tuple[Literal["fail", "warn", "ok"], ...] = ("fail", "warn", "ok")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which Ray a command uses, and errors of its start as one line. tests/integration/test_which_ray.py has real Rays."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cluster import address as module
+from pipelines.cluster import session
 from pipelines.cluster.address import (
     RayChoice,
     RayUnavailable,
@@ -21,6 +23,7 @@ from pipelines.cluster.address import (
     token_without_home,
     user_name,
 )
+from tests.helpers.log_lines import log_lines
 
 ME, A, B = user_name(), "10.0.0.1:6379", "10.0.0.2:6380"
 
@@ -210,3 +213,46 @@ def test_the_line_names_the_ray_and_its_size():
     one = describe(RayChoice(A), [node(True, CPU=1.0, GPU=1.0)])
     assert one == f"Ray: connected to {A}: 1 node, 1 CPU, 1 GPU"
     assert describe(RayChoice(A), nodes[:1]) == f"Ray: connected to {A}: 1 node, 8 CPUs, 0 GPUs"
+
+
+# What Ray 2.60's node.py says when its processes take longer than its limit.
+SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup."
+
+
+@pytest.mark.parametrize(
+    ("errors", "starts", "refused"),
+    [
+        ([Exception(SLOW), None], 2, ""),
+        ([TimeoutError("Timed out after 30 seconds"), Exception(SLOW)], 2, "RAY_raylet_start_wait_time_s=120"),
+        ([ValueError("num_cpus -1")], 1, "Ray cannot be started on this machine: num_cpus -1"),
+    ],
+)
+def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, errors, starts, refused):
+    results = iter(errors)
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        if error := next(results):
+            raise error
+
+    for name, value in {
+        "init": init,
+        "shutdown": lambda: None,
+        "is_initialized": lambda: False,
+        "cluster_resources": dict,
+    }.items():
+        monkeypatch.setattr(f"ray.{name}", value)
+    monkeypatch.setattr(session, "choose_ray", lambda address: RayChoice())
+    monkeypatch.setattr(session, "announce", lambda choice: None)
+    with log_lines(logging.WARNING) as lines:
+        if refused:
+            with pytest.raises(RayUnavailable) as found:
+                session.start_ray()
+            assert refused in str(found.value) and "\n" not in str(found.value)
+        else:
+            session.start_ray()
+    assert len(calls) == starts
+    assert [line for line in lines if "tried once more" in line] == [
+        "Ray did not start in time on this machine; it is tried once more"
+    ] * (starts - 1)

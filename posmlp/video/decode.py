@@ -341,9 +341,10 @@ class Video:
         self, container: InputContainer, stream: VideoStream, packets: int, declared: float, end: float
     ) -> None:
         """Refuse a truncated file, which holds less than its header declares."""
-        # The index has the frames that an edit list leaves, unlike ``stream.frames``.
-        if container.format.name == TIMED_CONTAINERS[0] and packets < len(stream.index_entries):
-            found, promised = f"{packets} frames", f"{len(stream.index_entries)}"
+        index = stream.index_entries if container.format.name == TIMED_CONTAINERS[0] else ()
+        # Unlike ``stream.frames``, the index lacks what an edit list leaves out. Empty entries stand for lost frames.
+        if packets < len(index) and packets < (promised_packets := sum(entry.size > 0 for entry in index)):
+            found, promised = f"{packets} frames", f"{promised_packets}"
         elif (
             container.format.name in DECLARED_CONTAINERS
             and end < declared - max(0.5, 0.05 * declared)

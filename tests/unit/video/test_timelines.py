@@ -85,6 +85,35 @@ def test_an_edited_file_cut_short_is_refused(tmp_path):
             Video(str(path), content=edited[: int(part * len(edited))])
 
 
+@pytest.mark.parametrize("places", [[40], [20], [5, 6, 7], [40, 40, 40]])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_empty_samples_are_no_frames(tmp_path, places, decoder):
+    """A recorder that drops frames may write samples of 0 bytes: the header has more frames than can be decoded."""
+    path = tmp_path / "v.mp4"
+    write_video(path, options={"g": "12", "bf": "0"})
+    content = path.read_bytes()
+    at = content.find(b"stsz")
+    sizes = [*struct.unpack_from(">40I", content, at + 16)]
+    for place in reversed(places):
+        sizes.insert(place, 0)
+    count = len(sizes)
+    for kind, numbers_in_it in (
+        (b"stsz", [0, 0, count, *sizes]),
+        (b"stts", [0, 1, count, 1024]),
+        (b"stsc", [0, 1, 1, count, 1]),
+    ):
+        box = struct.pack(f">I4s{len(numbers_in_it)}I", 8 + 4 * len(numbers_in_it), kind, *numbers_in_it)
+        content = replaced(content, [b"moov", b"trak", b"mdia", b"minf", b"stbl", kind], box)
+    content = replaced(content, [b"moov", b"trak", b"edts"], edit_list([(100 * count, -2)]))  # from time 0 on
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == count
+    video = Video(str(path), decoder)
+    assert video.info.frames == 40
+    assert numbers(video.read(range(40))) == [*range(40)]
+    assert numbers(video.read([0, 19, 20, 39])) == [0, 19, 20, 39]
+
+
 # Joined recordings ----------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ from pipelines.tuning.study import (
 )
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
-from posmlp.config import Config
+from posmlp.config import Config, SplitSection
 from posmlp.metrics import COST_LATENCY_MS, PUBLISHED_LATENCY_MS
 
 # How the best trial is chosen (pareto.best_trial), as a tag of the registered model.
@@ -156,9 +156,14 @@ def with_absolute_paths(recipe: Config) -> Config:
     def absolute(path: str | None) -> str | None:
         return path and storage.join(".", path)
 
-    splits = {
-        name: split.model_copy(update={"path": absolute(split.path), "root": absolute(split.root)})
-        for name, split in (("train", recipe.data.train), ("val", recipe.data.val))
+    def moved(split: SplitSection) -> SplitSection:
+        return split.model_copy(update={"path": absolute(split.path), "root": absolute(split.root)})
+
+    others = tuple(map(moved, recipe.data.train.others))
+    splits: dict[str, SplitSection | None] = {
+        "train": moved(recipe.data.train).model_copy(update={"others": others}),
+        "val": moved(recipe.data.val),
+        "test": recipe.data.test and moved(recipe.data.test),
     }
     data = recipe.data.model_copy(update={**splits, "classes": absolute(recipe.data.classes)})
     train = recipe.train.model_copy(update={"storage": absolute(recipe.train.storage)})

@@ -200,8 +200,10 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
     trials += [replace(trial(5, 0.4, 1.0, repeat_of=1, seed=1), member=trials[1].member)]
     log_study(client, study, trials[:2], place)  # an older one of the same name
     newest = log_study(client, study, trials, place)
+    client.log_metric(newest, "published.latency_ms/s", 700.0)
+    client.log_metric(newest, "study/finished", 3.0)
     logged = pareto.read_study_from_mlflow("look", uri)
-    assert (logged.study, logged.run_id) == (study, newest)
+    assert (logged.study, logged.run_id, logged.variant_latencies) == (study, newest, {"s": 700.0})
     assert [replace(t, mlflow_run_id=None) for t in logged.trials] == trials
     assert set(logged.recipes) == {t.number for cost in COSTS for t in pareto.pareto_front(trials, cost)}
     text = pareto.write_studies([logged], "gmacs", tmp_path / "out")
@@ -443,8 +445,9 @@ def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
 
 def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
     """Of both studies the largest cost, 90; a folder that exists is used."""
+    drawn = []
     for name in ("interactive_page", "front_image", "search_progress"):
-        monkeypatch.setattr(pareto.pareto_plots, name, lambda *given: b"drawn")
+        monkeypatch.setattr(pareto.pareto_plots, name, lambda *given: drawn.append(given) or b"drawn")
     study = Study(name="look", recipe=BASE, space="speed_accuracy", against="gmacs")
     cheap = [trial(0, 0.5, 9.0), trial(1, 0.75, 45.0)]
     logged = [
@@ -458,6 +461,8 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
     volume = (0.5 * 81 + 0.25 * 45) / 90
     assert one.startswith(f"look: 2 finished; hypervolume {volume:.3f} (top-1 against gmacs)\n\n  trial ")
     assert two.startswith("1 finished; hypervolume 0.000 ")
+    latencies = {name: costs.get(COSTS["latency"]) for name, costs in drawn[0][2].items()}
+    assert latencies == {"tiny": 3.0, "s": None, "b": None, "l": None}  # those of the first study
     assert {p.name for p in out.iterdir()} == {
         *("front.html", "front.png", "recipes", "look-trials.csv", "other-trials.csv"),
         *("look-progress.png", "other-progress.png"),

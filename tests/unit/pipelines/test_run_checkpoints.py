@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,145 @@ def test_a_recipe_of_another_version_is_refused_by_key(tmp_path):
     written = checkpoints.save(str(tmp_path), CheckpointInfo(1, 0, {}, [], config), {"x": torch.zeros(1)}, {})
     with pytest.raises(UserError, match=r"another version of this project:\n  wings: unknown key"):
         checkpoints.read_info(written).recipe()
+    two = replace(checkpoints.read_info(written), config=config | {"tail": 1})
+    with pytest.raises(UserError) as error:
+        two.recipe()
+    assert str(error.value).splitlines() == [
+        "the checkpoint's recipe is of another version of this project:",
+        "  wings: unknown key",
+        "  tail: unknown key (did you mean 'train'?)",
+    ]
+
+
+# The file format and the messages, as literals ------------------------------------------------------------------------
+
+
+def test_checkpoint_json_as_it_lies_on_disk(tmp_path):
+    """Read by older versions and by people; the checksum does not depend on the order of the keys."""
+    start = datetime.now(UTC).replace(microsecond=0)
+    info = CheckpointInfo(5, 1, {"val/top1": 0.5}, ["left", "right"], {"name": "a"}, {"steps": 0})
+    uri = checkpoints.save(str(tmp_path), info, {"x": torch.zeros(2)}, {"y": 1})
+    assert uri == f"{tmp_path}/checkpoints/step-0000000005"
+    text = Path(uri, "checkpoint.json").read_text()
+    assert text.startswith(
+        '{\n "step": 5,\n "epoch": 1,\n "metrics": {\n  "val/top1": 0.5\n },\n "classes": [\n  "left",'
+    )
+    tree = json.loads(text)
+    assert list(tree) == ["step", "epoch", "metrics", "classes", "config", "progress", "time", "files", "sha256"]
+    assert start <= datetime.fromisoformat(tree["time"]) <= datetime.now(UTC)
+    assert len(tree["time"]) == len("2026-01-31T12:00:00+00:00")
+    assert list(tree["files"]) == ["weights.safetensors", "state.pt"]
+    for name, file in tree["files"].items():
+        content = Path(uri, name).read_bytes()
+        assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert checkpoints.read_info(uri).bytes == sum(Path(uri, name).stat().st_size for name in tree["files"])
+    checksum = tree.pop("sha256")
+    assert checksum == hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    turned = dict(reversed(tree.items())) | {"sha256": checksum}
+    Path(uri, "checkpoint.json").write_text(json.dumps(turned))
+    assert checkpoints.read_info(uri).step == 5
+
+
+def test_the_checksum_of_an_info_by_hand():
+    """SHA-256 of the text {"a": 1, "b": [2]}, as sha256sum prints it."""
+    expected = "ae8a9a50524642753023cd4de34447191a8651989979c60bbcc5b0eeebb6e1dc"
+    assert checkpoints.info_checksum({"b": [2], "a": 1}) == expected
+
+
+def test_tensors_come_to_the_cpu_and_nothing_else_is_unpickled(tmp_path, monkeypatch):
+    uri, given_options = save(tmp_path, 4), []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **options: given_options.append(options) or load(file, **options))
+    assert checkpoints.load(uri)[1][STATE]["step"] == 4
+    assert given_options == [{"map_location": "cpu", "weights_only": True}]
+    assert list(checkpoints.load(uri, [WEIGHTS])[1]) == [WEIGHTS]
+
+
+def test_only_a_check_reads_the_files_and_says_what_is_wrong(tmp_path):
+    save(tmp_path, 4)
+    Path(save(tmp_path, 8), STATE).write_bytes(b"torn")
+    broken = checkpoints.checkpoint_uri(str(tmp_path), 8)
+    assert [entry.problem for entry in checkpoints.find(str(tmp_path))] == ["", ""]
+    intact, damaged = checkpoints.find(str(tmp_path), check=True)
+    assert (intact.info.step, intact.problem) == (4, "")
+    size = checkpoints.read_info(broken).files[STATE]["bytes"]
+    assert (damaged.uri, damaged.info) == (broken, None)
+    assert damaged.problem == f"{broken} is damaged: state.pt has 4 bytes, expected {size}"
+
+
+def test_every_damaged_checkpoint_after_the_newest_intact_one_is_marked(tmp_path):
+    for step in (4, 8, 12, 16):
+        uri = save(tmp_path, step)
+        if step > 4:
+            Path(uri, WEIGHTS).write_bytes(b"")
+    storage.remove(storage.join(checkpoints.checkpoint_uri(str(tmp_path), 12), INFO))
+    newest, problems = checkpoints.newest(str(tmp_path))
+    assert newest == checkpoints.checkpoint_uri(str(tmp_path), 4)
+    assert [re.search(r"(\d+) is (\w+)", str(problem)).groups() for problem in problems] == [
+        ("0000000016", "damaged"),
+        ("0000000012", "incomplete"),
+        ("0000000008", "damaged"),
+    ]
+    assert [Path(checkpoints.checkpoint_uri(str(tmp_path), step), INFO).exists() for step in (4, 8, 12, 16)] == [
+        *(True, False, False, False)
+    ]
+
+
+def test_all_problems_of_a_run_without_an_intact_checkpoint_are_listed(tmp_path):
+    uris = [save(tmp_path, step) for step in (4, 8)]
+    for uri in uris:
+        info = json.loads(Path(uri, INFO).read_text())
+        Path(uri, INFO).write_text(json.dumps(info | {"epoch": 99}))
+    with pytest.raises(DamagedError) as error:
+        checkpoints.newest(str(tmp_path))
+    problem = "is damaged: checkpoint.json: the content does not match its checksum"
+    assert str(error.value).splitlines() == [
+        f"{uris[1]} {problem}",
+        f"{uris[0]} {problem}",
+        f"no checkpoint of {tmp_path} is intact; delete the folder to start again",
+    ]
+
+
+@pytest.mark.parametrize(("broken", "named"), [(STATE, ""), (INFO, "/checkpoint.json")])
+def test_an_unwritable_storage_is_named(broken, named, tmp_path, monkeypatch):
+    """Whether the data or the info fails; and then also the removal of what is half written."""
+
+    def full(uri, content):
+        if uri.endswith(broken):
+            raise OSError(28, "No space left on device")
+
+    def refuse(uri):
+        if not uri.endswith(INFO):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    monkeypatch.setattr(storage, "remove", refuse)
+    with pytest.raises(UnwritableError) as error:
+        save(tmp_path, 8)
+    uri = f"{tmp_path}/checkpoints/step-0000000008{named}"
+    assert str(error.value) == f"{uri} cannot be written: [Errno 28] No space left on device"
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def unreachable(uri):
+        raise OSError(113, "No route to host")
+
+    monkeypatch.setattr(storage, "list_folders", unreachable)
+    with pytest.raises(UserError) as error:
+        checkpoints.choose(str(tmp_path))
+    assert str(error.value) == f"{tmp_path} cannot be read: [Errno 113] No route to host"
+
+
+def test_a_checkpoint_stands_for_itself(tmp_path):
+    save(tmp_path, 4, 0.9)
+    later = save(tmp_path, 8, 0.1)
+    assert checkpoints.choose(later) == later
+
+
+def test_the_best_are_by_top1_and_then_the_newest(tmp_path):
+    for step, top1 in [(4, 0.5), (8, None), (12, 0.75), (16, 0.5)]:
+        save(tmp_path, step, top1)
+    entries = checkpoints.find(str(tmp_path))
+    assert [entry.info.step for entry in checkpoints.best(entries, 9)] == [12, 16, 4]
+    assert [entry.info.step for entry in checkpoints.best(entries, 2)] == [12, 16]
+    assert checkpoints.best(entries, 0) == []

@@ -108,11 +108,58 @@ class ModelSection(Section):
 
 
 class SplitSection(Section):
-    """One split of a data set: its list of videos, and the rows of it to use. Paths may be URIs (``s3://...``)."""
+    """One split of a data set: its list of videos, and the rows of it to use. Paths may be URIs (``s3://...``).
+
+    A path alone stands for a section with this path.
+    """
 
     path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
     root: str | None = None  # folder of the videos; None: the list's folder
     where: dict[str, str] = {}  # keep only the rows with these values in these columns
+
+    @property
+    def lists(self) -> tuple[SplitSection, ...]:
+        """All lists of the split."""
+        return (self,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_short_form(cls, value: Any) -> Any:
+        """Read the short form too, see ``expand``."""
+        if isinstance(value, SplitSection) and not isinstance(value, cls):
+            return value.model_dump()
+        return cls.expand(value)
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        """The section that a value stands for, as a mapping: a path alone. Other values are returned as they are."""
+        is_path = isinstance(value, str) or (isinstance(value, Scalar) and value.value is not None)
+        return {"path": value} if is_path else value
+
+
+class WeightedSplitSection(SplitSection):
+    """A list of training videos, and how often an epoch draws each of them."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0  # expected draws of each video in an epoch
+
+
+class TrainSplitSection(WeightedSplitSection):
+    """The training split, of one list or several. A list of sections stands for the first with the ``others``."""
+
+    others: tuple[WeightedSplitSection, ...] = ()  # further lists, whose labels refer to the classes of the first
+
+    @property
+    def lists(self) -> tuple[SplitSection, ...]:
+        return (self, *self.others)
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        """As of ``SplitSection``, and a list of paths or sections."""
+        if isinstance(value, list | tuple) and value:
+            first, *others = value
+            first = super().expand(first)
+            return {**first, "others": others} if isinstance(first, dict) else value
+        return super().expand(value)
 
 
 class DataSection(Section):
@@ -121,8 +168,11 @@ class DataSection(Section):
     format: Format = "auto"  # format of the lists; auto: a CSV file, a Parquet file or a class-per-folder tree
     classes: str | None = None  # file of class names, for formats with a separate one
     template: str = "{:05d}.jpg"  # file names of a frame folder's images, numbered from 1 (ssv1)
-    train: SplitSection
+    train: TrainSplitSection  # a path, a section, or a list of them
     val: SplitSection
+    test: SplitSection | None = None  # videos that only `posmlp evaluate --split test` sees
+    # So that rare classes count as much as frequent ones; weights: in the loss; sampling: draw their videos more often.
+    balance: Literal["none", "weights", "sampling"] = "none"
     modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the previous one
     sampling: Literal["uniform", "dense"] = "uniform"
     stride: Positive = 1  # video frames from one sampled frame to the next; dense only
@@ -180,6 +230,8 @@ class TrainSection(Section):
     """Length, batch size, numerics and checkpoints of a run."""
 
     epochs: Positive = 10
+    patience: Positive | None = None  # end the run if the monitored metric is not better for this many epochs
+    monitor: Literal["val/top1", "val/top5", "val/class_mean", "val/loss"] = "val/top1"  # the metric of patience
     global_batch: Positive = 32  # clips per optimizer step, over all workers
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights and accumulations stay fp32
@@ -250,7 +302,7 @@ class Config(Section):
         self.model.variant()
         problems = [
             f"{key} {storage.without_password(value)}: leave user and password out; they belong in the environment"
-            for key, value in self.flat().items()
+            for key, value in (self.flat() | self.flat_lists()).items()
             if key != "tracking.uri" and isinstance(value, str) and storage.PASSWORD.match(value)
         ]
         if self.data.decoder == "decord" and self.data.cache_dir:
@@ -316,6 +368,10 @@ class Config(Section):
     def flat(self) -> dict[str, Any]:
         """All values by their full key, ``section.key``."""
         return flatten(self.model_dump(mode="json"))
+
+    def flat_lists(self) -> dict[str, Any]:
+        """The values of the further training lists by their full key, as ``data.train.others.0.path``."""
+        return flatten({f"data.train.others.{i}": each.model_dump() for i, each in enumerate(self.data.train.others)})
 
     def resolved(self) -> Config:
         """The same recipe with the architecture that the model's name stands for (``ModelSection.resolved``)."""
@@ -466,11 +522,14 @@ def as_typed(value: Any, kind: Any) -> Any:
         value: as ``read_yaml`` returns it.
         kind: the expected type: a section, or the annotation of a field.
     """
-    if isinstance(value, Scalar):
+    is_split = any(isinstance(option, type) and issubclass(option, SplitSection) for option in options_of(kind))
+    if isinstance(value, Scalar) and (value.value is None or not is_split):
         is_null = value.value is None and (not value.text or accepts(kind, None))
         return value.text if accepts_text(kind) and not is_null else value.value
     for option in options_of(kind):
         origin, args = get_origin(option), get_args(option)
+        if isinstance(option, type) and issubclass(option, SplitSection):
+            value = option.expand(value)
         if isinstance(value, list) and origin is tuple:
             return [as_typed(item, args[0]) for item in value]
         if isinstance(value, dict) and origin is dict:
@@ -584,13 +643,19 @@ def describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = Config
         for part in problem["loc"][:-1]:
-            kind = section.model_fields[part].annotation  # a section, or a section or None
-            section = next(c for c in (kind, *get_args(kind)) if isinstance(c, type) and issubclass(c, Section))
+            if isinstance(part, str):  # else the number of an entry of a list
+                section = section_in(section.model_fields[part].annotation)
         return f"{key}: unknown key{suggest(str(problem['loc'][-1]), list(section.model_fields))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{key}: missing, and it has no default"
     return f"{key}: {message}, not {problem['input']!r}" if key else message
+
+
+def section_in(kind: Any) -> Any:
+    """The section in a field's annotation, which may be optional or a tuple of them."""
+    options = [inner for option in options_of(kind) for inner in (get_args(option) or (option,))]
+    return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

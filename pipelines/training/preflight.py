@@ -22,6 +22,7 @@ from posmlp.errors import UserError
 from posmlp.metrics import VAL_TOP1
 from posmlp.model.checkpoint import CheckpointError, fit_published
 from posmlp.video.augment import flip_labels
+from posmlp.video.draws import epoch_length
 from posmlp.video.manifest import Manifest, ManifestError, read_split, training_classes
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
@@ -35,6 +36,7 @@ KEYS_FREE_ON_RESUME = (
     "data.decoder",
     "data.train.root",
     "data.val.root",
+    "data.test",
     "train.checkpoint_every_steps",
     "train.keep_last",
     "train.keep_best",
@@ -59,6 +61,7 @@ KEYS_FIXED_ON_RESUME = (
     "train.global_batch",
     "train.seed",
     "data.repeats",
+    "data.balance",
     "data.train.",
     "data.format",
     "list.train",
@@ -99,11 +102,11 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     Raises:
         RunError: they do not fit; the message names the key to change.
     """
-    clips = len(train_set.rows) * config.data.repeats
+    clips = epoch_length(train_set.rows, config.data.balance) * config.data.repeats
     if clips < config.train.global_batch:
         raise RunError(
             f"train.global_batch {config.train.global_batch} is more than the {clips} training clips "
-            f"of {config.data.train.path}; lower it"
+            f"of an epoch of {config.data.train.path}; lower it"
         )
     if config.data.fps is not None:
         for split, manifest in ((config.data.train, train_set), (config.data.val, val_set)):
@@ -119,7 +122,9 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     cache = config.data.cache_dir
     data = config.data.model_copy(update={"cache_dir": cache and os.path.abspath(cache)})  # tasks run in other folders
     weights = config.model.weights
-    update = {"num_classes": classes, "weights": weights and storage.join(".", weights)}
+    if weights and not is_packaged(weights):
+        weights = storage.join(".", weights)
+    update = {"num_classes": classes, "weights": weights}
     model = config.model.model_copy(update=update)
     return config.model_copy(update={"model": model, "data": data})
 
@@ -215,11 +220,13 @@ def find_weights(config: Config) -> str | None:
 
 
 def find_weight_file(weights: str) -> str:
-    """Resolve a file of weights, a run or a checkpoint to a file of weights.
+    """Resolve weights of the package, a file of weights, a run or a checkpoint to a file of weights.
 
     Raises:
-        UserError: it is neither a file nor a run with a checkpoint.
+        UserError: it is none of them.
     """
+    if is_packaged(weights):
+        return packaged_file(weights)
     try:
         if storage.are_files([weights])[0]:
             return weights

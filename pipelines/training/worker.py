@@ -47,6 +47,7 @@ from pipelines.training.progress import (
     best_so_far,
     describe_epoch,
     describe_steps,
+    early_stop,
 )
 from posmlp import create_model, load_published, storage
 from posmlp import metrics as names
@@ -57,6 +58,7 @@ from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops
 from posmlp.video.batch import Batch
+from posmlp.video.draws import class_weights
 
 STOP_POLL_S = 0.5  # between two polls of the channel for a requested stop
 
@@ -130,6 +132,9 @@ class Worker:
         advised: set[str] = set()
         batches = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
         for epoch in range(self.first_epoch, config.train.epochs):
+            if reason := early_stop(self.progress.history, config):
+                self.send_line(f"ended early after epoch {epoch}: {reason}")
+                return
             metrics = self.run_epoch(batches, epoch)
             if metrics is None:
                 where = f"epoch {epoch}" + f", step {self.progress.steps}" * bool(self.progress.steps)
@@ -160,7 +165,11 @@ class Worker:
         if found is None and self.job.weights:
             report = load_published(model, self.job.weights)
             notes = [f"start from {self.job.weights}: {report.loaded} tensors", *report.adapted]
-        learner = Learner(parallelise(model, config, get_device()), config, self.train_split.steps, self.job.classes)
+        weights = None
+        if config.data.balance == "weights":
+            weights = class_weights(ray.get(self.job.train_rows), config.model.variant().num_classes)
+        parallel = parallelise(model, config, get_device())
+        learner = Learner(parallel, config, self.train_split.steps, self.job.classes, weights)
         self.learner, self.progress = learner, RunProgress()
         if found is not None:
             uri, notes = found
@@ -403,7 +412,7 @@ class Worker:
         result = result.sum_over_workers()
         if not result.videos:
             raise AgreedError("no validation video could be decoded")
-        self.send(ConfusionMatrix(result.confusion.numpy()))
+        self.send(ConfusionMatrix(result.confusion.numpy(), result.top5.numpy()))
         return result.metrics()
 
     def collect_bad_videos(self) -> None:
@@ -413,10 +422,11 @@ class Worker:
         gathered: list[tuple[list[dict[str, str]], int]] = [(own, decoded_by_pyav)] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, (own, decoded_by_pyav))
-        known = {video["sample_id"] for video in self.progress.bad}
+        known = {video["sample_id"]: video for video in self.progress.bad}
         for videos, count in gathered:
-            self.progress.bad += [video for video in videos if video["sample_id"] not in known]
+            known = {video["sample_id"]: video for video in videos} | known
             self.progress.decoded_by_pyav += count
+        self.progress.bad = list(known.values())
 
     # --- checkpoints and other files -----------------------------------------------------------------------------
 

@@ -444,6 +444,7 @@ def test_the_text_keys_are_found():
     assert {*MAPPINGS} == {
         "data.train.where",
         "data.val.where",
+        "data.test.where",
         "augment.flip_classes",
         "scaling.train_on",
         "scaling.decode_on",

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posmlp.model import gates
 from posmlp.model.backbone import Block, from_windows, padding_mask, to_windows
 from posmlp.model.gates import PositionGate
 from posmlp.model.spec import BLOCKS, unit_window
@@ -135,6 +136,41 @@ def test_a_large_joint_window_equals_its_full_map():
     inputs = (u, v, gate.table, gate.bias)
     gradients = [torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in (actual, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("groups_at_once", [1, 2, 3])
+def test_maps_made_for_a_few_groups_at_a_time_are_the_same(groups_at_once, monkeypatch):
+    """5 groups, so that the last chunk is smaller; 9 frequencies of 2 x 3 tokens in fp64 are 9 * 6^2 * 8 bytes."""
+    torch.manual_seed(0)
+    window = (5, 2, 3)
+    gate, chunks = make_gate("joint", window, groups=5), []
+    expand = gates.expand_table
+
+    def record(table, dtype, out=None):
+        chunks.append((table.shape[1], out is not None))
+        return expand(table, dtype, out)
+
+    monkeypatch.setattr(gates, "JOINT_MAP_BYTES", {"cpu": groups_at_once * 9 * 36 * 8 + 100, "cuda": 1})
+    monkeypatch.setattr(gates, "expand_table", record)
+    u, v = torch.randn(2, 1, 10, *window, dtype=torch.float64)
+    with torch.no_grad():
+        actual = run_gate(gate, u, v, window)
+    args = [a.detach().numpy() for a in (u, v, gate.table, gate.bias)]
+    torch.testing.assert_close(actual, torch.from_numpy(oracle.gate(*args, window)), rtol=0, atol=1e-12)
+    sizes = {1: [1] * 5, 2: [2, 2, 1], 3: [3, 2]}[groups_at_once]
+    assert chunks == [(size, size == groups_at_once) for size in sizes]  # full chunks share their memory
+    components = gate.mixing_weights(window, torch.float64).detach().requires_grad_()
+    x = torch.randn(5, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gates.JointProduct.apply, (components, x), fast_mode=True)
+
+
+def test_maps_have_the_type_of_the_products_and_components_that_of_the_table():
+    for kind, dtype in [("temporal", torch.bfloat16), ("spatial", torch.bfloat16), ("joint", torch.float32)]:
+        weights = make_gate(kind, (3, 2, 2), 2, torch.float32).mixing_weights((3, 2, 2), torch.bfloat16)
+        assert weights.dtype == dtype
+    assert make_gate("spatial", (3, 2, 2), 2).mixing_weights((3, 2, 2), torch.float64).shape == (2, 4, 4)
+    assert make_gate("temporal", (3, 2, 2), 2).mixing_weights((3, 2, 2), torch.float64).shape == (2, 1, 3, 3)
+    assert make_gate("joint", (3, 2, 2), 2).mixing_weights((3, 2, 2), torch.float64).shape == (5, 2, 1, 3, 3)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,9 @@ HEAD_BYTES = 256
 FFMPEG_ERRORS = (av.error.FFmpegError, ValueError, OverflowError, EOFError)
 DECORD_ERRORS = (decord.DECORDError, RuntimeError, AssertionError, IndexError, StopIteration, ValueError)
 
+# Tags of a file that are not UTF-8 are no reason to refuse it. PyAV 19 has no such option, and replaces them itself.
+TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
 decord.logging.set_level(decord.logging.QUIET)  # errors are raised; FFmpeg's own messages would flood the log
 av.logging.set_level(av.logging.PANIC)
 
@@ -189,7 +192,7 @@ class Video:
         """Open the file once more, as a PyAV container."""
         source = io.BytesIO(self.source) if isinstance(self.source, bytes) else f"file:{self.source}"
         options = {"format_whitelist": ",".join(CONTAINERS)}
-        return cast(InputContainer, av.open(source, options=options, metadata_errors="replace"))
+        return cast(InputContainer, av.open(source, options=options, **TAGS))
 
     def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = _allocate) -> Frames:
         """Read frames by number.

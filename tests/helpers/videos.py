@@ -69,7 +69,7 @@ def write_video(
 
 def by_pyav(path, video=0):
     """All frames of a video stream by plain sequential decoding: uint8 [T, H, W, 3]."""
-    with av.open(f"file:{path}", metadata_errors="replace") as container:
+    with av.open(f"file:{path}") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=video)])
 
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posmlp.video.decode import DecodeError, Video, open_video, scaled_size
+from posmlp.video.pack import pack
 from tests.helpers.videos import by_pyav, noisy, number, numbers, picture, write_video
 
 X265 = "log-level=none:pools=1:frame-threads=1"
@@ -478,11 +479,11 @@ def test_all_frames_are_scaled_as_those_read(video):
 
 
 # FFmpeg's numbers of matrix and range, the weights of red and blue in luma, and the scale of luma and of chroma
-COLOURS = {"bt709": (1, 0.2126, 0.0722), "bt601": (6, 0.299, 0.114)}
+COLOURS = {"bt709": (1, 0.2126, 0.0722), "bt601": (6, 0.299, 0.114), "bt2020": (9, 0.2627, 0.0593)}
 
 
 def rgb_of(y, u, v, red, blue, full):
-    """Rec. ITU-R BT.601 and 709, from their definition."""
+    """Rec. ITU-R BT.601, 709 and 2020, from their definition."""
     y, u, v = (
         (y / 255, (u - 128) / 255, (v - 128) / 255) if full else ((y - 16) / 219, (u - 128) / 224, (v - 128) / 224)
     )
@@ -494,7 +495,8 @@ def rgb_of(y, u, v, red, blue, full):
 @pytest.mark.parametrize("matrix", COLOURS)
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("yuv", [(81, 90, 200), (145, 60, 50), (60, 200, 110), (120, 128, 128), (200, 100, 150)])
-def test_colours_are_right(tmp_path, matrix, full, yuv):
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_colours_are_right(tmp_path, matrix, full, yuv, decoder):
     space, red, blue = COLOURS[matrix]
     path = str(tmp_path / "v.mp4")
     with av.open(path, "w") as container:
@@ -511,7 +513,31 @@ def test_colours_are_right(tmp_path, matrix, full, yuv):
         container.mux(stream.encode())
     expected = rgb_of(*yuv, red, blue, full)
     for short_side in (None, 20):
-        assert np.abs(read(path, [1], short_side).astype(float) - expected).max() <= 3
+        assert np.abs(read(path, [1], short_side, decoder).astype(float) - expected).max() <= 3
+    packed = Video("packed.mp4", content=pack(Video(path), 32, 12)["data"])  # without the original's matrix and range
+    assert np.abs(packed.read([1]).astype(float) - expected).max() <= 6
+
+
+# Tags -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["v.avi", "v.mp4", "v.mkv"])
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_tags_may_have_any_encoding(tmp_path, name, decoder):
+    """Old cameras and editors write them in that of their country; files of HMDB51 have such."""
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "a title in Shift_JIS"
+        stream = container.add_stream("libx264", rate=10, options=B_FRAMES)
+        stream.width, stream.height, stream.pix_fmt = 108, 72, "yuv420p"
+        for i in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i, 108, 72), format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert b"a title in Shift_JIS" in content
+    path.write_bytes(content.replace(b"a title in Shift_JIS", b"\x83e\x83X\x83g\x93\xae\x89\xe6\xff\xfe a title"[:20]))
+    video = Video(str(path), decoder)
+    assert numbers(video.read([0, 4, 9])) == [0, 4, 9]
 
 
 # Names and places -----------------------------------------------------------------------------------------------------

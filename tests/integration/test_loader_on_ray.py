@@ -163,6 +163,7 @@ def test_a_large_manifest_costs_little_memory(local_ray, motion_set):
     assert ingest.object_store_usage()[0] < 600
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_spilling_is_seen():
     """In a small store of its own: five arrays of 30 MB do not fit into 80."""

@@ -114,6 +114,7 @@ def drive(number, uri, folder):
     return tracker.close("FINISHED", wait_s=300)
 
 
+@pytest.mark.slow
 def test_sixteen_drivers_at_a_time_lose_nothing(server, database, tmp_path):
     """Counted in the database itself."""
     import psycopg

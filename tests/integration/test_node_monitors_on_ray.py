@@ -47,6 +47,7 @@ def continue_driver(driver):
     driver.stdin.flush()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_node_appears_and_one_that_hangs_or_is_lost_costs_nothing(tmp_path, tmp_path_factory):
     cluster = RayNodes(tmp_path_factory.mktemp("n"))

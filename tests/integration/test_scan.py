@@ -217,6 +217,7 @@ def test_another_list_or_setting_is_refused(local_ray, motion_set, tmp_path):
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_a_killed_call_goes_on_to_the_same_shards(local_ray, motion_set, tmp_path):
     """Killed with its workers in mid-shard: what is there is whole, and the next call makes the rest."""
     options = ["--rows-per-shard", "2", "--short-side", "24"]

@@ -174,6 +174,7 @@ def test_too_many_bad_videos_end_the_run_and_are_named(local_ray, motion_set, tm
     assert run_of(config)[1].info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_an_unusable_cache_folder_ends_the_run_without_a_traceback(local_ray, motion_set, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file: cannot write .*; see data\.cache_dir") as error:
@@ -181,6 +182,7 @@ def test_an_unusable_cache_folder_ends_the_run_without_a_traceback(local_ray, mo
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_on_videos_starts_from_the_weights_of_an_image_model(local_ray, motion_set, tmp_path):
     """One key is enough: ``model.weights`` is the folder of the image run."""
     numbers = np.random.default_rng(0)

@@ -104,6 +104,7 @@ def test_a_cluster_of_ray_start(short_folder):
     assert line.startswith(f"refused: RAY_ADDRESS={address}: nothing answers there")
 
 
+@pytest.mark.slow
 def test_a_start_without_a_home(clean):
     (line,) = run(COMMAND, clean | {"HOME": "/proc"})  # where not even root can make a folder
     assert line.startswith("Ray: started on this machine (")

@@ -78,6 +78,7 @@ SUPERNET_KENDALL = "supernet/kendall"  # likewise, Kendall's tau
 # and videos (the number of videos) ------------------------------------------------------------------------------------
 TEST = "test/"  # of the validation split
 TEST_TRAIN = "test_train/"  # of the training split
+HELD_OUT = "held_out/"  # of the test split, data.test
 
 # Machines: MLflow's own names behind this prefix, such as system/cpu_utilization_percentage (the driver samples them
 # every 10 s), and system/NODE/... of each node of a cluster -----------------------------------------------------------

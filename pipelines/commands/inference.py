@@ -26,7 +26,8 @@ def add_evaluate(commands: Commands) -> None:
     add_trained_model(evaluate)
     add_views(evaluate)
     add_overrides(evaluate, "data.val.path=test.csv")
-    evaluate.add_argument("--split", choices=("val", "train"), default="val", help="split (default: %(default)s)")
+    splits = ("val", "train", "test")
+    evaluate.add_argument("--split", choices=splits, default="val", help="split (default: %(default)s)")
     evaluate.add_argument("--workers", type=positive, help="number of workers (default: scaling.workers of the recipe)")
     evaluate.add_argument("--out", help="folder for the results, a path or a URI (default: RUN/evaluations/NAME)")
 

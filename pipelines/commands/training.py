@@ -78,9 +78,11 @@ def format_result(result: RunResult, seconds: float) -> str:
         ("validation top-1", f"{metrics[names.VAL_TOP1]:.1%} of {metrics[names.VAL_VIDEOS]:.0f} videos"),
         ("validation top-5", f"{metrics[names.VAL_TOP5]:.1%}"),
         ("mean over classes", f"{metrics[names.VAL_CLASS_MEAN]:.1%}"),
+        *class_rows(result),
         ("throughput", f"{metrics[names.PERF_CLIPS_PER_S]:.1f} clips/s"),
         ("time", f"{seconds:.0f} s, with start-up"),
         ("bad videos", str(len(result.bad))),
+        *([("ended early", result.ended_early)] if result.ended_early else []),
         ("run", f"{result.path} (MLflow {result.mlflow_run_id})"),
     ]
     lines = [f"  {name:<18}{value}" for name, value in rows]
@@ -90,3 +92,19 @@ def format_result(result: RunResult, seconds: float) -> str:
             f"    ... and {len(result.bad) - BAD_VIDEOS_SHOWN} more: quarantine.json in MLflow lists all bad videos"
         )
     return "\n".join(lines)
+
+
+def class_rows(result: RunResult) -> list[tuple[str, str]]:
+    """The rows of the best and the worst classes, each with its top-1 and number of videos; per_class.csv has all."""
+    from posmlp.learn.evaluation import best_and_worst
+
+    best, worst = best_and_worst(result.classes)
+    rows = []
+    for name, classes in (("best classes", best), ("worst classes", worst)):
+        parts = [f"{c.name} {c.top1:.0%} of {c.videos}" for c in classes]
+        if name == "worst classes":
+            wrong = [f" ({c.confused} as {c.confused_with})" if c.confused else "" for c in classes]
+            parts = [part + text for part, text in zip(parts, wrong, strict=True)]
+        if parts:
+            rows.append((name, ", ".join(parts)))
+    return rows

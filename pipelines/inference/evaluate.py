@@ -6,18 +6,15 @@ results and logs them to the MLflow run of the checkpoint.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -58,9 +55,9 @@ from pipelines.tracking.uris import (
 from posmlp import storage
 from posmlp.config import Config, RecipeError, describe, set_key
 from posmlp.errors import UserError
-from posmlp.learn.evaluation import ClassificationMetrics, video_scores
-from posmlp.metrics import TEST, TEST_TRAIN, VAL
-from posmlp.video.manifest import Manifest, read_split
+from posmlp.learn.evaluation import ClassificationMetrics, ClassResult, class_results, per_class_csv, video_scores
+from posmlp.metrics import HELD_OUT, TEST, TEST_TRAIN, VAL
+from posmlp.video.manifest import Manifest, Split, read_split
 from posmlp.video.views import with_views
 
 logger = logging.getLogger(__name__)
@@ -73,26 +70,8 @@ KEYS_NOT_IN_NAME = (
     *("eval.", "scaling.", "tracking.", "data.cache_dir", "data.rows_per_block", "data.decode_timeout_s"),
     "data.max_bad_fraction",
 )
+PREFIXES = {"val": TEST, "train": TEST_TRAIN, "test": HELD_OUT}  # of the metrics, by split
 WORST_CLASSES_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """The figures of one class.
-
-    Attributes:
-        videos: number of scored videos.
-        top1, top5: accuracies, 0 to 1; None if there are no videos.
-        confused_with: the wrong class that is predicted most often; "" if there is none.
-        confused: number of videos for which it is predicted.
-    """
-
-    name: str
-    videos: int
-    top1: float | None
-    top5: float | None
-    confused_with: str
-    confused: int
 
 
 @dataclass
@@ -103,7 +82,7 @@ class Evaluation:
         name: split, views and step.
         path: folder of the result files, a path or a URI.
         checkpoint, step, epoch: the model that was evaluated.
-        split: ``train`` or ``val``.
+        split: ``train``, ``val`` or ``test``.
         views: clips per video, and crops per clip.
         metrics: ``top1``, ``top5``, ``class_mean``, ``loss``, and ``videos``, the number of scored videos.
         classes: the figures of each class, by label.
@@ -155,7 +134,7 @@ class Evaluation:
 def evaluate(
     uri: str,
     views: tuple[int, int] | None = None,
-    split: Literal["train", "val"] = "val",
+    split: Split = "val",
     overrides: Sequence[str] = (),
     workers: int | None = None,
     out: str | None = None,
@@ -280,18 +259,7 @@ def count_predictions(
     truth, scored = torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(scores.scored)
     counts = ClassificationMetrics.empty(len(names))
     counts.add(predicted, truth, scored)
-    in_top5 = (predicted.topk(min(5, len(names)), dim=1).indices == truth[:, None]).any(1) & scored
-    top5 = torch.bincount(truth[in_top5], minlength=len(names)).tolist()
-    classes = []
-    for label, name in enumerate(names):
-        row = counts.confusion[label].clone()
-        videos, right = int(row.sum()), float(row[label])
-        row[label] = 0
-        confused = int(row.max())
-        top1_share, top5_share = (right / videos, top5[label] / videos) if videos else (None, None)
-        confused_with = names[int(row.argmax())] if confused else ""
-        classes.append(ClassResult(name, videos, top1_share, top5_share, confused_with, confused))
-    return counts, classes
+    return counts, class_results(counts.confusion, counts.top5, names)
 
 
 def summary_json(result: Evaluation, config: Config) -> bytes:
@@ -301,16 +269,6 @@ def summary_json(result: Evaluation, config: Config) -> bytes:
         del tree[key]
     tree |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "config": config.model_dump(mode="json")}
     return scrub(json.dumps(tree, indent=1), tracking_uri(config)).encode()
-
-
-def per_class_csv(classes: Iterable[ClassResult]) -> bytes:
-    """Return ``per_class.csv``: one ``ClassResult`` per line, by label."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["label", "class", "videos", "top1", "top5", "confused_with", "confused"])
-    for label, c in enumerate(classes):
-        writer.writerow([label, c.name, c.videos, c.top1, c.top5, c.confused_with, c.confused])
-    return text.getvalue().encode()
 
 
 def scores_parquet(scores: SplitScores, manifest: Manifest, names: Sequence[str], crops: int) -> bytes:
@@ -345,7 +303,7 @@ def write_results(folder: str, files: Mapping[str, bytes]) -> None:
 def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Config, run_id: str | None) -> str | None:
     """Add an evaluation to an MLflow run, whose status does not change.
 
-    Metrics are ``test/*`` at the checkpoint's step (``test_train/*`` for the training split). The files are artifacts
+    Metrics are those of ``PREFIXES`` at the checkpoint's step. The files are artifacts
     in ``evaluation/NAME``. The tag ``evaluation.test`` names the last evaluation.
 
     Args:
@@ -354,7 +312,7 @@ def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Confi
     Returns:
         The id of the MLflow run; None if MLflow did not accept the evaluation.
     """
-    uri, prefix = tracking_uri(config), TEST if result.split == "val" else TEST_TRAIN
+    uri, prefix = tracking_uri(config), PREFIXES[result.split]
     server = f"MLflow at {without_secrets(uri)}"
     prepare_mlflow()
     try:

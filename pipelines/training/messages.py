@@ -87,9 +87,15 @@ class BadVideosFound:
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """The confusion matrix of a validation: ``[classes, classes]`` counts."""
+    """The counts of a validation, as of ``posmlp.learn.evaluation.ClassificationMetrics``.
+
+    Attributes:
+        counts: ``[classes, classes]``, the confusion matrix.
+        top5: ``[classes]``, hits among the five likeliest; None: not known.
+    """
 
     counts: np.ndarray
+    top5: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from posmlp.metrics import (
     TRAIN_LOSS,
     VAL_BEST_EPOCH,
     VAL_BEST_TOP1,
+    VAL_LOSS,
     VAL_TOP1,
 )
 from posmlp.video.manifest import Manifest
@@ -194,6 +195,29 @@ def best_so_far(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
         return {}
     top1, epoch = max(validated)
     return {VAL_BEST_TOP1: top1, VAL_BEST_EPOCH: epoch}
+
+
+def early_stop(history: Sequence[Mapping[str, float]], config: Config) -> str:
+    """Why a run ends before its last epoch (``train.patience``); empty if it does not.
+
+    It depends on the finished epochs alone, so a run that resumes decides as one that was not interrupted.
+
+    Args:
+        history: metrics of each finished epoch.
+    """
+    patience, monitor = config.train.patience, config.train.monitor
+    validated = [(int(metrics[EPOCH]), metrics[monitor]) for metrics in history if monitor in metrics]
+    if patience is None or not validated or monitor not in history[-1]:
+        return ""
+    sign = -1 if monitor == VAL_LOSS else 1
+    best_epoch, best = validated[0]
+    for epoch, value in validated:
+        if sign * (value - best) > 0 or best != best:  # a NaN is worse than any number
+            best_epoch, best = epoch, value
+    waited = validated[-1][0] - best_epoch
+    if waited < patience:
+        return ""
+    return f"{monitor} is not better than {best:.4g} of epoch {best_epoch} for {waited} epochs (train.patience)"
 
 
 def describe_steps(progress: RunProgress, meter: EpochMeter, epoch: int, steps: int, config: Config) -> str:

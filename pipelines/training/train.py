@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
+import torch
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -53,9 +54,10 @@ from pipelines.training.messages import (
 )
 from pipelines.training.preflight import check_data, check_record, find_weights, list_fingerprint, read_splits
 from pipelines.training.process_group import ProcessGroupConfig
-from pipelines.training.progress import describe_overrides, describe_result, describe_run
+from pipelines.training.progress import describe_overrides, describe_result, describe_run, early_stop
 from pipelines.training.worker import train_worker
 from posmlp.config import Config
+from posmlp.learn.evaluation import ClassResult, class_results, per_class_csv
 from posmlp.metrics import EPOCH, VAL_TOP1
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class RunResult:
         bad: all bad videos of the run, each once.
         undelivered: the number of operations that MLflow has not received yet (``posmlp sync`` delivers them).
         links: into MLflow's pages, by what they show.
+        classes: the figures of each class in the last validation, by label; empty if another driver has seen it.
+        ended_early: why the run ended before its last epoch (``train.patience``); empty if it did not.
     """
 
     name: str
@@ -84,6 +88,8 @@ class RunResult:
     bad: list[BadVideo] = field(default_factory=list)
     undelivered: int = 0
     links: dict[str, str] = field(default_factory=dict)
+    classes: list[ClassResult] = field(default_factory=list)
+    ended_early: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,9 @@ def train(
         # Record the result.
         metrics = reporter.history[-1]
         reporter.log_plots(train_set.classes)
+        ended_early = early_stop(reporter.history, config) if len(reporter.history) < config.train.epochs else ""
+        if ended_early:
+            tracker.log_tags({"ended_early": ended_early})
         write_record(run, config, lists, tracker.run_id, metrics)
         status = "FINISHED"
         if config.tracking.log_model:
@@ -191,8 +200,9 @@ def train(
         undelivered = tracker.close(status)
         if undelivered:
             logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
-    bad = list(reporter.bad.values())
-    return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, tracker.links())
+    bad, classes = list(reporter.bad.values()), reporter.class_results(train_set.classes)
+    links = tracker.links()
+    return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, links, classes, ended_early)
 
 
 def fit(job: WorkerJob, config: Config, reporter: RunReporter, stop: threading.Event) -> None:
@@ -248,7 +258,7 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, stop: threading.E
         raise RunError(failure)
     if failures:
         raise RunError(f"training failed: {failures[0]}") from failures[0]
-    if len(reporter.history) < config.train.epochs:
+    if len(reporter.history) < config.train.epochs and not early_stop(reporter.history, config):
         raise StoppedError(received[0] if received else signal.SIGTERM)
 
 
@@ -269,7 +279,7 @@ class RunReporter:
         epochs: of the whole run.
         history: metrics of each finished epoch.
         bad: all bad videos, by sample id.
-        confusion: of the last validation, ``[classes, classes]``.
+        confusion, top5: counts of the last validation (``ClassificationMetrics``).
     """
 
     def __init__(
@@ -287,6 +297,7 @@ class RunReporter:
         self.history: list[dict[str, float]] = []
         self.bad: dict[str, BadVideo] = {}
         self.confusion: np.ndarray | None = None
+        self.top5: np.ndarray | None = None
         self.epochs_logged = tracker.epochs_logged()
 
     def receive(self, channel: ActorHandle) -> None:
@@ -311,8 +322,8 @@ class RunReporter:
             case BadVideosFound(videos):
                 self.bad |= {video.sample_id: video for video in videos}
                 self.tracker.log_table([asdict(video) for video in self.bad.values()], "quarantine.json")
-            case ConfusionMatrix(counts):
-                self.confusion = counts
+            case ConfusionMatrix(counts, top5):
+                self.confusion, self.top5 = counts, top5
             case ArtifactFile(path, content):
                 self.tracker.log_file(path, content)
 
@@ -344,11 +355,20 @@ class RunReporter:
         result = describe_result(self.history, self.epochs, status)
         self.tracker.log_tags({NOTE: f"{self.about}\n\n{result}"})
 
+    def class_results(self, classes: Sequence[str]) -> list[ClassResult]:
+        """The figures of each class in the last validation; empty if this driver has not seen one."""
+        if self.confusion is None or self.top5 is None:
+            return []
+        names = [*classes, *map(str, range(len(classes), len(self.confusion)))]
+        return class_results(torch.from_numpy(self.confusion), torch.from_numpy(self.top5), names)
+
     def log_plots(self, classes: tuple[str, ...]) -> None:
         """Log the plots of a finished run, and write them to its folder."""
         files = {"learning_curves.png": plots.learning_curves(self.history)}
         if self.confusion is not None:
             files["confusion.png"] = plots.confusion_matrix(self.confusion, classes)
+        if results := self.class_results(classes):
+            files["per_class.csv"] = per_class_csv(results)
         for name, content in files.items():
             self.tracker.log_file(name, content)
         if self.folder is not None:

@@ -76,7 +76,7 @@ class TrialEvent:
     Attributes:
         state: running after an epoch, otherwise how the trial ended.
         metrics: the metrics of the last epoch, and the trial's costs.
-        reason: why it failed or was not trained.
+        reason: why it failed, was not trained or ended before its last epoch.
     """
 
     state: TrialState
@@ -171,7 +171,8 @@ class TrialRun(ray.tune.Trainable):
                 self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)), done=False)
 
         context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending)
-        return TrialEvent(TrialState.FINISHED, costs | train(config, trial=context).metrics)
+        result = train(config, trial=context)
+        return TrialEvent(TrialState.FINISHED, costs | result.metrics, result.ended_early)
 
 
 def log_to_stdout() -> None:

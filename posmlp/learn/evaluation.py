@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +28,25 @@ def video_scores(view_scores: Tensor) -> Tensor:
     return view_scores.logsumexp(1) - math.log(view_scores.shape[1])
 
 
+@dataclass(frozen=True)
+class ClassResult:
+    """The figures of one class.
+
+    Attributes:
+        videos: number of scored videos.
+        top1, top5: accuracies, 0 to 1; None if there are no videos.
+        confused_with: the wrong class that is predicted most often; "" if there is none.
+        confused: number of videos for which it is predicted.
+    """
+
+    name: str
+    videos: int
+    top1: float | None
+    top5: float | None
+    confused_with: str
+    confused: int
+
+
 @dataclass
 class ClassificationMetrics:
     """Counts over videos, from which accuracies follow. Counts of several workers add up.
@@ -32,7 +54,7 @@ class ClassificationMetrics:
     Attributes:
         confusion: float64 ``[classes, classes]``, number of videos by true class (row) and predicted class (column).
         loss: float64 scalar, sum of the videos' losses.
-        top5: float64 scalar, number of videos whose class is among the five likeliest.
+        top5: float64 ``[classes]``, number of videos of each class that is among their five likeliest.
     """
 
     confusion: Tensor
@@ -42,8 +64,8 @@ class ClassificationMetrics:
     @classmethod
     def empty(cls, classes: int) -> ClassificationMetrics:
         """Counts of no videos yet."""
-        zero = torch.zeros((), dtype=torch.float64)
-        return cls(torch.zeros(classes, classes, dtype=torch.float64), zero, zero.clone())
+        zeros = torch.zeros(classes, classes, dtype=torch.float64)
+        return cls(zeros, torch.zeros((), dtype=torch.float64), zeros[0].clone())
 
     def add(self, scores: Tensor, labels: Tensor, weights: Tensor) -> None:
         """Count a batch of videos.
@@ -60,15 +82,16 @@ class ClassificationMetrics:
         pairs = torch.bincount(labels * classes + ranked[:, 0], minlength=classes**2)
         self.confusion += pairs.view(classes, classes)
         self.loss += F.nll_loss(scores, labels, reduction="sum")
-        self.top5 += (ranked == labels[:, None]).sum()
+        self.top5 += torch.bincount(labels[(ranked == labels[:, None]).any(1)], minlength=classes)
 
     def sum_over_workers(self) -> ClassificationMetrics:
         """Sum the counts of all workers. Collective: call it on every rank."""
         if not dist.is_initialized():
             return self
-        sums = torch.cat([self.confusion.flatten(), self.loss.view(1), self.top5.view(1)])
+        sums = torch.cat([self.loss.view(1), self.top5, self.confusion.flatten()])
         dist.all_reduce(sums)
-        return ClassificationMetrics(sums[:-2].view_as(self.confusion), sums[-2], sums[-1])
+        loss, top5, confusion = sums.split([1, len(self.top5), self.confusion.numel()])
+        return ClassificationMetrics(confusion.view_as(self.confusion), loss[0], top5)
 
     @property
     def videos(self) -> int:
@@ -82,7 +105,50 @@ class ClassificationMetrics:
         return {
             VAL_LOSS: float(self.loss) / videos,
             VAL_TOP1: float(hits.sum()) / videos,
-            VAL_TOP5: float(self.top5) / videos,
+            VAL_TOP5: float(self.top5.sum()) / videos,
             VAL_CLASS_MEAN: float((hits[present] / of_class[present]).mean()),
             VAL_VIDEOS: float(videos),
         }
+
+
+def class_results(confusion: Tensor, top5: Tensor, names: Sequence[str]) -> list[ClassResult]:
+    """The figures of each class, by label.
+
+    Args:
+        confusion, top5: as of ``ClassificationMetrics``.
+        names: of the classes, by label.
+    """
+    results = []
+    for label, name in enumerate(names):
+        row = confusion[label].clone()
+        videos, right = int(row.sum()), float(row[label])
+        row[label] = 0
+        confused = int(row.max())
+        top1_share, top5_share = (right / videos, float(top5[label]) / videos) if videos else (None, None)
+        confused_with = names[int(row.argmax())] if confused else ""
+        results.append(ClassResult(name, videos, top1_share, top5_share, confused_with, confused))
+    return results
+
+
+def per_class_csv(classes: Iterable[ClassResult]) -> bytes:
+    """The content of ``per_class.csv``: one ``ClassResult`` per line, by label."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["label", "class", "videos", "top1", "top5", "confused_with", "confused"])
+    for label, c in enumerate(classes):
+        writer.writerow([label, c.name, c.videos, c.top1, c.top5, c.confused_with, c.confused])
+    return text.getvalue().encode()
+
+
+def best_and_worst(classes: Iterable[ClassResult], count: int = 3) -> tuple[list[ClassResult], list[ClassResult]]:
+    """The classes with the highest top-1, the best first, and those with the lowest, the worst first.
+
+    No class is in both; classes without videos are in neither. Of equal ones the larger class comes first.
+
+    Args:
+        count: the most classes in each.
+    """
+    ranked = sorted((c for c in classes if c.top1 is not None), key=lambda c: (-(c.top1 or 0.0), -c.videos))
+    best = ranked[: min(count, (len(ranked) + 1) // 2)]
+    rest = sorted(ranked[len(best) :], key=lambda c: (c.top1 or 0.0, -c.videos))
+    return best, rest[:count]

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from posmlp.learn.evaluation import ClassificationMetrics, video_scores
+from posmlp.learn.evaluation import (
+    ClassificationMetrics,
+    ClassResult,
+    best_and_worst,
+    class_results,
+    per_class_csv,
+    video_scores,
+)
 
 
 def predictions(count, classes, seed=0):
@@ -35,7 +42,7 @@ def test_batches_add_up():
     assert counts.confusion.tolist() == confusion.tolist()
     assert counts.videos == confusion.sum() == sum(int(weights.sum()) for *_, weights in batches)
     assert counts.loss.item() == pytest.approx(loss)
-    assert counts.top5.item() == top5
+    assert counts.top5.sum().item() == top5
     assert 0 < top5 < counts.videos
 
 
@@ -45,14 +52,14 @@ def test_counts_stay_exact_when_they_are_large():
     for tensor in (counts.confusion, counts.loss, counts.top5):
         tensor.fill_(2**24)
     counts.add(torch.tensor([[0.0, -1e4]]), torch.tensor([0]), torch.ones(1))
-    assert counts.confusion[0, 0].item() == counts.top5.item() == 16_777_217
+    assert counts.confusion[0, 0].item() == counts.top5[0].item() == 16_777_217
     counts.add(torch.tensor([[0.0, -1.0]]), torch.tensor([1]), torch.ones(1))
     assert counts.loss.item() == 16_777_217
 
 
 def test_with_fewer_than_five_classes_every_video_is_in_the_top_5():
     counts = counted(predictions(20, 3), classes=3)
-    assert counts.top5.item() == counts.videos > 10
+    assert counts.top5.sum().item() == counts.videos > 10
 
 
 def test_the_sum_over_workers_is_of_every_count(monkeypatch):
@@ -66,9 +73,57 @@ def test_the_sum_over_workers_is_of_every_count(monkeypatch):
     for now, then in zip((found.confusion, found.loss, found.top5), before, strict=True):
         torch.testing.assert_close(now, 3 * then)
     assert found.videos == 3 * counts.videos
-    assert len({found.loss.item(), found.top5.item(), found.videos}) == 3
+    assert len({found.loss.item(), found.top5.sum().item(), found.videos}) == 3
 
 
 def test_the_views_of_a_video_are_averaged_as_probabilities():
     views = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.7, 0.2]]]).log()
     torch.testing.assert_close(video_scores(views).exp(), torch.tensor([[0.3, 0.5, 0.2]]))
+
+
+# --- per class --------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_of_each_class_equal_plain_counting():
+    batches = [predictions(40, 7, seed=seed) for seed in (1, 2)]
+    counts = counted(*batches)
+    names = list("abcdefg")
+    for label, found in enumerate(class_results(counts.confusion, counts.top5, names)):
+        mine = [
+            sorted(range(7), key=lambda k, score=score: -score[k])
+            for scores, labels, weights in batches
+            for score, each, weight in zip(scores.tolist(), labels.tolist(), weights.tolist(), strict=True)
+            if weight and each == label
+        ]
+        wrong = [order[0] for order in mine if order[0] != label]
+        assert found.videos == len(mine) > 0
+        assert found.top1 == pytest.approx(sum(order[0] == label for order in mine) / len(mine))
+        assert found.top5 == pytest.approx(sum(label in order[:5] for order in mine) / len(mine))
+        assert found.confused == max(wrong.count(k) for k in range(7))
+        assert wrong.count(names.index(found.confused_with)) == found.confused
+
+
+def test_the_table_of_classes():
+    confusion = torch.tensor([[3.0, 1, 0], [0, 0, 0], [0, 0, 2]], dtype=torch.float64)
+    results = class_results(confusion, torch.tensor([4.0, 0, 2]), ["run, fast", "walk", "jump"])
+    assert per_class_csv(results).decode() == (
+        "label,class,videos,top1,top5,confused_with,confused\n"
+        '0,"run, fast",4,0.75,1.0,walk,1\n'
+        "1,walk,0,,,,0\n"
+        "2,jump,2,1.0,1.0,,0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "best", "worst"),
+    [
+        ([0.5, None, 0.9, 0.1, 0.7, 0.3, 0.8, 0.2], [2, 6, 4], [3, 7, 5]),
+        ([0.5, 0.9, 0.1], [1, 0], [2]),
+        ([None, 0.4], [1], []),
+        ([], [], []),
+    ],
+)
+def test_the_best_and_the_worst_classes(shares, best, worst):
+    classes = [ClassResult(str(i), 10 * (x is not None), x, x, "", 0) for i, x in enumerate(shares)]
+    found = best_and_worst(classes)
+    assert [[int(c.name) for c in part] for part in found] == [best, worst]

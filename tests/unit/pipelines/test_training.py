@@ -31,6 +31,7 @@ from pipelines.training.progress import (
     describe_overrides,
     describe_result,
     describe_steps,
+    early_stop,
 )
 from pipelines.training.train import RunReporter
 from posmlp.config import ScalingSection, load_recipe
@@ -277,3 +278,47 @@ def test_auto_uses_gpus_if_there_are_enough(scaling, gpus, use_gpu, says):
     chosen, line = device_for(ScalingSection(**scaling), gpus)
     assert chosen is use_gpu
     assert says in line
+
+
+# --- early stopping ---------------------------------------------------------------------------------------------
+
+
+def history_of(values, monitor="val/top1"):
+    """Metrics of epochs 1, 2, ...; None: not validated."""
+    return [{"epoch": float(i)} | ({} if x is None else {monitor: x}) for i, x in enumerate(values, 1)]
+
+
+def first_end(values, monitor="val/top1", patience=2):
+    """The epoch after which the run ends, as the worker asks: before each epoch; None: it goes on."""
+    config = load_recipe("demo", [f"train.patience={patience}", f"train.monitor={monitor}"])
+    history = history_of(values, monitor)
+    return next((i for i in range(len(history) + 1) if early_stop(history[:i], config)), None)
+
+
+@pytest.mark.parametrize(
+    ("values", "monitor", "patience", "end"),
+    [
+        ([0.1, 0.3, 0.2, 0.3, 0.9], "val/top1", 2, 4),  # an equal value is no improvement
+        ([0.1, 0.3, 0.2, 0.4, 0.3, 0.2], "val/top1", 2, 6),
+        ([0.1, 0.2, 0.3, 0.4], "val/top1", 1, None),
+        ([3.0, 2.0, 2.5, 2.5, 1.0], "val/loss", 2, 4),  # a loss gets better as it falls
+        ([3.0, 2.0, 1.0], "val/loss", 1, None),
+        ([None, 0.3, None, 0.2, None, 0.1], "val/class_mean", 2, 4),  # every second epoch is validated
+        ([None, 0.3, None, 0.2, None, 0.1], "val/class_mean", 3, 6),  # it ends after a validation
+        ([0.3], "val/top1", 1, None),
+        ([math.nan, 2.0, 2.0, 2.0], "val/loss", 2, 4),
+        ([1.0, math.nan, math.nan], "val/loss", 2, 3),
+    ],
+)
+def test_a_run_ends_when_its_metric_is_not_better_for_so_many_epochs(values, monitor, patience, end):
+    assert first_end(values, monitor, patience) == end
+
+
+def test_without_patience_a_run_ends_with_its_last_epoch():
+    assert early_stop(history_of([0.5, 0.4, 0.3, 0.2]), load_recipe("demo")) == ""
+
+
+def test_the_reason_names_metric_value_epoch_and_key():
+    config = load_recipe("demo", ["train.patience=2"])
+    reason = early_stop(history_of([0.25, 0.5, 0.5, 0.25]), config)
+    assert reason == "val/top1 is not better than 0.5 of epoch 2 for 2 epochs (train.patience)"

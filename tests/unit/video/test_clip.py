@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from posmlp.config import Config
+from posmlp.errors import UserError
 from posmlp.video import clip
 from posmlp.video.clip import load_clips, resize, views_per_video
-from posmlp.video.decode import DecodeError, Video
+from posmlp.video.decode import DecodeError, Video, VideoInfo
+from posmlp.video.sampling import Box, dense_indices, random_resized_crop, sample_rng, uniform_indices
 from tests.helpers.videos import BITS, number, numbers, picture, scramble, write_video
 
 
@@ -359,3 +361,98 @@ def test_implausible_times_are_refused(video, monkeypatch):
     with pytest.raises(DecodeError, match="which is implausible"):
         list(clip.choose_views(video, replace(info, times=times), 8, "s", config, 0, True))
     assert len(list(clip.choose_views(video, info, 8, "s", config, 0, True))) == 1
+
+
+# Views before decoding: which frames, which random numbers, which box -------------------------------------------------
+
+
+def info_of(frames, rate=None):
+    times = None if rate is None else np.arange(frames) / rate
+    return VideoInfo(frames=frames, codec="h264", times=times, key_frames=1, decoder="pyav")
+
+
+def chosen(config, *, frames=20, rate=None, train=True, epoch=3, first_view=0):
+    return list(clip.choose_views("v.mp4", info_of(frames, rate), 4, "some/id", config, epoch, train, first_view))
+
+
+@pytest.mark.parametrize("options", [{}, {"sampling": "dense", "stride": 3}])
+def test_a_training_view_has_the_generator_of_its_number(options):
+    found = chosen(make_config(seed=7, repeats=3, **options), first_view=2)
+    for number_of_view, view in zip((2, 3, 4), found, strict=True):
+        rng = sample_rng(7, 3, "some/id", number_of_view)
+        indices = dense_indices(20, 4, 3, rng) if options else uniform_indices(20, 4, rng)
+        assert view.indices.tolist() == indices.tolist()
+        assert view.rng.random() == rng.random()  # the box and the order of the frames are drawn next
+        assert (view.crop, view.crops) == (0, 1)
+    first = chosen(make_config(seed=7), first_view=0)
+    assert [view.indices.tolist() for view in first] == [
+        uniform_indices(20, 4, sample_rng(7, 3, "some/id", 0)).tolist()
+    ]
+
+
+def test_the_frames_of_validation_views_by_hand():
+    """Of 16 frames: 4 segments of 4, their centres, or the centres of their halves; dense from end to end."""
+    assert [view.indices.tolist() for view in chosen(make_config(), frames=16, train=False)] == [[2, 6, 10, 14]]
+    two = chosen(make_config(clips=2, crops=3), frames=16, train=False)
+    assert [view.indices.tolist() for view in two] == [[1, 5, 9, 13]] * 3 + [[3, 7, 11, 15]] * 3
+    assert [(view.crop, view.crops, view.rng) for view in two] == [(crop, 3, None) for crop in (0, 1, 2)] * 2
+    dense = chosen(make_config(clips=2, sampling="dense", stride=2), frames=16, train=False)
+    assert [view.indices.tolist() for view in dense] == [[0, 2, 4, 6], [9, 11, 13, 15]]
+
+
+def test_views_of_a_rate_by_hand():
+    """20 frames at 20 per second, seen as 10 at 10 per second: every second frame; then the centres of 4 segments."""
+    found = chosen(make_config(fps=10), rate=20, train=False)
+    assert [view.indices.tolist() for view in found] == [[2, 6, 12, 16]]
+    assert chosen(make_config(), rate=20, train=False)[0].indices.tolist() == [2, 7, 12, 17]
+
+
+def test_more_frames_than_the_limit_are_refused_after_resampling(monkeypatch):
+    monkeypatch.setattr(clip, "MAX_FRAMES", 38)  # the last of 20 frames is at 0.95 s
+    assert chosen(make_config(fps=40), rate=20, train=False)
+    with pytest.raises(DecodeError) as error:
+        chosen(make_config(fps=40.1), rate=20, train=False)
+    assert str(error.value) == "v.mp4: its frame times span 1 s, which is implausible; repair or remove it"
+    with pytest.raises(DecodeError, match="its frame times span 10 s,"):
+        chosen(make_config(fps=4), frames=101, rate=10, train=False)
+
+
+def test_the_box_of_a_view():
+    data, view = make_config(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 2)).data, chosen(make_config(), train=False)[0]
+    assert clip.choose_box(30, 50, view, data) == Box(0, 10, 30, 30)
+    assert [clip.choose_box(30, 50, replace(view, crop=crop, crops=3), data).left for crop in range(3)] == [0, 10, 20]
+    assert clip.choose_box(30, 50, view, make_config(full_frame=True).data) == Box(0, 0, 30, 50)
+    boxes = [
+        clip.choose_box(30, 50, replace(view, rng=np.random.default_rng(5)), settings)
+        for settings in (data, make_config(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 2), full_frame=True).data)
+    ]
+    assert boxes == [random_resized_crop(30, 50, (0.3, 0.5), (0.5, 2), np.random.default_rng(5))] * 2
+
+
+def test_the_number_of_views():
+    config = make_config(clips=5, crops=3, repeats=2)
+    assert (views_per_video(config, True), views_per_video(config, False)) == (2, 15)
+
+
+def test_frames_of_the_right_size_are_not_touched_and_others_are_averaged():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3)).astype(np.uint8)
+    assert resize(frames, 6) is frames
+    stripes = np.zeros((1, 8, 4, 3), np.uint8)
+    stripes[:, ::2] = 200
+    small = resize(stripes, 2)
+    assert (small.shape, small.dtype) == ((1, 2, 2, 3), np.uint8)
+    assert np.abs(small.astype(int) - 100).max() <= 20  # without antialiasing it would be 0 or 200
+    wide = np.zeros((1, 4, 8, 3), np.uint8)
+    wide[:, :, 4:] = (10, 20, 30)
+    # The triangle of 4 pixels to each side of column 6 has 3 of its 3.5 parts in the right half.
+    assert resize(wide, 2)[0, 0, 1].tolist() == [round(6 / 7 * value) for value in (10, 20, 30)]
+
+
+def test_a_full_disk_is_named_with_the_cache_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(clip, "open_isolated", full)
+    with pytest.raises(UserError, match=r"cache: cannot write decoded videos there \(No space left on device\)"):
+        clip.decode_to_cache(tmp_path / "cache" / "v.frames", "v.mp4", None, 32, 60.0)
+    assert not list(tmp_path.iterdir())

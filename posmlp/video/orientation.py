@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import struct
 from typing import Any, NamedTuple, cast
@@ -116,8 +117,9 @@ def display_matrix(frame: av.VideoFrame) -> Matrix | None:
     found = SideDataContainer.__new__(SideDataContainer)
     with contextlib.suppress(ValueError):  # data of a kind that PyAV does not know end the list
         cast(Any, SideDataContainer).__init__(found, frame)
-    with contextlib.suppress(ValueError):
-        for data in found:
+    with contextlib.suppress(ValueError, IndexError):
+        for place in itertools.count():  # PyAV 19 iterates over types, older ones over data
+            data = found[place]
             if data.type == SideDataType.DISPLAYMATRIX:
                 a, b, _, c, d, *_ = (value / 2**16 for value in struct.unpack("9i", bytes(data)))
                 return a, b, c, d

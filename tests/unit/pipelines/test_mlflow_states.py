@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
+from pipelines.cli import main
 from pipelines.planning.doctor import check_mlflow
 from pipelines.tracking.delivery import sync_journals
 from pipelines.tracking.mlflow_client import (
@@ -141,6 +142,51 @@ def test_a_run_that_the_store_does_not_have_names_both_ways_out(tmp_path, uri):
     text = refusal(tmp_path, run_id="0" * 32)
     for part in (f"MLflow at {uri}", "0" * 32, "another store", "name=..."):
         assert part in text
+
+
+# --- copied and moved ----------------------------------------------------------------------------------------------
+
+
+def test_a_copied_project_says_where_its_files_would_go_and_the_command_helps(tmp_path, lines, capsys):
+    """MLflow stores absolute paths: without the command, a run in the copy writes into the original."""
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    first = start(original)
+    first.log_file("plots/a.png", b"first")
+    assert first.close("FINISHED") == 0
+    assert not lines
+    model = MlflowClient(f"sqlite:///{original}/mlflow.db").create_logged_model(first.experiment_id, "model")
+    shutil.copytree(original, copy)
+
+    second = start(copy, "name=second")
+    second.log_file("b.png", b"second")
+    assert second.close("FINISHED") == 0
+    assert list(original.rglob("b.png"))  # in silence before
+    (warning,) = lines
+    assert warning.startswith(f"{copy}/mlflow.db was copied or moved: ") and f"{original}/mlartifacts" in warning
+    command = f"`posmlp relocate {copy}/mlflow.db`"
+    assert command in warning and "tracking.experiment=NAME" in warning and warning.count("\n") == 1
+
+    assert main(command.strip("`").split()[1:]) == 0
+    assert f"{original}/mlartifacts is now the folder next to" in capsys.readouterr().out
+    shutil.rmtree(original)
+    client = MlflowClient(f"sqlite:///{copy}/mlflow.db")
+    assert Path(client.download_artifacts(first.run_id, "plots/a.png")).read_bytes() == b"first"
+    assert client.get_logged_model(model.model_id).artifact_location.startswith(f"file://{copy}/mlartifacts/")
+    third = start(copy, "name=third")
+    third.log_file("c.png", b"third")
+    assert third.close("FINISHED") == 0
+    assert len(lines) == 1
+    assert [path.read_bytes() for path in copy.rglob("c.png")] == [b"third"] and not original.exists()
+    assert main(["relocate", f"{copy}/mlflow.db"]) == 0
+    assert "nothing to change" in capsys.readouterr().out
+    assert main(["relocate", f"{copy}/no.db"]) == 1
+    assert "no MLflow database" in capsys.readouterr().err
+
+
+def test_a_users_own_place_of_artifacts_is_no_copy(tmp_path, uri, lines):
+    MlflowClient(uri).create_experiment("mine", artifact_location=(tmp_path / "elsewhere").as_uri())
+    assert start(tmp_path, "tracking.experiment=mine").close("FINISHED") == 0
+    assert not lines
 
 
 # --- stores that cannot be written ---------------------------------------------------------------------------------

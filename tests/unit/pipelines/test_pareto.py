@@ -307,6 +307,15 @@ def test_a_study_in_words():
     assert pareto.describe_study("look", waiting, "gmacs") == "look: 1 stopped early, 1 over budget"
 
 
+def test_a_trials_run_is_named_after_its_member():
+    same = {f"block{stage}": "joint" for stage in (1, 2, 3, 4)} | {"width": 1.5}
+    assert pareto.trial_name(Trial(7, same)) == "trial-007 block joint; width 1.5"
+    mixed = same | {"block4": "parallel"}
+    name = "trial-012 block joint,joint,joint,parallel; width 1.5; seed 3"
+    assert pareto.trial_name(Trial(12, mixed, seed=3, repeat_of=7)) == name
+    assert len(pareto.trial_name(Trial(1, {f"dimension{n}x": "long" * 5 for n in range(9)}))) == 120
+
+
 def test_the_rows_of_a_table():
     rows = pareto.trial_rows(study_of_three())
     latency, params = COSTS["latency"], COSTS["params"]

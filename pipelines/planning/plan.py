@@ -41,9 +41,12 @@ EPOCH_METRICS = 2  # values per epoch without data/decoded_by_pyav (Worker.run_e
 VAL_METRICS = sum(str(name).startswith(metrics.VAL) for name in vars(metrics).values()) - 1  # without the prefix itself
 NODE_METRICS = 8  # values in a node's sample of system metrics, without its GPUs (mlflow.system_metrics)
 GPU_METRICS = 5  # values in that sample for each GPU (mlflow.system_metrics)
-START_WRITES = 4  # create the run, store config.yaml, set the status, log the cost; params are counted apart
+START_WRITES = 5  # create the run, store config.yaml, set the status, log the cost and the lists; params are apart
 END_WRITES = 5  # two plots, the description, the last sample of system metrics, the status
-MODEL_WRITES = 4  # create the model, its outputs, its files, finalize it
+MODEL_WRITES = 5  # create the model, its outputs, its files, finalize it, its metrics
+LINK_WRITES = (
+    3  # create the logged model of a checkpoint, finalize it, its metrics; the run's outputs are counted apart
+)
 
 # The clips and videos that VIDEO_STORAGE was measured with
 MEASURED_CLIP_FRAMES = 16
@@ -372,8 +375,9 @@ class RunPlan:
         """
         params = math.ceil(len(self.config.flat()) / MAX_PARAMS)
         model = MODEL_WRITES if self.config.tracking.log_model else 0
+        kept = min(self.config.train.keep_last + self.config.train.keep_best, self.config.train.epochs)
         epochs = 3 * self.config.train.epochs + self.step_writes
-        return START_WRITES + params + epochs + self.system_samples + END_WRITES + model
+        return START_WRITES + params + epochs + self.system_samples + END_WRITES + model + LINK_WRITES * kept + 1
 
     @property
     def mlflow_values(self) -> int:

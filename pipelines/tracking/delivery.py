@@ -16,6 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
+from pipelines.registry.datasets import as_dataset_input
+from pipelines.registry.logged_models import link_checkpoints
 from pipelines.tracking.journal import Entry, Journal, JournalState
 from pipelines.tracking.mlflow_client import (
     StoreProblem,
@@ -33,7 +35,9 @@ from pipelines.tracking.mlflow_client import (
 )
 from pipelines.tracking.operations import (
     EndRun,
+    LinkCheckpoints,
     LogFile,
+    LogInputs,
     LogMetrics,
     LogModel,
     LogParams,
@@ -189,7 +193,11 @@ class DeliveryWorker(threading.Thread):
             self.deliver(entries)
         except Exception as error:  # networks, databases and artifact stores raise many types; no operation is lost
             problem, operation = self.explain(error), entries[0].operation
-            if self.is_refusal(error) or self.is_of_missing_run(operation, error):
+            if (
+                self.is_refusal(error)
+                or self.is_of_missing_run(operation, error)
+                or self.is_unknown_to_server(operation, error)
+            ):
                 self.reject(entries[0], problem.reason)
                 keep_file = True
             elif isinstance(operation, LogFile | LogModel) and self.run_is_readable():
@@ -248,8 +256,12 @@ class DeliveryWorker(threading.Thread):
             case LogFile(path):
                 if not self.journal.is_superseded(entry):
                     client.log_artifact(self.run_id, str(file), os.path.dirname(path) or None)
-            case LogModel():
-                upload_model(client, self.run_id, file)
+            case LogModel(checkpoint=checkpoint):
+                upload_model(client, self.run_id, file, checkpoint)
+            case LinkCheckpoints(links, finished):
+                link_checkpoints(client, self.run_id, links, finished)
+            case LogInputs(datasets):
+                client.log_inputs(self.run_id, [as_dataset_input(each) for each in datasets])
             case Unreadable():
                 raise LostError("the line is not an operation in JSON")
 
@@ -311,6 +323,11 @@ class DeliveryWorker(threading.Thread):
         """Return whether an operation failed because it is for another run, such as a trial, that MLflow has not."""
         other = getattr(operation, "run_id", self.run_id) not in (None, self.run_id)
         return other and error_code(error) == "RESOURCE_DOES_NOT_EXIST" and self.run_is_readable()
+
+    def is_unknown_to_server(self, operation: Operation, error: Exception) -> bool:
+        """Return whether the server is of an older MLflow, which has no logged models."""
+        new = isinstance(operation, LogModel | LinkCheckpoints | LogInputs)
+        return new and error_code(error) == "ENDPOINT_NOT_FOUND" and self.run_is_readable()
 
     def deleted_run(self) -> StoreProblem | None:
         """Explain that this run or its experiment is deleted in MLflow; None if it is not, or is not known."""

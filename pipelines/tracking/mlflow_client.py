@@ -24,11 +24,12 @@ import mlflow
 import ray
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, LifecycleStage, LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from pipelines.registry.logged_models import UPLOADED, CheckpointLink, add_outputs, log_checkpoint_metrics
 from pipelines.tracking.uris import VIEW_TAG, scrub, sqlite_path, tracking_uri, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
@@ -316,28 +317,33 @@ def log_new_params(client: MlflowClient, run_id: str, params: Mapping[str, str])
         client.log_batch(run_id, params=new)
 
 
-def upload_model(client: MlflowClient, run_id: str, folder: Path) -> None:
+def upload_model(client: MlflowClient, run_id: str, folder: Path, checkpoint: CheckpointLink | None = None) -> None:
     """Upload a saved model as the run's logged model, as ``mlflow.pytorch.log_model`` does with a model in memory.
 
     A repeated call after an interrupted upload uses the logged model that the first call created.
 
     Args:
-        folder: what ``mlflow.pytorch.save_model`` wrote. Its ``MLmodel`` file gets the ids of the run and the model.
+        folder: MLflow's files of the model. Its ``MLmodel`` file gets the ids of the run and the model.
+        checkpoint: whose model it is; its metrics become those of the logged model.
     """
-    run = client.get_run(run_id)
-    found = client.search_logged_models([run.info.experiment_id], f"source_run_id='{run_id}' AND name='model'")
+    run, tags = client.get_run(run_id), checkpoint.tags if checkpoint else {}
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id='{run_id}' AND name='{UPLOADED}'")
     if found:
         logged = found[0]
+        if tags:
+            client.set_logged_model_tags(logged.model_id, tags)
     else:
-        logged = client.create_logged_model(run.info.experiment_id, "model", run_id, params=dict(run.data.params))
-    if logged.model_id not in [m.model_id for m in (run.outputs.model_outputs if run.outputs else [])]:
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        params = dict(run.data.params)
+        logged = client.create_logged_model(run.info.experiment_id, UPLOADED, run_id, tags=tags, params=params)
+    add_outputs(client, run, [(logged.model_id, checkpoint.epoch if checkpoint else 0)])
     card = Model.load(str(folder))
     card.run_id, card.model_id, card.model_uuid = run_id, logged.model_id, logged.model_id
     card.artifact_path = logged.artifact_location
     card.save(str(folder / "MLmodel"))
     client.log_model_artifacts(logged.model_id, str(folder))
     client.finalize_logged_model(logged.model_id, "READY")
+    if checkpoint:
+        log_checkpoint_metrics(client, logged, checkpoint)
 
 
 def register_model(uri: str, run_id: str, name: str, tags: Mapping[str, str]) -> str:
@@ -354,7 +360,7 @@ def register_model(uri: str, run_id: str, name: str, tags: Mapping[str, str]) ->
     """
     client = MlflowClient(uri, uri)
     run = client.get_run(run_id)
-    found = client.search_logged_models([run.info.experiment_id], f"source_run_id='{run_id}'")
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id='{run_id}' AND name='{UPLOADED}'")
     if not found:
         raise UserError("MLflow does not have the model yet")
     with suppress(MlflowException):  # it exists already; any other problem fails the next call

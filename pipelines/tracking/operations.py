@@ -10,8 +10,10 @@ a study.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pipelines.registry.logged_models import CheckpointLink
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,41 @@ class LogFile:
 
 @dataclass(frozen=True)
 class LogModel:
-    """Store a folder that ``mlflow.pytorch.save_model`` wrote as the run's logged model.
+    """Store a folder with MLflow's files of a model (``pipelines.registry.model_files``) as the run's logged model.
 
     Attributes:
         time: milliseconds since 1970.
         file: path of the folder below the journal's ``files_folder``; the journal sets it.
+        checkpoint: whose model it is; None in journals of earlier versions.
     """
 
     time: int
     file: str = ""
+    checkpoint: CheckpointLink | None = None
+
+
+@dataclass(frozen=True)
+class LinkCheckpoints:
+    """Make the run's logged models those of these checkpoints (``pipelines.registry.logged_models``).
+
+    Attributes:
+        links: the checkpoints.
+        finished: whether the run is finished.
+    """
+
+    links: Sequence[CheckpointLink]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class LogInputs:
+    """Log the run's lists of videos as MLflow's data sets.
+
+    Attributes:
+        datasets: each as ``pipelines.registry.datasets.describe_list`` describes it.
+    """
+
+    datasets: Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,19 @@ class Unreadable:
     line: str
 
 
-Operation = OpenRun | LogMetrics | LogSeries | LogParams | SetTags | EndRun | LogFile | LogModel | Unreadable
+Operation = (
+    OpenRun
+    | LogMetrics
+    | LogSeries
+    | LogParams
+    | SetTags
+    | EndRun
+    | LogFile
+    | LogModel
+    | LinkCheckpoints
+    | LogInputs
+    | Unreadable
+)
 
 
 def to_json(operation: Operation) -> dict[str, Any]:
@@ -142,8 +182,14 @@ def to_json(operation: Operation) -> dict[str, Any]:
             return {"op": "status", "status": status, "time": time} | _other_run(run_id)
         case LogFile(path, file):
             return {"op": "file", "path": path, "file": file}
-        case LogModel(time, file):
-            return {"op": "model", "time": time, "file": file}
+        case LogModel(time, file, checkpoint):
+            return {"op": "model", "time": time, "file": file} | (
+                {"checkpoint": asdict(checkpoint)} if checkpoint else {}
+            )
+        case LinkCheckpoints(links, finished):
+            return {"op": "checkpoints", "links": [asdict(link) for link in links], "finished": finished}
+        case LogInputs(datasets):
+            return {"op": "inputs", "datasets": [dict(each) for each in datasets]}
         case Unreadable(line):
             return {"op": "unreadable", "line": line}
 
@@ -168,7 +214,11 @@ def from_json(tree: Any) -> Operation | None:
         case {"op": "file", "path": str(path), "file": str(file)}:
             return LogFile(path, file)
         case {"op": "model", "time": int(time), "file": str(file)}:
-            return LogModel(time, file)
+            return LogModel(time, file, CheckpointLink(**found) if (found := tree.get("checkpoint")) else None)
+        case {"op": "checkpoints", "links": [*links], "finished": bool(finished)}:
+            return LinkCheckpoints([CheckpointLink(**link) for link in links], finished)
+        case {"op": "inputs", "datasets": [*datasets]}:
+            return LogInputs(datasets)
         case {"op": "unreadable", "line": str(line)}:
             return Unreadable(line)
     return None

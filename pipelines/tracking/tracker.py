@@ -13,16 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import numpy as np
-import torch
 from mlflow import MlflowClient
 
+from pipelines.registry.logged_models import CheckpointLink
 from pipelines.tracking.delivery import DeliveryWorker
 from pipelines.tracking.journal import Journal, JournalState, archive_journal
 from pipelines.tracking.mlflow_client import (
@@ -44,7 +42,18 @@ from pipelines.tracking.mlflow_client import (
     shorten,
 )
 from pipelines.tracking.node_monitors import ClusterMonitor, SystemMetrics
-from pipelines.tracking.operations import EndRun, LogFile, LogMetrics, LogModel, LogParams, LogSeries, OpenRun, SetTags
+from pipelines.tracking.operations import (
+    EndRun,
+    LinkCheckpoints,
+    LogFile,
+    LogInputs,
+    LogMetrics,
+    LogModel,
+    LogParams,
+    LogSeries,
+    OpenRun,
+    SetTags,
+)
 from pipelines.tracking.uris import RUNS_VIEW, run_link, runs_view, scrub, tracking_uri, view_link, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
@@ -218,29 +227,33 @@ class Tracker:
         """Store rows as a JSON artifact."""
         self.log_file(path, json.dumps(list(rows), indent=1).encode())
 
-    def log_model(self, model: torch.nn.Module, example: torch.Tensor) -> None:
-        """Store the trained model, loadable with ``mlflow.pytorch.load_model(f"runs:/{run_id}/model")``.
+    def log_model(self, write: Callable[[Path], None], checkpoint: CheckpointLink) -> None:
+        """Store the model of a checkpoint, as ``runs:/RUN_ID/model`` in MLflow.
 
         The model is written to the disk of this node first, and stays there while MLflow does not answer.
 
         Args:
-            example: an input of the model.
+            write: writes MLflow's files of the model into a new folder.
+            checkpoint: whose model it is.
         """
         folder = self.journal.files_folder / "exported"
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            mlflow.pytorch.save_model(
-                model.eval(),
-                str(folder),
-                input_example=example.numpy(),
-                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"],
-            )
+            write(folder)
         except OSError as error:
             self.journal.warn_unwritable(error)
             return
-        self.journal.append_file(LogModel(now_ms()), "model", folder)
+        self.journal.append_file(LogModel(now_ms(), checkpoint=checkpoint), "model", folder)
         self.delivery.flush(MODEL_WAIT)
+
+    def link_checkpoints(self, links: Sequence[CheckpointLink], *, finished: bool) -> None:
+        """Make the run's logged models those of these checkpoints: links, without files."""
+        self.journal.append(LinkCheckpoints(links, finished))
+
+    def log_inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
+        """Log the run's lists of videos, as ``pipelines.registry.datasets.describe_list`` describes them."""
+        self.journal.append(LogInputs(datasets))
 
     def share_view(self, name: str, view: Mapping[str, Any]) -> None:
         """Store a view of MLflow's pages in the experiment. Without it, a link that names the view works too."""

@@ -17,8 +17,10 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,9 +34,11 @@ from pipelines.cluster.capacity import choose_device, wait_for_room, worker_reso
 from pipelines.cluster.ray_internals import warn_about_worker_features
 from pipelines.cluster.session import CUBLAS_ENV, WORKER_ENV, start_ray
 from pipelines.cluster.signals import exit_despite, hold_signals, raise_held, stop_on_signal
+from pipelines.registry.datasets import datasets_of_metrics, describe_splits
+from pipelines.registry.logged_models import link_to
+from pipelines.registry.model_files import save_model_files
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo, RunError, StoppedError
-from pipelines.runs.models import example_input, load_newest_model
 from pipelines.runs.record import check_writable, read_record, run_folder, write_files, write_record
 from pipelines.tracking import plots, prometheus
 from pipelines.tracking.mlflow_client import NOTE, source_tags
@@ -135,6 +139,7 @@ def train(
     train_set, val_set = read_splits(config)
     config = check_data(config, train_set, val_set).resolved()
     record, lists = read_record(run), {"train": list_fingerprint(train_set), "val": list_fingerprint(val_set)}
+    datasets = describe_splits(config.data, train_set, val_set, lists)
     saved = [entry.info for entry in checkpoints.find(run) if entry.info]
     epochs_done = max((info.epoch for info in saved), default=0)
     changed = check_record(run, record, config, lists, epochs_done, allow_changes) if record else {}
@@ -165,6 +170,7 @@ def train(
             tracker.log_tags({f"changed.{key}": change for key, change in changed.items()})
             tracker.log_file("config.yaml", config.to_yaml().encode())
         write_record(run, config, lists, tracker.run_id, None)
+        tracker.log_inputs(datasets)
         raise_held(held)
 
         # Fit.
@@ -191,12 +197,13 @@ def train(
         write_record(run, config, lists, tracker.run_id, metrics)
         status = "FINISHED"
         if config.tracking.log_model:
-            log_model(run, config, tracker)
+            log_model(run, tracker, datasets_of_metrics(datasets))
     except KeyboardInterrupt:
         status = "KILLED" if status == "FAILED" else status  # a finished run is not trained again
         raise
     finally:
         reporter.describe_result(status)
+        link_checkpoints(run, tracker, datasets_of_metrics(datasets), finished=status == "FINISHED")
         undelivered = tracker.close(status)
         if undelivered:
             logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
@@ -363,7 +370,7 @@ class RunReporter:
         return class_results(torch.from_numpy(self.confusion), torch.from_numpy(self.top5), names)
 
     def log_plots(self, classes: tuple[str, ...]) -> None:
-        """Log the plots of a finished run, and write them to its folder."""
+        """Log the plots and the table of the classes of a finished run, and write them to its folder."""
         files = {"learning_curves.png": plots.learning_curves(self.history)}
         if self.confusion is not None:
             files["confusion.png"] = plots.confusion_matrix(self.confusion, classes)
@@ -375,9 +382,28 @@ class RunReporter:
             write_files(self.folder, files)
 
 
-def log_model(run: str, config: Config, tracker: Tracker) -> None:
-    """Log the model of the run's newest checkpoint to MLflow. If that fails the run still counts as finished."""
+def log_model(run: str, tracker: Tracker, datasets: Mapping[str, Sequence[str]]) -> None:
+    """Log the model of the run's best checkpoint to MLflow. If that fails the run still counts as finished.
+
+    Args:
+        datasets: as in ``CheckpointLink``.
+    """
     try:
-        tracker.log_model(load_newest_model(run), example_input(config))
+        best = checkpoints.choose(run)
+        link = link_to(best, checkpoints.read_info(best), tracker.run_id, datasets)
+        tracker.log_model(partial(save_model_files, best), link)
     except Exception as error:  # the export may fail for a model that trains well
         logger.warning("MLflow has no model of this run: the export failed (%s: %s)", type(error).__name__, error)
+
+
+def link_checkpoints(run: str, tracker: Tracker, datasets: Mapping[str, Sequence[str]], *, finished: bool) -> None:
+    """Give MLflow a link to each checkpoint of the run, with its metrics.
+
+    Args:
+        datasets: as in ``CheckpointLink``.
+    """
+    with suppress(OSError):  # the storage does not answer, which ends the run with a message of its own
+        entries = checkpoints.find(run)
+        links = [link_to(each.uri, each.info, tracker.run_id, datasets) for each in entries if each.info]
+        if links:
+            tracker.link_checkpoints(links, finished=finished)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import ray
 
 from pipelines.cluster.capacity import MIN_DECODING_CPUS, choose_device, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
-from pipelines.runs.models import example_input, load_newest_model
+from pipelines.registry.datasets import datasets_of_metrics, describe_splits
+from pipelines.registry.logged_models import link_to
+from pipelines.registry.model_files import save_model_files
+from pipelines.runs import checkpoints
 from pipelines.runs.record import check_writable, run_folder, write_json
 from pipelines.tracking.mlflow_client import NOTE, register_model, source_tags
 from pipelines.tracking.tracker import Tracker
@@ -28,7 +33,7 @@ from pipelines.tracking.uris import (
     tracking_uri,
     view_link,
 )
-from pipelines.training.preflight import check_data, find_weights, read_splits
+from pipelines.training.preflight import check_data, find_weights, list_fingerprint, read_splits
 from pipelines.training.progress import describe_overrides
 from pipelines.tuning import pareto
 from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController, describe_study
@@ -106,6 +111,8 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
         raise StudyError(f"no study {study.folder}; start one with posmlp tune RECIPE --space SPACE")
     train_set, val_set = read_splits(study.recipe)
     recipe = with_absolute_paths(check_data(study.recipe, train_set, val_set))
+    lists = {"train": list_fingerprint(train_set), "val": list_fingerprint(val_set)}
+    datasets = describe_splits(recipe.data, train_set, val_set, lists)
     study = study.model_copy(update={"recipe": recipe})
     if not trials:
         first = propose_trial(study, space, [])
@@ -127,6 +134,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     status = "FAILED"
     try:
         log_settings(study, tracker)
+        tracker.log_inputs(datasets)
         tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions)))
         raise_held(held)
         controller = StudyController(study, space, trials, tracker, concurrent)
@@ -137,7 +145,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
             controller.start_repeats()
             run_trials(controller)
         controller.log_study_results()
-        register_best(controller)
+        register_best(controller, datasets)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -239,14 +247,17 @@ def compare_latencies(controller: StudyController) -> None:
             tracker.log_metrics(measured, study.recipe.train.epochs, trial.mlflow_run_id)
 
 
-def register_best(controller: StudyController) -> None:
+def register_best(controller: StudyController, datasets: Sequence[Mapping[str, str]]) -> None:
     """Register the best trial's model under the study's name, with the alias ``best``. A failure is only logged."""
     study, tracker, best = controller.study, controller.tracker, pareto.best_trial(controller.in_order())
     if best is None or not study.recipe.tracking.log_model:
         return
     config = study.trial_recipe(controller.space, best.member, best.number, best.seed)
     try:
-        tracker.log_model(load_newest_model(run_folder(config)), example_input(config))
+        checkpoint = checkpoints.choose(run_folder(config))
+        measured_by = best.mlflow_run_id or tracker.run_id
+        link = link_to(checkpoint, checkpoints.read_info(checkpoint), measured_by, datasets_of_metrics(datasets))
+        tracker.log_model(partial(save_model_files, checkpoint), link)
         tags = {"trial": str(best.number), "trial.run": best.mlflow_run_id or "", "rule": BEST_RULE}
         version = register_model(tracker.uri, tracker.run_id, study.name, tags)
         logger.info("model %s version %s (trial %d) has the alias best", study.name, version, best.number)

@@ -18,7 +18,7 @@ from pipelines.tracking.operations import EndRun
 from posmlp.errors import UserError
 from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.small_runs import active_uri
-from tests.helpers.tracker_runs import once, rows, start
+from tests.helpers.tracker_runs import linear, link, once, rows, start, write_linear
 from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -72,9 +72,8 @@ def test_what_a_dead_server_missed_is_synced_later(server, tmp_path, lines):
     server.kill()
     for step in range(1, 1201):  # more than fits into one call
         tracker.log_metrics({"train/loss": 1 / step, "val/top1": 0.5}, step)
-    model = torch.nn.Linear(3, 2)
     begun = time.monotonic()
-    tracker.log_model(model, torch.zeros(1, 3))
+    tracker.log_model(write_linear, link(tracker.run_id))
     exported = time.monotonic()
     left = tracker.close("FINISHED")
     assert time.monotonic() - exported < delivery.FLUSH_WAIT_WHEN_DOWN + 5
@@ -103,7 +102,7 @@ def test_what_a_dead_server_missed_is_synced_later(server, tmp_path, lines):
     with active_uri(server.uri):
         loaded = mlflow.pytorch.load_model(f"runs:/{tracker.run_id}/model")
     clip = torch.randn(1, 3)
-    torch.testing.assert_close(loaded(clip), model(clip))
+    torch.testing.assert_close(loaded(clip), linear()(clip))
 
 
 def test_a_run_can_be_resumed_while_the_server_is_down(server, tmp_path):

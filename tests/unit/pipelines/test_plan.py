@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.models import Model
+from mlflow.store.entities import PagedList
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -34,6 +35,7 @@ from pipelines.planning.plan import (
     ClusterSpec,
     make_plan,
 )
+from pipelines.registry import logged_models
 from pipelines.runs import checkpoints
 from pipelines.tracking import mlflow_client
 from pipelines.tracking.journal import Journal, read_entries
@@ -50,6 +52,7 @@ from posmlp.learn.evaluation import ClassificationMetrics
 from posmlp.learn.learner import Learner
 from posmlp.model.cost import PEAKS
 from posmlp.video.batch import Batch
+from tests.helpers.tracker_runs import link
 
 ROOT = Path(__file__).parents[3]
 RESULTS, SCALE = (ROOT / "docs/results.md").read_text(), (ROOT / "docs/scale.md").read_text()
@@ -151,7 +154,7 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
 
     def client():
         made = MagicMock()
-        made.search_logged_models.return_value = []
+        made.search_logged_models.return_value = PagedList([], None)
         made.create_logged_model.return_value = MagicMock(model_id="m-1", artifact_location="file:///model")
         writes.append(made)
         return made
@@ -169,12 +172,15 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
         reporter.handle(EpochMetrics([{"epoch": float(epoch), "train/loss": 1.0, "val/top1": 0.5}]))
     reporter.log_plots(("left", "right"))
     reporter.describe_result("FINISHED")
+    tracker.log_inputs([])
     tracker.close("FINISHED")
     journal.close()
     (tmp_path / "model").mkdir()
     Model().save(str(tmp_path / "model" / "MLmodel"))
-    monkeypatch.setattr(mlflow_client, "LoggedModelOutput", MagicMock())
-    mlflow_client.upload_model(client(), "run", tmp_path / "model")
+    monkeypatch.setattr(logged_models, "LoggedModelOutput", MagicMock())
+    kept = [link("run", step=step, val_top1=0.5) for step in (1, 2)]
+    mlflow_client.upload_model(client(), "run", tmp_path / "model", kept[1])
+    logged_models.link_checkpoints(client(), "run", kept, finished=True)
     calls = [call[0] for made in writes for call in made.method_calls if not call[0].startswith(("get_", "search_"))]
     found = k400("train.epochs=2", "optim.warmup_epochs=1")
     assert found.system_samples == math.floor(found.run_s / plan.SYSTEM_SAMPLE_S)

@@ -7,18 +7,26 @@ from pathlib import Path
 
 import mlflow
 import pytest
-import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from pipelines.tracking.delivery import sync_journals
 from pipelines.tracking.journal import JournalInUse, JournalState, read_entries
-from pipelines.tracking.mlflow_client import shorten
+from pipelines.tracking.mlflow_client import shorten, source_tags
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import refuse_foreign_server, tracking_uri, without_secrets
+from pipelines.tracking.uris import (
+    links_text,
+    refuse_foreign_server,
+    run_link,
+    runs_view,
+    study_view,
+    tracking_uri,
+    view_link,
+    without_secrets,
+)
 from posmlp.errors import UserError
-from tests.helpers.tracker_runs import once, recipe, rows, start
+from tests.helpers.tracker_runs import link, once, recipe, rows, start, write_linear
 from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -229,7 +237,7 @@ def test_a_model_whose_upload_was_interrupted_becomes_one_model(tmp_path, monkey
     tracker = start(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "finalize_logged_model", lambda *_: 1 / 0)
-        tracker.log_model(torch.nn.Linear(3, 2), torch.zeros(1, 3))
+        tracker.log_model(write_linear, link(tracker.run_id))
         assert tracker.close("FINISHED") == 1
     assert sync_journals(tmp_path) == 0
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -332,6 +340,55 @@ def test_remote_storage_needs_a_tracking_uri(tmp_path):
 )
 def test_secrets_are_removed_from_a_uri(uri, expected):
     assert without_secrets(uri) == expected
+
+
+@pytest.mark.parametrize(
+    ("uri", "page"),
+    [
+        ("http://me:pass@host:5000/x/", "http://host:5000/x/#/"),
+        ("sqlite:////runs/mlflow.db", "http://127.0.0.1:5000/#/"),
+        ("postgresql://me:pass@host/db", "http://127.0.0.1:5000/#/"),
+    ],
+)
+def test_links_lead_to_the_pages_for_training(uri, page):
+    run = run_link(uri, "7", "abc")
+    assert run == f"{page}experiments/7/runs/abc?workflowType=machine_learning"
+    view = view_link(uri, "7", "some", charts=True)
+    query = "workflowType=machine_learning&viewStateShareKey=some&compareRunsMode=CHART"
+    assert view == f"{page}experiments/7/runs?{query}"
+    text = links_text(uri, {"this run": run, "all": view})
+    assert text.endswith(f"\n    this run  {run}\n    all       {view}") and "pass" not in text
+    assert ("mlflow server --backend-store-uri" in text) == (page != "http://host:5000/x/#/")
+
+
+def test_views_fit_into_an_experiments_tag_and_are_stored_once(tmp_path):
+    """A tag of an experiment has at most 5000 characters."""
+    study = study_view("n" * 60, [f"dimension{number}" for number in range(20)])
+    for view in (runs_view(), study):
+        assert len(json.dumps(view, separators=(",", ":"))) <= 5000
+    tracker = start(tmp_path)
+    tracker.share_view("study-1", study)
+    assert tracker.close("FINISHED") == 0
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    tags = client.get_experiment(tracker.experiment_id).tags
+    assert json.loads(tags["mlflow.sharedViewState.study-1"]) == study
+    assert json.loads(tags["mlflow.sharedViewState.posmlp-runs"]) == runs_view()
+    assert "Model training" in tags["mlflow.note.content"]
+    assert tracker.links()["all runs"].endswith("&viewStateShareKey=posmlp-runs")
+    assert f"/experiments/{tracker.experiment_id}/runs/{tracker.run_id}?" in tracker.links()["this run"]
+
+
+def test_a_run_says_who_started_it_with_what(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/posmlp", "--quiet", "train", "demo"])
+    tags = source_tags()
+    assert (tags["mlflow.user"], tags["mlflow.source.name"], tags["mlflow.source.type"]) == (
+        "ann",
+        "posmlp train",
+        "LOCAL",
+    )
+    monkeypatch.setattr(sys, "argv", [""])
+    assert source_tags()["mlflow.source.name"] == "python"
 
 
 def test_a_folder_without_a_journal_is_refused(tmp_path):

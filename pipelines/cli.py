@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from pipelines.cluster.signals import exit_code, interrupt_on_signal
 from pipelines.commands import data, inference, planning, recipes, runs, training, tuning
@@ -15,6 +17,7 @@ from posmlp.errors import UserError
 
 GROUPS = (training, tuning, inference, runs, recipes, data, planning)  # in the order of the help text
 LOGGERS = ("pipelines", "posmlp", "tune_spaces")
+CLEAR_LINE = "\r\x1b[K"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return args.run(args) or 0
         except KeyboardInterrupt as stop:
+            handlers[0].end_live_line()
             print(f"\ninterrupted; {args.after_interrupt}", file=sys.stderr)
             return exit_code(stop)
         except (UserError, OSError) as error:  # OSError: a disk or a store that does not answer
+            handlers[0].end_live_line()
             print(f"posmlp: {error}", file=sys.stderr)
             return 1
         finally:
@@ -82,6 +87,39 @@ class PrintVersion(argparse.Action):
 # --- logging -----------------------------------------------------------------------------------------------------
 
 
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Print log records as lines. On a terminal a record with ``live=True`` is replaced by the next one.
+
+    Args:
+        other: a handler that writes to the same terminal; its live line ends before this handler writes.
+    """
+
+    def __init__(self, stream: TextIO, other: LineHandler | None = None):
+        super().__init__(stream)
+        self.other, self.is_live = other, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.other:
+            self.other.end_live_line()
+        if not self.stream.isatty():
+            super().emit(record)
+            return
+        text, clear = self.format(record), CLEAR_LINE if self.is_live else ""
+        self.is_live = getattr(record, "live", False)
+        if self.is_live:
+            self.stream.write(f"{clear}{text[: shutil.get_terminal_size().columns - 1]}")
+        else:
+            self.stream.write(f"{clear}{text}\n")
+        self.flush()
+
+    def end_live_line(self) -> None:
+        """Keep the live line, if there is one."""
+        if self.is_live:
+            self.stream.write("\n")
+            self.flush()
+            self.is_live = False
+
+
 class MaxLevel(logging.Filter):
     """Pass records below WARNING: those at and above it go to stderr."""
 
@@ -89,14 +127,15 @@ class MaxLevel(logging.Filter):
         return record.levelno < logging.WARNING
 
 
-def start_logging(level: str) -> list[logging.Handler]:
+def start_logging(level: str) -> list[LineHandler]:
     """Send progress to stdout and warnings to stderr; returns the handlers, for ``stop_logging``.
 
     Args:
         level: the lowest level that is printed. At DEBUG each line has its time and module.
     """
     text = "%(asctime)s %(levelname)s %(name)s: %(message)s" if level == "DEBUG" else "%(message)s"
-    progress, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    progress = LineHandler(sys.stdout)
+    warnings = LineHandler(sys.stderr, progress)
     progress.addFilter(MaxLevel())
     warnings.setLevel(logging.WARNING)
     for handler in (progress, warnings):

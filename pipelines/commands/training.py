@@ -76,7 +76,7 @@ def format_result(result: RunResult, seconds: float) -> str:
     metrics = result.metrics
     rows = [
         ("validation top-1", f"{metrics[names.VAL_TOP1]:.1%} of {metrics[names.VAL_VIDEOS]:.0f} videos"),
-        ("validation top-5", f"{metrics[names.VAL_TOP5]:.1%}"),
+        *([("validation top-5", f"{metrics[names.VAL_TOP5]:.1%}")] if len(result.classes) > 5 else []),
         ("mean over classes", f"{metrics[names.VAL_CLASS_MEAN]:.1%}"),
         *class_rows(result),
         ("throughput", f"{metrics[names.PERF_CLIPS_PER_S]:.1f} clips/s"),

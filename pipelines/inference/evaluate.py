@@ -109,7 +109,7 @@ class Evaluation:
         metrics = self.metrics
         rows = [
             ("top-1", f"{metrics['top1']:.2%} of {metrics['videos']:.0f} videos"),
-            ("top-5", f"{metrics['top5']:.2%}"),
+            *([("top-5", f"{metrics['top5']:.2%}")] if len(self.classes) > 5 else []),
             ("mean over classes", f"{metrics['class_mean']:.2%}"),
             ("loss", f"{metrics['loss']:.4f}"),
             ("bad videos", str(len(self.bad))),

@@ -51,10 +51,12 @@ class ProgressLine:
 
     Attributes:
         level: of ``logging``; ``WARNING`` if the user should act.
+        live: on a terminal the next line replaces it.
     """
 
     text: str
     level: int = logging.INFO
+    live: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from posmlp.model.checkpoint import CheckpointError, fit_published
 from posmlp.video.augment import flip_labels
 from posmlp.video.draws import epoch_length
 from posmlp.video.manifest import Manifest, ManifestError, read_split, training_classes
+from posmlp.weights import is_packaged, packaged_file
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
 KEYS_FREE_ON_RESUME = (

@@ -97,6 +97,7 @@ class EpochMeter:
         seconds: from the start to the last progress line, or to the end.
         waited: seconds spent waiting for clips.
         first_batch_s: seconds spent waiting for the first batch.
+        first_step_s: from the start to the end of the first step, which also starts decoders and compiles.
         lines: number of progress lines so far.
     """
 
@@ -107,7 +108,18 @@ class EpochMeter:
     seconds: float = 0.0
     waited: float = 0.0
     first_batch_s: float = 0.0
+    first_step_s: float = 0.0
     lines: int = 0
+
+    def add_step(self) -> None:
+        """Count a training step."""
+        self.steps += 1
+        if self.steps == 1:
+            self.first_step_s = time.perf_counter() - self.start
+
+    def step_s(self) -> float | None:
+        """The mean time of a step without the first one, in seconds; None before the second."""
+        return (self.seconds - self.first_step_s) / (self.steps - 1) if self.steps > 1 else None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -227,18 +239,23 @@ def describe_steps(progress: RunProgress, meter: EpochMeter, epoch: int, steps: 
         epoch: number of the epoch, from 0.
         steps: training steps in an epoch.
     """
-    rate = meter.steps / meter.seconds
-    left = (steps * (config.train.epochs - epoch) - progress.steps) / rate
+    rate, step_s = meter.steps / meter.seconds, meter.step_s()
     text = f"epoch {epoch + 1}/{config.train.epochs}  step {progress.steps}/{steps}  "
     text += f"loss {progress.loss / progress.steps:.3f}  {rate * config.train.global_batch:.1f} clips/s  "
-    return f"{text}data wait {meter.waited / meter.seconds:.0%}  left {format_duration(left)}"
+    text += f"data wait {meter.waited / meter.seconds:.0%}"
+    if step_s is None:
+        return text
+    left = (steps * (config.train.epochs - epoch) - progress.steps) * step_s
+    return f"{text}  left {format_duration(left)}"
 
 
 def describe_epoch(metrics: dict[str, float], config: Config) -> str:
     """The line for a finished epoch."""
     text = f"epoch {metrics[EPOCH]:.0f}/{config.train.epochs}  loss {metrics[TRAIN_LOSS]:.3f}"
     if VAL_TOP1 in metrics:
-        text += f"  val top-1 {metrics[VAL_TOP1]:.1%}"
+        text += f"  val loss {metrics[VAL_LOSS]:.3f}  val top-1 {metrics[VAL_TOP1]:.1%}"
+        best, epoch = metrics[VAL_BEST_TOP1], int(metrics[VAL_BEST_EPOCH])
+        text += " (best)" if epoch == metrics[EPOCH] else f" (best {best:.1%}, epoch {epoch})"
     text += f"  {metrics[PERF_CLIPS_PER_S]:.1f} clips/s  data wait {metrics[PERF_DATA_WAIT_FRAC]:.0%}"
     text += f"  object store {metrics[DATA_OBJECT_STORE_MB]:.0f} MiB"
     if metrics[DATA_SPILLED_MB] > 0:

@@ -317,8 +317,8 @@ class RunReporter:
     def handle(self, event: WorkerEvent) -> None:
         """Log and track one event."""
         match event:
-            case ProgressLine(text, level):
-                logger.log(level, "%s", text)
+            case ProgressLine(text, level, live):
+                logger.log(level, "%s", text, extra={"live": live})
             case CostMeasured(metrics):
                 self.tracker.log_params({name: f"{value:.6g}" for name, value in metrics.items()})
             case StepMetrics(rows):

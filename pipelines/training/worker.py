@@ -280,7 +280,7 @@ class Worker:
                 self.send_steps(at_once=True)
                 raise self.save_explosion(batch, error) from error
             progress.add_step(step.loss, step.grad_norm)
-            meter.steps += 1
+            meter.add_step()
             self.series.add(learner.step, step.loss, self.learning_rate())
             self.send_steps()
             if profiler:
@@ -289,7 +289,7 @@ class Worker:
                 self.save()
             if meter.line_is_due():
                 meter.max_store_mib = max(meter.max_store_mib, self.store_usage()[0])
-                self.send_line(describe_steps(progress, meter, epoch, steps, config))
+                self.send(ProgressLine(describe_steps(progress, meter, epoch, steps, config), live=True))
                 self.publish_throughput(throughput, meter)
         if profiler:
             profiler.stop()

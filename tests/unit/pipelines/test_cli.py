@@ -1,5 +1,6 @@
 """The command line as a user types it."""
 
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from pipelines.cli import main
+from pipelines.cli import LineHandler, main
 from pipelines.commands import recipes
 from pipelines.commands.options import load_recipe_and_data
 from pipelines.data.loader import global_order
@@ -293,3 +294,33 @@ def test_the_recipe_demo_draws_its_data_set_if_it_is_not_there(capsys, tmp_path,
     Path("data/motion/train.csv").write_text("path,label\n")  # another set, which is left alone
     load_recipe_and_data("demo", [])
     assert drawn == ["data/motion"]
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self):
+        return True
+
+    def screen(self):
+        """The lines that a terminal shows; CR returns to the start of a line, and ESC [K clears it."""
+        return [line.rpartition("\r\x1b[K")[2] for line in self.getvalue().split("\n")]
+
+
+@pytest.mark.parametrize(("out", "shown"), [(io.StringIO(), "12w3"), (Terminal(), "2w3")])
+def test_a_terminal_shows_one_line_in_progress_and_a_file_gets_all(out, shown):
+    err = out if isinstance(out, Terminal) else io.StringIO()
+    progress = LineHandler(out)
+    warnings = LineHandler(err, progress)
+    for text, handler, live in (("1", progress, True), ("2", progress, True), ("w", warnings, False)):
+        handler.emit(logging.makeLogRecord({"msg": text, "live": live}))
+    progress.emit(logging.makeLogRecord({"msg": "3"}))
+    lines = out.screen() if isinstance(out, Terminal) else (out.getvalue() + "w\n").split("\n")
+    assert sorted(line for line in lines if line) == sorted(shown)
+    if isinstance(out, Terminal):
+        assert lines == ["2", "w", "3", ""]
+        progress.emit(logging.makeLogRecord({"msg": "x" * 500, "live": True}))
+        progress.end_live_line()
+        assert (
+            len(out.screen()[-2]) < 500 and out.screen()[-1] == ""
+        )  # one row of the terminal, or it cannot be cleared

@@ -30,6 +30,7 @@ from pipelines.training.progress import (
     best_so_far,
     describe_overrides,
     describe_result,
+    describe_epoch,
     describe_steps,
     early_stop,
 )
@@ -164,22 +165,26 @@ def test_a_gradient_that_overflowed_is_left_out_of_the_mean():
 
 
 def test_a_line_within_an_epoch(monkeypatch):
-    """Resumed at step 10 of 20 in the second of three epochs, and 4 steps done since, in 8 seconds."""
+    """Resumed at step 10 of 20 in the second of three epochs, and 4 steps done since, in 8 seconds.
+
+    The first of them took 5 seconds, as the decoders started, and the others 1 second each: so do those that are left.
+    """
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     meter, progress = EpochMeter(now, 1.0, 0.0), RunProgress(steps=10, loss=10.0)
     with meter.waiting():
         now += 2
-    for _ in range(4):
-        progress.add_step(1.0, 1.0)
-        meter.steps += 1
     assert not meter.line_is_due()
-    now += 6
+    for seconds in (3, 1, 1, 1):
+        assert (meter.step_s() is None) == (meter.steps < 2)
+        now += seconds
+        progress.add_step(1.0, 1.0)
+        meter.add_step()
     assert meter.line_is_due() and not meter.line_is_due()
     assert (meter.seconds, meter.waited, meter.first_batch_s, meter.lines) == (8, 2, 2, 1)
     config = load_recipe("demo", ["train.epochs=3", "train.global_batch=8"])
     line = describe_steps(progress, meter, 1, 20, config)
-    assert line == "epoch 2/3  step 14/20  loss 1.000  4.0 clips/s  data wait 25%  left 52 s"
+    assert line == "epoch 2/3  step 14/20  loss 1.000  4.0 clips/s  data wait 25%  left 26 s"
 
 
 def test_points_by_step_are_means_since_the_last_point(monkeypatch):
@@ -322,3 +327,17 @@ def test_the_reason_names_metric_value_epoch_and_key():
     config = load_recipe("demo", ["train.patience=2"])
     reason = early_stop(history_of([0.25, 0.5, 0.5, 0.25]), config)
     assert reason == "val/top1 is not better than 0.5 of epoch 2 for 2 epochs (train.patience)"
+
+
+def test_the_line_of_an_epoch_says_the_loss_and_the_best():
+    config = load_recipe("demo", ["train.epochs=3"])
+    metrics = {"epoch": 2.0, "train/loss": 1.5, "val/loss": 1.25, "val/top1": 0.5, "val/best_top1": 0.75}
+    metrics |= {"val/best_epoch": 1.0, "perf/clips_per_s": 8.0, "perf/data_wait_frac": 0.25}
+    metrics |= {"data/object_store_mb": 3.0, "data/spilled_mb": 0.0, "data/bad": 0.0}
+    rest = "8.0 clips/s  data wait 25%  object store 3 MiB"
+    line = describe_epoch(metrics, config)
+    assert line == f"epoch 2/3  loss 1.500  val loss 1.250  val top-1 50.0% (best 75.0%, epoch 1)  {rest}"
+    line = describe_epoch(metrics | {"val/best_epoch": 2.0, "val/best_top1": 0.5}, config)
+    assert line == f"epoch 2/3  loss 1.500  val loss 1.250  val top-1 50.0% (best)  {rest}"
+    unvalidated = {key: value for key, value in metrics.items() if not key.startswith("val/")}
+    assert describe_epoch(unvalidated, config) == f"epoch 2/3  loss 1.500  {rest}"

@@ -94,6 +94,7 @@ class ManifestSource:
     format: str
     missing_ok: bool = False
     known: KnownClasses | None = None
+    group_by: str | None = None
     problems: list[tuple[str, int | None, str]] = field(default_factory=list)
 
     def problem(self, file: str, line: int | None, text: str) -> None:
@@ -396,12 +397,26 @@ def _local_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:
     classes: dict[str, list[str]] = {}
     for entry in shown:
         if entry.is_dir():
-            files = classes[entry.name] = []
-            for parent, folders, names in os.walk(entry.path):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                inside = os.path.relpath(parent, root).replace(os.sep, "/")
-                files += [f"{inside}/{name}" for name in names]
+            classes[entry.name] = list(_files_below(entry.path, entry.name, (os.path.realpath(root),)))
     return classes, [entry.name for entry in shown if entry.is_file()]
+
+
+def _files_below(folder: str, name: str, around: tuple[str, ...]) -> Iterator[str]:
+    """The files in a folder and below it, without hidden folders. Links are followed, except back to where they are.
+
+    Args:
+        name: the folder's path relative to the root, which begins each result.
+        around: the real paths of the folders around it.
+    """
+    real = os.path.realpath(folder)
+    if real in around:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield f"{name}/{entry.name}"
+            elif not entry.name.startswith("."):
+                yield from _files_below(entry.path, f"{name}/{entry.name}", (*around, real))
 
 
 def _remote_tree(root: str) -> tuple[dict[str, list[str]], list[str]]:

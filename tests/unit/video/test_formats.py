@@ -644,6 +644,23 @@ def test_lists_and_videos_on_an_object_store(store):
     assert [problem.split(":")[0] for problem in found] == ["4"]
 
 
+@pytest.mark.parametrize("format", ["folder", "images"])
+def test_links_of_a_tree_are_followed(tmp_path, format):
+    """To folders and files; a class may be collected from many places. A link to a folder around it ends there."""
+    suffix = "mp4" if format == "folder" else "jpg"
+    touch(tmp_path, f"tree/a/0.{suffix}", f"tree/b/1.{suffix}", f"other/2.{suffix}", f"other/deep/3.{suffix}")
+    tree = tmp_path / "tree"
+    (tree / "a" / "more").symlink_to(tmp_path / "other")
+    (tree / "b" / "link").symlink_to("../a/more/deep")
+    (tree / "c").symlink_to("../other")
+    (tree / "b" / f"4.{suffix}").symlink_to(tmp_path / "other" / f"2.{suffix}")
+    (tree / "a" / "round").symlink_to("../a")
+    (tmp_path / "other" / "up").symlink_to(tree)
+    found = read_manifest(str(tree), format=format).rows["uri"].to_pylist()
+    paths = ["a/0", "a/more/2", "a/more/deep/3", "b/1", "b/4", "b/link/3", "c/2", "c/deep/3"]
+    assert found == [f"{tree}/{path}.{suffix}" for path in paths]
+
+
 def test_a_folder_on_an_object_store(store):
     for name in ("walk/b.MP4", "walk/deep/a.webm", "run/a.mp4", "run/notes.txt", "run/.c.mp4", ".git/x.mp4"):
         store(f"tree/{name}")

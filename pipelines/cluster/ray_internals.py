@@ -116,8 +116,14 @@ def shielded_start() -> Iterator[None]:
 
 
 def silence_start() -> None:
-    """Suppress Ray's long warnings about its start: a small ``/dev/shm``, and several Rays on a machine."""
+    """Suppress Ray's long warnings about its start: a small ``/dev/shm``, several Rays on a machine, a token in use."""
     logging.getLogger("ray._private.services").setLevel(logging.ERROR)  # an unknown logger name does no harm
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(is_no_token_notice)
+
+
+def is_no_token_notice(record: logging.LogRecord) -> bool:
+    """Return False for the record which says that token authentication is on, as Ray's default is."""
+    return "Token authentication is enabled" not in record.getMessage()
 
 
 def recorded_address() -> str | None:

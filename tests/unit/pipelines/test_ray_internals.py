@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import ray
 from ray._private import ray_constants, services, utils
+from ray._private.authentication import authentication_token_setup
 from ray.tune.execution import class_cache
 
 from pipelines.cluster import ray_internals
@@ -110,3 +111,19 @@ def test_usage_statistics_that_are_disabled_get_no_actor(mocked):
     mocked[USAGE_DISABLED].return_value = True
     ray_internals.place_ray_data_actors()
     assert mocked[STATS].called and not mocked[USAGE].called
+
+
+def test_ray_does_not_tell_that_its_token_is_on_but_warns_if_it_is_off():
+    ray_internals.silence_start()
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = authentication_token_setup.logger
+    logger.addHandler(handler)
+    try:
+        authentication_token_setup._warn_token_auth_enabled()
+        assert not messages
+        authentication_token_setup._warn_token_auth_disabled()
+        assert len(messages) == 1 and "authentication is disabled" in messages[0]
+    finally:
+        logger.removeHandler(handler)

@@ -23,7 +23,15 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from posmlp import storage
 from posmlp.errors import UserError
@@ -162,6 +170,22 @@ class TrainSplitSection(WeightedSplitSection):
         return super().expand(value)
 
 
+class ValSplitSection(SplitSection):
+    """The validation split: a list of its own, or a share of the training videos. A number alone is a share."""
+
+    path: str = ""  # with a share: the training list
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the training videos, see ``posmlp.video.holdout``
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the choice of these videos
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        """As of ``SplitSection``, and a number."""
+        number = value.value if isinstance(value, Scalar) else value
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            return {"share": value}
+        return super().expand(value)
+
+
 class DataSection(Section):
     """Where the videos are, and how a clip is cut from a video."""
 
@@ -169,7 +193,8 @@ class DataSection(Section):
     classes: str | None = None  # file of class names, for formats with a separate one
     template: str = "{:05d}.jpg"  # file names of a frame folder's images, numbered from 1 (ssv1)
     train: TrainSplitSection  # a path, a section, or a list of them
-    val: SplitSection
+    val: ValSplitSection  # a path, a section, or a share of the training videos such as 0.2
+    group_by: str | None = None  # column of the training list (or `folder`); a share never parts videos of one group
     test: SplitSection | None = None  # videos that only `posmlp evaluate --split test` sees
     # So that rare classes count as much as frequent ones; weights: in the loss; sampling: draw their videos more often.
     balance: Literal["none", "weights", "sampling"] = "none"
@@ -188,6 +213,13 @@ class DataSection(Section):
     cache_dir: str | None = None  # store all decoded frames here, so that each video is decoded once
     max_bad_fraction: Fraction = 0.05  # fail if a larger share of an epoch's videos cannot be decoded
     rows_per_block: Positive = 16  # videos per Ray Data task
+
+    @field_validator("val")
+    @classmethod
+    def name_the_list(cls, val: ValSplitSection, info: ValidationInfo) -> ValSplitSection:
+        """Give a share the path of the list that it is a share of."""
+        train = info.data.get("train")
+        return val.model_copy(update={"path": train.path}) if val.share and not val.path and train else val
 
 
 class AugmentSection(Section):
@@ -308,6 +340,18 @@ class Config(Section):
         if self.data.decoder == "decord" and self.data.cache_dir:
             problems.append(
                 "data.decoder decord has no effect with data.cache_dir, which PyAV fills; remove one of them"
+            )
+        val, train = self.data.val, self.data.train
+        if not val.path:
+            problems.append("data.val: missing; give a list (data.val.path), or a share of the training videos (0.2)")
+        if val.share and (val.path != train.path or val.root or val.where):
+            problems.append(
+                f"data.val.share {val.share:g} is of the training list {train.path}, so data.val has no list, root or "
+                "where of its own; leave them out, or set data.val.share=null"
+            )
+        if self.data.group_by and not val.share:
+            problems.append(
+                f"data.group_by {self.data.group_by} has an effect only where data.val is a share; leave it out"
             )
         if self.data.modality == "rgb_difference" and self.model.variant().frames < 2:
             problems.append("data.modality rgb_difference needs model.frames of at least 2")

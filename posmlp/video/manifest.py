@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,15 @@ from posmlp.video.formats import (
     StopReading,
     path_kind,
 )
+from posmlp.video.holdout import choose_held_out
 
 __all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest", "read_split"]
 
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())],
 )
+GROUP = "group"  # column of rows that are grouped
+FOLDER = "folder"  # groups by the folder of each video
 MAX_PROBLEMS_SHOWN = 20  # in a message
 DRIVE = re.compile(r"[A-Za-z]:/")
 TEMPLATE = re.compile(r"([^{}/]*)\{0?(?::0?[0-9]*d?)?\}([^{}/]*)")  # one number, as in img_{:05d}.jpg
@@ -91,6 +94,7 @@ def read_manifest(
     template: str = "{:05d}.jpg",
     missing_ok: bool = False,
     known: KnownClasses | None = None,
+    group_by: str | None = None,
 ) -> Manifest:
     """Read and check the videos of a split.
 
@@ -122,6 +126,8 @@ def read_manifest(
         known: the classes that the labels refer to, of the training list or of a checkpoint. They are matched by name,
             or by label if the list has no names. Some may be absent; a kept row of another class is a problem. None:
             the list defines the classes.
+        group_by: a column of the list, or ``folder`` for the folder of each video. The rows get a further column,
+            ``group``; a video whose column is empty is a group of its own.
 
     Raises:
         ManifestError: lists all problems.
@@ -136,6 +142,7 @@ def read_manifest(
         format,
         missing_ok,
         known,
+        group_by,
     )
     try:
         manifest = _build_manifest(source)
@@ -205,6 +212,7 @@ def _build_manifest(source: ManifestSource) -> Manifest:
         uris = _find_videos(source, listing, rows, uris, folder)
     if listing.pictures:
         uris, frames = [_escape_braces(uri) for uri in uris], [1] * len(uris)
+    groups = _groups(source, listing, rows)
     source.stop_if_bad()
     columns = {
         "sample_id": [row.sample_id or row.path for row in rows],
@@ -212,7 +220,21 @@ def _build_manifest(source: ManifestSource) -> Manifest:
         "label": [labels[i] for i in kept],
         "frames": frames,
     }
-    return Manifest(pa.table(columns, schema=SCHEMA), classes, folder)
+    table = pa.table(columns, schema=SCHEMA)
+    return Manifest(table.append_column(GROUP, pa.array(groups)) if source.group_by else table, classes, folder)
+
+
+def _groups(source: ManifestSource, listing: Listing, rows: list[ListingRow]) -> list[str]:
+    """The group of each row, see ``read_manifest``; of no meaning without ``group_by``."""
+    name = source.group_by
+    if name in listing.columns:
+        place = listing.columns.index(name)
+        return [row.values[place] or f"{row.path}\0" for row in rows]  # no value of a column has a zero character
+    if name not in (None, FOLDER):
+        columns = f"columns are {', '.join(listing.columns)}" if listing.columns else "this list has no columns"
+        text = f"no column {name!r} to group by (`group_by`); {columns}; `{FOLDER}` groups videos by their folder"
+        source.problem(source.path, _first_line(source.path), text)
+    return [os.path.dirname(row.path) for row in rows]
 
 
 def _choose_format(source: ManifestSource) -> str:
@@ -593,14 +615,25 @@ Split = Literal["train", "val", "test"]
 def read_split(data: DataSection, name: Split, known: KnownClasses | None = None) -> Manifest:
     """Read a split of a recipe; raises the errors of ``read_manifest``.
 
-    Several training lists become one manifest. The labels of the later ones refer to the classes of the first, and the
+    If ``data.val.share`` is set, training and validation split the training list (``posmlp.video.holdout``). Several
+    training lists become one manifest. The labels of the later ones refer to the classes of the first, and the
     sample ids of list n (from 2) begin with ``n:``. If lists have weights, the rows have a further column, ``weight``
     (``posmlp.video.draws``).
 
     Args:
         known: the classes that the labels shall refer to; give ``training_classes`` for the validation split.
     """
-    return _read(data, name, known=known)
+    if data.val.share is None or name == "test":
+        return _read(data, name, known=known)
+    manifest = _read(data, "train", known=known, group_by=data.group_by)
+    groups = manifest.rows[GROUP if data.group_by else "sample_id"].to_pylist()
+    held_out = choose_held_out(groups, manifest.rows["label"].to_pylist(), data.val.share, data.val.seed)
+    if not any(held_out):
+        text = f"data.val.share {data.val.share:g} leaves no video for validation: no class has two videos or groups"
+        raise ManifestError([f"{data.train.path}: {text}; add videos, or give a list of its own (data.val.path)"])
+    rows = manifest.rows.filter(pa.array([each == (name == "val") for each in held_out]))
+    dropped = [column for column in (GROUP, *([WEIGHT] if name == "val" else [])) if column in rows.column_names]
+    return replace(manifest, rows=rows.drop_columns(dropped).combine_chunks())
 
 
 def training_classes(data: DataSection, manifest: Manifest | None = None) -> KnownClasses:
@@ -622,14 +655,21 @@ def _first_lists_classes(data: DataSection, manifest: Manifest) -> KnownClasses:
     return KnownClasses(manifest.classes, f"the training list {data.train.path}", advice)
 
 
-def _read(data: DataSection, name: Split, *, known: KnownClasses | None = None, missing_ok: bool = False) -> Manifest:
+def _read(
+    data: DataSection,
+    name: Split,
+    *,
+    known: KnownClasses | None = None,
+    missing_ok: bool = False,
+    group_by: str | None = None,
+) -> Manifest:
     split: SplitSection | None = getattr(data, name)
     if split is None:
         raise UserError(f"the recipe has no data.{name}; name the list, as in data.{name}.path={name}.csv")
     manifests: list[Manifest] = []
     for each in split.lists:
         files = {"root": each.root, "classes": data.classes, "template": data.template}
-        options: dict[str, Any] = {"known": known, "missing_ok": missing_ok, **files}
+        options: dict[str, Any] = {"known": known, "missing_ok": missing_ok, "group_by": group_by, **files}
         manifests.append(read_manifest(each.path, each.where, format=data.format, **options))
         known = known or _first_lists_classes(data, manifests[0])
     weights = [each.weight for each in split.lists if isinstance(each, WeightedSplitSection)]

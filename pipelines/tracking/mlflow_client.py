@@ -142,10 +142,13 @@ def create_run(
     uri = tracking_uri(config)
     experiment = experiment_of_study(client, tags.get(PARENT), uri) or get_or_create_experiment(client, config)
     tags = {k: shorten(scrub(v, uri), MAX_TAG_LENGTH) for k, v in tags.items()}
-    run_id = find_trial_run(client, experiment, tags)
-    run_id = run_id or client.create_run(experiment, run_name=tags.get(RUN_NAME, config.name), tags=tags).info.run_id
+    run_id, logged = find_trial_run(client, experiment, tags), dict[str, str]()
+    if run_id:
+        logged = client.get_run(run_id).data.params
+    else:
+        run_id = client.create_run(experiment, run_name=tags.get(RUN_NAME, config.name), tags=tags).info.run_id
     texts = {k: shorten(scrub(str(v), uri), MAX_PARAM_LENGTH) for k, v in (config.flat() | dict(params or {})).items()}
-    all_params = [Param(k, text) for k, text in texts.items()]
+    all_params = [Param(k, text) for k, text in texts.items() if k not in logged]  # MLflow refuses to change one
     for i in range(0, len(all_params), MAX_PARAMS):
         client.log_batch(run_id, params=all_params[i : i + MAX_PARAMS])
     client.log_text(run_id, scrub(config.to_yaml(), uri), "config.yaml")

@@ -11,9 +11,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
-from pipelines.tracking.delivery import sync_journals
-from pipelines.tracking.journal import JournalInUse, JournalState, read_entries
-from pipelines.tracking.mlflow_client import shorten, source_tags
+from pipelines.tracking.delivery import DeliveryWorker, sync_journals
+from pipelines.tracking.journal import Journal, JournalInUse, JournalState, read_entries
+from pipelines.tracking.mlflow_client import PARENT, create_run, prepare_mlflow, shorten, source_tags
+from pipelines.tracking.operations import LogMetrics
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import (
     links_text,
@@ -415,3 +416,37 @@ def test_a_checkpoints_recipe_does_not_choose_who_gets_the_password(tmp_path, mo
                     refuse_foreign_server(theirs)
             patch.setenv("MLFLOW_TRACKING_URI", "http://me:hushhush@mlflow.example:5000/")
             refuse_foreign_server(theirs)
+
+
+def test_metrics_sent_again_after_a_kill_are_stored_once(tmp_path):
+    """Those that are not a number too, which older versions of MLflow did not recognise (mlflow#24612)."""
+    prepare_mlflow()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    run_id = client.create_run(client.create_experiment("again")).info.run_id
+    journal = Journal(tmp_path / "journal.jsonl")
+    for step in range(1, 5):
+        values = {"train/loss": 1.0 / step, "data/object_store_mb": float("nan") if step % 2 else 3.0}
+        journal.append(LogMetrics(1000 * step, step, values))
+    delivery = DeliveryWorker(journal, uri, run_id, check_stored_epochs=False)
+    delivery.deliver(delivery.next_entries())  # and the process is killed before it writes how far it got
+    journal.append(LogMetrics(9000, 9, {"train/loss": 0.1, "data/object_store_mb": float("nan")}))
+    delivery.deliver_all()
+    journal.close()
+    for key in ("train/loss", "data/object_store_mb"):
+        assert rows(tmp_path / "mlflow.db", run_id, key) == once(1, 2, 3, 4, 9)
+    assert not (tmp_path / "journal.rejected").exists()
+
+
+def test_the_run_of_a_trial_that_was_killed_at_its_start_is_used_with_other_settings(tmp_path):
+    """MLflow refuses to change a param: the run keeps those that it started with."""
+    prepare_mlflow()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    config = recipe(tmp_path)
+    tags = {PARENT: create_run(client, config, {"study": "s"}), "trial": "3"}
+    first = create_run(client, config, tags, {"search.width": 8})
+    changed = recipe(tmp_path, "scaling.workers=2", "scaling.max_failures=9")
+    assert create_run(client, changed, tags, {"search.width": 8, "search.depth": 2}) == first
+    params = client.get_run(first).data.params
+    assert (params["scaling.workers"], params["scaling.max_failures"]) == ("1", "3")
+    assert (params["search.width"], params["search.depth"]) == ("8", "2")

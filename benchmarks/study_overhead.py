@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 
 from pipelines.tuning.study import find_study, read_trials, study_space
 from posmlp.config import load_recipe
-from posmlp.metrics import PERF_DATA_WAIT_FRAC, PERF_EPOCH_S
+from posmlp.metrics import PERF_DATA_WAIT_FRAC, PERF_EPOCH_S, PERF_FIRST_BATCH_S
 from posmlp.video.motion import make_motion_set
 
 POSMLP = [sys.executable, "-m", "pipelines.cli"]
@@ -45,10 +45,11 @@ def training_times(folder: Path) -> tuple[float, float]:
     for run in client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]):
         if PERF_EPOCH_S not in run.data.metrics:
             continue  # the study's own run
-        histories = [client.get_metric_history(run.info.run_id, k) for k in (PERF_EPOCH_S, PERF_DATA_WAIT_FRAC)]
-        for seconds, share in zip(*histories, strict=True):
+        names = (PERF_EPOCH_S, PERF_DATA_WAIT_FRAC, PERF_FIRST_BATCH_S)
+        histories = [client.get_metric_history(run.info.run_id, name) for name in names]
+        for seconds, share, first in zip(*histories, strict=True):
             training += seconds.value
-            waiting += seconds.value * share.value
+            waiting += first.value + (seconds.value - first.value) * share.value
     return training, waiting
 
 

@@ -41,7 +41,9 @@ PERF_CLIPS_PER_S = "perf/clips_per_s"  # over all workers
 PERF_TFLOPS = "perf/tflops"  # 10^12 operations/s over all workers (posmlp.model.cost.TRAIN_FLOPS_PER_MAC)
 PERF_MFU = "perf/mfu"  # share of the devices' peak; left out where the peak is not known
 PERF_MEMORY_MB = "perf/memory_mb"  # peak of the first worker, MB: of its GPU, or of its process on a CPU
-PERF_DATA_WAIT_FRAC = "perf/data_wait_frac"  # share of the epoch's time spent waiting for clips, mean over workers
+PERF_DATA_WAIT_FRAC = (
+    "perf/data_wait_frac"  # share of the time after the first batch spent waiting for clips, mean over workers
+)
 PERF_FIRST_BATCH_S = "perf/first_batch_s"  # seconds until the epoch's first batch, while the decoders start
 PERF_EPOCH_S = "perf/epoch_s"  # seconds of the training part of the epoch
 

@@ -18,8 +18,6 @@ from posmlp.metrics import (
     EPOCH,
     PERF_CLIPS_PER_S,
     PERF_DATA_WAIT_FRAC,
-    PERF_EPOCH_S,
-    PERF_FIRST_BATCH_S,
     TRAIN_LOSS,
     VAL_BEST_EPOCH,
     VAL_BEST_TOP1,
@@ -128,6 +126,11 @@ class EpochMeter:
         yield
         self.waited += time.perf_counter() - before
         self.first_batch_s = self.first_batch_s or self.waited
+
+    def data_wait(self) -> float:
+        """The share of the time after the first batch in which the worker waited for clips."""
+        after = self.seconds - self.first_batch_s
+        return (self.waited - self.first_batch_s) / after if after > 0 else 0.0
 
     def line_is_due(self) -> bool:
         """Whether it is time for a progress line; if so, count it and set ``seconds``."""
@@ -242,7 +245,7 @@ def describe_steps(progress: RunProgress, meter: EpochMeter, epoch: int, steps: 
     rate, step_s = meter.steps / meter.seconds, meter.step_s()
     text = f"epoch {epoch + 1}/{config.train.epochs}  step {progress.steps}/{steps}  "
     text += f"loss {progress.loss / progress.steps:.3f}  {rate * config.train.global_batch:.1f} clips/s  "
-    text += f"data wait {meter.waited / meter.seconds:.0%}"
+    text += f"data wait {meter.data_wait():.0%}"
     if step_s is None:
         return text
     left = (steps * (config.train.epochs - epoch) - progress.steps) * step_s
@@ -306,8 +309,7 @@ def advise(metrics: dict[str, float], config: Config) -> dict[str, str]:
         A text for each problem: ``wait`` (or ``cache`` while the cache is filled) and ``spill``.
     """
     data, texts = config.data, {}
-    seconds, first = metrics[PERF_EPOCH_S], metrics[PERF_FIRST_BATCH_S]
-    waited = (metrics[PERF_DATA_WAIT_FRAC] * seconds - first) / (seconds - first)  # without the start of the decoders
+    waited = metrics[PERF_DATA_WAIT_FRAC]
     if waited > MAX_DATA_WAIT:
         kind = "wait"
         knobs = [

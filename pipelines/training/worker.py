@@ -302,7 +302,7 @@ class Worker:
     def training_metrics(self, meter: EpochMeter) -> dict[str, float]:
         """The metrics of an epoch's training steps. Collective: call it on every rank."""
         progress, (used, spilled) = self.progress, self.store_usage()
-        (waited_share,) = mean_over_workers([meter.waited / meter.seconds])
+        (waited_share,) = mean_over_workers([meter.data_wait()])
         metrics = {
             names.TRAIN_LOSS: progress.loss / progress.steps,
             names.TRAIN_GRAD_NORM: progress.grad_norm / max(1, progress.norms),

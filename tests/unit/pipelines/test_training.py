@@ -28,9 +28,9 @@ from pipelines.training.progress import (
     RunProgress,
     StepSeries,
     best_so_far,
+    describe_epoch,
     describe_overrides,
     describe_result,
-    describe_epoch,
     describe_steps,
     early_stop,
 )
@@ -182,6 +182,12 @@ def test_a_line_within_an_epoch(monkeypatch):
         meter.add_step()
     assert meter.line_is_due() and not meter.line_is_due()
     assert (meter.seconds, meter.waited, meter.first_batch_s, meter.lines) == (8, 2, 2, 1)
+    assert meter.data_wait() == 0
+    with meter.waiting():
+        now += 1.5
+    meter.end()
+    assert meter.data_wait() == pytest.approx(1.5 / 7.5)
+    meter.seconds, meter.waited = 8.0, 3.5
     config = load_recipe("demo", ["train.epochs=3", "train.global_batch=8"])
     line = describe_steps(progress, meter, 1, 20, config)
     assert line == "epoch 2/3  step 14/20  loss 1.000  4.0 clips/s  data wait 25%  left 26 s"

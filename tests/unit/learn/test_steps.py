@@ -2,22 +2,25 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.learn.learner import Learner
+from posmlp.learn import learner as learner_module
+from posmlp.learn.learner import ExplodedError, Learner, StepResult, autocast, micro_batch_size
 from posmlp.learn.optim import learning_rate
 from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 
 
-def make_learner(*overrides, steps=5):
+def make_learner(*overrides, steps=5, class_weights=None):
     config = load_recipe("demo", [*SMALL, *overrides])
     torch.manual_seed(0)
-    return Learner(create_model(config.model.name, **config.model.overrides()), config, steps)
+    model = create_model(config.model.name, **config.model.overrides())
+    return Learner(model, config, steps, class_weights=class_weights)
 
 
 def test_the_optimizer_gets_the_rate_of_each_step_within_an_epoch():
@@ -77,3 +80,142 @@ def test_the_rate_stays_at_its_end_and_a_short_decay_is_a_whole_one():
     assert rate(1.75, 2, 1.5) == pytest.approx(0.002)  # half-way between 0.003 and 0.001
     assert rate(2, 2, 1.5) == pytest.approx(0.001)
     assert rate(1.999, 2, 2) == pytest.approx(0.003 * 0.9995)
+
+
+def test_the_random_numbers_of_a_step_stay_the_same(monkeypatch):
+    """A run that resumes under a newer version continues with them: (seed * 1,000,003 + step) * 1,009 + rank."""
+    monkeypatch.setattr(learner_module, "rank", lambda: 3)
+    learner, seeds = make_learner("train.seed=2"), []
+    learner.step = 5
+    learner.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    learner.train_step(make_batch())
+    assert seeds == [2_018_011_102]
+
+
+@pytest.mark.parametrize(("size", "synced"), [(8, [True]), (4, [False, True]), (2, [False] * 3 + [True])])
+def test_gradients_are_exchanged_with_the_last_micro_batch(size, synced, monkeypatch):
+    """And the loss is that of all of them. In eval mode, as batch norm would see other clips together."""
+    seen, sync = [], learner_module.gradient_sync
+
+    def record(model, *, enabled):
+        seen.append(enabled)
+        return sync(model, enabled=enabled)
+
+    monkeypatch.setattr(learner_module, "gradient_sync", record)
+    results = []
+    for micro_batch in (size, 8):
+        learner = make_learner(f"scaling.micro_batch={micro_batch}")
+        learner.module.eval()
+        results.append([each.item() for each in learner.backward(make_batch())])
+    assert seen == [*synced, True]
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_workers_loss_is_scaled_to_the_global_batch(monkeypatch):
+    """The mean over 4 workers of 8 / 4 clips each is the mean over the global batch of 8."""
+    alone, norm = make_learner().backward(make_batch())
+    monkeypatch.setattr(learner_module, "world_size", lambda: 4)
+    shared, shared_norm = make_learner().backward(make_batch())
+    assert shared.item() == pytest.approx(4 * alone.item())
+    assert shared_norm.item() == pytest.approx(4 * norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "scale", "loss", "norm", "refused"),
+    [
+        ("fp32", 1.0, 2.0, 1e30, False),
+        ("fp32", 1.0, 2.0, math.inf, True),
+        ("fp16", 2.0, 2.0, math.inf, False),  # the scaler skips the step and lowers the scale
+        ("fp16", 1.0, 2.0, math.inf, True),  # it was not the scale
+        ("fp16", 2.0, 20.9, 1.0, True),
+        ("fp32", 1.0, 20.7, 1.0, False),  # 10 times ln 8 is 20.79
+        ("fp32", 1.0, 20.9, 1.0, True),
+        ("fp32", 1.0, math.nan, 1.0, True),
+        ("fp32", 1.0, 2.0, math.nan, True),
+    ],
+)
+def test_which_steps_are_refused(precision, scale, loss, norm, refused):
+    learner = make_learner(f"train.precision={precision}")
+    learner.step = 3
+    if precision == "fp16":
+        learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    if not refused:
+        return learner.refuse_exploded(StepResult(loss, norm))
+    with pytest.raises(ExplodedError) as error:
+        learner.refuse_exploded(StepResult(loss, norm))
+    expected = f"step 3 exploded: loss {loss:.4g} (a random guess has 2.08), gradient norm {norm:.4g}"
+    assert str(error.value) == expected
+
+
+def test_heavy_classes_may_have_a_higher_loss():
+    """With weights up to 3, up to 3 times 20.79; weights below 1 do not lower the limit; two classes have ln 2 < 1."""
+    for weights, limit in [([0.5, 3.0, *[1.0] * 6], 62.38), ([0.5] * 8, 20.79)]:
+        learner = make_learner(class_weights=np.array(weights))
+        learner.refuse_exploded(StepResult(limit - 0.01, 1.0))
+        with pytest.raises(ExplodedError):
+            learner.refuse_exploded(StepResult(limit + 0.01, 1.0))
+    learner = make_learner("model.num_classes=2")
+    learner.refuse_exploded(StepResult(9.9, 1.0))
+    with pytest.raises(ExplodedError, match=r"a random guess has 0\.693"):
+        learner.refuse_exploded(StepResult(10.1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("count", "micro_batch", "together", "size"),
+    [
+        (8, None, [], 8),
+        (8, 8, [], 8),
+        (8, 3, [], 3),  # 3 micro-batches of at most 3
+        (9, 4, [], 3),
+        (8, 4, ["augment.mixup=0.2"], 4),
+        (10, 4, ["augment.mixup=0.2"], 4),  # 3 micro-batches of at least 10 / 3, in pairs
+        (12, 6, ["data.repeats=3"], 6),
+        (12, 6, ["data.repeats=3", "augment.cutmix=1"], 6),
+        (24, 18, ["data.repeats=3", "augment.cutmix=1"], 12),
+    ],
+)
+def test_the_size_of_micro_batches(count, micro_batch, together, size):
+    overrides = [f"train.global_batch={12 * count}", f"scaling.micro_batch={micro_batch or 'null'}", *together]
+    assert micro_batch_size(count, load_recipe("demo", [*SMALL, *overrides])) == size
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_type_of_autocast(precision, dtype):
+    config = load_recipe("demo", [*SMALL, f"train.precision={precision}"])
+    with autocast(torch.device("cpu"), config):
+        assert torch.is_autocast_enabled("cpu") == (dtype is not None)
+        assert dtype is None or torch.get_autocast_dtype("cpu") == dtype
+
+
+def test_the_state_is_whole_on_the_cpu_and_loads_by_any_number_of_workers(monkeypatch):
+    """What PyTorch's distributed state dicts are asked for; with shards, the tests of two processes need it."""
+    asked = []
+    for name in (
+        "get_model_state_dict",
+        "get_optimizer_state_dict",
+        "set_model_state_dict",
+        "set_optimizer_state_dict",
+    ):
+        function = getattr(learner_module, name)
+
+        def record(*given, options, _name=name, _function=function):
+            asked.append((_name, options.full_state_dict, options.cpu_offload, options.strict))
+            return _function(*given, options=options)
+
+        monkeypatch.setattr(learner_module, name, record)
+    learner = make_learner("optim.ema=0.5")
+    learner.train_step(make_batch())
+    weights, state = learner.weights(), learner.state_dict()
+    assert asked == [
+        ("get_model_state_dict", True, True, True),
+        ("get_model_state_dict", True, True, True),
+        ("get_optimizer_state_dict", True, True, True),
+    ]
+    asked.clear()
+    make_learner("optim.ema=0.5").load_state_dict(weights, state)
+    assert asked == [
+        ("set_model_state_dict", True, False, True),
+        ("set_model_state_dict", True, False, True),
+        ("set_optimizer_state_dict", True, False, False),
+    ]
+    assert (state["step"], state["ema_updates"]) == (1, 1)

@@ -305,7 +305,7 @@ class RunReporter:
         self.bad: dict[str, BadVideo] = {}
         self.confusion: np.ndarray | None = None
         self.top5: np.ndarray | None = None
-        self.epochs_logged = tracker.epochs_logged()
+        self.epochs_logged, self.epochs_reported = tracker.epochs_logged(), 0
 
     def receive(self, channel: ActorHandle) -> None:
         """Handle all events since the last call, and publish the run's progress to Prometheus."""
@@ -337,7 +337,8 @@ class RunReporter:
     def add_epoch(self, metrics: dict[str, float]) -> None:
         """Add the metrics of a finished epoch; workers that resume send those of earlier epochs again."""
         epoch = int(metrics[EPOCH])
-        if epoch > len(self.history):
+        if epoch > self.epochs_reported:
+            self.epochs_reported = epoch
             self.on_epoch(metrics)
         self.history[epoch - 1 :] = [metrics]
         if epoch > self.epochs_logged:

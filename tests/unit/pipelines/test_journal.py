@@ -1,11 +1,15 @@
 """The journal alone: the format of its lines, what it stores and returns, and which failures it survives."""
 
 import json
+import os
 import resource
+import stat
+from pathlib import Path
 
 import pytest
 
-from pipelines.tracking.journal import Journal, JournalInUse, JournalState, archive_journal, read_entries
+from pipelines.tracking import journal as journal_module
+from pipelines.tracking.journal import Journal, JournalInUse, JournalState, archive_journal, is_held, read_entries
 from pipelines.tracking.operations import (
     EndRun,
     LogFile,
@@ -222,3 +226,153 @@ def test_an_archived_journal_keeps_everything_that_belongs_to_it(tmp_path):
     assert archived.queue[1].operation.path == "a.png"
     assert (archived.files_folder / archived.queue[1].operation.file).read_bytes() == b"picture"
     assert json.loads(archived.rejected_path.read_text())["reason"] == "no"
+
+
+def test_a_journal_is_held_while_it_is_open(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    assert not is_held(path)
+    assert not path.exists()
+    journal = filled(path, 1)
+    assert is_held(path)
+    journal.close()
+    before = path.read_bytes()
+    assert not is_held(path)
+    assert path.read_bytes() == before
+    Journal(path).close()  # to ask does not keep it
+
+
+def test_bytes_that_are_no_text_are_kept_as_a_readable_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b"\xff{}\n")
+    assert [entry.operation for entry in read_entries(path)] == [Unreadable("\ufffd{}\n")]
+
+
+def test_a_journal_makes_its_folders_and_others_may_read_it(tmp_path):
+    before = os.umask(0o022)
+    try:
+        journal = filled(tmp_path / "several" / "folders" / "journal.jsonl", 1)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o644
+    assert journal.path.read_text() == '{"op": "metrics", "time": 0, "step": 0, "values": {"train/loss": 0.5}}\n'
+
+
+def test_progress_as_it_lies_on_disk(tmp_path):
+    """The offset after what is delivered, and where the lines begin that are tried again later."""
+    journal = filled(tmp_path / "journal.jsonl", 3)
+    size = journal.path.stat().st_size // 3
+    journal.postpone(journal.queue[0])
+    journal.mark_done(journal.queue[0])
+    assert json.loads((tmp_path / "journal.done").read_text()) == {"offset": 2 * size, "aside": [0]}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["journal.done", "journal.jsonl"]
+
+
+def test_a_reopened_journal_knows_how_often_a_file_is_needed(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for text in (b"old", b"new"):
+        journal.append_file(LogFile("a/table.json"), "a/table.json", text)
+    journal.append(numbered(0))
+    journal.close()
+    journal = Journal(journal.path)
+    first, second, last = journal.queue
+    assert journal.is_superseded(first) and not journal.is_superseded(last)
+    journal.mark_done(first)
+    file = journal.files_folder / second.operation.file
+    assert file.read_bytes() == b"new" and not journal.is_superseded(second)
+    journal.mark_done(second, keep_file=True)
+    assert file.exists()
+
+
+def test_the_folder_of_a_carried_file_follows_from_its_name(tmp_path):
+    """The first 12 digits of sha1 of the name, as sha1sum prints it."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append_file(LogFile("x"), "a/table.json", b"1")
+    assert journal.queue[0].operation == LogFile("x", "acf3565ebe93/table.json")
+    assert (tmp_path / "journal.files" / "acf3565ebe93" / "table.json").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("removable", [True, False])
+def test_a_file_that_cannot_be_stored_is_reported_with_the_reason(tmp_path, monkeypatch, removable):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    if not removable:
+        monkeypatch.setattr(journal_module, "remove_path", full)
+    with log_lines() as lines:
+        journal.append_file(LogFile("a.png"), "a.png", b"picture")
+    assert not journal.queue
+    assert lines == [
+        f"{path} cannot be written (No space left on device). The run continues, but operations that MLflow does not "
+        "accept at once are kept in memory only, and files are not logged."
+    ]
+
+
+def test_an_error_without_a_reason_of_the_system_is_reported_in_its_own_words(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.jsonl")
+    monkeypatch.setattr(os, "write", lambda handle, line: len(line) - 1)
+    with log_lines() as lines:
+        journal.append(numbered(0))
+    assert len(lines) == 1 and "cannot be written (the disk took only a part of the line). The run" in lines[0]
+    assert journal.pending_count() == 1 and journal.path.stat().st_size == 0
+
+
+def test_lines_are_forced_to_the_disk_unless_they_need_not_be(tmp_path, monkeypatch):
+    forced, write = [], os.write
+    journal = Journal(tmp_path / "journal.jsonl")
+    monkeypatch.setattr(os, "fsync", forced.append)
+    journal.append(numbered(0), durable=False)
+    assert forced == []
+    journal.append(numbered(1))
+    assert forced == [journal.handle]
+    monkeypatch.setattr(os, "write", lambda *_: 0)
+    journal.append(numbered(2), durable=False)
+    monkeypatch.setattr(os, "write", write)
+    handle = journal.handle
+    journal.close()
+    assert forced == [handle] * 2
+    assert steps(read_entries(journal.path)) == [0, 1, 2]
+
+
+def test_a_closed_journal_is_silent(tmp_path):
+    journal = filled(tmp_path / "journal.jsonl", 1)
+    journal.close()
+    journal.close()
+    with log_lines() as lines:
+        journal.append(numbered(1))
+    assert lines == []
+    assert steps(read_entries(journal.path)) == [0]
+
+
+def test_every_change_is_notified(tmp_path, monkeypatch):
+    journal, told = Journal(tmp_path / "journal.jsonl"), []
+    monkeypatch.setattr(journal.changed, "notify_all", lambda: told.append(journal.pending_count()))
+    journal.append(numbered(0))
+    journal.append(numbered(1))
+    journal.postpone(journal.queue[0])
+    journal.mark_done(journal.queue[0])
+    assert told == [1, 2, 2, 1]
+
+
+def test_the_state_of_a_run_by_hand(tmp_path):
+    """Epochs by train/loss, steps by by_step/train_loss, and the next step of the system's metrics; other runs' not."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    assert JournalState.read(path) == JournalState.read(tmp_path / "missing") == JournalState()
+    journal.append(OpenRun("http://a", "abc", offline=True))
+    journal.append(LogMetrics(0, 7, {"train/loss": 1.0}))
+    journal.append(LogMetrics(0, 6, {"train/loss": 1.0}))
+    journal.append(LogMetrics(0, 9, {"val/top1": 1.0}))
+    journal.append(LogMetrics(0, 9, {"train/loss": 1.0}, run_id="def"))
+    journal.append(LogMetrics(0, 4, {"x": 1.0, "system/cpu": 1.0}))
+    journal.append(LogSeries(["by_step/lr", "by_step/train_loss"], [[1000, 30, 0.1, 2.0], [2000, 20, 0.1, 2.0]]))
+    journal.append(LogSeries(["by_step/train_loss"], [[3000, 25, 0.5]]))
+    journal.append(LogSeries(["by_step/lr"], [[3000, 99, 0.5]]))
+    journal.append(OpenRun("http://b", "abc", offline=False))
+    journal.close()
+    assert JournalState.read(path) == JournalState(
+        run_id="abc", uri="http://b", last_epoch=7, last_step=30, next_system_step=5, opened_offline=True
+    )

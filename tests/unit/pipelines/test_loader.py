@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.loader import chain_segments, global_order, local_order
+from pipelines.data.loader import chain_segments, decoding_options, global_order, local_order
 from posmlp.config import load_recipe
 
 
@@ -78,3 +78,27 @@ def test_an_error_in_a_later_segment_is_raised():
 
     with pytest.raises(ValueError, match="no clips"):
         list(chain_segments(iter([(iter([1, 2]), 2), (bad(), 3)])))
+
+
+def test_a_segment_starts_when_three_quarters_of_the_one_before_are_used():
+    """With the 6th of 8, the only one, and the 4th of 5; counted are the results that were seen by then."""
+    seen, started = [], []
+
+    def segments():
+        for number, length in enumerate([8, 1, 5, 2]):
+            started.append(len(seen))
+            yield ((number, i) for i in range(length)), length
+
+    for result in chain_segments(segments()):
+        seen.append(result)
+    assert started == [0, 5, 8, 12]
+    assert seen == [(n, i) for n, length in enumerate([8, 1, 5, 2]) for i in range(length)]
+
+
+def test_decoding_prefers_the_nodes_with_the_labels_and_falls_back_to_any():
+    assert decoding_options(recipe().scaling) == {}
+    labelled = recipe("scaling.decode_on={ray.io/node-group: cpu, disk: fast}").scaling
+    assert decoding_options(labelled) == {
+        "label_selector": {"ray.io/node-group": "cpu", "disk": "fast"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }

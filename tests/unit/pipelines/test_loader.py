@@ -87,7 +87,7 @@ def test_a_segment_starts_when_three_quarters_of_the_one_before_are_used():
     def segments():
         for number, length in enumerate([8, 1, 5, 2]):
             started.append(len(seen))
-            yield ((number, i) for i in range(length)), length
+            yield iter([(number, i) for i in range(length)]), length
 
     for result in chain_segments(segments()):
         seen.append(result)

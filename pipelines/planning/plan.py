@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from pipelines.training.progress import SEND_STEPS_S, StepSeries
 from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
@@ -39,6 +38,8 @@ TRAIN_METRICS = 9  # values per epoch (Worker.training_metrics in pipelines.trai
 THROUGHPUT_METRICS = 4  # values per epoch without perf/mfu (Worker.throughput_metrics)
 EPOCH_METRICS = 2  # values per epoch without data/decoded_by_pyav (Worker.run_epoch)
 VAL_METRICS = sum(str(name).startswith(metrics.VAL) for name in vars(metrics).values()) - 1  # without the prefix itself
+MAX_STEP_POINTS = 500  # of each metric by step in a run (pipelines.training.progress)
+SEND_STEPS_S = 3.0  # seconds between two writes of metrics by step (pipelines.training.progress)
 NODE_METRICS = 8  # values in a node's sample of system metrics, without its GPUs (mlflow.system_metrics)
 GPU_METRICS = 5  # values in that sample for each GPU (mlflow.system_metrics)
 START_WRITES = 5  # create the run, store config.yaml, set the status, log the cost and the lists; params are apart
@@ -343,7 +344,7 @@ class RunPlan:
     def step_points(self) -> int:
         """Return the number of points of the metrics by step in a run."""
         steps = self.steps_per_epoch * self.config.train.epochs
-        return steps // StepSeries.for_run(steps, self.config.train.global_batch).every
+        return steps // math.ceil(steps / MAX_STEP_POINTS)
 
     @property
     def step_writes(self) -> int:

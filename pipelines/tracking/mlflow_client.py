@@ -43,7 +43,7 @@ RUN_NAME = "mlflow.runName"  # the tag with the run's name
 NOTE = "mlflow.note.content"  # the tag with the description, in Markdown
 PARENT = "mlflow.parentRunId"  # the tag with the run below which MLflow's pages show this run
 
-EXPERIMENT_NOTE = "Runs of PosMLP-Video. To see them, choose Model training (top left, next to GenAI) before you click."
+EXPERIMENT_NOTE = "Model training (top left, next to GenAI) shows the runs of PosMLP-Video."
 
 LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 OTHER_STORE = "choose another store with tracking.uri or MLFLOW_TRACKING_URI"

@@ -27,7 +27,6 @@ from posmlp.metrics import (
     COST_GMACS,
     COST_LATENCY_MS,
     COST_PARAMS_M,
-    PERF_CLIPS_PER_S,
     TRAIN_LOSS,
     VAL_BEST_EPOCH,
     VAL_BEST_TOP1,
@@ -39,6 +38,7 @@ LOCAL_PAGES = "http://127.0.0.1:5000"  # where `mlflow server` listens
 TRAINING = "workflowType=machine_learning"  # in an address: MLflow's pages for training
 VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tags; the view's name follows
 RUNS_VIEW = "posmlp-runs"  # the view of all runs of an experiment
+NAME_WIDTH = 340  # pixels of the column of runs' names
 SEARCH_PARAM = "search."  # prefix; a dimension's name follows: the params of a trial's MLflow run
 
 
@@ -158,12 +158,12 @@ def study_view_name(run_id: str) -> str:
 
 def runs_view() -> dict[str, Any]:
     """The view of all runs: the columns that compare them, and charts with validation and training first."""
-    metrics = (VAL_BEST_TOP1, VAL_BEST_EPOCH, VAL_TOP1, TRAIN_LOSS, PERF_CLIPS_PER_S)
-    params = ("model.name", "model.blocks", "model.dims", "train.epochs", COST_GMACS)
+    metrics = (VAL_BEST_TOP1, VAL_BEST_EPOCH, VAL_TOP1, TRAIN_LOSS)
+    params = ("model.name", "model.blocks", COST_GMACS, "train.epochs")
     columns = [column("metrics", name) for name in metrics] + [column("params", name) for name in params]
-    columns += [column("tags", "overrides"), column("attributes", "Models"), column("attributes", "Dataset")]
+    columns += [column("tags", "overrides"), column("attributes", "Dataset"), column("attributes", "Models")]
     order = {"orderByKey": "attributes.start_time", "orderByAsc": False}
-    return order | {"selectedColumns": columns} | charts_state(curves())
+    return order | columns_state(columns) | charts_state(curves())
 
 
 def study_view(study: str, dimensions: Sequence[str]) -> dict[str, Any]:
@@ -181,12 +181,18 @@ def study_view(study: str, dimensions: Sequence[str]) -> dict[str, Any]:
         charts.append(chart("SCATTER", "study", cost, axes))
     filters = {"searchFilter": f"tags.study = '{study}' AND tags.trial LIKE '%'", "runsHiddenMode": "SHOW_ALL"}
     order = {"orderByKey": column("metrics", VAL_TOP1), "orderByAsc": False}
-    return filters | order | {"selectedColumns": columns} | charts_state([*charts, *curves()])
+    return filters | order | columns_state(columns) | charts_state([*charts, *curves()])
 
 
 def column(kind: str, name: str) -> str:
     """The key of a column of the table of runs. ``kind`` is ``metrics``, ``params``, ``tags`` or ``attributes``."""
     return f"{kind}.`{name}`"
+
+
+def columns_state(columns: Sequence[str]) -> dict[str, Any]:
+    """The columns of the table, in this order, as MLflow's pages store them; names of trials fit."""
+    name = column("attributes", "Run Name")
+    return {"selectedColumns": list(columns), "columnOrder": [name, *columns], "columnWidths": {name: NAME_WIDTH}}
 
 
 def curves() -> list[dict[str, Any]]:

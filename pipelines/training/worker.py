@@ -236,7 +236,8 @@ class Worker:
             self.progress.training_metrics = metrics
             self.save()  # before validation, which may take long
         metrics, rows = dict(self.progress.training_metrics), self.train_split.num_rows
-        if (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs:
+        validated = (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs
+        if validated:
             validation = self.validate()
             if validation is None:
                 return None
@@ -247,7 +248,7 @@ class Worker:
             metrics[names.DATA_DECODED_BY_PYAV] = float(self.progress.decoded_by_pyav)
         bad = [BadVideo(**video) for video in self.progress.bad]
         metrics |= {names.DATA_BAD: float(len(bad)), names.EPOCH: float(epoch + 1)}
-        if names.VAL_TOP1 in metrics:
+        if validated:
             metrics |= best_so_far([*self.progress.history, metrics])
         if bad:
             self.send(BadVideosFound(bad))

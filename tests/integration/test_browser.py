@@ -1,21 +1,19 @@
-"""A finished study as its users see it: MLflow's own pages, in a real browser."""
+"""What users see in MLflow's own pages, in a real browser whose profile nobody has touched."""
 
-import json
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.tracking.uris import tracking_uri
+from pipelines.tracking.mlflow_client import EXPERIMENT_NOTE
+from pipelines.tracking.uris import LOCAL_PAGES, TRAINING, run_link, tracking_uri
+from pipelines.tuning import pareto
 from pipelines.tuning.study import fully_trained
 from posmlp.metrics import VAL_TOP1
 from tests.helpers.browser import keep, open_browser
 from tests.helpers.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.browser]
-
-COLUMNS = [f"metrics.`{VAL_TOP1}`", "metrics.`cost/latency_ms`", "metrics.`cost/gmacs`", "params.`search.block1`"]
 
 
 @pytest.fixture(scope="module")
@@ -29,78 +27,110 @@ def server(finished_study, tmp_path_factory):
     server.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def page():
+    with open_browser() as page:
+        yield page
+
+
+@pytest.fixture
+def link(finished_study, server):
+    """A link that the study has printed, to the tests' server."""
+    result, lines = finished_study
+    text = "\n".join(lines)
+
+    def find(what):
+        assert f"{what}  " in text and result.links[what] in text
+        return result.links[what].replace(LOCAL_PAGES, server)
+
+    return find
+
+
+@pytest.fixture
 def experiment(finished_study):
     result, _ = finished_study
     return MlflowClient(tracking_uri(result.study.recipe)).get_run(result.mlflow_run_id).info.experiment_id
 
 
-@pytest.fixture
-def page(server, experiment):
-    """A page of a user who has chosen some columns and closed the assistant."""
-    view = {"selectedColumns": COLUMNS, "runsExpanded": {}, "orderByKey": "attributes.start_time", "orderByAsc": True}
-    settings = {
-        f'MLflowLocalStorage-1.1-ExperimentPage-["{experiment}"]-ReactComponentState': json.dumps(view),
-        "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
-        "mlflow.assistant.panelOpen_v1": "false",
-    }
-    with open_browser() as page:
-        page.add_init_script(f"for (const [k, v] of Object.entries({json.dumps(settings)})) localStorage.setItem(k, v)")
-        yield page
+def close_assistant(page):
+    """Close what MLflow lays over a page at the first visit."""
+    page.get_by_text("MLflow Assistant").wait_for()
+    for button in page.get_by_role("button", name="Close").all():
+        button.click()
+    page.wait_for_timeout(500)
 
 
-def choose(page, box, *options):
-    """Choose options of one of MLflow's lists, which know them all only by the keyboard."""
-    box.click()
-    for option in options:
-        for _ in range(200):
-            active = box.evaluate("e => document.getElementById(e.getAttribute('aria-activedescendant'))?.ariaLabel")
-            if active == option:
-                break
-            page.keyboard.press("ArrowDown")
-        assert active == option
-        page.keyboard.press("Enter")
-    page.keyboard.press("Escape")
+def test_the_first_click_shows_no_runs_until_model_training_is_chosen(server, page, tmp_path):
+    """MLflow 3.17 decides it in the browser; the first page says what to do. If MLflow shows runs at once: good."""
+    page.goto(server)
+    page.get_by_text(EXPERIMENT_NOTE).wait_for()
+    page.wait_for_timeout(1000)
+    keep(page, tmp_path, "home")
+    page.get_by_role("link", name="posmlp", exact=True).click()
+    page.wait_for_url("**/overview/usage?workflowType=genai")
+    page.get_by_text("Detect Issues in Your Traces").wait_for()
+    keep(page, tmp_path, "first_click")
+    page.get_by_role("button", name="Got it").click()
+    page.get_by_text("Model training", exact=True).first.click()
+    page.get_by_role("link", name="look", exact=True).wait_for()
+    page.goto(server)  # the browser remembers
+    page.get_by_role("link", name="posmlp", exact=True).click()
+    page.get_by_role("link", name="look", exact=True).wait_for()
 
 
-def test_the_runs_table_shows_the_study_and_its_trials(finished_study, server, experiment, page, tmp_path):
+def test_the_printed_link_shows_all_runs_with_their_results(finished_study, link, page, tmp_path):
     result, _ = finished_study
-    page.goto(f"{server}/#/experiments/{experiment}/runs")
+    page.goto(link("all runs"))
     study = page.locator(".ag-row").filter(has_text="look").first
+    close_assistant(page)
     study.get_by_role("button").first.click()  # unfolds it
     for trial in result.trials:
-        page.get_by_role("link", name=f"trial-{trial.number:03d}", exact=True).first.wait_for()
+        page.get_by_role("link", name=pareto.trial_name(trial), exact=True).first.wait_for()
     keep(page, tmp_path, "runs")
     shown = page.locator("body").inner_text().split("\n")
-    assert {"val/top1", "cost/latency_ms", "cost/gmacs", "search.block1", "look"} <= set(shown)
+    columns = ["val/best_top1", "val/best_epoch", "val/top1", "train/loss", "model.name", "model.blocks", "cost/gmacs"]
+    assert [name for name in shown if name in columns] == columns
     for trial in result.trials:
-        assert {trial.member["block1"], str(trial.metrics[VAL_TOP1])} <= set(shown)
+        assert str(trial.metrics["val/best_top1"]) in shown
 
 
-def test_the_trials_can_be_compared(finished_study, server, experiment, page, tmp_path):
+def test_the_printed_link_compares_the_trials(finished_study, link, page, tmp_path):
     result, _ = finished_study
-    ids = [trial.mlflow_run_id for trial in result.trials]
-    runs, experiments = quote(json.dumps(ids)), quote(json.dumps([experiment]))
-    page.goto(f"{server}/#/compare-runs?runs={runs}&experiments={experiments}")
-    page.get_by_text(f"Comparing {len(ids)} Runs from 1 Experiment").wait_for()
-    page.locator(".parcoords").first.wait_for()
-    choose(page, page.get_by_role("combobox").nth(1), "cost/latency_ms", "val/top1")
-    axes = page.locator(".parcoords .axis-title")
-    axes.filter(has_text="val/top1").wait_for()
-    assert {"val/top1", "cost/latency_ms"} <= set(axes.all_text_contents())
+    page.goto(link("compare trials"))
+    for axis in ("search.block1", "search.block4", "cost/gmacs", "val/top1"):
+        page.locator("svg text", has_text=axis).first.wait_for()
+    close_assistant(page)
+    for cost in ("cost/latency_ms", "cost/gmacs", "cost/params_m"):
+        page.locator(".xtitle", has_text=cost).first.wait_for()
+    assert page.locator(".ytitle").all_text_contents()[:3] == ["val/top1"] * 3
+    assert page.locator(".scatterlayer").first.locator(".point").count() == len(result.trials)
+    page.get_by_role("link", name=pareto.trial_name(result.trials[0]), exact=True).first.wait_for()
+    assert page.get_by_role("link", name="look", exact=True).count() == 0  # the trials alone
     keep(page, tmp_path, "compare")
-    page.get_by_role("tab", name="Scatter Plot").click()
-    for number, metric in enumerate(("cost/latency_ms", "val/top1")):
-        page.get_by_role("combobox").nth(number).click()
-        page.get_by_role("option", name=metric, exact=True).click()
-    page.locator(".xtitle", has_text="cost/latency_ms").wait_for()
-    page.locator(".ytitle", has_text="val/top1").wait_for()
-    keep(page, tmp_path, "scatter")
+
+
+def test_a_runs_page_says_what_it_is_and_shows_training_first(finished_study, link, server, experiment, page, tmp_path):
+    result, _ = finished_study
+    best = result.best
+    page.goto(link("this study"))
+    page.get_by_text(f"best: {pareto.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}").wait_for()
+    page.goto(run_link(server, experiment, best.mlflow_run_id))
+    page.get_by_text("Finished after epoch 2 of 2: val/top1").wait_for()
+    page.get_by_text("32 videos of 8 classes").wait_for()
+    close_assistant(page)
+    keep(page, tmp_path, "run")
+    page.get_by_role("tab", name="Model metrics").click()
+    headers = page.get_by_test_id("experiment-view-compare-runs-section-header")
+    headers.first.wait_for()
+    assert headers.first.inner_text().split()[:2] == ["by_step", "(3)"]
+    page.locator(".scatterlayer").first.wait_for()
+    page.wait_for_timeout(1000)
+    keep(page, tmp_path, "charts")
 
 
 def test_the_front_is_a_page_to_point_at(finished_study, server, experiment, page, tmp_path):
     result, _ = finished_study
-    page.goto(f"{server}/#/experiments/{experiment}/runs/{result.mlflow_run_id}/artifacts/front.html")
+    page.goto(f"{server}/#/experiments/{experiment}/runs/{result.mlflow_run_id}/artifacts/front.html?{TRAINING}")
     frame = page.frame_locator("iframe").first
     frame.locator(".gtitle", has_text=f"look: {len(fully_trained(result.trials))} trials").wait_for()
     titles = frame.locator(".xtitle, .x2title, .x3title").all_text_contents()
@@ -111,3 +141,11 @@ def test_the_front_is_a_page_to_point_at(finished_study, server, experiment, pag
     frame.locator(".hoverlayer", has_text="block ").wait_for()
     assert "look, trial" in frame.locator(".hoverlayer").text_content()
     keep(page, tmp_path, "front")
+
+
+def test_the_best_model_has_a_page(finished_study, server, page, tmp_path):
+    page.goto(f"{server}/#/models/look?{TRAINING}")
+    page.get_by_text("Version 1").first.wait_for()
+    page.get_by_text("best").first.wait_for()
+    close_assistant(page)
+    keep(page, tmp_path, "model")

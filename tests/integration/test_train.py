@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import mlflow
 import numpy as np
@@ -50,7 +51,20 @@ def test_mlflow_has_config_metrics_tags_and_artifacts(finished_run):
     names = {"train/loss", "val/loss", "val/top5", "perf/clips_per_s", "perf/data_wait_frac", "data/bad"}
     names |= {"data/object_store_mb", "data/spilled_mb", "train/grad_norm", "val/class_mean"}
     names |= {"perf/steps_per_s", "perf/tflops", "perf/memory_mb"}
-    assert names | {"cost/gmacs", "cost/params_m", "cost/latency_ms"} <= set(run.data.metrics)
+    assert names <= set(run.data.metrics)
+    assert not any(name.startswith("cost/") for name in run.data.metrics)  # they are constants
+    assert {"cost/gmacs", "cost/params_m", "cost/latency_ms"} <= set(run.data.params)
+    assert run.data.params["model.dims"] == "[16, 32, 48, 64]"  # of tiny
+    for name in ("by_step/train_loss", "by_step/lr", "by_step/clips_per_s"):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == list(range(1, 9))  # 2 x 4 steps
+    losses = [m.value for m in client.get_metric_history(run.info.run_id, "by_step/train_loss")]
+    assert sum(losses[4:]) / 4 == pytest.approx(result.metrics["train/loss"], rel=1e-5)
+    top1 = [m.value for m in history]
+    assert run.data.metrics["val/best_top1"] == max(top1)
+    assert top1[int(run.data.metrics["val/best_epoch"]) - 1] == max(top1)
+    note, about = run.data.tags["mlflow.note.content"], "on 32 videos of 8 classes"
+    assert about in note and f"Finished after epoch 2 of 2: val/top1 {top1[-1]:.1%}" in note
+    assert "train.epochs=2" in run.data.tags["overrides"] and run.data.tags["mlflow.user"]
     assert any(name.startswith("system/") for name in run.data.metrics)
     assert {"torch", "ray", "mlflow", "mlflow.source.git.commit"} <= set(run.data.tags) | {"mlflow.source.git.commit"}
     text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/config.yaml")
@@ -78,6 +92,7 @@ def test_plots_are_logged(finished_run):
     config, *_ = finished_run
     client, run = run_of(config)
     assert {"learning_curves.png", "confusion.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"learning_curves.png", "confusion.png"} <= set(os.listdir(finished_run[1].path))
     with active_uri(tracking_uri(config)):
         png = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/confusion.png")
     with open(png, "rb") as file:

@@ -1,5 +1,6 @@
 """Studies with real Ray Tune, Ray Train and MLflow: their results, and the faults they survive."""
 
+import json
 import os
 import signal
 import subprocess
@@ -93,7 +94,13 @@ def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
     assert (parent.info.run_name, parent.info.status, parent.data.tags["study"]) == ("look", "FINISHED", "look")
     assert parent.data.params["study.space"] == "block_types"
     assert {run.data.tags[PARENT] for run in children} == {parent.info.run_id}
-    assert sorted(run.info.run_name for run in children) == [f"trial-{t.number:03d}" for t in result.trials]
+    assert sorted(run.info.run_name for run in children) == [pareto.trial_name(trial) for trial in result.trials]
+    best = f"; best: {pareto.trial_name(result.best)}, val/top1 {result.best.metrics[VAL_TOP1]:.1%}"
+    assert parent.data.tags["mlflow.note.content"].endswith(best)
+    experiment = client.get_experiment(parent.info.experiment_id)
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.study-{result.mlflow_run_id}"])
+    assert view["compareRunCharts"][0]["selectedParams"] == [f"search.block{stage}" for stage in (1, 2, 3, 4)]
+    assert {"front.html", "front.png", "trials.csv"} <= set(os.listdir(result.study.folder))
     assert len({frozenset(k for k in run.data.metrics if not k.startswith("system/")) for run in children}) == 1
     for run in children:
         trial = result.trials[int(run.data.tags["trial"])]

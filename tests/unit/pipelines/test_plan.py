@@ -41,6 +41,7 @@ from pipelines.tracking import mlflow_client
 from pipelines.tracking.journal import Journal, read_entries
 from pipelines.tracking.operations import OpenRun
 from pipelines.tracking.tracker import Tracker
+from pipelines.training import progress
 from pipelines.training.messages import BadVideosFound, ConfusionMatrix, CostMeasured, EpochMetrics
 from pipelines.training.progress import StepSeries, best_so_far
 from pipelines.training.train import RunReporter
@@ -124,6 +125,7 @@ def test_constants_are_those_of_the_code():
         loader.DECODE_TASKS_PER_CPU,
     )
     assert plan.MAX_PARAMS == mlflow_client.MAX_PARAMS
+    assert (plan.MAX_STEP_POINTS, plan.SEND_STEPS_S) == (progress.MAX_STEP_POINTS, progress.SEND_STEPS_S)
     assert ray_constants.DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES / 1e9 == plan.RAY_MAX_STORE_GB
     assert ClusterSpec(8).store_share == ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
@@ -194,7 +196,7 @@ def test_points_by_step_are_counted_as_they_are_made(steps):
     for step in range(1, steps + 1):
         series.add(step, 1.0, 0.1)
     found = k400("train.epochs=1", "optim.warmup_epochs=1")
-    found = replace(found, videos=steps * found.config.train.global_batch)
+    found = replace(found, videos=steps * found.config.train.global_batch // found.config.data.repeats)
     assert (found.steps_per_epoch, found.step_points) == (steps, len(series.rows))
     assert 0 < found.step_points <= 500
 

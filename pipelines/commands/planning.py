@@ -1,4 +1,4 @@
-"""``posmlp doctor``, ``posmlp plan`` and ``posmlp cost``: before a run."""
+"""``posmlp init``, ``posmlp doctor``, ``posmlp plan`` and ``posmlp cost``: before a run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,33 @@ ASSUMED_MFU = 0.15
 
 
 def add_commands(commands: Commands) -> None:
+    add_init(commands)
     add_doctor(commands)
     add_plan(commands)
     add_cost(commands)
+
+
+def add_init(commands: Commands) -> None:
+    init = add_command(
+        commands,
+        "init",
+        run_init,
+        "look at your own videos, and write a recipe that trains on them",
+        description="Look at a folder of videos (one subfolder per class) or a list, and write a recipe for it.",
+    )
+    init.add_argument("data", help="the folder, or a list with the columns path and label")
+    init.add_argument("--out", metavar="FILE", help="the recipe; it must not exist (default: NAME.yaml)")
+    init.add_argument(
+        "--group-by",
+        metavar="COLUMN",
+        help="keep videos with the same value of this column on one side of the split; `folder`: of the same folder",
+    )
+
+
+def run_init(args: argparse.Namespace) -> None:
+    from pipelines.planning.starter import init
+
+    print(init(args.data, args.out, args.group_by))
 
 
 def add_doctor(commands: Commands) -> None:

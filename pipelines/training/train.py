@@ -368,7 +368,7 @@ class RunReporter:
         if self.confusion is None or self.top5 is None:
             return []
         names = [*classes, *map(str, range(len(classes), len(self.confusion)))]
-        return class_results(torch.from_numpy(self.confusion), torch.from_numpy(self.top5), names)
+        return class_results(torch.tensor(self.confusion), torch.tensor(self.top5), names)
 
     def log_plots(self, classes: tuple[str, ...]) -> None:
         """Log the plots and the table of the classes of a finished run, and write them to its folder."""

@@ -19,7 +19,7 @@ from tests.helpers.small_runs import QUICK, recipe_for, run_of
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_ends_early_is_finished_and_gives_its_backbone_to_a_linear_probe(local_ray, motion_set, tmp_path):
+def test_a_run_that_ends_early_is_finished(local_ray, motion_set, tmp_path):
     """A rate of almost 0 keeps the accuracy, so patience 1 ends the run after epoch 2 of 9."""
     # the test list does not exist: training never looks at it
     keys = [*QUICK, "train.epochs=9", "train.patience=1", "optim.lr=1e-12", "optim.min_lr=0", "data.test.path=/no.csv"]
@@ -46,13 +46,15 @@ def test_a_run_ends_early_is_finished_and_gives_its_backbone_to_a_linear_probe(l
     again = train(config)
     assert (again.metrics["epoch"], again.ended_early) == (2, reason)
 
-    # a linear probe on the backbone of that run, with two lists
+
+@pytest.mark.slow
+def test_a_linear_probe_of_two_lists_leaves_the_backbone_as_it_was(local_ray, untrained_run, motion_set, tmp_path):
     lists = f"[{motion_set}/val.csv, {{path: {motion_set}/train.csv, weight: 0.5}}]"
-    keys = [*QUICK, "name=probe", "train.epochs=1", "optim.freeze=all", f"model.weights={result.path}"]
+    keys = [*QUICK, "train.epochs=1", "optim.freeze=all", f"model.weights={untrained_run['run']}"]
     probe = train(recipe_for(tmp_path, motion_set, *keys, f"data.train={lists}", "data.balance=sampling"))
-    (info,) = (each.info for each in checkpoints.find(probe.path))
-    assert info.step == (16 + 32 // 2) // 8
-    before, after = (load_file(f"{checkpoints.choose(path)}/weights.safetensors") for path in (result.path, probe.path))
+    *_, newest = checkpoints.find(probe.path)
+    assert newest.info.step == (16 + 32 // 2) // 8
+    before, after = (load_file(f"{place}/weights.safetensors") for place in (untrained_run["checkpoint"], newest.uri))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.weight", "head.bias"}
 

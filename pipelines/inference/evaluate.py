@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, RunTag
+from mlflow.entities import LifecycleStage, Metric, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 
@@ -29,6 +30,8 @@ from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.data.scan import to_parquet
 from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, SplitScores, score_split
+from pipelines.registry.datasets import list_digest, list_name
+from pipelines.registry.logged_models import CheckpointLink, checkpoint_model, link_to
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
 from pipelines.runs.models import find_checkpoint, known_classes, output_names
@@ -52,6 +55,7 @@ from pipelines.tracking.uris import (
     tracking_uri,
     without_secrets,
 )
+from pipelines.training.preflight import list_fingerprint
 from posmlp import storage
 from posmlp.config import Config, RecipeError, describe, set_key
 from posmlp.errors import UserError
@@ -191,7 +195,11 @@ def evaluate(
     }
     with hold_signals() as held:
         write_results(folder, files)
-        result.mlflow_run_id = log_evaluation(result, files, config, record["mlflow_run_id"] if record else None)
+        path = getattr(config.data, split).path
+        dataset = list_name(path), list_digest(list_fingerprint(manifest))
+        run_id = record["mlflow_run_id"] if record else None
+        link = link_to(checkpoint, info, run_id, {}) if run_id else None
+        result.mlflow_run_id = log_evaluation(result, files, config, run_id, link, dataset)
     raise_held(held)
     return result
 
@@ -300,7 +308,14 @@ def write_results(folder: str, files: Mapping[str, bytes]) -> None:
         raise UserError(f"{folder} cannot be written: {error}; choose another folder with --out") from error
 
 
-def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Config, run_id: str | None) -> str | None:
+def log_evaluation(
+    result: Evaluation,
+    files: Mapping[str, bytes],
+    config: Config,
+    run_id: str | None,
+    checkpoint: CheckpointLink | None = None,
+    dataset: tuple[str, str] | None = None,
+) -> str | None:
     """Add an evaluation to an MLflow run, whose status does not change.
 
     Metrics are those of ``PREFIXES`` at the checkpoint's step. The files are artifacts
@@ -308,6 +323,8 @@ def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Confi
 
     Args:
         run_id: None, or one that MLflow does not know: the evaluation gets a new run.
+        checkpoint: whose logged model in the run gets the metrics too.
+        dataset: name and digest of the list of videos.
 
     Returns:
         The id of the MLflow run; None if MLflow did not accept the evaluation.
@@ -328,7 +345,10 @@ def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Confi
         )
         values = {f"{prefix}{name}": value for name, value in result.metrics.items()}
         tags = [RunTag(f"evaluation.{prefix.removesuffix('/')}", result.name), *infinite_tags(values, result.step)]
-        client.log_batch(target, metrics=as_metrics(values, now_ms(), result.step), tags=tags)
+        metrics = as_metrics(values, now_ms(), result.step)
+        if known and checkpoint:
+            metrics = with_model(metrics, find_logged_model(client, known, checkpoint, server), dataset)
+        client.log_batch(target, metrics=metrics, tags=tags)
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
@@ -342,6 +362,30 @@ def log_evaluation(result: Evaluation, files: Mapping[str, bytes], config: Confi
         logger.warning(f"{server} does not accept the evaluation ({problem}); its files are in {result.path}")
         return None
     return target
+
+
+def find_logged_model(client: MlflowClient, run_id: str, link: CheckpointLink, server: str) -> str | None:
+    """The id of a checkpoint's logged model; None if the server is of an older MLflow, which has none."""
+    try:
+        return checkpoint_model(client, run_id, link).model_id
+    except MlflowException as error:
+        if error.error_code != "ENDPOINT_NOT_FOUND":
+            raise
+        logger.warning(f"{server} is of an older version without logged models; the run alone gets the evaluation")
+        return None
+
+
+def with_model(metrics: Sequence[Metric], model_id: str | None, dataset: tuple[str, str] | None) -> list[Metric]:
+    """Metrics that belong to a logged model and a data set too. MLflow would store a NaN of a model as 0.
+
+    Args:
+        dataset: name and digest.
+    """
+    name, digest = dataset or (None, None)
+    return [
+        Metric(m.key, m.value, m.timestamp, m.step, None if math.isnan(m.value) else model_id, name, digest)
+        for m in metrics
+    ]
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:

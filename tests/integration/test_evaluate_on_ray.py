@@ -5,15 +5,19 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
 from pipelines.inference import scoring
 from pipelines.inference.evaluate import evaluate
+from pipelines.registry.model_files import save_model_files
 from pipelines.tracking.uris import tracking_uri
 from posmlp.errors import UserError
 from posmlp.video.manifest import read_split
@@ -100,6 +104,27 @@ def test_the_mlflow_run_gets_the_results_and_keeps_its_status(found, untrained_r
     assert run.data.tags["evaluation.test"] == result.name
     names = {f.path for f in client.list_artifacts(run.info.run_id, f"evaluation/{result.name}")}
     assert {name.rpartition("/")[2] for name in names} == set(os.listdir(result.path))
+
+
+def test_the_checkpoints_logged_model_gets_them_too(found, untrained_run):
+    result, *_ = found
+    client = MlflowClient(tracking_uri(untrained_run["config"]))
+    (model,) = client.search_logged_models(["1"], f"source_run_id = '{result.mlflow_run_id}'")
+    assert (model.tags["checkpoint"], model.tags["step"]) == (untrained_run["checkpoint"], "12")
+    assert {m.key: m.value for m in model.metrics} == {f"test/{k}": v for k, v in result.metrics.items()}
+    assert {m.dataset_name for m in model.metrics} == {"/".join(untrained_run["config"].data.val.path.split("/")[-2:])}
+
+
+def test_the_model_for_mlflow_has_the_same_accuracy(found, untrained_run, tmp_path, monkeypatch):
+    result, _, rows, plain = found
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    save_model_files(untrained_run["run"], tmp_path / "model")
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    tops = model.predict(pd.DataFrame({"video": [r["uri"] for r in rows]}), params={"top": 8, "views": "2x3"})["top"]
+    right = [CLASSES.index(top[0]["class"]) == row["label"] for top, row in zip(tops, rows, strict=True)]
+    assert sum(right) / len(right) == result.metrics["top1"]
+    shares = [{each["class"]: each["probability"] for each in top} for top in tops]
+    np.testing.assert_allclose([[each[name] for name in CLASSES] for each in shares], plain, atol=1e-5)
 
 
 def test_a_copied_checkpoint_is_evaluated_into_a_new_run_though_a_scorer_dies(

@@ -11,6 +11,7 @@ from pipelines.inference import evaluate as module
 from pipelines.inference import scoring
 from pipelines.inference.evaluate import Evaluation, count_predictions, evaluate, log_evaluation
 from pipelines.inference.scoring import SplitScores, score_split
+from pipelines.runs.record import read_record
 from pipelines.tracking.uris import tracking_uri
 from posmlp.errors import UserError
 from posmlp.video.manifest import read_split
@@ -81,6 +82,22 @@ def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path)
     assert "has no run some-run" in lines[0]
     assert (run.info.run_name, run.info.status) == ("small-name", "FINISHED")
     assert run.data.metrics == {"test_train/top1": 0.5}
+
+
+def test_the_checkpoints_logged_model_gets_the_results(untrained_run):
+    config = untrained_run["config"]
+    client = MlflowClient(tracking_uri(config))
+    run_id = read_record(untrained_run["run"])["mlflow_run_id"]
+    info = module.checkpoints.read_info(untrained_run["checkpoint"])
+    link = module.link_to(untrained_run["checkpoint"], info, run_id, {})
+    for top1 in (0.5, 0.75):  # twice: the second time the model is there
+        found = Evaluation("name", "/here", link.uri, 12, 1, "val", (1, 1), {"top1": top1, "loss": np.inf}, [], [])
+        assert log_evaluation(found, {}, config, run_id, link, ("motion/val.csv", "abc")) == run_id
+    (model,) = client.search_logged_models(["1"], f"source_run_id = '{run_id}' AND metrics.`test/top1` > 0.7")
+    assert model.tags == {"checkpoint": link.uri, "step": "12", "epoch": "1"}
+    logged = [(m.key, m.value, m.step, m.dataset_name, m.dataset_digest) for m in model.metrics]
+    assert logged == [("test/top1", top1, 12, "motion/val.csv", "abc") for top1 in (0.5, 0.75)]
+    assert [m.value for m in client.get_metric_history(run_id, "test/top1")] == [0.5, 0.75]
 
 
 @pytest.mark.parametrize(

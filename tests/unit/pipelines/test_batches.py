@@ -37,6 +37,24 @@ def test_validation_is_in_order_and_padded_at_the_end():
     assert global_order(5, recipe("scaling.workers=2"), 0, train=False, world=2).tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
 
 
+def test_the_order_is_cut_or_padded_to_whole_batches_of_videos():
+    """A batch of 6 clips has 3 videos with 2 clips each; two workers of 8 views a video have 2 videos a batch."""
+    order = global_order(10, recipe("train.global_batch=6", "data.repeats=2"), 0, train=True)
+    assert order.tolist() == PERMUTATIONS[0, 0][:9]
+    assert global_order(5, recipe("train.global_batch=5"), 0, train=False).tolist() == [0, 1, 2, 3, 4]
+    eight_views = recipe("train.global_batch=4", "scaling.workers=2", "eval.clips=8")
+    assert global_order(3, eight_views, 0, train=False, world=2).tolist() == [0, 1, 2, -1]
+
+
+def test_draws_have_their_own_order_of_the_same_random_numbers():
+    class Thrice:
+        def order(self, rng):
+            return rng.permutation(10).repeat(3)
+
+    order = global_order(5, recipe("train.seed=5"), 2, train=True, draws=Thrice())
+    assert order.tolist() == np.repeat(PERMUTATIONS[5, 2], 3).tolist()[:28]  # whole batches of 4 out of 30
+
+
 @pytest.mark.parametrize(
     ("keys", "train", "world", "videos"),
     [

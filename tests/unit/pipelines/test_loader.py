@@ -102,3 +102,7 @@ def test_decoding_prefers_the_nodes_with_the_labels_and_falls_back_to_any():
         "label_selector": {"ray.io/node-group": "cpu", "disk": "fast"},
         "fallback_strategy": [{"label_selector": {}}],
     }
+
+
+def test_no_segments_have_no_results():
+    assert list(chain_segments(iter([]))) == []

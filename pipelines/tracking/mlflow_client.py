@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import logging
 import math
 import os
@@ -30,7 +29,7 @@ from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from pipelines.registry.logged_models import UPLOADED, CheckpointLink, add_outputs, log_checkpoint_metrics
-from pipelines.tracking.uris import VIEW_TAG, scrub, sqlite_path, tracking_uri, without_secrets
+from pipelines.tracking.uris import VIEW_TAG, scrub, sqlite_path, tracking_uri, view_text, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import BY_STEP_TRAIN_LOSS, TRAIN_LOSS
@@ -274,7 +273,7 @@ def share_view(client: MlflowClient, experiment: Experiment, name: str, view: Ma
 
     A failure is not reported: the link that names the view then shows MLflow's own columns and charts.
     """
-    key, text = f"{VIEW_TAG}{name}", json.dumps(view, separators=(",", ":"))
+    key, text = f"{VIEW_TAG}{name}", view_text(view)
     if experiment.tags.get(key) != text:
         with suppress(Exception):  # the user may not change the experiment, or the text is too long for this store
             client.set_experiment_tag(experiment.experiment_id, key, text)

@@ -7,9 +7,12 @@ name a shared view: the state of a page of runs (columns, filter, charts), store
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,6 +157,11 @@ def links_text(uri: str, links: Mapping[str, str]) -> str:
 def study_view_name(run_id: str) -> str:
     """The name of a study's view; ``run_id`` is its MLflow run."""
     return f"study-{run_id}"
+
+
+def view_text(view: Mapping[str, Any]) -> str:
+    """A view as MLflow's pages store it: compressed, as a tag of an experiment has at most 5000 characters."""
+    return f"deflate;{base64.b64encode(zlib.compress(json.dumps(view).encode(), 9)).decode()}"
 
 
 def runs_view() -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Studies with real Ray Tune, Ray Train and MLflow: their results, and the faults they survive."""
 
-import json
 import os
 import signal
 import subprocess
@@ -18,11 +17,11 @@ from pipelines.cli import main
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_json, read_record
 from pipelines.tracking.mlflow_client import PARENT
-from pipelines.tracking.uris import tracking_uri
+from pipelines.tracking.uris import study_view, tracking_uri, view_text
 from pipelines.training.train import train
 from pipelines.tuning import pareto
 from pipelines.tuning.search import propose_trial, static_costs
-from pipelines.tuning.study import StudyError, TrialState, read_trials, study_space
+from pipelines.tuning.study import StudyError, TrialState, read_trials, study_space, trial_folder
 from pipelines.tuning.tune import max_concurrent_trials, tune
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
@@ -98,8 +97,8 @@ def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
     best = f"; best: {pareto.trial_name(result.best)}, val/top1 {result.best.metrics[VAL_TOP1]:.1%}"
     assert parent.data.tags["mlflow.note.content"].endswith(best)
     experiment = client.get_experiment(parent.info.experiment_id)
-    view = json.loads(experiment.tags[f"mlflow.sharedViewState.study-{result.mlflow_run_id}"])
-    assert view["compareRunCharts"][0]["selectedParams"] == [f"search.block{stage}" for stage in (1, 2, 3, 4)]
+    view = study_view("look", [f"block{stage}" for stage in (1, 2, 3, 4)])
+    assert experiment.tags[f"mlflow.sharedViewState.study-{result.mlflow_run_id}"] == view_text(view)
     assert {"front.html", "front.png", "trials.csv"} <= set(os.listdir(result.study.folder))
     assert len({frozenset(k for k in run.data.metrics if not k.startswith("system/")) for run in children}) == 1
     for run in children:
@@ -155,6 +154,11 @@ def test_the_best_model_is_registered(finished_study):
     assert version.tags["trial"] == str(result.best.number)
     assert result.best.number in {trial.repeat_of for trial in result.trials}
     assert any("has the alias best" in line for line in lines)
+    best = checkpoints.choose(trial_folder(result.study, result.best.number))
+    (model,) = client.search_logged_models(["1"], f"tags.checkpoint = '{best}' AND name = 'model'")
+    assert (version.model_id, model.source_run_id) == (model.model_id, result.mlflow_run_id)
+    assert {m.key: m.value for m in model.metrics}["val/top1"] == checkpoints.read_info(best).metrics["val/top1"]
+    assert {m.run_id for m in model.metrics} == {result.best.mlflow_run_id}
 
 
 def test_a_finished_study_is_not_repeated(finished_study, capsys):

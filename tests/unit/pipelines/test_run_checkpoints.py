@@ -80,6 +80,21 @@ def test_the_newest_and_the_best_are_kept(run):
     assert checkpoints.choose(run) == checkpoints.checkpoint_uri(run, 18)
 
 
+def test_the_best_is_kept_where_few_epochs_are_validated(tmp_path):
+    """Each epoch is saved before its validation, and rated afterwards if it has one (here every third epoch)."""
+    run, rates = str(tmp_path / "run"), {3: 0.4, 6: 0.7, 9: 0.6}
+    for epoch in range(1, 12):
+        save(run, 4 * epoch)
+        checkpoints.prune(run, keep_last=1, keep_best=1)
+        if epoch in rates:
+            written = checkpoints.read_info(checkpoints.checkpoint_uri(run, 4 * epoch))
+            checkpoints.rewrite_info(run, replace(written, metrics={"val/top1": rates[epoch]}))
+            checkpoints.prune(run, keep_last=1, keep_best=1)
+        best = max((e for e in rates if e <= epoch), key=rates.__getitem__, default=epoch)
+        assert steps(run) == sorted({4 * best, 4 * epoch})
+        assert checkpoints.choose(run) == checkpoints.checkpoint_uri(run, 4 * best)
+
+
 def test_an_incomplete_checkpoint_is_ignored(run):
     save(run, 4)
     storage.remove(storage.join(save(run, 8), INFO))

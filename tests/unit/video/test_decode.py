@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from posmlp.video.decode import DecodeError, Video, open_video, scaled_size
 from posmlp.video.pack import pack
-from tests.helpers.videos import by_pyav, noisy, number, numbers, picture, write_video
+from tests.helpers.videos import by_pyav, noisy, number, numbers, picture, scramble, write_video
 
 X265 = "log-level=none:pools=1:frame-threads=1"
 B_FRAMES = {"g": "12", "bf": "2"}
@@ -538,6 +540,28 @@ def test_tags_may_have_any_encoding(tmp_path, name, decoder):
     path.write_bytes(content.replace(b"a title in Shift_JIS", b"\x83e\x83X\x83g\x93\xae\x89\xe6\xff\xfe a title"[:20]))
     video = Video(str(path), decoder)
     assert numbers(video.read([0, 4, 9])) == [0, 4, 9]
+
+
+def test_damaged_files_do_not_flood_the_console(tmp_path):
+    """FFmpeg and decord print their own lines; a list of bad videos would bury those of a run."""
+    paths = [scramble(tmp_path / "noise.mp4"), str(tmp_path / "cut.mkv"), str(tmp_path / "text.mp4")]
+    whole = Path(write_video(tmp_path / "whole.mkv", change=noisy)).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.mp4").write_text("no video")
+    code = """
+import sys
+from posmlp.video.decode import DecodeError, Video
+for path in sys.argv[1:]:
+    for decoder in ("pyav", "decord"):
+        try:
+            video = Video(path, decoder)
+            video.read(range(video.info.frames))
+        except DecodeError:
+            print(".", end="")
+"""
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert set(done.stdout) == {"."}
+    assert done.stderr == ""
 
 
 # Names and places -----------------------------------------------------------------------------------------------------

@@ -156,6 +156,10 @@ WINDOW = "must be a positive number, (h, w) or (t, h, w)"
             {"choices": {"depth": 1, "width": 2}},
             ["choices of ['depth', 'width'] are not known; known: ['blocks', 'groups', 'depths']"],
         ),
+        (
+            {"dims": (16, 33, 48, 64), "choices": {}},
+            ["stage 2: 33 channels are not divisible by 8 groups"],
+        ),
         ({"choices": {"depths": [1, 2, 3, 4]}}, ["choices of depths [1, 2, 3, 4] must be one list per stage"]),
         ({"choices": {"depths": "abc"}}, ["choices of depths 'abc' must be one list per stage"]),
     ],

@@ -66,6 +66,30 @@ def test_a_run_whose_architecture_was_stored_as_null_resumes(motion_set, tmp_pat
     assert check_record("runs/small", record, config, LISTS, 3, False) == {}
 
 
+def test_a_run_that_is_older_than_the_keys_of_fine_tuning_resumes(motion_set, tmp_path):
+    config = recipe_for(tmp_path, motion_set)
+    stored = config.model_dump(mode="json")
+    newer = {
+        "optim": ("freeze", "layer_decay"),
+        "train": ("patience", "monitor"),
+        "data": ("test", "balance", "group_by"),
+    }
+    for section, keys in newer.items():
+        for key in keys:
+            del stored[section][key]
+    for key in ("weight", "others"):
+        del stored["data"]["train"][key]
+    for key in ("share", "seed"):
+        del stored["data"]["val"][key]
+    record = {"config": stored, "lists": LISTS, "metrics": None}
+    assert check_record("runs/small", record, config, LISTS, 3, False) == {}
+    changed = recipe_for(tmp_path, motion_set, "data.balance=sampling")
+    with pytest.raises(RunError, match=r"data\.balance: was 'none', is 'sampling'"):
+        check_record("runs/small", record, changed, LISTS, 3, True)
+    tested = recipe_for(tmp_path, motion_set, "data.test.path=test.csv")
+    assert check_record("runs/small", record, tested, LISTS, 3, False) == {}, "training does not read it"
+
+
 def test_the_fingerprint_of_a_list_covers_videos_labels_and_classes(motion_set):
     manifest = read_manifest(motion_set / "val.csv")
     assert list_fingerprint(manifest).startswith("16 videos, ")

@@ -16,6 +16,9 @@ from posmlp.config import (
     RENAMED_KEYS,
     Config,
     RecipeError,
+    Scalar,
+    TrainSplitSection,
+    ValSplitSection,
     as_typed,
     current_keys,
     flatten,
@@ -23,6 +26,7 @@ from posmlp.config import (
     read_yaml,
     set_key,
     set_value,
+    shorten_warmup,
     warn_renamed,
 )
 from tests.helpers.log_lines import log_lines
@@ -595,3 +599,46 @@ def test_values_that_differ_from_their_defaults_are_listed():
     changed = load_recipe("demo", [*data, *keys]).non_defaults()
     assert changed["model.name"] == "s" and changed["model.blocks"] == ["joint"] * 4 and changed["train.epochs"] == 7
     assert "model.dims" not in changed and "optim.lr" not in changed and "name" not in changed
+
+
+def test_the_short_forms_of_lists_of_videos():
+    several = ["a.csv", {"path": "b.csv", "weight": 2}]
+    assert TrainSplitSection.expand(several) == {"path": "a.csv", "others": several[1:]}
+    assert TrainSplitSection.expand(({"path": "a.csv", "weight": 3},)) == {"path": "a.csv", "weight": 3, "others": []}
+    assert TrainSplitSection.expand("a.csv") == {"path": "a.csv"}
+    assert [TrainSplitSection.expand(value) for value in ([3, "b"], [], 5)] == [[3, "b"], [], 5]
+    assert ValSplitSection.expand(0.25) == {"share": 0.25}
+    assert ValSplitSection.expand("b.csv") == {"path": "b.csv"}
+    written = Scalar("0.20", 0.2)
+    assert ValSplitSection.expand(written) == {"share": written}
+    assert ValSplitSection.expand(True) is True
+    train = load_recipe("demo", ["data.train=[a.csv, {path: b.csv, weight: 2}]", "data.val=0.25"]).data
+    assert [(each.path, each.weight) for each in train.train.lists] == [("a.csv", 1.0), ("b.csv", 2.0)]
+    assert (train.val.share, train.val.path) == (0.25, "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("- a", "list"), ("5", "int"), ("text", "str"), ("", "NoneType"), ("2024-01-01", "date")]
+)
+def test_a_file_without_sections_says_what_it_is(text, found, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert str(error.value) == f"{path}: expected sections such as 'model:' and 'data:', found {found}"
+
+
+def test_a_warm_up_of_the_whole_run_is_scaled_too():
+    before = {"train": {"epochs": 8}, "optim": {"warmup_epochs": 8}}
+    tree = {"train": {"epochs": 2}, "optim": {"warmup_epochs": 8, "lr": 0.5}}
+    shorten_warmup(tree, before)
+    assert tree == {"train": {"epochs": 2}, "optim": {"warmup_epochs": 2.0, "lr": 0.5}}
+    longer = {"train": {"epochs": 6}, "optim": {"warmup_epochs": 9}}
+    shorten_warmup(longer, {"train": {"epochs": 8}, "optim": {"warmup_epochs": 9}})  # it was too long before
+    assert longer["optim"] == {"warmup_epochs": 9}
+
+
+def test_a_key_is_named_without_the_types_that_were_tried():
+    with pytest.raises(RecipeError) as error:
+        load_recipe("demo", ["model.windows=[x, 1, 1, 1]"])
+    assert "  model.windows: Input should be a valid tuple, not 'x'" in str(error.value).splitlines()

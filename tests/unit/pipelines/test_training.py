@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from unittest.mock import MagicMock
 
 import cloudpickle
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.cluster.capacity import device_for, matches_labels, worker_resources, workers_that_fit
+from pipelines.commands.training import format_result
 from pipelines.runs.errors import BadVideo
 from pipelines.tracking import prometheus
 from pipelines.training.channel import Registration, RunChannel
@@ -34,8 +36,9 @@ from pipelines.training.progress import (
     describe_steps,
     early_stop,
 )
-from pipelines.training.train import RunReporter
+from pipelines.training.train import RunReporter, RunResult
 from posmlp.config import ScalingSection, load_recipe
+from posmlp.learn.evaluation import ClassResult
 from tests.helpers.log_lines import log_lines
 
 
@@ -347,3 +350,20 @@ def test_the_line_of_an_epoch_says_the_loss_and_the_best():
     assert line == f"epoch 2/3  loss 1.500  val loss 1.250  val top-1 50.0% (best)  {rest}"
     unvalidated = {key: value for key, value in metrics.items() if not key.startswith("val/")}
     assert describe_epoch(unvalidated, config) == f"epoch 2/3  loss 1.500  {rest}"
+
+
+# --- the result that the command prints -------------------------------------------------------------------------
+
+
+def test_the_result_names_the_best_and_the_worst_classes_and_why_the_run_ended():
+    shares = {"run": (10, 1.0, ""), "walk": (8, 0.75, "run"), "jump": (4, 0.25, "walk"), "swim": (2, 0.0, "walk")}
+    classes = [ClassResult(n, v, x, 1.0, c, round(v * (1 - x))) for n, (v, x, c) in shares.items()]
+    metrics = {"val/top1": 0.75, "val/top5": 1.0, "val/class_mean": 0.5, "val/clips": 24.0, "perf/clips_per_s": 3.0}
+    result = RunResult("x", "runs/x", "id", metrics, classes=classes, ended_early="no better")
+    rows = dict(re.match(r"  (.{18})(.*)", line).groups() for line in format_result(result, 9).splitlines())
+    rows = {name.strip(): text for name, text in rows.items()}
+    assert rows["best classes"] == "run 100% of 10, walk 75% of 8"
+    assert rows["worst classes"] == "swim 0% of 2 (2 as walk), jump 25% of 4 (3 as walk)"
+    assert rows["ended early"] == "no better"
+    plain = format_result(RunResult("x", "runs/x", "id", metrics), 9)
+    assert "classes  " not in plain.replace("mean over classes", "") and "ended early" not in plain

@@ -82,7 +82,8 @@ def recipe_to_ship(config: Config) -> Config:
 def copy_code(folder: Path) -> None:
     """Copy the code that travels with a model: the package ``posmlp``, complete, and the module that MLflow loads.
 
-    A part of the package would do. But where the project is installed too, MLflow puts this copy before it.
+    A part of the package would do. But where the project is installed too, MLflow puts this copy before it, and then
+    imports of the other parts would fail.
     """
     source = Path(str(posmlp.__file__)).parent
     for path in source.rglob("*"):

@@ -10,7 +10,7 @@ a study.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pipelines.registry.logged_models import CheckpointLink
@@ -195,7 +195,11 @@ def to_json(operation: Operation) -> dict[str, Any]:
 
 
 def from_json(tree: Any) -> Operation | None:
-    """Return the operation of a parsed journal line, or None if it is not one."""
+    """Return the operation of a parsed journal line, or None if it is not one.
+
+    Raises:
+        ValueError: a part of it is not as expected.
+    """
     match tree:
         case {"op": "open", "uri": str(uri), "run_id": str(run_id), "blind": bool(offline)}:
             return OpenRun(uri, run_id, offline)
@@ -214,14 +218,26 @@ def from_json(tree: Any) -> Operation | None:
         case {"op": "file", "path": str(path), "file": str(file)}:
             return LogFile(path, file)
         case {"op": "model", "time": int(time), "file": str(file)}:
-            return LogModel(time, file, CheckpointLink(**found) if (found := tree.get("checkpoint")) else None)
+            return LogModel(time, file, _read_link(tree["checkpoint"]) if "checkpoint" in tree else None)
         case {"op": "checkpoints", "links": [*links], "finished": bool(finished)}:
-            return LinkCheckpoints([CheckpointLink(**link) for link in links], finished)
+            return LinkCheckpoints([_read_link(link) for link in links], finished)
         case {"op": "inputs", "datasets": [*datasets]}:
             return LogInputs(datasets)
         case {"op": "unreadable", "line": str(line)}:
             return Unreadable(line)
     return None
+
+
+def _read_link(tree: Any) -> CheckpointLink:
+    """Return the link that ``dataclasses.asdict`` wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match tree:
+        case {"uri": str(), "step": int(), "epoch": int(), "metrics": dict(), "run_id": str(), "datasets": dict()}:
+            return CheckpointLink(**{each.name: tree[each.name] for each in fields(CheckpointLink)})
+    raise ValueError("not a link to a checkpoint")
 
 
 def _other_run(run_id: str | None) -> dict[str, str]:

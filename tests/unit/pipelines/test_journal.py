@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.registry.logged_models import CheckpointLink
 from pipelines.tracking import journal as journal_module
 from pipelines.tracking.journal import Journal, JournalInUse, JournalState, archive_journal, is_held, read_entries
 from pipelines.tracking.operations import (
     EndRun,
+    LinkCheckpoints,
     LogFile,
+    LogInputs,
     LogMetrics,
     LogModel,
     LogParams,
@@ -24,6 +27,10 @@ from pipelines.tracking.operations import (
     to_json,
 )
 from tests.helpers.log_lines import log_lines
+
+LINK = '{"uri": "/runs/a", "step": 12, "epoch": 1, "metrics": {"val/top1": 0.5}, "run_id": "abc", '
+LINK += '"datasets": {"val/": ["motion/val.csv", "0a1b"]}}'
+CHECKPOINT = CheckpointLink("/runs/a", 12, 1, {"val/top1": 0.5}, "abc", {"val/": ["motion/val.csv", "0a1b"]})
 
 # Lines as earlier versions of this project wrote them, one for each kind of operation.
 LINES = [
@@ -63,6 +70,12 @@ LINES = [
         '{"op": "model", "time": 1700000000123, "file": "e6dd4c4f3ac3/model"}',
         LogModel(1700000000123, "e6dd4c4f3ac3/model"),
     ),
+    (
+        '{"op": "model", "time": 1700000000123, "file": "e6dd4c4f3ac3/model", "checkpoint": ' + LINK + "}",
+        LogModel(1700000000123, "e6dd4c4f3ac3/model", CHECKPOINT),
+    ),
+    ('{"op": "checkpoints", "links": [' + LINK + '], "finished": true}', LinkCheckpoints([CHECKPOINT], finished=True)),
+    ('{"op": "inputs", "datasets": [{"name": "motion/val.csv"}]}', LogInputs([{"name": "motion/val.csv"}])),
     ('{"op": "unreadable", "line": "\\u0000\\n"}', Unreadable("\0\n")),  # in journal.rejected
 ]
 
@@ -76,6 +89,13 @@ def test_the_lines_on_disk_are_those_of_earlier_versions(line, operation):
 @pytest.mark.parametrize("tree", [5, None, [], {}, {"op": "metrics"}, {"op": "fly"}, {"op": "tags", "tags": 1}])
 def test_other_json_is_no_operation(tree):
     assert from_json(tree) is None
+
+
+def test_a_link_of_another_form_is_kept_as_an_unreadable_line(tmp_path):
+    line = '{"op": "checkpoints", "links": [{"uri": "/runs/a"}], "finished": true}\n'
+    (tmp_path / "journal.jsonl").write_text(line)
+    (entry,) = read_entries(tmp_path / "journal.jsonl")
+    assert entry.operation == Unreadable(line)
 
 
 def test_a_journal_of_an_earlier_version_is_read_and_continued(tmp_path):

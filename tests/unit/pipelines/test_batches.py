@@ -42,6 +42,7 @@ def test_the_order_is_cut_or_padded_to_whole_batches_of_videos():
     order = global_order(10, recipe("train.global_batch=6", "data.repeats=2"), 0, train=True)
     assert order.tolist() == PERMUTATIONS[0, 0][:9]
     assert global_order(5, recipe("train.global_batch=5"), 0, train=False).tolist() == [0, 1, 2, 3, 4]
+    assert rows_per_step(recipe("train.global_batch=5"), train=False) == 5
     eight_views = recipe("train.global_batch=4", "scaling.workers=2", "eval.clips=8")
     assert global_order(3, eight_views, 0, train=False, world=2).tolist() == [0, 1, 2, -1]
 

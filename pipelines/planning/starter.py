@@ -129,7 +129,8 @@ def init(path: str, out: str | None = None, group_by: str | None = None) -> str:
 
 def recipe_name(path: str) -> str:
     """The name of the recipe and its run: that of the folder or list, as far as a name allows."""
-    stem = os.path.basename(path.rstrip("/")).rpartition(".")[0] or os.path.basename(path.rstrip("/"))
+    stem = os.path.basename(path.rstrip("/"))
+    stem = os.path.splitext(stem)[0] if os.path.isfile(path) else stem
     name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in stem).strip("-_")
     return name or "mine"
 

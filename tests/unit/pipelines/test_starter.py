@@ -171,6 +171,15 @@ def test_a_large_set_with_a_gpu_gets_a_published_size(monkeypatch, tmp_path):
     assert config.data.modality == "rgb"
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("my videos/", "my-videos"), ("/v/kinetics.2", "kinetics-2"), ("list.csv", "list"), (".", "mine"), ("été", "t")],
+)
+def test_the_recipe_is_named_after_the_folder_or_list(here, path, name):
+    (here / "list.csv").touch()
+    assert starter.recipe_name(path) == name
+
+
 def test_the_time_of_a_step_is_measured():
     small, large = (
         starter.measure_step_s(load_recipe("demo", ["model.num_classes=8", f"train.global_batch={count}"]), CPU)

@@ -421,6 +421,8 @@ class StoreProblem:
         return f"{self.reason}; {self.advice}" if self.advice else self.reason
 
 
+SERVER_ERRORS = (429, 500, 502, 503, 504)  # answers after which MLflow's client tries again
+
 # Parts of the long messages of the network, and short texts for them
 NETWORK = {
     "Connection refused": StoreProblem("connection refused"),
@@ -448,11 +450,12 @@ def explain_store_error(error: Exception, uri: str) -> StoreProblem:
         return StoreProblem("this user may not do that (403)", f"ask for the permission EDIT, or {OTHER_EXPERIMENT}")
     if status == 407:
         return StoreProblem("a proxy asks for a login (407)", "see HTTPS_PROXY, or name the server in NO_PROXY")
+    found = re.search(r"too many (\d+) error responses", text)  # before MLflow 3.18
+    if found or (status in SERVER_ERRORS and not isinstance(error, RestException)):
+        return StoreProblem(f"error {found[1] if found else status} of the server, or of a proxy before it")
     if re.search(r"<!doctype html|<html", text, re.IGNORECASE):
         page = f"a web page{f' ({status})' if status else ''} answers instead of MLflow, perhaps of a proxy or a login"
         return StoreProblem(page, "check the address in tracking.uri or MLFLOW_TRACKING_URI, and NO_PROXY")
-    if found := re.search(r"too many (\d+) error responses", text):
-        return StoreProblem(f"error {found[1]} of the server, or of a proxy before it")
     for part, problem in NETWORK.items():
         if part in text:
             return problem

@@ -62,7 +62,7 @@ from pipelines.training.progress import describe_overrides, describe_result, des
 from pipelines.training.worker import train_worker
 from posmlp.config import Config
 from posmlp.learn.evaluation import ClassResult, class_results, per_class_csv
-from posmlp.metrics import EPOCH, VAL_TOP1
+from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, VAL_TOP1
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,8 @@ def train(
         logger.info("%s", links_text(tracker.uri, tracker.links()))
     reporter = RunReporter(config.name, tracker, trial.on_epoch, folder=run, about=about, epochs=config.train.epochs)
     if trial.costs and not saved:
-        tracker.log_metrics(trial.costs, step=0)  # not params: a study measures latency again at its end
+        tracker.log_metrics(trial.costs, step=0)  # not only params: a study measures latency again at its end
+        tracker.log_params({name: f"{trial.costs[name]:.6g}" for name in (COST_GMACS, COST_PARAMS_M)})
 
     status = "FAILED"
     try:

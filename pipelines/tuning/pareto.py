@@ -50,6 +50,8 @@ from tune_spaces import Member, Value
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 MIN_IMPORTANCE_TRIALS = 4  # fewest finished trials for which importance is estimated
+# Block types in the names of trials' runs; others are as they are
+BLOCK_LETTERS = {"parallel": "P", "cascade_ts": "TS", "cascade_st": "ST", "joint": "J", "spatial": "S"}
 MAX_TRIAL_NAME = 120  # characters of the name of a trial's MLflow run
 RECIPE_ARTIFACT = "config.yaml"  # of a trial's MLflow run
 
@@ -292,14 +294,22 @@ def describe_member(member: Member) -> str:
 
 
 def trial_name(trial: Trial) -> str:
-    """The name of a trial's MLflow run: ``trial-007 block joint; width 1.5``. A value that all stages have is once."""
-    groups: dict[str, list[str]] = {}
+    """The name of a trial's MLflow run, with its member in short: ``trial-007 joint; width 1.5``.
+
+    A value that all stages have is once; block types that differ are abbreviated (``BLOCK_LETTERS``).
+    """
+    parts = []
     for part in describe_member(trial.member).split("; "):
-        name, _, values = part.partition(" ")
-        groups[name] = list(dict.fromkeys(values.split(","))) if len(set(values.split(","))) == 1 else [values]
-    member = "; ".join(f"{name} {values[0]}" for name, values in groups.items())
-    seed = "" if trial.repeat_of is None else f"; seed {trial.seed}"
-    return shorten(f"trial-{trial.number:03d} {member}{seed}", MAX_TRIAL_NAME)
+        name, _, text = part.partition(" ")
+        values = text.split(",")
+        if len(set(values)) == 1:
+            text = values[0]
+        elif name == "block":
+            text = ",".join(BLOCK_LETTERS.get(value, value) for value in values)
+        parts.append(text if name == "block" else f"{name} {text}")
+    if trial.repeat_of is not None:
+        parts.append(f"seed {trial.seed}")
+    return shorten(f"trial-{trial.number:03d} {'; '.join(parts)}", MAX_TRIAL_NAME)
 
 
 def standalone_recipe(config: Config, study: Study, number: int) -> str:

@@ -105,6 +105,8 @@ def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
         trial = result.trials[int(run.data.tags["trial"])]
         assert {k: run.data.params[f"search.{k}"] for k in trial.member} == trial.member
         assert run.data.metrics[VAL_TOP1] == trial.metrics[VAL_TOP1]
+        for cost in ("cost/gmacs", "cost/params_m"):  # as of any run
+            assert float(run.data.params[cost]) == pytest.approx(trial.metrics[cost], rel=1e-5)
         first = client.get_metric_history(run.info.run_id, "train/loss")[0].timestamp
         for cost in COSTS.values():  # known before the first epoch; latency once more, in turns with the others
             history = client.get_metric_history(run.info.run_id, cost)

@@ -309,9 +309,9 @@ def test_a_study_in_words():
 
 def test_a_trials_run_is_named_after_its_member():
     same = {f"block{stage}": "joint" for stage in (1, 2, 3, 4)} | {"width": 1.5}
-    assert pareto.trial_name(Trial(7, same)) == "trial-007 block joint; width 1.5"
+    assert pareto.trial_name(Trial(7, same)) == "trial-007 joint; width 1.5"
     mixed = same | {"block4": "parallel"}
-    name = "trial-012 block joint,joint,joint,parallel; width 1.5; seed 3"
+    name = "trial-012 J,J,J,P; width 1.5; seed 3"
     assert pareto.trial_name(Trial(12, mixed, seed=3, repeat_of=7)) == name
     assert len(pareto.trial_name(Trial(1, {f"dimension{n}x": "long" * 5 for n in range(9)}))) == 120
 

@@ -99,7 +99,7 @@ class ModelSection(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the classifier
     choices: ChoicesSection | None = None  # train a supernet: all of these with shared weights (`posmlp supernet`)
-    weights: str | None = None  # initial weights: a run's folder, a checkpoint, or a file of weights
+    weights: str | None = None  # initial weights: a run, a checkpoint, a file, or posmlp:motion
 
     def overrides(self) -> dict[str, Any]:
         """Keyword arguments of ``posmlp.create_model(self.name, ...)``."""

@@ -507,6 +507,8 @@ class Video:
             return False
         if "rotate" in tags:  # decord obeys it, unlike players
             return False
+        if not -(2**31) <= self.pts[0] <= self.pts[-1] < 2**31:  # decord has 32 bits for a time: it hangs or aborts
+            return False
         try:
             if len(self._reader()) != self.info.frames:
                 return False

@@ -318,10 +318,14 @@ def test_an_avi_file_need_not_have_a_frame_for_every_tick(tmp_path, codec, pix_f
         np.testing.assert_allclose(video.info.times, np.array(ticks) / 10)
 
 
-@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.ts", "v.flv"])
+@pytest.mark.parametrize(
+    ("name", "shift"),
+    [("v.mp4", 51200), ("v.mkv", 51200), ("v.ts", 51200), ("v.flv", 51200), ("v.mp4", 2**40), ("v.mkv", 2**40)],
+)
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
-def test_a_stream_need_not_start_at_time_0(video, tmp_path, name, decoder):
-    late = Video(remux(video, tmp_path / name, shift=51200), decoder)
+def test_a_stream_need_not_start_at_time_0(video, tmp_path, name, shift, decoder):
+    """2^40: a camera may count from 1970, beyond 32 bits."""
+    late = Video(remux(video, tmp_path / name, shift=shift), decoder)
     np.testing.assert_allclose(late.info.times, np.arange(40) / 10, atol=1e-3)
     for pattern in PATTERNS:
         assert numbers(late.read(pattern)) == pattern
@@ -389,6 +393,25 @@ def test_pixels_of_other_kinds(tmp_path, pix_fmt):
     path = write_video(tmp_path / "v.mkv", count=5, codec="ffv1", pix_fmt=pix_fmt)
     for decoder in ("pyav", "decord"):
         assert numbers(read(path, [1, 4], 36, decoder)) == [1, 4]
+
+
+@pytest.mark.parametrize(("name", "codec"), [("v.avi", "rawvideo"), ("v.avi", "msrle"), ("v.mov", "rawvideo")])
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_a_palette_outlives_a_seek(tmp_path, name, codec, decoder):
+    """FFmpeg's decoders forget the palette of the container when they seek: all frames would be black."""
+    pictures = [picture(i, 108, 72) for i in range(12)]
+    colours = np.unique(np.concatenate(pictures).reshape(-1, 3), axis=0)
+    palette = np.zeros((256, 4), np.uint8)
+    palette[: len(colours), 1:] = colours
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 108, 72, "pal8"
+        for pixels in pictures:
+            places = (pixels[:, :, None] == colours).all(-1).argmax(-1).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((places, palette), format="pal8")))
+        container.mux(stream.encode())
+    for indices in ([0, 5, 11], [7], range(12)):
+        np.testing.assert_array_equal(read(tmp_path / name, indices, decoder=decoder), [pictures[i] for i in indices])
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])

@@ -219,3 +219,10 @@ def test_the_state_is_whole_on_the_cpu_and_loads_by_any_number_of_workers(monkey
         ("set_optimizer_state_dict", True, False, False),
     ]
     assert (state["step"], state["ema_updates"]) == (1, 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_only_fp16_scales_the_loss(precision):
+    learner = make_learner(f"train.precision={precision}")
+    assert learner.scaler.is_enabled() == (precision == "fp16")
+    assert learner.scaler.get_scale() == (2.0**16 if precision == "fp16" else 1.0)  # PyTorch's first scale

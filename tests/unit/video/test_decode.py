@@ -671,6 +671,7 @@ def test_a_picture_cut_short_is_refused(tmp_path):
 DAMAGED = {
     "v.mp4": ("libx264", B_FRAMES, {}),
     "front.mp4": ("libx264", B_FRAMES, {"muxer": {"movflags": "faststart"}}),
+    "fragmented.mp4": ("libx264", B_FRAMES, {"muxer": {"movflags": "frag_keyframe+empty_moov"}}),
     "v.mkv": ("libx264", B_FRAMES, {}),
     "v.avi": ("mpeg4", {"g": "8", "bf": "2"}, {}),
     "v.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}, {}),

@@ -11,7 +11,7 @@ from torch import nn
 
 import posmlp
 from benchmarks import plain
-from posmlp.model.backbone import Block, Stage
+from posmlp.model.backbone import Block, Downsample, Stage
 from posmlp.model.spec import BLOCKS, model_variant
 
 MIXED = ("joint", "cascade_ts", "parallel", "spatial")
@@ -237,6 +237,28 @@ def test_the_model_in_fp32_and_bf16_is_close_to_fp64(dtype):
     actual = logits(model.to(dtype), clip.to(dtype))
     assert actual.dtype == dtype
     assert (actual - expected).norm() < 20 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_downsampling_keeps_the_type_of_autocast():
+    """PyTorch computes the norm in fp32; the stage after it gets the type of the convolution."""
+    x = torch.randn(1, 4, 2, 8, 8)
+    for enabled, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert Downsample(4, 8)(x).dtype == dtype
+
+
+def test_a_stage_that_recomputes_has_the_same_gradients_and_runs_its_blocks_twice():
+    stage, x, calls = Stage(None, 4, "parallel", 2, 2, (2, 2, 2), [0.0, 0.0]), torch.randn(1, 4, 2, 4, 4), []
+    stage.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients = []
+    for recompute, count in [(False, 1), (True, 2)]:
+        stage.recompute = recompute
+        clip = x.clone().requires_grad_()
+        stage(clip).square().sum().backward()
+        gradients.append(clip.grad)
+        assert len(calls) == count
+        calls.clear()
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_compiler_traces_the_same_function():

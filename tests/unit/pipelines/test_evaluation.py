@@ -71,7 +71,8 @@ def test_an_mlflow_that_is_away_costs_only_itself(untrained_run):
     assert line.endswith("its files are in /here")
 
 
-def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path):
+@pytest.mark.parametrize(("split", "metric"), [("train", "test_train/top1"), ("test", "held_out/top1")])
+def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path, split, metric):
     config = untrained_run["config"].model_copy(
         update={"tracking": untrained_run["config"].tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/db"})}
     )
@@ -81,7 +82,14 @@ def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path)
     run = MlflowClient(tracking_uri(config)).get_run(run_id)
     assert "has no run some-run" in lines[0]
     assert (run.info.run_name, run.info.status) == ("small-name", "FINISHED")
-    assert run.data.metrics == {"test_train/top1": 0.5}
+    assert run.data.metrics == {metric: 0.5}
+
+
+def test_a_recipe_without_a_test_list_has_no_test_split(untrained_run):
+    with pytest.raises(
+        UserError, match=r"the recipe has no data\.test; name the list"
+    ):
+        evaluate(untrained_run["run"], split="test")
 
 
 def test_the_checkpoints_logged_model_gets_the_results(untrained_run):

@@ -158,7 +158,7 @@ def test_the_best_model_is_registered(finished_study):
     assert any("has the alias best" in line for line in lines)
     best = checkpoints.choose(trial_folder(result.study, result.best.number))
     (model,) = client.search_logged_models(["1"], f"tags.checkpoint = '{best}' AND name = 'model'")
-    assert (version.model_id, model.source_run_id) == (model.model_id, result.mlflow_run_id)
+    assert (version.source, model.source_run_id) == (model.artifact_location, result.mlflow_run_id)
     assert {m.key: m.value for m in model.metrics}["val/top1"] == checkpoints.read_info(best).metrics["val/top1"]
     assert {m.run_id for m in model.metrics} == {result.best.mlflow_run_id}
 

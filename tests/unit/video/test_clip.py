@@ -456,3 +456,20 @@ def test_a_full_disk_is_named_with_the_cache_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cache: cannot write decoded videos there \(No space left on device\)"):
         clip.decode_to_cache(tmp_path / "cache" / "v.frames", "v.mp4", None, 32, 60.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_later_views_of_a_video_are_those_of_its_repeats(square):
+    """An epoch that draws a video again goes on with the views after the first."""
+    three = views(square, make_config(repeats=3))
+    for number_of_view in range(3):
+        again, _ = load_clips(str(square), "s", make_config(), epoch=0, train=True, first_view=number_of_view)
+        assert np.array_equal(again[0], three[number_of_view])
+
+
+def test_the_order_of_shuffled_validation_views_stays_the_same(square):
+    """Seed 0 and epoch 0, the sample and the number of the view."""
+    config = make_config(clips=2, frame_order="shuffled", full_frame=True)
+    ordered = views(square, make_config(clips=2, full_frame=True), train=False, epoch=5)
+    for number_of_view, clip_of_view in enumerate(views(square, config, train=False, epoch=5)):
+        order = sample_rng(0, 0, "s", number_of_view).permutation(8)
+        assert numbers(clip_of_view) == [numbers(ordered[number_of_view])[i] for i in order]

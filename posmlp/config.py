@@ -257,6 +257,14 @@ class OptimSection(Section):
     freeze: Annotated[int, Field(ge=0, le=4)] | Literal["all"] | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # factor of the rate from a layer to the one before
 
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def read_freeze(cls, value: Any) -> Any:
+        """Refuse another value with one message in place of one for each kind of value."""
+        if value is None or str(value) == "all" or str(value) in set("01234"):
+            return value
+        raise ValueError("expected a number of stages from 0 to 4, or all")
+
 
 class TrainSection(Section):
     """Length, batch size, numerics and checkpoints of a run."""

@@ -106,7 +106,8 @@ def test_freezing_random_weights_is_refused():
 
 @pytest.mark.parametrize("text", ["5", "-1", "some", "1.5"])
 def test_a_wrong_number_of_stages_is_refused(text):
-    with pytest.raises(RecipeError, match=r"optim\.freeze"):
+    problem = rf"optim\.freeze: expected a number of stages from 0 to 4, or all, not '{text}'$"
+    with pytest.raises(RecipeError, match=problem):
         load_recipe("demo", [*SMALL, f"optim.freeze={text}"])
 
 

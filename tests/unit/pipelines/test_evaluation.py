@@ -76,7 +76,7 @@ def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path,
     config = untrained_run["config"].model_copy(
         update={"tracking": untrained_run["config"].tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/db"})}
     )
-    found = Evaluation("name", "/here", "step-12", 12, 1, "train", (1, 1), {"top1": 0.5}, [], [])
+    found = Evaluation("name", "/here", "step-12", 12, 1, split, (1, 1), {"top1": 0.5}, [], [])
     with log_lines() as lines:
         run_id = log_evaluation(found, {"a.txt": b"a"}, config, "some-run")
     run = MlflowClient(tracking_uri(config)).get_run(run_id)

@@ -442,7 +442,7 @@ ATTACKS = {
     "posix.system": lambda target: Call(os.system, f"touch {target}"),
     "builtins.eval": lambda target: Call(eval, f"open({target!r}, 'w')"),
     "builtins.exec": lambda target: Call(exec, f"open({target!r}, 'w')"),
-    "io.open": lambda target: Call(open, target, "w"),
+    f"{open.__module__}.open": lambda target: Call(open, target, "w"),  # _io since Python 3.12
     "subprocess.Popen": lambda target: Call(subprocess.Popen, ["touch", target]),
     "pathlib.Path.touch": lambda target: Call(pathlib.Path.touch, pathlib.Path(target)),
     "os.mkdir": lambda target: Call(os.makedirs, target),

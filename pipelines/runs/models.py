@@ -59,18 +59,6 @@ def load_trained_model(uri: str) -> tuple[PosMLPVideo, checkpoints.CheckpointInf
     return model.eval(), info
 
 
-def load_newest_model(run: str) -> torch.nn.Module:
-    """Load the model of a run's newest checkpoint, as ``load_trained_model`` does. The run must have one.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-        OSError: the storage does not answer.
-    """
-    intact = [entry for entry in checkpoints.find(run) if entry.info]
-    model, _ = load_trained_model(intact[-1].uri)
-    return model
-
-
 def example_input(config: Config) -> torch.Tensor:
     """A clip of zeros with the shape that the recipe's model takes: float32 ``[1, 3, T, H, W]``."""
     variant = config.model.variant()

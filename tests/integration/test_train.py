@@ -12,10 +12,11 @@ from PIL import Image
 
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
-from pipelines.runs.models import load_newest_model, load_trained_model
+from pipelines.runs.models import load_trained_model
 from pipelines.tracking.uris import tracking_uri
 from pipelines.training.train import train
 from posmlp.errors import UserError
+from posmlp.video.augment import to_input
 from posmlp.video.motion import MOTION_CLASSES
 from tests.helpers.log_lines import log_lines
 from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
@@ -71,14 +72,40 @@ def test_mlflow_has_config_metrics_tags_and_artifacts(finished_run):
     assert "global_batch: 8" in text
 
 
-def test_the_logged_model_equals_the_checkpoint(finished_run):
+def test_the_logged_model_is_that_of_the_best_checkpoint_and_takes_any_batch(finished_run):
     config, result, *_ = finished_run
-    torch.manual_seed(0)
-    clip = torch.randn(1, 3, 4, 32, 32)
+    clips = torch.randint(256, (7, 4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with active_uri(tracking_uri(config)):
         logged = mlflow.pytorch.load_model(f"runs:/{result.mlflow_run_id}/model")
+    best, _ = load_trained_model(result.path)
     with torch.no_grad():
-        torch.testing.assert_close(logged(clip), load_newest_model(result.path)(clip), rtol=1e-4, atol=1e-5)
+        for batch in (1, 7):
+            expected = best(to_input(clips[:batch], config))
+            torch.testing.assert_close(logged(clips[:batch]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_kept_checkpoint_is_a_logged_model_and_the_lists_are_data_sets(finished_run, motion_set):
+    config, result, *_ = finished_run
+    client, run = run_of(config)
+    kept = {entry.uri: entry.info for entry in checkpoints.find(result.path)}
+    models = {m.tags["checkpoint"]: m for m in client.search_logged_models(["1"])}
+    assert {*models} == {*kept} and len(kept) == 2
+    assert [uri for uri, model in models.items() if model.name == "model"] == [checkpoints.choose(result.path)]
+    for uri, model in models.items():
+        assert {m.key: m.value for m in model.metrics} == dict(kept[uri].metrics)
+        assert {m.step for m in model.metrics} == {kept[uri].epoch}
+        (top1,) = (m for m in model.metrics if m.key == "val/top1")
+        assert top1.dataset_name == f"{motion_set.name}/val.csv"
+    for key in run.data.metrics:
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
+        assert len(steps) == len({*steps}), key  # linking doubles no point
+    assert {each.model_id for each in run.outputs.model_outputs} == {m.model_id for m in models.values()}
+    inputs = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
+    assert {context: data.name for context, data in inputs.items()} == {
+        "training": f"{motion_set.name}/train.csv",
+        "validation": f"{motion_set.name}/val.csv",
+    }
+    assert top1.dataset_digest == inputs["validation"].digest
 
 
 def test_a_finished_name_is_refused(finished_run):

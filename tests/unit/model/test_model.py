@@ -240,7 +240,7 @@ def test_the_model_in_fp32_and_bf16_is_close_to_fp64(dtype):
 
 
 def test_downsampling_keeps_the_type_of_autocast():
-    """PyTorch computes the norm in fp32; the stage after it gets the type of the convolution."""
+    """On a GPU, PyTorch computes the norm in fp32; the stage after it gets the type of the convolution."""
     x = torch.randn(1, 4, 2, 8, 8)
     for enabled, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

@@ -615,6 +615,7 @@ def test_the_short_forms_of_lists_of_videos():
     train = load_recipe("demo", ["data.train=[a.csv, {path: b.csv, weight: 2}]", "data.val=0.25"]).data
     assert [(each.path, each.weight) for each in train.train.lists] == [("a.csv", 1.0), ("b.csv", 2.0)]
     assert (train.val.share, train.val.path) == (0.25, "a.csv")
+    assert load_recipe("demo", ["data.train=001"]).data.train.path == "001"  # a path is text as it is written
 
 
 @pytest.mark.parametrize(

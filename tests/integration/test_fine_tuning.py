@@ -59,6 +59,7 @@ def test_a_linear_probe_of_two_lists_leaves_the_backbone_as_it_was(local_ray, un
     assert changed == {"head.weight", "head.bias"}
 
 
+@pytest.mark.slow
 def test_the_test_split_is_evaluated_with_metrics_of_its_own(local_ray, untrained_run, tmp_path):
     """The test list is the validation list, so the figures are the same."""
     path, config = untrained_run["config"].data.val.path, untrained_run["config"]

@@ -643,3 +643,43 @@ def test_a_key_is_named_without_the_types_that_were_tried():
     with pytest.raises(RecipeError) as error:
         load_recipe("demo", ["model.windows=[x, 1, 1, 1]"])
     assert "  model.windows: Input should be a valid tuple, not 'x'" in str(error.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message", "nearest"),
+    [
+        (
+            ["data.val={}"],
+            "data.val: missing; give a list (data.val.path), or a share of the training videos (0.2)",
+            ["data.val=b.csv"],
+        ),
+        (
+            ["data.train=a.csv", "data.val={share: 0.25, root: there}"],
+            "data.val.share 0.25 is of the training list a.csv, so data.val has no list, root or where of its own; "
+            "leave them out, or set data.val.share=null",
+            ["data.train=a.csv", "data.val={share: 0.25}"],
+        ),
+        (
+            ["data.group_by=folder"],
+            "data.group_by folder has an effect only where data.val is a share; leave it out",
+            ["data.group_by=folder", "data.val=0.25"],
+        ),
+        *(
+            (
+                keys,
+                "optim.freeze 2 keeps weights that are trained already: it needs model.weights, and does not work "
+                "with model.choices; leave it out",
+                ["optim.freeze=2", "model.weights=w.pt"],
+            )
+            for keys in (
+                ["optim.freeze=2", "model.weights=null"],
+                ["optim.freeze=2", "model.weights=w.pt", "model.choices={depths: [[1, 2], [], [], []]}"],
+            )
+        ),
+    ],
+)
+def test_refusals_of_shares_groups_and_frozen_parts_as_they_are_printed(keys, message, nearest):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("demo", keys)
+    assert str(error.value).endswith(f" cannot be run:\n  {message}")
+    load_recipe("demo", nearest)

@@ -86,9 +86,7 @@ def test_a_run_that_mlflow_does_not_have_gets_a_new_one(untrained_run, tmp_path,
 
 
 def test_a_recipe_without_a_test_list_has_no_test_split(untrained_run):
-    with pytest.raises(
-        UserError, match=r"the recipe has no data\.test; name the list"
-    ):
+    with pytest.raises(UserError, match=r"the recipe has no data\.test; name the list"):
         evaluate(untrained_run["run"], split="test")
 
 

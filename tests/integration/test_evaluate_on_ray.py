@@ -88,7 +88,7 @@ def test_what_is_written_says_what_was_evaluated(found, untrained_run):
     assert [row["class"] for row in table] == CLASSES
     assert (table[7]["videos"], table[7]["top1"]) == ("0", "")
     assert (folder / "confusion.png").read_bytes()[:4] == b"\x89PNG"
-    assert f"{untrained_run['checkpoint']} (step 12, epoch 1): val, 14 videos x 2x3 views, workers: 2" in lines[0]
+    assert f"{untrained_run['checkpoint']} (step 12, epoch 1): val, 14 videos x 2x3 views, workers: 2" in lines[1]
     assert untrained_run["broken"] in str(result)
 
 

@@ -395,11 +395,13 @@ class Config(Section):
             problems.append(
                 "model.choices works neither with train.compile nor with scaling.parallel fsdp; leave them out"
             )
-        if self.optim.freeze is not None and (self.model.choices or not self.model.weights):
+        if self.optim.freeze is not None and not self.model.weights:
             problems.append(
-                f"optim.freeze {self.optim.freeze} keeps weights that are trained already: it needs model.weights, and "
-                "does not work with model.choices; leave it out"
+                f"optim.freeze {self.optim.freeze} keeps weights that are trained already: set model.weights, or leave "
+                "optim.freeze out"
             )
+        if self.optim.freeze is not None and self.model.choices:
+            problems.append(f"optim.freeze {self.optim.freeze} does not work with model.choices; leave one of them out")
         if self.optim.min_lr > self.optim.lr:
             problems.append(
                 f"optim.min_lr {self.optim.min_lr:g} is more than optim.lr {self.optim.lr:g}, the peak rate"
@@ -506,7 +508,7 @@ def shorten_warmup(tree: dict[str, Any], before: Mapping[str, Any]) -> None:
     except (ValidationError, AttributeError):
         return  # the caller lists the problems
     warmup = warmups[0]
-    if warmups[1] == warmup and now < warmup <= was:
+    if warmups[1] == warmup and now <= warmup <= was and now < was:
         shorter = warmup * now / was
         tree["optim"] = {**tree.get("optim", {}), "warmup_epochs": shorter}
         logger.warning("optim.warmup_epochs %g becomes %.3g, because train.epochs=%d is shorter", warmup, shorter, now)

@@ -82,7 +82,7 @@ def videos_in(folder: str) -> Sequence[str]:
     from posmlp.video.manifest import VIDEO_SUFFIXES
 
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    return [str(path) for path in files if path.is_file()]
+    return [str(path) for path in files if path.is_file() and not path.name.startswith(".")]
 
 
 def summarise_predictions(first: Counter[str], unreadable: int) -> str:

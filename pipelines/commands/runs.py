@@ -58,7 +58,10 @@ def describe_run(run: str) -> tuple[str, str, str] | None:
     entries, epochs = checkpoints.find(run), record["config"]["train"]["epochs"]
     done = max((entry.info.epoch for entry in entries if entry.info), default=0)
     if record["metrics"] is not None:
-        state = f"finished, {epochs} epochs"
+        last_epoch = int(record["metrics"].get(names.EPOCH, epochs))
+        state = (
+            f"finished, {epochs} epochs" if last_epoch == epochs else f"ended early, {last_epoch} of {epochs} epochs"
+        )
     else:
         state = f"{'running' if is_running(run) else 'not finished'}, {done} of {epochs} epochs"
     best = [entry.info.metrics[names.VAL_TOP1] for entry in checkpoints.best(entries, 1) if entry.info]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,7 +99,7 @@ def init(path: str, out: str | None = None, group_by: str | None = None) -> str:
     Raises:
         UserError: the file exists or cannot be written, or the videos cannot be trained on.
     """
-    name = recipe_name(path)
+    name = recipe_name(out or path)
     file = Path(out or f"{name}.yaml")
     if file.exists():
         raise UserError(f"{file} exists; choose another file with --out, or remove it")
@@ -109,7 +112,7 @@ def init(path: str, out: str | None = None, group_by: str | None = None) -> str:
             f"none of the {look.seen} videos of {path} can be read; the first, {look.bad[0][0]}: {look.bad[0][1]}"
         )
     tree = propose(name, lists, manifest, look)
-    text = recipe_text(tree, comments(tree, lists, manifest, look), f"posmlp init {path}")
+    text = recipe_text(tree, comments(tree, lists, manifest, look), f"posmlp init {shlex.quote(path)}")
     try:
         with file.open("x") as opened:
             opened.write(text)
@@ -118,21 +121,21 @@ def init(path: str, out: str | None = None, group_by: str | None = None) -> str:
     try:
         config = load_recipe(file)
         parts = [*describe_look(path, manifest, look), *describe_recipe(config, look), f"{file} is written. Next:"]
-    except UserError:
-        file.unlink()  # the lists do not fit the proposal, as a group of videos for each class
+    except BaseException:  # the lists do not fit the proposal, as a group of videos for each class; or Ctrl-C
+        file.unlink()
         raise
-    return "\n".join([*parts, f"  posmlp train {file}"])
+    return "\n".join([*parts, f"  posmlp train {shlex.quote(str(file))}"])
 
 
 # --- the data ------------------------------------------------------------------------------------------------------
 
 
 def recipe_name(path: str) -> str:
-    """The name of the recipe and its run: that of the folder or list, as far as a name allows."""
+    """The name of a recipe and its run: that of the folder, list or recipe, as far as a name allows."""
     stem = os.path.basename(path.rstrip("/"))
-    stem = os.path.splitext(stem)[0] if os.path.isfile(path) else stem
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in stem).strip("-_")
-    return name or "mine"
+    stem = os.path.splitext(stem)[0] if os.path.isfile(path) or stem.endswith((".yaml", ".yml")) else stem
+    letters = "".join(c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c))  # no accents
+    return re.sub(r"[^A-Za-z0-9_]+", "-", letters).strip("-_") or "mine"
 
 
 def find_lists(path: str, group_by: str | None) -> Lists:
@@ -273,7 +276,9 @@ def recipe_text(tree: dict[str, Any], comments: dict[str, str], command: str) ->
 
     def line(key: str, value: Any) -> str:
         text = (
-            yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).removesuffix("\n...\n").strip()
+            yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000, allow_unicode=True)
+            .removesuffix("\n...\n")
+            .strip()
         )
         section, _, name = key.rpartition(".")
         comment = f" # {comments[key]}" if key in comments else ""
@@ -303,7 +308,8 @@ def describe_look(path: str, manifest: Manifest, look: Look) -> list[str]:
     if len(look.bad) > BAD_SHOWN:
         lines.append(f"    ... and {len(look.bad) - BAD_SHOWN} more")
     if look.bad or look.seen < look.videos:
-        lines.append(f"    `posmlp data check {path} --out check` decodes every frame of all and lists the good ones")
+        check = f"posmlp data check {shlex.quote(path)} --out check"
+        lines.append(f"    `{check}` decodes every frame of all and lists the good ones")
     widths, heights = zip(*look.sizes, strict=True)
     parts = [f"{between(widths)} x {between(heights)} pixels", f"{between(look.frames)} frames"]
     parts += [f"{between(look.seconds)} s", f"{between(look.rates)} frames/s"] if look.seconds else []

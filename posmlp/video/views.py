@@ -37,7 +37,10 @@ def with_views(config: Config, views: tuple[int, int] | None) -> Config:
     if views is None:
         return config
     if config.data.full_frame and views[1] > 1:
-        raise UserError(f"views {views[0]}x{views[1]}: the recipe's clips show whole frames (data.full_frame); use x1")
+        raise UserError(
+            f"views {views[0]}x{views[1]}: the recipe's clips show whole frames (data.full_frame), so there is one "
+            f"crop; use {views[0]}x1"
+        )
     section = config.eval.model_copy(update={"clips": views[0], "crops": views[1]})
     return config.model_copy(update={"eval": section})
 

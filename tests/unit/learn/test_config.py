@@ -566,9 +566,12 @@ def test_a_warm_up_longer_than_the_run_is_scaled_with_it():
     with log_lines() as lines:
         assert load_recipe("demo", ["train.epochs=1"]).optim.warmup_epochs == pytest.approx(2 / 24)
         assert load_recipe("demo", ["train.epochs=1", "optim.lr=0.1"]).optim.lr == 0.1
+    with log_lines() as whole:  # a run that is all warm-up
+        assert load_recipe("demo", ["train.epochs=2"]).optim.warmup_epochs == pytest.approx(4 / 24)
+    assert len(whole) == 1
     assert lines == ["optim.warmup_epochs 2 becomes 0.0833, because train.epochs=1 is shorter"] * 2
     with log_lines() as lines:
-        assert load_recipe("demo", ["train.epochs=2"]).optim.warmup_epochs == 2
+        assert load_recipe("demo", ["train.epochs=3"]).optim.warmup_epochs == 2
         assert load_recipe("demo", ["train.epochs=1", "optim.warmup_epochs=1"]).optim.warmup_epochs == 1
     assert not lines
     with pytest.raises(RecipeError, match=r"warmup_epochs 3\.0 is more than train\.epochs 1"):
@@ -664,17 +667,15 @@ def test_a_key_is_named_without_the_types_that_were_tried():
             "data.group_by folder has an effect only where data.val is a share; leave it out",
             ["data.group_by=folder", "data.val=0.25"],
         ),
-        *(
-            (
-                keys,
-                "optim.freeze 2 keeps weights that are trained already: it needs model.weights, and does not work "
-                "with model.choices; leave it out",
-                ["optim.freeze=2", "model.weights=w.pt"],
-            )
-            for keys in (
-                ["optim.freeze=2", "model.weights=null"],
-                ["optim.freeze=2", "model.weights=w.pt", "model.choices={depths: [[1, 2], [], [], []]}"],
-            )
+        (
+            ["optim.freeze=2", "model.weights=null"],
+            "optim.freeze 2 keeps weights that are trained already: set model.weights, or leave optim.freeze out",
+            ["optim.freeze=2", "model.weights=w.pt"],
+        ),
+        (
+            ["optim.freeze=2", "model.weights=w.pt", "model.choices={depths: [[1, 2], [], [], []]}"],
+            "optim.freeze 2 does not work with model.choices; leave one of them out",
+            ["optim.freeze=2", "model.weights=w.pt"],
         ),
     ],
 )

@@ -255,7 +255,8 @@ def test_help_shows_overrides_as_optional(capsys):
 
 def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_path):
     small = ["train.epochs=4", f"train.storage={tmp_path}"]
-    for name, metrics in (("done", {"val/top1": 0.5}), ("half", None), ("held", None)):
+    early = {"val/top1": 0.5, "epoch": 2.0}
+    for name, metrics in (("done", {"val/top1": 0.5}), ("early", early), ("half", None), ("held", None)):
         config = load_recipe("demo", [f"name={name}", *small])
         write_checkpoint(tmp_path / name, config, metrics={"val/top1": 0.625})
         write_record(str(tmp_path / name), config, {}, "run", metrics)
@@ -274,6 +275,7 @@ def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_pat
     assert lines == [
         ["name", "state", "best val top-1"],
         ["done", "finished, 4 epochs", "62.5%"],
+        ["early", "ended early, 2 of 4 epochs", "62.5%"],
         ["half", "not finished, 1 of 4 epochs", "62.5%"],
         ["held", "running, 1 of 4 epochs", "62.5%"],
         ["search", "study, trials: 2 finished, 1 failed, 1 not finished", "75.0%, trial 1"],

@@ -141,6 +141,7 @@ def test_a_folder_of_videos_is_all_its_videos_and_a_summary(trained, motion_set,
         shutil.copy(source, tmp_path / name)
     (tmp_path / "deep" / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "notes.txt").write_text("no video")
+    (tmp_path / "._a.mp4").write_bytes(b"")  # macOS writes such files
     assert main(["predict", str(run), str(tmp_path), "--top", "1"]) == 1
     out, err = capsys.readouterr()
     assert [line for line in out.splitlines() if line.startswith("/")] == [str(tmp_path / name) for name in names]

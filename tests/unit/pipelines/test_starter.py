@@ -173,7 +173,15 @@ def test_a_large_set_with_a_gpu_gets_a_published_size(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("my videos/", "my-videos"), ("/v/kinetics.2", "kinetics-2"), ("list.csv", "list"), (".", "mine"), ("été", "t")],
+    [
+        ("my videos/", "my-videos"),
+        ("/v/kinetics.2", "kinetics-2"),
+        ("list.csv", "list"),
+        (".", "mine"),
+        ("mes été #1", "mes-ete-1"),
+        ("動画", "mine"),
+        ("b.yaml", "b"),
+    ],
 )
 def test_the_recipe_is_named_after_the_folder_or_list(here, path, name):
     (here / "list.csv").touch()

@@ -488,7 +488,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     before = deepcopy(tree)
     for override in overrides:
         set_key(tree, override)
-    shorten_warmup(tree, before)
+    if not any(override.partition("=")[0].strip() == "optim.warmup_epochs" for override in overrides):
+        shorten_warmup(tree, before)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -572,6 +572,7 @@ def test_a_warm_up_longer_than_the_run_is_scaled_with_it():
     assert lines == ["optim.warmup_epochs 2 becomes 0.0833, because train.epochs=1 is shorter"] * 2
     with log_lines() as lines:
         assert load_recipe("demo", ["train.epochs=3"]).optim.warmup_epochs == 2
+        assert load_recipe("demo", ["train.epochs=2", "optim.warmup_epochs=2"]).optim.warmup_epochs == 2
         assert load_recipe("demo", ["train.epochs=1", "optim.warmup_epochs=1"]).optim.warmup_epochs == 1
     assert not lines
     with pytest.raises(RecipeError, match=r"warmup_epochs 3\.0 is more than train\.epochs 1"):

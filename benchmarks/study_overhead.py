@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipelines.tuning.study import find_study, read_trials, study_space
+from pipelines.studies.study import find_study, read_trials, study_space
 from posmlp.config import load_recipe
 from posmlp.metrics import PERF_DATA_WAIT_FRAC, PERF_EPOCH_S, PERF_FIRST_BATCH_S
 from posmlp.video.motion import make_motion_set

@@ -72,8 +72,8 @@ def describe_run(run: str) -> tuple[str, str, str] | None:
 
 def describe_study(folder: str) -> tuple[str, str, str] | None:
     """Return the name, the number of trials by state, and the best trial of a study; None if the folder is no study."""
-    from pipelines.tuning.pareto import best_trial
-    from pipelines.tuning.study import TrialState, read_study, read_trials
+    from pipelines.studies.pareto import best_trial
+    from pipelines.studies.study import TrialState, read_study, read_trials
 
     found = read_study(folder)
     if found is None:
@@ -140,9 +140,9 @@ def add_sync(commands: Commands) -> None:
 def run_sync(args: argparse.Namespace) -> int:
     """Return exit code 1 if something is still undelivered."""
     from pipelines.runs.record import find_run
+    from pipelines.studies.study import StudyError, find_study, read_trials, trial_folder
     from pipelines.tracking.delivery import sync_journals
     from pipelines.tracking.uris import journal_path
-    from pipelines.tuning.study import StudyError, find_study, read_trials, trial_folder
 
     left = 0
     for name in args.run_folders:

@@ -89,7 +89,7 @@ def run_tune(args: argparse.Namespace) -> None:
     """Run a new study, or resume one; then print its Pareto front."""
     from pydantic import ValidationError
 
-    from pipelines.tuning.study import Study, StudyError, explain_error, find_study
+    from pipelines.studies.study import Study, StudyError, explain_error, find_study
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     if args.resume:
@@ -111,15 +111,15 @@ def run_tune(args: argparse.Namespace) -> None:
             study = Study(name=name, recipe=recipe, **given)
         except ValidationError as error:
             raise StudyError(f"study {name}: {explain_error(error)}") from error
+    from pipelines.studies import report
     from pipelines.tracking.uris import links_text, tracking_uri
-    from pipelines.tuning import pareto
     from pipelines.tuning.tune import tune
 
     args.after_interrupt = f"posmlp tune --resume {study.folder} resumes it"
     start = time.perf_counter()
     result = tune(study, resume=bool(args.resume))
     seconds = time.perf_counter() - start
-    print(f"\n{pareto.describe_study(result.study.name, result.trials, result.study.against or 'gmacs')}\n")
+    print(f"\n{report.describe_study(result.study.name, result.trials, result.study.against or 'gmacs')}\n")
     print(
         f"  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
     )
@@ -152,13 +152,13 @@ def add_supernet(commands: Commands) -> None:
 
 
 def run_supernet(args: argparse.Namespace) -> None:
+    from pipelines.studies import report
     from pipelines.tracking.uris import links_text, tracking_uri
-    from pipelines.tuning import pareto
     from pipelines.tuning.supernet import supernet
 
     recipe = load_recipe_and_data(args.recipe, args.overrides)
     result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
-    print(f"\n{pareto.describe_study(Path(result.run).name, result.members, 'gmacs')}")
+    print(f"\n{report.describe_study(Path(result.run).name, result.members, 'gmacs')}")
     if result.agreement:
         print(f"\n{result.agreement}")
     for video in result.bad:
@@ -180,7 +180,8 @@ def add_front(commands: Commands) -> None:
 
 
 def run_front(args: argparse.Namespace) -> None:
-    from pipelines.tuning.pareto import read_study_from_mlflow, write_studies
+    from pipelines.studies.logged_study import read_study_from_mlflow
+    from pipelines.studies.report import write_studies
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
     studies = [read_study_from_mlflow(name, uri) for name in args.studies]

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipelines.runs.record import read_json, read_record, write_files
+from pipelines.studies import pareto, report
+from pipelines.studies.study import Study, Trial, TrialState, standalone_recipe, trial_folder, write_trial
 from pipelines.tracking.mlflow_client import NOTE, PARENT, RUN_NAME, command_name
 from pipelines.tracking.tracker import Tracker
-from pipelines.tuning import pareto
+from pipelines.tracking.uris import SEARCH_PARAM
 from pipelines.tuning.search import propose_trial
-from pipelines.tuning.study import Study, Trial, TrialState, trial_folder, write_trial
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp import storage
 from posmlp.config import Config
@@ -98,7 +99,7 @@ class StudyController:
         self.save_trial(trial)
         self.started[trial.number] = time.monotonic()
         repeat = "" if trial.repeat_of is None else f" (trial {trial.repeat_of} with seed {trial.seed})"
-        logger.info("trial %d%s: %s", trial.number, repeat, pareto.describe_member(trial.member))
+        logger.info("trial %d%s: %s", trial.number, repeat, report.describe_member(trial.member))
         return trial
 
     def may_have_more(self) -> bool:
@@ -124,10 +125,10 @@ class StudyController:
         """What a ``TrialRun`` needs to run a trial."""
         config = self.study.trial_recipe(self.space, trial.member, trial.number, trial.seed)
         tags = {PARENT: self.tracker.run_id, "study": self.study.name, "trial": str(trial.number)}
-        tags |= {RUN_NAME: pareto.trial_name(trial), "mlflow.source.name": command_name()}
+        tags |= {RUN_NAME: report.trial_name(trial), "mlflow.source.name": command_name()}
         if trial.repeat_of is not None:
             tags["trial.repeats"] = str(trial.repeat_of)
-        params = {f"{pareto.SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
+        params = {f"{SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
         # The store's address may hold a password, and Tune writes the job to disk: the environment carries it instead.
         tracking = config.tracking.model_copy(update={"uri": None})
         return TrialJob(config.model_copy(update={"tracking": tracking}), tags, params, self.study.budgets())
@@ -170,14 +171,14 @@ class StudyController:
         """Log the study's figures, tables, recipes and metrics, as they are now, to its MLflow run."""
         self.last_results = time.monotonic()
         trials, against = self.in_order(), self.study.against or "gmacs"
-        files = pareto.pareto_files({self.study.name: trials}, self.study.recipe, against, self.variant_latencies)
+        files = report.pareto_files({self.study.name: trials}, self.study.recipe, against, self.variant_latencies)
         for path, content in files.items():
             self.tracker.log_file(path, content)
         write_files(self.study.folder, files)
         for trial in pareto.on_any_front(trials):
             if (record := read_record(trial_folder(self.study, trial.number))) is not None:
                 config = Config.model_validate(record["config"])
-                text = pareto.standalone_recipe(config, self.study, trial.number)
+                text = standalone_recipe(config, self.study, trial.number)
                 self.tracker.log_file(f"recipes/trial-{trial.number:03d}.yaml", text.encode())
         volumes = pareto.hypervolume_curve(trials, against)
         if volumes:
@@ -196,7 +197,7 @@ def describe_study(study: Study, trials: Sequence[Trial]) -> str:
     states = [trial.state for trial in trials if trial.repeat_of is None]
     text = ", ".join(f"{states.count(state)} {state}" for state in TrialState if state in states) or "no trials yet"
     if best := pareto.best_trial(trials):
-        text += f"; best: {pareto.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}"
+        text += f"; best: {report.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}"
     return f"{what}\n\n{text}"
 
 

@@ -1,7 +1,7 @@
 """Ray Tune's side of a study: runs the trials that the controller schedules, each in a ``TrialRun`` actor.
 
 Tune's own experiment state is not used to resume: Tune saves it periodically, so a trial that started after the last
-save would be lost. The records of ``pipelines.tuning.study`` are used instead.
+save would be lost. The records of ``pipelines.studies.study`` are used instead.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ray.tune.search import Searcher
 from pipelines.cluster.ray_internals import withhold_from_tune_actors
 from pipelines.cluster.signals import exit_despite, stop_on_signal
 from pipelines.runs.errors import StoppedError
+from pipelines.studies.study import StudyError, TrialState
 from pipelines.tracking.uris import tracking_uri
 from pipelines.tuning.controller import StudyController
-from pipelines.tuning.study import StudyError, TrialState
 from pipelines.tuning.trial import TrialEvent, TrialRun
 
 POLL_S = 0.2

@@ -23,7 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from pipelines.tuning.study import Study, StudyError, Trial, TrialState, over_budget
+from pipelines.studies.study import Study, StudyError, Trial, TrialState, over_budget
 from posmlp import create_model
 from posmlp.config import Config, RecipeError
 from posmlp.metrics import COST_GMACS, COST_PARAMS_M, COSTS, EPOCH, VAL_TOP1

@@ -28,13 +28,8 @@ from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
 from pipelines.runs.models import known_classes
 from pipelines.runs.record import read_record, run_folder
-from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import journal_path, recipe_without_password
-from pipelines.training.preflight import changed_keys, check_data, list_fingerprint, read_splits
-from pipelines.training.train import train
-from pipelines.tuning import pareto, pareto_plots
-from pipelines.tuning.search import member_key, space_size, static_costs
-from pipelines.tuning.study import (
+from pipelines.studies import pareto, pareto_plots, report
+from pipelines.studies.study import (
     StudyError,
     Trial,
     TrialState,
@@ -43,6 +38,11 @@ from pipelines.tuning.study import (
     read_trials,
     study_space,
 )
+from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.uris import journal_path, recipe_without_password
+from pipelines.training.preflight import changed_keys, check_data, list_fingerprint, read_splits
+from pipelines.training.train import train
+from pipelines.tuning.search import member_key, space_size, static_costs
 from posmlp import storage
 from posmlp.config import Config, RecipeError, ScalingSection, set_value
 from posmlp.learn.evaluation import video_scores
@@ -284,7 +284,7 @@ def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
         )
         assert ours.choices is not None
         if different or not ours.choices.contains(theirs.architecture()):
-            what = different or pareto.describe_member(trial.member)
+            what = different or report.describe_member(trial.member)
             raise StudyError(f"trial {trial.number} of the study {study.name} is not a member of {config.name}: {what}")
         found.append(StandaloneTrial(trial, pareto.top1_over_seeds(trial, trials)[0], recipe))
     if len(found) < 2:
@@ -391,7 +391,7 @@ def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[
         UserError: they cannot be written.
     """
     members = result.members
-    files = pareto.pareto_files({config.name: members}, config, "gmacs")
+    files = report.pareto_files({config.name: members}, config, "gmacs")
     files["members.csv"] = files.pop("trials.csv")
     for number in {trial.number for cost in ("gmacs", "params") for trial in pareto.pareto_front(members, cost)}:
         name = f"{config.name}-{number:03d}"

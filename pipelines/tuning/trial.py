@@ -22,8 +22,8 @@ from pipelines.cluster.session import start_ray
 from pipelines.runs.errors import StoppedError
 from pipelines.runs.models import example_input
 from pipelines.runs.record import read_record, run_folder
+from pipelines.studies.study import TrialState, over_budget
 from pipelines.training.train import TrialContext, train
-from pipelines.tuning.study import TrialState, over_budget
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.errors import UserError

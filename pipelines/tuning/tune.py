@@ -1,6 +1,6 @@
 """The driver of a study: many training runs, chosen by a searcher, scheduled by Ray Tune, logged to MLflow as they end.
 
-The study's records are in ``pipelines.tuning.study``, the searchers in ``search``, the scheduling of trials in
+The study's records are in ``pipelines.studies.study``, the searchers in ``search``, the scheduling of trials in
 ``controller``, Ray Tune in ``ray_tune`` and ``trial``, and the Pareto front in ``pareto``.
 """
 
@@ -22,6 +22,18 @@ from pipelines.registry.logged_models import link_to
 from pipelines.registry.model_files import save_model_files
 from pipelines.runs import checkpoints
 from pipelines.runs.record import check_writable, run_folder, write_json
+from pipelines.studies import pareto
+from pipelines.studies.study import (
+    STUDY_FILE,
+    Study,
+    StudyError,
+    Trial,
+    fully_trained,
+    read_study,
+    read_trials,
+    study_space,
+    write_study,
+)
 from pipelines.tracking.mlflow_client import NOTE, register_model, source_tags
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import (
@@ -35,21 +47,9 @@ from pipelines.tracking.uris import (
 )
 from pipelines.training.preflight import check_data, find_weights, list_fingerprint, read_splits
 from pipelines.training.progress import describe_overrides
-from pipelines.tuning import pareto
 from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController, describe_study
 from pipelines.tuning.ray_tune import run_trials
 from pipelines.tuning.search import check_space, propose_trial
-from pipelines.tuning.study import (
-    STUDY_FILE,
-    Study,
-    StudyError,
-    Trial,
-    fully_trained,
-    read_study,
-    read_trials,
-    study_space,
-    write_study,
-)
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
 from posmlp.config import Config, SplitSection

@@ -14,8 +14,8 @@ import ray
 from mlflow import MlflowClient
 
 from pipelines.runs import checkpoints
+from pipelines.studies.study import Study
 from pipelines.tracking.uris import tracking_uri
-from pipelines.tuning.study import Study
 from posmlp.config import load_recipe
 
 

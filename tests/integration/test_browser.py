@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.studies import report
+from pipelines.studies.study import fully_trained
 from pipelines.tracking.mlflow_client import EXPERIMENT_NOTE
 from pipelines.tracking.uris import LOCAL_PAGES, TRAINING, run_link, tracking_uri
-from pipelines.tuning import pareto
-from pipelines.tuning.study import fully_trained
 from posmlp.metrics import VAL_TOP1
 from tests.helpers.browser import keep, open_browser
 from tests.helpers.mlflow_server import MlflowServer
@@ -88,7 +88,7 @@ def test_the_printed_link_shows_all_runs_with_their_results(finished_study, link
     close_assistant(page)
     study.get_by_role("button").first.click()  # unfolds it
     for trial in result.trials:
-        page.get_by_role("link", name=pareto.trial_name(trial), exact=True).first.wait_for()
+        page.get_by_role("link", name=report.trial_name(trial), exact=True).first.wait_for()
     keep(page, tmp_path, "runs")
     shown = page.locator("body").inner_text().split("\n")
     columns = ["val/best_top1", "val/best_epoch", "val/top1", "train/loss", "model.name", "model.blocks", "cost/gmacs"]
@@ -108,7 +108,7 @@ def test_the_printed_link_compares_the_trials(finished_study, link, page, tmp_pa
         page.locator(".xtitle", has_text=cost).first.wait_for()
     assert page.locator(".ytitle").all_text_contents()[:3] == ["val/top1"] * 3
     assert page.locator(".scatterlayer").first.locator(".point").count() == len(result.trials)
-    page.get_by_role("link", name=pareto.trial_name(result.trials[0]), exact=True).first.wait_for()
+    page.get_by_role("link", name=report.trial_name(result.trials[0]), exact=True).first.wait_for()
     assert page.get_by_role("link", name="look", exact=True).count() == 0  # the trials alone
     keep(page, tmp_path, "compare")
 
@@ -117,7 +117,7 @@ def test_a_runs_page_says_what_it_is_and_shows_training_first(finished_study, li
     result, _ = finished_study
     best = result.best
     page.goto(link("this study"))
-    page.get_by_text(f"best: {pareto.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}").wait_for()
+    page.get_by_text(f"best: {report.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}").wait_for()
     page.goto(run_link(server, experiment, best.mlflow_run_id))
     page.get_by_text("Finished after epoch 2 of 2: val/top1").wait_for()
     page.get_by_text("32 videos of 8 classes").wait_for()

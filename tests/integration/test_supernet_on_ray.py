@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.cli import main
-from pipelines.tuning.study import TrialState
+from pipelines.studies.study import TrialState
 from pipelines.tuning.supernet import score_members, supernet
 from posmlp import create_model
 from posmlp.config import load_recipe

@@ -16,12 +16,12 @@ from ray.util.state import list_actors
 from pipelines.cli import main
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_json, read_record
+from pipelines.studies import logged_study, pareto, report
+from pipelines.studies.study import StudyError, TrialState, read_trials, study_space, trial_folder
 from pipelines.tracking.mlflow_client import PARENT
 from pipelines.tracking.uris import study_view, tracking_uri, view_text
 from pipelines.training.train import train
-from pipelines.tuning import pareto
 from pipelines.tuning.search import propose_trial, static_costs
-from pipelines.tuning.study import StudyError, TrialState, read_trials, study_space, trial_folder
 from pipelines.tuning.tune import max_concurrent_trials, tune
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
@@ -93,8 +93,8 @@ def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
     assert (parent.info.run_name, parent.info.status, parent.data.tags["study"]) == ("look", "FINISHED", "look")
     assert parent.data.params["study.space"] == "block_types"
     assert {run.data.tags[PARENT] for run in children} == {parent.info.run_id}
-    assert sorted(run.info.run_name for run in children) == [pareto.trial_name(trial) for trial in result.trials]
-    best = f"; best: {pareto.trial_name(result.best)}, val/top1 {result.best.metrics[VAL_TOP1]:.1%}"
+    assert sorted(run.info.run_name for run in children) == [report.trial_name(trial) for trial in result.trials]
+    best = f"; best: {report.trial_name(result.best)}, val/top1 {result.best.metrics[VAL_TOP1]:.1%}"
     assert parent.data.tags["mlflow.note.content"].endswith(best)
     experiment = client.get_experiment(parent.info.experiment_id)
     view = study_view("look", [f"block{stage}" for stage in (1, 2, 3, 4)])
@@ -117,7 +117,7 @@ def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
 def test_the_front_is_read_from_mlflow_alone(finished_study, tmp_path, capsys):
     result, _ = finished_study
     uri = tracking_uri(result.study.recipe)
-    logged = pareto.read_study_from_mlflow("look", uri)
+    logged = logged_study.read_study_from_mlflow("look", uri)
     assert logged.study == result.study
     assert logged.variant_latencies == read_json(f"{result.study.folder}/published.json")
     assert logged.variant_latencies["tiny"] > 0
@@ -130,7 +130,7 @@ def test_the_front_is_read_from_mlflow_alone(finished_study, tmp_path, capsys):
         )
         assert {k: seen.metrics[k] for k in trial.metrics} == trial.metrics
     assert main(["front", "look", "--uri", uri, "--out", str(tmp_path)]) == 0
-    assert pareto.describe_study("look", result.trials, "gmacs") in capsys.readouterr().out
+    assert report.describe_study("look", result.trials, "gmacs") in capsys.readouterr().out
     assert {"front.html", "front.png", "trials.csv", "progress.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -169,7 +169,7 @@ def test_a_finished_study_is_not_repeated(finished_study, capsys):
         tune(result.study)
     before = [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]]
     assert main(["tune", "--resume", result.study.folder]) == 0
-    assert pareto.describe_study("look", result.trials, "gmacs").split("\n")[0].split(";")[0] in capsys.readouterr().out
+    assert report.describe_study("look", result.trials, "gmacs").split("\n")[0].split(";")[0] in capsys.readouterr().out
     assert [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]] == before
 
 
@@ -369,7 +369,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from pipelines.runs import checkpoints
-from pipelines.tuning.study import Study
+from pipelines.studies.study import Study
 from pipelines.tuning.tune import tune
 
 # The driver's node has no CPUs, so that workers and decoders are on the others.

@@ -20,9 +20,9 @@ from pipelines.commands import recipes
 from pipelines.commands.options import load_recipe_and_data
 from pipelines.data.loader import global_order
 from pipelines.runs.record import write_record
+from pipelines.studies.study import Study, Trial, TrialState, write_study, write_trial
 from pipelines.tracking.journal import Journal
 from pipelines.tracking.uris import journal_path
-from pipelines.tuning.study import Study, Trial, TrialState, write_study, write_trial
 from posmlp.config import RECIPES, load_recipe
 from posmlp.model.cost import count_macs
 from posmlp.model.spec import model_variant

@@ -19,6 +19,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from pipelines.cli import main
 from pipelines.planning.doctor import check_mlflow
+from pipelines.studies.logged_study import read_study_from_mlflow
 from pipelines.tracking.delivery import sync_journals
 from pipelines.tracking.mlflow_client import (
     PARENT,
@@ -28,7 +29,6 @@ from pipelines.tracking.mlflow_client import (
     stored_metrics,
 )
 from pipelines.tracking.tracker import Tracker
-from pipelines.tuning.pareto import read_study_from_mlflow
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 from tests.helpers.waiting import until

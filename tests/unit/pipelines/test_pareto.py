@@ -17,9 +17,9 @@ from mlflow.entities import Metric, Param, Run, RunData, RunInfo, RunTag
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from PIL import Image
 
+from pipelines.studies import logged_study, pareto, report
+from pipelines.studies.study import Study, StudyError, Trial, TrialState, standalone_recipe, study_space
 from pipelines.tracking.mlflow_client import PARENT
-from pipelines.tuning import pareto
-from pipelines.tuning.study import Study, StudyError, Trial, TrialState, study_space
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, VAL_TOP1
@@ -121,7 +121,7 @@ def many(seed=0):
 def test_figures_and_tables_of_any_number_of_trials(count, recwarn):
     trials = many()[:count]
     trials += [trial(12 + i, 0.5, t.metrics[GMACS], repeat_of=t.number) for i, t in enumerate(trials[:1])]
-    files = pareto.pareto_files({"look": trials}, BASE, "latency")
+    files = report.pareto_files({"look": trials}, BASE, "latency")
     assert set(files) == {"front.html", "front.png", "trials.csv", "progress.png"}
     for name in ("front.png", "progress.png"):
         image = Image.open(io.BytesIO(files[name]))
@@ -134,17 +134,17 @@ def test_figures_and_tables_of_any_number_of_trials(count, recwarn):
 
 def test_trials_whose_latency_is_not_known_are_drawn_by_their_other_costs(recwarn):
     trials = [replace(t, metrics={k: v for k, v in t.metrics.items() if k != COSTS["latency"]}) for t in many()]
-    files = pareto.pareto_files({"look": trials}, BASE, "gmacs")
+    files = report.pareto_files({"look": trials}, BASE, "gmacs")
     page = files["front.html"].decode()
     assert "look: 12 trials" in page and "GMACs" in page and "ms per clip" not in page
     assert Image.open(io.BytesIO(files["front.png"])).width > 1000
-    assert "nan" not in pareto.describe_study("look", trials, "gmacs")
+    assert "nan" not in report.describe_study("look", trials, "gmacs")
     assert pareto.pareto_front(trials, "latency") == []
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
 
 def test_two_studies_share_one_figure():
-    files = pareto.pareto_files({"look": many(), "other": many(1)}, BASE, "gmacs")
+    files = report.pareto_files({"look": many(), "other": many(1)}, BASE, "gmacs")
     assert {"look-trials.csv", "other-trials.csv", "look-progress.png"} <= set(files)
     assert "look: 12 trials; other: 12 trials" in files["front.html"].decode()
 
@@ -152,7 +152,7 @@ def test_two_studies_share_one_figure():
 def test_the_table_has_every_trial(tmp_path):
     trials = [*many(), trial(12, 0.0, 1.0, state=TrialState.FAILED), trial(13, 0.5, 1.0, repeat_of=0)]
     trials[12] = replace(trials[12], metrics={}, reason="it, exploded")
-    rows = list(csv.DictReader(io.StringIO(pareto.to_csv(pareto.trial_rows(trials)).decode())))
+    rows = list(csv.DictReader(io.StringIO(report.to_csv(report.trial_rows(trials)).decode())))
     assert [row["state"] for row in rows] == [TrialState.FINISHED] * 12 + [TrialState.FAILED, TrialState.FINISHED]
     assert rows[12]["reason"] == "it, exploded"
     assert rows[13]["repeats"] == "0"
@@ -202,21 +202,21 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
     newest = log_study(client, study, trials, place)
     client.log_metric(newest, "published.latency_ms/s", 700.0)
     client.log_metric(newest, "study/finished", 3.0)
-    logged = pareto.read_study_from_mlflow("look", uri)
+    logged = logged_study.read_study_from_mlflow("look", uri)
     assert (logged.study, logged.run_id, logged.variant_latencies) == (study, newest, {"s": 700.0})
     assert [replace(t, mlflow_run_id=None) for t in logged.trials] == trials
     assert set(logged.recipes) == {t.number for cost in COSTS for t in pareto.pareto_front(trials, cost)}
-    text = pareto.write_studies([logged], "gmacs", tmp_path / "out")
-    assert text == pareto.describe_study("look", trials, "gmacs")
+    text = report.write_studies([logged], "gmacs", tmp_path / "out")
+    assert text == report.describe_study("look", trials, "gmacs")
     for number in logged.recipes:
         config = load_recipe(tmp_path / "out" / "recipes" / f"look-trial-{number:03d}.yaml")
         assert config.name == f"look-trial-{number:03d}"
         assert config.train.storage == str(tmp_path)
         assert config.model == study.trial_recipe(study_space(study), trials[number].member, 0, 0).model
     with pytest.raises(StudyError, match=r"mlflow\.db has no study 'lok'; known: look"):
-        pareto.read_study_from_mlflow("lok", uri)
+        logged_study.read_study_from_mlflow("lok", uri)
     with pytest.raises(StudyError, match=r"no MLflow store sqlite:///nowhere\.db; give the right one"):
-        pareto.read_study_from_mlflow("look", "sqlite:///nowhere.db")
+        logged_study.read_study_from_mlflow("look", "sqlite:///nowhere.db")
     assert not Path("nowhere.db").exists()
 
 
@@ -227,10 +227,10 @@ def test_an_infinite_metric_in_mlflow_is_no_number(tmp_path):
     trials = [trial(0, 0.5, 1.0), trial(1, math.inf, 0.5), trial(2, 0.9, math.inf), trial(3, 0.9, -math.inf)]
     trials = [replace(t, member=each.member) for t, each in zip(trials, many(), strict=False)]
     log_study(MlflowClient(uri), study, trials, (tmp_path / "artifacts").as_uri())
-    logged = pareto.read_study_from_mlflow("look", uri)
+    logged = logged_study.read_study_from_mlflow("look", uri)
     assert [replace(t, mlflow_run_id=None) for t in logged.trials] == trials
     assert [t.number for t in pareto.pareto_front(logged.trials, "gmacs")] == [0]
-    assert "e+308" not in pareto.write_studies([logged], "gmacs", tmp_path / "out")
+    assert "e+308" not in report.write_studies([logged], "gmacs", tmp_path / "out")
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"e+308" in p.read_bytes()]
 
 
@@ -244,16 +244,16 @@ def test_trials_of_a_renamed_experiment_and_a_deleted_one(tmp_path):
     client.rename_experiment(renamed, "after")
     place = client.create_experiment("posmlp", (tmp_path / "artifacts").as_uri())
     client.create_run(place, tags={PARENT: parent, "study": "look", "trial": "1"})
-    assert [t.number for t in pareto.read_study_from_mlflow("look", uri).trials] == [0, 1]
+    assert [t.number for t in logged_study.read_study_from_mlflow("look", uri).trials] == [0, 1]
     client.delete_experiment(renamed)
     command = f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {renamed}`"
     with pytest.raises(StudyError, match=re.escape(f"restore 'after' with {command}")):
-        pareto.read_study_from_mlflow("look", uri)
+        logged_study.read_study_from_mlflow("look", uri)
 
 
 def test_an_mlflow_that_is_down_is_reported_in_one_line():
     with pytest.raises(StudyError, match=r"study 'look' cannot be read from MLflow at http://127\.0\.0\.1:9") as error:
-        pareto.read_study_from_mlflow("look", "http://someone:secret@127.0.0.1:9")
+        logged_study.read_study_from_mlflow("look", "http://someone:secret@127.0.0.1:9")
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
 
@@ -270,7 +270,7 @@ def test_the_best_is_by_the_mean_of_those_with_several_seeds():
 def test_a_trials_recipe_has_no_password():
     tracking = BASE.tracking.model_copy(update={"uri": "http://me:hushhush@mlflow.example"})
     study = Study(name="s", recipe=BASE.model_copy(update={"tracking": tracking}), space="block_types")
-    text = pareto.standalone_recipe(BASE, study, 3)
+    text = standalone_recipe(BASE, study, 3)
     assert "uri: http://mlflow.example\n" in text and "hushhush" not in text
 
 
@@ -299,25 +299,25 @@ def test_a_study_in_words():
   trial   top-1        over seeds       ms     GMACs  M params  member
       1   25.0%                                    1       0.5  block joint,joint; width 0.1235
       0   50.0%  60.0% ± 14.1 (2)       20         2         1  block parallel,joint; width 1.5"""
-    assert pareto.describe_study("look", study_of_three(), "gmacs") == text
+    assert report.describe_study("look", study_of_three(), "gmacs") == text
     volume = (0.25 * (4 - 1) + 0.25 * (4 - 2)) / 4
-    assert f"hypervolume {volume:.3f} " in pareto.describe_study("look", study_of_three(), "gmacs", 4.0)
-    assert pareto.describe_study("look", [], "gmacs") == "look: no trials"
+    assert f"hypervolume {volume:.3f} " in report.describe_study("look", study_of_three(), "gmacs", 4.0)
+    assert report.describe_study("look", [], "gmacs") == "look: no trials"
     waiting = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET), trial(1, 0.5, 1.0, TrialState.STOPPED)]
-    assert pareto.describe_study("look", waiting, "gmacs") == "look: 1 stopped early, 1 over budget"
+    assert report.describe_study("look", waiting, "gmacs") == "look: 1 stopped early, 1 over budget"
 
 
 def test_a_trials_run_is_named_after_its_member():
     same = {f"block{stage}": "joint" for stage in (1, 2, 3, 4)} | {"width": 1.5}
-    assert pareto.trial_name(Trial(7, same)) == "trial-007 joint; width 1.5"
+    assert report.trial_name(Trial(7, same)) == "trial-007 joint; width 1.5"
     mixed = same | {"block4": "parallel"}
     name = "trial-012 J,J,J,P; width 1.5; seed 3"
-    assert pareto.trial_name(Trial(12, mixed, seed=3, repeat_of=7)) == name
-    assert len(pareto.trial_name(Trial(1, {f"dimension{n}x": "long" * 5 for n in range(9)}))) == 120
+    assert report.trial_name(Trial(12, mixed, seed=3, repeat_of=7)) == name
+    assert len(report.trial_name(Trial(1, {f"dimension{n}x": "long" * 5 for n in range(9)}))) == 120
 
 
 def test_the_rows_of_a_table():
-    rows = pareto.trial_rows(study_of_three())
+    rows = report.trial_rows(study_of_three())
     latency, params = COSTS["latency"], COSTS["params"]
     first = {"trial": 0, "state": "finished", "reason": "", "seed": 0, "repeats": ""}
     first |= {"search.block1": "parallel", "search.block2": "joint", "search.width": 1.5}
@@ -338,23 +338,23 @@ def test_the_rows_of_a_table():
 
 def test_rows_as_csv():
     rows = [{"trial": 0, "why": "a, b"}, {"trial": 1, "top1": 0.5}, {}]
-    assert pareto.to_csv(rows) == b'trial,why,top1\n0,"a, b",\n1,,0.5\n,,\n'
+    assert report.to_csv(rows) == b'trial,why,top1\n0,"a, b",\n1,,0.5\n,,\n'
 
 
 def test_a_trial_as_it_is_drawn():
     trials = study_of_three()
-    point = pareto.trial_point(trials[0], trials, "spatial")
+    point = report.trial_point(trials[0], trials, "spatial")
     assert (point.number, point.top1, point.mean, point.seeds) == (0, 0.5, pytest.approx(0.6), 2)
     assert point.deviation == pytest.approx(0.2 / math.sqrt(2))
     assert point.costs == {"latency": 20.0, "gmacs": 2.0, "params": 1.0}
     assert (point.blocks, point.label) == (("parallel", "joint"), "block parallel,joint; width 1.5")
-    point = pareto.trial_point(trials[1], trials, "spatial")
+    point = report.trial_point(trials[1], trials, "spatial")
     assert math.isnan(point.costs["latency"]) and (point.costs["gmacs"], point.deviation) == (1.0, None)
     shallow = trial(7, 0.5, 1.0, member={"depth1": 2, "block2": "joint", "block": "spatial", "blocks": "no"})
-    assert pareto.trial_point(shallow, [], "parallel").blocks == ("spatial", "joint")
+    assert report.trial_point(shallow, [], "parallel").blocks == ("spatial", "joint")
     shallow = trial(7, 0.5, 1.0, member={"depth1": 2})
-    assert pareto.trial_point(shallow, [], "parallel").blocks == ("parallel",)
-    assert pareto.trial_point(shallow, [], ["joint", "spatial"]).blocks == ("joint", "spatial")
+    assert report.trial_point(shallow, [], "parallel").blocks == ("parallel",)
+    assert report.trial_point(shallow, [], ["joint", "spatial"]).blocks == ("joint", "spatial")
 
 
 def test_the_distribution_of_a_dimension():
@@ -423,17 +423,17 @@ def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
         monkeypatch.setattr(
             pareto.pareto_plots, name, lambda *given, _name=name: drawn.append((_name, given)) or _name.encode()
         )
-    monkeypatch.setattr(pareto, "published_variant_costs", lambda recipe, latencies: (recipe, latencies))
-    monkeypatch.setattr(pareto, "dimension_importance", lambda trials, metric: (len(trials), metric))
+    monkeypatch.setattr(report, "published_variant_costs", lambda recipe, latencies: (recipe, latencies))
+    monkeypatch.setattr(report, "dimension_importance", lambda trials, metric: (len(trials), metric))
     trials, base = study_of_three(), load_recipe("demo", ["model.blocks=spatial"])
     plain = [replace(t, member={"width": 1.0}) for t in trials]
-    files = pareto.pareto_files({"one": trials, "two": plain[:2]}, base, "latency", {"s": 7.0})
+    files = report.pareto_files({"one": trials, "two": plain[:2]}, base, "latency", {"s": 7.0})
     assert {name: content for name, content in files.items() if not name.endswith("csv")} == {
         **{"front.html": b"interactive_page", "front.png": b"front_image"},
         **{"one-progress.png": b"search_progress", "two-progress.png": b"search_progress"},
     }
-    assert files["one-trials.csv"] == pareto.to_csv(pareto.trial_rows(trials))
-    assert files["two-trials.csv"] == pareto.to_csv(pareto.trial_rows(plain[:2]))
+    assert files["one-trials.csv"] == report.to_csv(report.trial_rows(trials))
+    assert files["two-trials.csv"] == report.to_csv(report.trial_rows(plain[:2]))
     points, fronts, variants = drawn[0][1]
     assert drawn[1] == ("front_image", drawn[0][1]) and drawn[0][0] == "interactive_page"
     assert {name: [point.number for point in found] for name, found in points.items()} == {"one": [0, 1], "two": [0, 1]}
@@ -444,11 +444,11 @@ def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
     shares = {"top-1": (5, VAL_TOP1), "latency": (5, COSTS["latency"])}
     assert drawn[2] == ("search_progress", ([0.0], shares, "latency"))
     drawn.clear()
-    files = pareto.pareto_files({"one": trials}, BASE, "gmacs")
+    files = report.pareto_files({"one": trials}, BASE, "gmacs")
     assert set(files) == {"front.html", "front.png", "trials.csv", "progress.png"}
     assert drawn[0][1][2] == (BASE, {})
     unset = load_recipe("demo", ["model.blocks=null"])
-    pareto.pareto_files({"one": plain}, unset, "gmacs")
+    report.pareto_files({"one": plain}, unset, "gmacs")
     assert drawn[-3][1][0]["one"][0].blocks == ("parallel",)
 
 
@@ -459,13 +459,14 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
         monkeypatch.setattr(pareto.pareto_plots, name, lambda *given: drawn.append(given) or b"drawn")
     study = Study(name="look", recipe=BASE, space="speed_accuracy", against="gmacs")
     cheap = [trial(0, 0.5, 9.0), trial(1, 0.75, 45.0)]
+    other = study.model_copy(update={"name": "other"})
     logged = [
-        pareto.LoggedStudy(study, "run", cheap, {1: "name: a\n"}, {"tiny": 3.0}),
-        pareto.LoggedStudy(study.model_copy(update={"name": "other"}), "run", [trial(0, 1.0, 90.0)], {0: "b"}, {}),
+        logged_study.LoggedStudy(study, "run", cheap, {1: "name: a\n"}, {"tiny": 3.0}),
+        logged_study.LoggedStudy(other, "run", [trial(0, 1.0, 90.0)], {0: "b"}, {}),
     ]
     out = tmp_path / "deep" / "out"
     for _ in range(2):
-        text = pareto.write_studies(logged, "gmacs", out)
+        text = report.write_studies(logged, "gmacs", out)
     one, two = text.split("\n\nother: ")
     volume = (0.5 * 81 + 0.25 * 45) / 90
     assert one.startswith(f"look: 2 finished; hypervolume {volume:.3f} (top-1 against gmacs)\n\n  trial ")
@@ -480,7 +481,7 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
         "look-trial-001.yaml": "name: a\n",
         "other-trial-000.yaml": "b",
     }
-    assert (out / "other-trials.csv").read_bytes() == pareto.to_csv(pareto.trial_rows(logged[1].trials))
+    assert (out / "other-trials.csv").read_bytes() == report.to_csv(report.trial_rows(logged[1].trials))
 
 
 def test_a_trials_recipe_is_one_to_run_alone():
@@ -490,7 +491,7 @@ def test_a_trials_recipe_is_one_to_run_alone():
         space="block_types",
     )
     run = load_recipe("demo", ["train.storage=there/look/trials", "train.seed=4", "model.frames=6"])
-    first, *rest = pareto.standalone_recipe(run, study, 7).splitlines()
+    first, *rest = standalone_recipe(run, study, 7).splitlines()
     assert first == "# Trial 7 of the study look."
     tree = yaml.safe_load("\n".join(rest))
     assert (tree["name"], tree["train"]["storage"], tree["train"]["seed"]) == ("look-trial-007", "there", 4)
@@ -509,15 +510,15 @@ def test_all_pages_are_read():
     pages = {None: Page([1, 2]), "b": Page([3]), "c": Page()}
     pages[None].token, pages["b"].token = "b", "c"
     asked = []
-    assert list(pareto.all_pages(lambda token: asked.append(token) or pages[token])) == [1, 2, 3]
+    assert list(logged_study.all_pages(lambda token: asked.append(token) or pages[token])) == [1, 2, 3]
     assert asked == [None, "b", "c"]
 
 
 def test_params_are_the_numbers_that_were_logged():
-    assert [pareto.parse_value(text) for text in ("8", "-1", "1.5", "1e-3", "joint", "8 a")] == [
+    assert [logged_study.parse_value(text) for text in ("8", "-1", "1.5", "1e-3", "joint", "8 a")] == [
         *(8, -1, 1.5, 0.001, "joint", "8 a")
     ]
-    assert isinstance(pareto.parse_value("8"), int)
+    assert isinstance(logged_study.parse_value("8"), int)
 
 
 def run_of(tags, params=(), metrics=()):
@@ -535,7 +536,7 @@ def test_a_trial_from_its_mlflow_run():
     tags = [("trial", "12"), ("trial.repeats", "3"), ("trial.state", "stopped early"), ("trial.reason", "too slow")]
     params = [("search.block1", "joint"), ("search.width", "1.5"), ("train.seed", "7"), ("model.name", "tiny")]
     metrics = [(VAL_TOP1, 0.5), ("system/cpu", 3.0), (GMACS, 2.0)]
-    assert pareto.trial_from_run(run_of(tags, params, metrics)) == Trial(
+    assert logged_study.trial_from_run(run_of(tags, params, metrics)) == Trial(
         12,
         {"block1": "joint", "width": 1.5},
         seed=7,
@@ -545,4 +546,4 @@ def test_a_trial_from_its_mlflow_run():
         metrics={VAL_TOP1: 0.5, GMACS: 2.0},
         mlflow_run_id="abc",
     )
-    assert pareto.trial_from_run(run_of([("trial", "0")])) == Trial(0, {}, mlflow_run_id="abc")
+    assert logged_study.trial_from_run(run_of([("trial", "0")])) == Trial(0, {}, mlflow_run_id="abc")

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.studies import study as records
+from pipelines.studies.study import Study, StudyError, Trial, TrialState, over_budget
 from pipelines.tuning import search as searching
-from pipelines.tuning import study as records
 from pipelines.tuning.search import (
     check_space,
     make_sampler,
@@ -20,7 +21,6 @@ from pipelines.tuning.search import (
     to_distribution,
     to_optuna_trial,
 )
-from pipelines.tuning.study import Study, StudyError, Trial, TrialState, over_budget
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, VAL_TOP1

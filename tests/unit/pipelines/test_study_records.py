@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from pipelines.studies.study import Study, Trial, TrialState, find_study, read_trials, study_space, write_trial
 from pipelines.tuning.search import check_space, propose_trial
-from pipelines.tuning.study import Study, Trial, TrialState, find_study, read_trials, study_space, write_trial
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp.config import load_recipe
 

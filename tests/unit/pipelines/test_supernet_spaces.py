@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.tuning.study import StudyError, Trial, TrialState
+from pipelines.studies.study import StudyError, Trial, TrialState
 from pipelines.tuning.supernet import StandaloneTrial, compare_rankings, draw_members, supernet_recipe
 from posmlp.config import load_recipe
 from tune_spaces import load_space

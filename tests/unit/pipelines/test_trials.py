@@ -4,9 +4,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from pipelines.studies.study import TrialState
 from pipelines.training.train import RunResult
 from pipelines.tuning import trial
-from pipelines.tuning.study import TrialState
 from pipelines.tuning.trial import TrialEvent, TrialJob, TrialRun
 from tests.helpers.small_runs import recipe_for
 

@@ -9,11 +9,11 @@ import torch
 import posmlp
 from pipelines.cluster import session
 from pipelines.runs import checkpoints
+from pipelines.studies.study import Study
 from pipelines.training import train as training
 from pipelines.training.preflight import check_data, find_weights, read_splits
 from pipelines.tuning import supernet as supernets
 from pipelines.tuning import tune as tuning
-from pipelines.tuning.study import Study
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 

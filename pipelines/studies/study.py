@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pipelines.runs.record import read_json, write_json
+from pipelines.tracking.uris import without_secrets
 from posmlp import storage
 from posmlp.config import Config, Positive, Section, describe
 from posmlp.errors import UserError
@@ -226,6 +228,23 @@ def study_space(study: Study) -> Space:
         UserError: there is no such space, or it is wrong.
     """
     return load_space(study.space, study.recipe)
+
+
+def standalone_recipe(config: Config, study: Study, number: int) -> str:
+    """A trial's recipe as YAML that ``posmlp train`` accepts, for a run outside the study.
+
+    Args:
+        config: the recipe of the trial's run.
+    """
+    tree = config.model_dump(mode="json")
+    tree["name"] = f"{study.name}-trial-{number:03d}"
+    tree["train"]["storage"] = study.recipe.train.storage
+    uri = study.recipe.tracking.uri and without_secrets(study.recipe.tracking.uri)
+    tree["tracking"] = study.recipe.tracking.model_dump(mode="json") | {"uri": uri}
+    return f"# Trial {number} of the study {study.name}.\n" + yaml.safe_dump(tree, sort_keys=False)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
 
 
 def fully_trained(trials: Iterable[Trial]) -> list[Trial]:

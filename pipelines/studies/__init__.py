@@ -1,0 +1,1 @@
+"""Studies (searches of a space): their records, their Pareto fronts, and what they show."""

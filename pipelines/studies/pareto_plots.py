@@ -201,11 +201,11 @@ def search_progress(volumes: Sequence[float], shares: Mapping[str, Mapping[str, 
 
     Args:
         volumes: the hypervolume after each finished trial.
-        shares: for each metric, each dimension's share of its variance.
+        shares: for each metric, each dimension's share of its variance; empty: only the hypervolume is drawn.
         against: name of the cost.
     """
-    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
-    curve, *bars = figure.subplots(1, 1 + len(shares))
+    figure = Figure(figsize=(4.5 * (1 + len(shares)), 3.8), layout="constrained")
+    curve, *bars = figure.subplots(1, 1 + len(shares), squeeze=False)[0]
     curve.plot(range(1, len(volumes) + 1), volumes, marker="o", markersize=3, color=FRONT_COLOURS[0])
     curve.set_xlabel("finished trials")
     curve.set_ylabel(f"hypervolume (top-1 against {against})")

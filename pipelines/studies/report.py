@@ -115,7 +115,11 @@ def trial_name(trial: Trial) -> str:
 
 
 def pareto_files(
-    studies: Mapping[str, Sequence[Trial]], base: Config, against: str, latencies: Mapping[str, float] | None = None
+    studies: Mapping[str, Sequence[Trial]],
+    base: Config,
+    against: str,
+    latencies: Mapping[str, float] | None = None,
+    importance: bool = True,
 ) -> dict[str, bytes]:
     """The figures and tables of studies by file name; all studies are in the same figure.
 
@@ -123,6 +127,7 @@ def pareto_files(
         base: recipe of the studies, for the published variants and the block types that are not searched.
         against: the cost, a name in ``COSTS``.
         latencies: as for ``published_variant_costs``.
+        importance: show how much each dimension matters, which takes longer than all else.
     """
     variants, blocks = published_variant_costs(base, latencies or {}), base.model.blocks or "parallel"
     points = {
@@ -140,10 +145,8 @@ def pareto_files(
     for name, trials in studies.items():
         prefix = f"{name}-" if len(studies) > 1 else ""
         files[f"{prefix}trials.csv"] = to_csv(trial_rows(trials))
-        shares = {
-            "top-1": dimension_importance(trials, VAL_TOP1),
-            against: dimension_importance(trials, COSTS[against]),
-        }
+        metrics = {"top-1": VAL_TOP1, against: COSTS[against]} if importance else {}
+        shares = {label: dimension_importance(trials, metric) for label, metric in metrics.items()}
         volumes = hypervolume_curve(trials, against)
         files[f"{prefix}progress.png"] = pareto_plots.search_progress(volumes, shares, against)
     return files

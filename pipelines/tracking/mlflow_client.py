@@ -16,11 +16,11 @@ import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import ray
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag
@@ -281,7 +281,7 @@ def share_view(client: MlflowClient, experiment: Experiment, name: str, view: Ma
 
 def source_tags() -> dict[str, str]:
     """Tags with the command, the user, the versions of Python, torch, Ray and MLflow, and the git commit if known."""
-    tags = {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__}
+    tags = {"python": platform.python_version(), "torch": torch.__version__, "ray": version("ray")}
     tags |= {"mlflow": mlflow.__version__, "mlflow.source.name": command_name(), "mlflow.source.type": "LOCAL"}
     with suppress(Exception):  # a container may have no name for the user
         tags["mlflow.user"] = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()

@@ -8,30 +8,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipelines.runs.record import read_json, read_record, write_files
+from pipelines.runs.record import read_json, read_record
 from pipelines.studies import pareto, report
-from pipelines.studies.study import Study, Trial, TrialState, standalone_recipe, trial_folder, write_trial
-from pipelines.tracking.mlflow_client import NOTE, PARENT, RUN_NAME, command_name
+from pipelines.studies.study import Study, Trial, TrialState, trial_folder, write_trial
+from pipelines.tracking.mlflow_client import PARENT, RUN_NAME, command_name
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import SEARCH_PARAM
+from pipelines.tuning.results import ResultsPublisher
 from pipelines.tuning.search import propose_trial
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp import storage
-from posmlp.config import Config
-from posmlp.metrics import (
-    COST_GMACS,
-    COST_LATENCY_MS,
-    COSTS,
-    STUDY_BEST_TOP1,
-    STUDY_FINISHED,
-    STUDY_HYPERVOLUME,
-    VAL_TOP1,
-)
+from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, VAL_TOP1
 from tune_spaces import Space
 
 VARIANT_LATENCIES_FILE = "published.json"  # in a study's folder: latency of published variants in ms, by name
 PROGRESS_INTERVAL_S = 30.0  # between two progress lines
-RESULTS_INTERVAL_S = 30.0  # between two updates of the results in MLflow
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +35,7 @@ class StudyController:
         variant_latencies: latency in ms of the published variants that the figures mark, once it is measured.
         searching: false once the search is over and the Pareto front is repeated with other seeds.
         stopping: set when the user has asked to stop.
+        results: draws and logs the study's results.
     """
 
     def __init__(self, study: Study, space: Space, trials: Sequence[Trial], tracker: Tracker, concurrent: int):
@@ -60,7 +52,8 @@ class StudyController:
         self.stopping = threading.Event()
         self.epochs: dict[int, tuple[int, float]] = {}  # last epoch and its top-1, by trial
         self.started: dict[int, float] = {}
-        self.last_progress = self.last_results = time.monotonic()
+        self.last_progress = time.monotonic()
+        self.results = ResultsPublisher(study, tracker)
 
     def in_order(self) -> list[Trial]:
         """All trials, ordered by number."""
@@ -159,46 +152,12 @@ class StudyController:
         self.save_trial(trial)
         seconds = time.monotonic() - self.started.get(number, time.monotonic())
         logger.info("trial %d: %s, %.0f s", number, describe_outcome(trial), seconds)
-        if time.monotonic() - self.last_results > RESULTS_INTERVAL_S:
-            self.log_study_results()
+        self.results.update(self.in_order(), self.variant_latencies)
 
     def save_trial(self, trial: Trial) -> None:
         """Record a trial, in memory and on disk."""
         self.trials[trial.number] = trial
         write_trial(self.study, trial)
-
-    def log_study_results(self) -> None:
-        """Log the study's figures, tables, recipes and metrics, as they are now, to its MLflow run."""
-        self.last_results = time.monotonic()
-        trials, against = self.in_order(), self.study.against or "gmacs"
-        files = report.pareto_files({self.study.name: trials}, self.study.recipe, against, self.variant_latencies)
-        for path, content in files.items():
-            self.tracker.log_file(path, content)
-        write_files(self.study.folder, files)
-        for trial in pareto.on_any_front(trials):
-            if (record := read_record(trial_folder(self.study, trial.number))) is not None:
-                config = Config.model_validate(record["config"])
-                text = standalone_recipe(config, self.study, trial.number)
-                self.tracker.log_file(f"recipes/trial-{trial.number:03d}.yaml", text.encode())
-        volumes = pareto.hypervolume_curve(trials, against)
-        if volumes:
-            metrics = {STUDY_HYPERVOLUME: volumes[-1], STUDY_FINISHED: len(volumes)}
-            self.tracker.log_metrics(metrics, step=len(volumes))
-        if best := pareto.best_trial(trials):
-            self.tracker.log_metrics({STUDY_BEST_TOP1: best.metrics[VAL_TOP1]}, step=len(volumes))
-        self.tracker.log_tags({NOTE: describe_study(self.study, trials)})
-
-
-def describe_study(study: Study, trials: Sequence[Trial]) -> str:
-    """The description of a study's MLflow run in two lines: what it searches, and what it has found."""
-    goal = f"top-1 against {study.against}" if study.against else "top-1"
-    recipe = f"{study.recipe.model.name}, {study.recipe.train.epochs} epochs each on {study.recipe.data.train.path}"
-    what = f"**{study.name}**: search of {study.space} for {goal} ({study.searcher}), {study.trials} trials of {recipe}"
-    states = [trial.state for trial in trials if trial.repeat_of is None]
-    text = ", ".join(f"{states.count(state)} {state}" for state in TrialState if state in states) or "no trials yet"
-    if best := pareto.best_trial(trials):
-        text += f"; best: {report.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}"
-    return f"{what}\n\n{text}"
 
 
 def describe_outcome(trial: Trial) -> str:

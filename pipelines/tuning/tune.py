@@ -47,8 +47,9 @@ from pipelines.tracking.uris import (
 )
 from pipelines.training.preflight import check_data, find_weights, list_fingerprint, read_splits
 from pipelines.training.progress import describe_overrides
-from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController, describe_study
+from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController
 from pipelines.tuning.ray_tune import run_trials
+from pipelines.tuning.results import describe_study
 from pipelines.tuning.search import check_space, propose_trial
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
@@ -139,12 +140,13 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
         raise_held(held)
         controller = StudyController(study, space, trials, tracker, concurrent)
         controller.log_start()
-        run_trials(controller)
-        compare_latencies(controller)
-        if study.repeats > 1:
-            controller.start_repeats()
+        with controller.results as results:
             run_trials(controller)
-        controller.log_study_results()
+            compare_latencies(controller)
+            if study.repeats > 1:
+                controller.start_repeats()
+                run_trials(controller)
+            results.finish(controller.in_order(), controller.variant_latencies)
         register_best(controller, datasets)
         status = "FINISHED"
     except KeyboardInterrupt:

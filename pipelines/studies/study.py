@@ -25,6 +25,7 @@ from tune_spaces import Member, Space, Value, load_space
 
 STUDY_FILE, TRIAL_FILE = "study.json", "trial.json"
 TRIAL_KEYS = {"suggestion": "ask", "repeat_of": "repeats", "sampler_attrs": "notes"}  # field -> key in trial.json
+OPTIONAL_KEYS = {"curve"}  # of trial.json; left out if they are empty, as earlier versions did
 
 Budget = Annotated[float, Field(gt=0)] | None
 
@@ -42,8 +43,8 @@ class Study(Section):
         trials: number of trials to train; members over a budget do not count.
         searcher: the search algorithm.
         against: a cost to minimise while top-1 is maximised; None: top-1 is the only objective.
-        asha: stop trials early by asynchronous successive halving (ASHA): those that are behind the other trials at the
-            same epoch.
+        asha: stop trials early by asynchronous successive halving: those that are behind the other trials at the same
+            epoch (ASHA) or, with ``against``, that others beat in both top-1 and the cost (MO-ASHA).
         seed: seed of the search; the seed of the trials' training is ``recipe.train.seed``.
         concurrent: number of trials that run at a time; None: as many as the cluster has room for.
         repeats: number of seeds that each trial of the Pareto front is trained with in the end.
@@ -68,11 +69,6 @@ class Study(Section):
     @model_validator(mode="after")
     def check_together(self) -> Study:
         """Refuse combinations of settings that cannot work together."""
-        if self.asha and self.against:
-            raise ValueError(
-                f"asha stops trials by their top-1 alone, but against {self.against} needs every trial trained to the "
-                "end; leave one of them out"
-            )
         if self.searcher == "nsga2" and not self.against:
             raise ValueError("nsga2 searches a Pareto front, which needs a cost; add --against gmacs")
         return self
@@ -104,7 +100,7 @@ class TrialState(StrEnum):
 
     RUNNING = "running"
     FINISHED = "finished"  # trained to the last epoch
-    STOPPED = "stopped early"  # by successive halving
+    STOPPED = "stopped early"  # by successive halving, which may resume it later
     FAILED = "failed"
     OVER_BUDGET = "over budget"  # not trained, because its cost is over a budget
 
@@ -124,6 +120,7 @@ class Trial:
         reason: why it failed, was stopped, or was not trained.
         metrics: the metrics of its last epoch, and its costs.
         timed: its latency was measured in turns with the other trials' models, after the search.
+        curve: top-1 after each validated epoch, as far as it was recorded.
     """
 
     number: int
@@ -137,17 +134,20 @@ class Trial:
     metrics: dict[str, float] = field(default_factory=dict)
     mlflow_run_id: str | None = None
     timed: bool = False
+    curve: dict[int, float] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
-        """The trial as it is in ``trial.json``."""
-        return {TRIAL_KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
+        """The trial as it is in ``trial.json``; JSON makes text of a curve's epochs."""
+        record = {TRIAL_KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
+        return {key: value for key, value in record.items() if value or key not in OPTIONAL_KEYS}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Trial:
         """A trial from its ``trial.json``; keys that are missing have their defaults."""
         names = {TRIAL_KEYS.get(each.name, each.name): each.name for each in fields(cls)}
         values = {names[key]: value for key, value in record.items()}
-        return cls(**values | {"state": TrialState(record["state"])})
+        curve = {int(epoch): top1 for epoch, top1 in values.get("curve", {}).items()}
+        return cls(**values | {"state": TrialState(record["state"]), "curve": curve})
 
 
 def find_study(text: str) -> tuple[Study, str]:

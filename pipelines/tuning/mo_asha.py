@@ -22,8 +22,10 @@ result there, and is compared with all trials that have reached the rung before 
 1. Trials are ordered by non-dominated rank. Rank 0 is the Pareto front of the rung, rank 1 the front of the rest, ...
 2. Within a rank, an epsilon-net orders them: first the best one in the first objective, then again and again the one
    that is farthest from those before it. So the first few cover the whole front.
-3. The first floor(n / eta) of n trials continue, and so do all of rank 0; the others are stopped. The exception for rank
-   0 differs from the paper: what no trial beats is never stopped. With one objective it is the best trial.
+3. The first floor(n / eta) of n trials continue, and so do all of rank 0; the others are stopped.
+
+That all of rank 0 continue differs from the paper: what no trial beats is never stopped. With one objective these are
+the best trial and its equals.
 
 A trial that was stopped may belong to the first floor(n / eta) later, when more trials have reached its rung.
 ``SuccessiveHalving.promotable`` names such trials. The scheduler does not restart them: who can resume a trial from a
@@ -212,8 +214,8 @@ class SuccessiveHalving:
 class MOASHAScheduler(FIFOScheduler):
     """Ray Tune's scheduler for MO-ASHA: stops trials at rungs; see the module.
 
-    A result counts if it has the time and all objectives. A metric that is known from the start, such as a cost, is part
-    of each result. A trial whose objectives are not finite at a rung is stopped there.
+    A result counts if it has the time and all objectives. Metrics that are known from the start, such as costs, are
+    part of each result. A trial whose objectives are not finite at a rung is stopped there.
 
     Results of an earlier search can be given to ``halving.add``. ``Tuner.restore`` does not restore schedulers.
 

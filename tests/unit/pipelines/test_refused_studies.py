@@ -11,7 +11,6 @@ from pipelines.cli import main
         (["demo"], "give a recipe and --space, or --resume STUDY"),
         (["demo", "--space", "block_type"], "no space 'block_type' (did you mean 'block_types'?)"),
         (["demo", "--space", "learning", "--searcher", "grid"], "searcher grid needs values to choose from"),
-        (["demo", "--space", "depths", "--asha", "--against", "gmacs"], "asha stops trials by their top-1 alone"),
         (["demo", "--space", "depths", "--searcher", "nsga2"], "nsga2 searches a Pareto front"),
         (["--resume", "nowhere"], "no study nowhere"),
         (["demo", "--resume", "nowhere"], "only --trials, --concurrent and --repeats may be given, not RECIPE"),

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from pipelines.runs import checkpoints
 from pipelines.runs.record import read_json, read_record
 from pipelines.studies import pareto, report
 from pipelines.studies.study import Study, Trial, TrialState, trial_folder, write_trial
 from pipelines.tracking.mlflow_client import PARENT, RUN_NAME, command_name
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import SEARCH_PARAM
+from pipelines.tuning.mo_asha import SuccessiveHalving
 from pipelines.tuning.results import ResultsPublisher
 from pipelines.tuning.search import propose_trial
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp import storage
-from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, VAL_TOP1
+from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, EPOCH, VAL_TOP1
 from tune_spaces import Space
 
 VARIANT_LATENCIES_FILE = "published.json"  # in a study's folder: latency of published variants in ms, by name
@@ -35,6 +38,8 @@ class StudyController:
         variant_latencies: latency in ms of the published variants that the figures mark, once it is measured.
         searching: false once the search is over and the Pareto front is repeated with other seeds.
         stopping: set when the user has asked to stop.
+        halving: the rungs at which trials are stopped early, with what earlier trials reached; None without ``asha``.
+        saving: numbers of trials that were stopped early and whose runs still save their state.
         results: draws and logs the study's results.
     """
 
@@ -50,7 +55,9 @@ class StudyController:
         self.pending = [trial for trial in trials if trial.state == TrialState.RUNNING]  # before any new suggestion
         self.searching = True
         self.stopping = threading.Event()
-        self.epochs: dict[int, tuple[int, float]] = {}  # last epoch and its top-1, by trial
+        self.halving = successive_halving(study, trials) if study.asha else None
+        self.saving: set[int] = set()
+        self.without_checkpoint: set[int] = set()  # stopped trials that cannot be promoted
         self.started: dict[int, float] = {}
         self.last_progress = time.monotonic()
         self.results = ResultsPublisher(study, tracker)
@@ -68,6 +75,9 @@ class StudyController:
         if self.trials:
             finished = sum(trial.state == TrialState.FINISHED for trial in self.trials.values())
             logger.info("resuming; trials finished: %d, trials to resume: %d", finished, len(self.pending))
+        if self.halving:
+            rungs = " and ".join(f"epoch {rung}" for rung in self.halving.rungs)
+            logger.info("trials may be stopped after %s", rungs or "no epoch, because they have too few")
         if not study.recipe.data.cache_dir:
             logger.info("every trial decodes all videos; with data.cache_dir=FOLDER each is decoded only once")
 
@@ -77,6 +87,8 @@ class StudyController:
         """The trial that ``next_trial`` returns next unless the study is stopping; does not record it."""
         if self.pending:
             return self.pending[0]
+        if promoted := self.promotable_trial():
+            return promoted
         scheduled = [t for t in self.trials.values() if t.repeat_of is None and t.state != TrialState.OVER_BUDGET]
         if not self.searching or len(scheduled) >= self.study.trials:
             return None
@@ -89,16 +101,51 @@ class StudyController:
             return None
         if self.pending:
             self.pending.pop(0)
+        what = "" if trial.repeat_of is None else f" (trial {trial.repeat_of} with seed {trial.seed})"
+        known = self.trials.get(trial.number)
+        if known and known.state == TrialState.STOPPED:
+            what = f" is promoted, it was stopped {known.reason}"
+            if known.mlflow_run_id:
+                tags = {"trial.state": str(trial.state), "trial.reason": trial.reason}
+                self.tracker.log_tags(tags, known.mlflow_run_id)
         self.save_trial(trial)
         self.started[trial.number] = time.monotonic()
-        repeat = "" if trial.repeat_of is None else f" (trial {trial.repeat_of} with seed {trial.seed})"
-        logger.info("trial %d%s: %s", trial.number, repeat, report.describe_member(trial.member))
+        logger.info("trial %d%s: %s", trial.number, what, report.describe_member(trial.member))
         return trial
 
+    def promotable_trial(self) -> Trial | None:
+        """The best trial that was stopped early and may continue by now, as a running trial; None if there is none.
+
+        It needs a checkpoint, because it is not trained again from the start.
+        """
+        if self.halving is None or not self.searching:
+            return None
+        unavailable = self.saving | self.without_checkpoint
+        stopped = {n for n, trial in self.trials.items() if trial.state == TrialState.STOPPED} - unavailable
+        for number in self.halving.promotable(stopped):
+            if any(entry.info for entry in checkpoints.find(trial_folder(self.study, number))):
+                return replace(self.trials[number], state=TrialState.RUNNING, reason="")
+            self.without_checkpoint.add(number)
+        return None
+
     def may_have_more(self) -> bool:
-        """Return whether ``next_trial`` may return another trial once a running one turns out to be over a budget."""
-        running = any(trial.state == TrialState.RUNNING for trial in self.trials.values())
-        return running and self.study.budget_ms is not None and not self.stopping.is_set()
+        """Return whether ``next_trial`` may return another trial later.
+
+        It may once a running trial turns out to be over a budget, or has reached a rung, where it may help a stopped
+        one to be promoted.
+        """
+        if self.stopping.is_set():
+            return False
+        running = [trial for trial in self.trials.values() if trial.state == TrialState.RUNNING]
+        return bool(running and self.study.budget_ms is not None) or self.may_promote(running)
+
+    def may_promote(self, running: Sequence[Trial]) -> bool:
+        """Return whether these running trials, or the end of one that saves its state, may let one be promoted."""
+        if self.halving is None or not self.searching:
+            return False
+        last = max(self.halving.rungs, default=None)
+        climbing = [t for t in running if t.repeat_of is None and self.halving.rung_of(t.number) != last]
+        return bool(climbing or self.saving)
 
     def start_repeats(self) -> None:
         """End the search, and queue the trials of the Pareto front with further seeds, except those done before."""
@@ -128,20 +175,34 @@ class StudyController:
 
     # --- results -------------------------------------------------------------------------------------------------
 
-    def record_epoch(self, number: int, epoch: int, top1: float) -> None:
-        """Record that a trial has finished an epoch; now and then, log how far all running trials are."""
-        self.epochs[number] = (epoch, top1)
+    def record_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Record that a trial has validated an epoch; now and then, log how far all running trials are.
+
+        The record is written when the trial reaches a rung: that is what a resumed study needs to know.
+
+        Args:
+            metrics: of the epoch, and the trial's costs.
+        """
+        known = self.trials[number]
+        trial = replace(known, metrics={**known.metrics, **metrics}, curve=extend_curve(known.curve, metrics))
+        self.trials[number] = trial
+        if self.halving and trial.repeat_of is None:
+            before, now = (self.halving.rung_at(max(curve, default=0)) for curve in (known.curve, trial.curve))
+            if now not in (None, before):
+                self.save_trial(trial)
         if time.monotonic() - self.last_progress > PROGRESS_INTERVAL_S:
             self.last_progress = time.monotonic()
-            running = [n for n in sorted(self.epochs) if self.trials[n].state == TrialState.RUNNING]
             total = self.study.recipe.train.epochs
-            parts = [f"trial {n} epoch {self.epochs[n][0]}/{total} top-1 {self.epochs[n][1]:.1%}" for n in running]
+            last = {t.number: max(t.curve) for t in self.in_order() if t.state == TrialState.RUNNING and t.curve}
+            parts = [f"trial {n} epoch {e}/{total} top-1 {self.trials[n].curve[e]:.1%}" for n, e in last.items()]
             logger.info("  %s", "; ".join(parts))
 
     def record_result(self, number: int, result: TrialEvent) -> None:
         """Record how a trial has ended, on disk and in MLflow."""
         state, reason = result.state, result.reason
-        trial = replace(self.trials[number], state=state, reason=reason, metrics=dict(result.metrics))
+        known = self.trials[number]
+        metrics, curve = {**known.metrics, **result.metrics}, extend_curve(known.curve, result.metrics)
+        trial = replace(known, state=state, reason=reason, metrics=metrics, curve=curve)
         record = read_record(trial_folder(self.study, number))
         if record:
             trial = replace(trial, mlflow_run_id=record["mlflow_run_id"])
@@ -158,6 +219,29 @@ class StudyController:
         """Record a trial, in memory and on disk."""
         self.trials[trial.number] = trial
         write_trial(self.study, trial)
+
+
+def successive_halving(study: Study, trials: Sequence[Trial]) -> SuccessiveHalving:
+    """The rungs of a study that stops trials early, with what its trials have reached; repeats do not count."""
+    goals = modes(study)
+    halving = SuccessiveHalving([*goals.values()], study.recipe.train.epochs)
+    for trial in trials:
+        for epoch, top1 in sorted(trial.curve.items() if trial.repeat_of is None else ()):
+            metrics = trial.metrics | {VAL_TOP1: top1}
+            halving.add(trial.number, epoch, [metrics.get(name, math.nan) for name in goals])
+    return halving
+
+
+def modes(study: Study) -> dict[str, str]:
+    """The metrics that decide whether a trial is stopped early, each with ``"max"`` or ``"min"``."""
+    return {VAL_TOP1: "max"} | ({COSTS[study.against]: "min"} if study.against else {})
+
+
+def extend_curve(curve: Mapping[int, float], metrics: Mapping[str, float]) -> dict[int, float]:
+    """A trial's curve with the metrics of one more epoch; one that is known keeps its value, as at a rung."""
+    if EPOCH not in metrics or VAL_TOP1 not in metrics:
+        return dict(curve)
+    return {int(metrics[EPOCH]): metrics[VAL_TOP1], **curve}
 
 
 def describe_outcome(trial: Trial) -> str:

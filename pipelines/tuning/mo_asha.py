@@ -71,7 +71,7 @@ def non_dominated_ranks(points: np.ndarray) -> np.ndarray:
     Returns:
         ``int [n]``: 0 for points that none dominates, 1 for those that only points of rank 0 dominate, and so on.
     """
-    at_least = (points[:, None] >= points[None]).all(axis=-1)
+    at_least: np.ndarray = np.asarray((points[:, None] >= points[None]).all(axis=-1))
     dominates = at_least & ~at_least.T  # [i, j]: i dominates j
     dominators = dominates.sum(axis=0)  # of each point, among those without a rank
     ranks = np.zeros(len(points), dtype=int)

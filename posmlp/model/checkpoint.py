@@ -88,6 +88,7 @@ def load_published(model: PosMLPVideo, path_or_state_dict: str | Path | Mapping[
     - Window or clip length: position tables and token biases are resized (``resize_offsets``).
     - An image checkpoint, which has spatial units only, for a video model: temporal units start as no-ops, and a joint
       unit starts as the spatial unit within each frame. The features of each frame then equal those of the image model.
+      Spatial units of blocks that have temporal units alone are left out.
 
     Args:
         model: any variant.
@@ -136,7 +137,7 @@ def fit_content(model: PosMLPVideo, content: object) -> tuple[State, LoadReport]
     found, adapted = find_state({k: x for k, x in target.items() if k in expected}, content)
     source = canonical(found)
     loaded = len(source)
-    extend_to_time(model, source, adapted)
+    loaded -= extend_to_time(model, source, adapted)
     resize_windows(model, source, adapted)
     loaded -= replace_head(source, target, adapted)
     problems = [f"missing: {k} {list(target[k].shape)}" for k in sorted(expected - source.keys())]
@@ -388,11 +389,15 @@ def replace_head(source: State, target: State, adapted: list[str]) -> int:
     return replaced
 
 
-def extend_to_time(model: PosMLPVideo, source: State, adapted: list[str]) -> None:
-    """Complete an image checkpoint ``source`` for the temporal and joint units of ``model``, in place."""
+def extend_to_time(model: PosMLPVideo, source: State, adapted: list[str]) -> int:
+    """Complete an image checkpoint ``source`` for the temporal and joint units of ``model``, in place.
+
+    Returns:
+        The number of tensors of spatial units that are left out.
+    """
     if any(".units.temporal." in k or ".units.joint." in k for k in source):
-        return
-    fresh, temporal, joint = model.state_dict(), 0, 0
+        return 0
+    fresh, temporal, joint, left_out = model.state_dict(), 0, 0, list[str]()
     for name, block in model.named_modules():
         units = getattr(block, "units", {})
         if "temporal" in units and f"{name}.units.spatial.gate.table" in source:
@@ -403,12 +408,20 @@ def extend_to_time(model: PosMLPVideo, source: State, adapted: list[str]) -> Non
             joint += 1
             for key in [k for k in source if k.startswith(f"{name}.units.spatial.")]:
                 source[key.replace(".spatial.", ".joint.")] = source.pop(key)
+        if list(units) == ["temporal"]:
+            left_out += [k for k in source if k.startswith(f"{name}.units.spatial.")]
+    for key in left_out:
+        del source[key]
     if temporal:
         adapted.append(
             f"{temporal} temporal units: no-ops at the start (fc2 = 0), as the checkpoint is an image model's"
         )
     if joint:
         adapted.append(f"{joint} joint units: the image model's spatial unit in each frame at the start")
+    if left_out:
+        count = sum(key.endswith(".gate.table") for key in left_out)
+        adapted.append(f"{count} spatial units of the image model: left out, as their blocks have only temporal ones")
+    return len(left_out)
 
 
 def resize_windows(model: PosMLPVideo, source: State, adapted: list[str]) -> None:

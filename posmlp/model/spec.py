@@ -36,6 +36,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "cascade_st": (("spatial",), ("temporal",)),
     "joint": (("joint",),),
     "spatial": (("spatial",),),  # the image model, and the ablation without time
+    "temporal": (("temporal",),),  # the ablation without space: only stem and downsampling see neighbours in a frame
 }
 
 

@@ -45,6 +45,15 @@ def test_macs_equal_the_flop_counter_at_any_size(blocks, frames, height, width):
     assert macs == counted_macs(posmlp.create_model("tiny", **overrides), frames, height, width)
 
 
+def test_macs_of_a_temporal_model_by_hand():
+    convolutions = 9 * (3 * 8 * 32**2 + 8 * 16 * 16**2 + 16 * 32 * 8**2 + 32 * 48 * 4**2 + 48 * 64 * 2**2)
+    channels = [16, 32, 32, 48, 64]  # of the blocks: 1, 2, 1 and 1 in the four stages
+    places = [16**2, 8**2, 8**2, 4**2, 2**2]
+    # A place has fc1 (C to 2C), a sum over the 4 frames for each channel, and fc2 (C to C).
+    blocks = sum(n * (c * 2 * c + 4 * c + c * c) for c, n in zip(channels, places, strict=True))
+    assert count_macs(model_variant("tiny", blocks="temporal", num_classes=7)) == 4 * (convolutions + blocks) + 64 * 7
+
+
 def test_cpu_kernels_do_the_counted_arithmetic():
     variant = model_variant("tiny")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -32,7 +32,7 @@ from tests.helpers.small_runs import recipe_for
 
 onnx = pytest.importorskip("onnx")
 DOCS = Path(__file__).parents[3] / "docs" / "export.md"
-BLOCKS = ["model.blocks=[joint, cascade_ts, parallel, spatial]", "model.blocks=[parallel, joint, cascade_st, joint]"]
+BLOCKS = ["model.blocks=[joint, cascade_ts, parallel, spatial]", "model.blocks=[parallel, joint, cascade_st, temporal]"]
 # Of 10 x 10, 5 x 5, 3 x 3 and 2 x 2 tokens, windows of two moments or of all three: padded in space and in time.
 PADDED = ["model.frames=3", "model.image_size=40", "model.windows=[[2, 4, 4], [2, 4, 4], 2, 2]"]
 PADDED += ["data.modality=rgb"]

@@ -176,6 +176,35 @@ def test_spatial_blocks_never_mix_frames_and_the_others_do():
         assert same == [blocks == "spatial"] * 4, blocks
 
 
+def test_temporal_blocks_never_mix_places_and_the_others_do():
+    """Within a stage: moving the places of all frames around moves the result around."""
+    order = torch.randperm(8 * 8, generator=torch.Generator().manual_seed(0))
+
+    def move(x):
+        return x.flatten(3)[..., order].view_as(x)
+
+    for blocks in BLOCKS:
+        stage = random_model(blocks=blocks, windows=(4, 4, 4, 2)).stages[0]
+        x = torch.randn(2, 16, 6, 8, 8, dtype=torch.float64)  # 4 windows in each frame, and a half one in time
+        with torch.no_grad():
+            same = torch.allclose(stage(move(x)), move(stage(x)), rtol=0, atol=1e-12)
+        assert same == (blocks == "temporal"), blocks
+
+
+def test_a_temporal_model_sees_as_far_in_a_frame_as_its_convolutions():
+    """The last stage's place (0, 0) is of two stem and three downsampling convolutions of 3 x 3 and stride 2."""
+    model = random_model(blocks="temporal")
+    clip = torch.randn(1, 3, 4, 96, 96, dtype=torch.float64, requires_grad=True)
+    model.features(clip)[-1][:, :, 1, 0, 0].square().sum().backward()
+    seen = clip.grad.abs().amax((0, 1)) > 0  # [T, H, W]
+    reach = 0
+    for _ in range(5):
+        reach = 2 * reach + 1  # the last input pixel of a convolution with padding 1
+    expected = torch.zeros(96, 96, dtype=torch.bool)
+    expected[: reach + 1, : reach + 1] = True
+    assert torch.equal(seen, expected.expand(4, -1, -1))  # and all frames
+
+
 def test_the_cascades_differ_in_their_order():
     model, other = random_model(blocks="cascade_ts"), random_model(blocks="cascade_st")
     other.load_state_dict(model.state_dict())

@@ -22,7 +22,7 @@ from tests.helpers.batches import make_batch
 
 UNITS = {"rows": "w", "columns": "h", "time_rows": "tw", "time_columns": "th"}
 BLOCKS = {
-    "temporal": (("temporal",),),  # of a unit that there is
+    "spatial_joint": (("spatial",), ("joint",)),  # of units that there are
     "axial": (("rows", "columns"), ("temporal",)),  # the rest are of new ones
     "joint_axial": (("time_rows",), ("time_columns",)),
 }

@@ -394,7 +394,24 @@ def test_an_image_checkpoint_makes_a_video_model_that_sees_each_frame_the_same(b
         assert (actual - expected).abs().max() < tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("blocks", ["parallel", "joint"])
+def test_temporal_blocks_take_all_of_an_image_checkpoint_but_its_spatial_units():
+    source = tiny(blocks="spatial", frames=1).state_dict()
+    for state in (source, release_image_state()):
+        video = tiny(blocks="temporal", frames=4)
+        report = posmlp.load_published(video, state)
+        shared = [k for k in video.state_dict() if ".units." not in k and "num_batches" not in k]
+        assert report.loaded == len(shared)
+        assert report.adapted == (
+            "5 temporal units: no-ops at the start (fc2 = 0), as the checkpoint is an image model's",
+            "5 spatial units of the image model: left out, as their blocks have only temporal ones",
+        )
+    posmlp.load_published(video, source)
+    assert all(torch.equal(video.state_dict()[k], source[k]) for k in shared)
+    with pytest.raises(CheckpointError, match=r"extra: stages\.0\.blocks\.0\.units\.spatial"):
+        posmlp.load_published(video, tiny(blocks="parallel").state_dict())  # a video model of other blocks
+
+
+@pytest.mark.parametrize("blocks", ["parallel", "joint", "temporal"])
 def test_a_video_model_from_images_learns_in_time(blocks):
     """The units that start as no-ops get a gradient, so that training can bring time in."""
     video = tiny(blocks=blocks)

@@ -18,7 +18,12 @@ from posmlp.model.spec import Architecture, Choices
 from tests.helpers.batches import make_batch
 
 CHOICES = {
-    "blocks": [["parallel", "cascade_ts", "cascade_st", "joint"], ["parallel", "joint"], ["spatial"], ["cascade_ts"]],
+    "blocks": [
+        ["parallel", "cascade_ts", "cascade_st", "joint", "temporal"],
+        ["parallel", "joint"],
+        ["spatial"],
+        ["cascade_ts"],
+    ],
     "groups": [[1, 4, 16], [1, 4, 16], [8], [1, 16]],
     "depths": [[1, 2], [1, 2, 4], [1], [1, 3]],
 }

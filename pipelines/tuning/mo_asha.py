@@ -6,15 +6,17 @@ https://arxiv.org/abs/1810.05934). The module needs only Ray Tune and NumPy: imp
 Use with any trainable of Ray Tune::
 
     from ray import tune
+    from pipelines.tuning.mo_asha import MOASHAScheduler
 
     def train(config):
         for epoch in range(1, 28):
-            accuracy = 1 - 1 / (1 + epoch * config["width"])
+            accuracy = 1 - 1 / (1 + epoch * config["width"] * config["lr"])
             tune.report({"epoch": epoch, "accuracy": accuracy, "cost": config["width"] ** 2})
 
     scheduler = MOASHAScheduler({"accuracy": "max", "cost": "min"}, max_t=27, time_attr="epoch")
-    tune_config = tune.TuneConfig(scheduler=scheduler, num_samples=40)
-    tune.Tuner(train, param_space={"width": tune.randint(1, 64)}, tune_config=tune_config).fit()
+    tune_config = tune.TuneConfig(scheduler=scheduler, num_samples=12)
+    space = {"width": tune.randint(1, 9), "lr": tune.uniform(0, 1)}
+    results = tune.Tuner(train, param_space=space, tune_config=tune_config).fit()
 
 Rungs lie at max_t / eta and max_t / eta^2, where eta is the reduction factor. A trial reaches a rung with its first
 result there, and is compared with all trials that have reached the rung before it, also with those that have ended:

@@ -1,6 +1,9 @@
 """Multi-objective successive halving: its rungs, its order of trials and its decisions, against brute force."""
 
+import ast
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 
+from pipelines.tuning import mo_asha
 from pipelines.tuning.mo_asha import (
     MOASHAScheduler,
     SuccessiveHalving,
@@ -227,3 +231,13 @@ def test_the_scheduler_stops_what_is_dominated_and_what_is_at_its_end():
     assert decide("b", 9, accuracy=0.6, cost=3.0) == TrialScheduler.STOP
     scheduler.on_trial_complete(None, SimpleNamespace(trial_id="e"), {"epoch": 1, "accuracy": 1.0, "cost": 1.0})
     assert "4 at 1, 0 at 3" in scheduler.debug_string()
+
+
+def test_the_module_can_be_copied_into_another_project():
+    tree = ast.parse(Path(mo_asha.__file__).read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names} == {
+        "numpy",
+        "ray.tune.schedulers",
+    }

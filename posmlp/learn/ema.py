@@ -25,14 +25,33 @@ class WeightEMA:
         self.updates = 0
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Add the model's live weights to the average."""
+    def update(self, refused: Tensor | None = None) -> None:
+        """Add the model's live weights to the average.
+
+        Args:
+            refused: float32 scalar on the model's device; 1 leaves the average as it is, whatever the weights hold.
+        """
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        floats = [(a, x) for a, x in zip(self.average, self.live, strict=True) if x.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [x for _, x in floats], 1 - keep)
-        for a, x in zip(self.average, self.live, strict=True):
+        pairs = list(zip(self.average, self.live, strict=True))
+        averages = [a for a, _ in pairs if a.is_floating_point()]
+        away = torch._foreach_sub(averages, [x for _, x in pairs if x.is_floating_point()])
+        # a - (1 - keep) * (a - x) is a step of SGD. Its kernel is the one that a number on the device can skip.
+        torch._fused_sgd_(
+            averages,
+            away,
+            [],
+            lr=1 - keep,
+            weight_decay=0.0,
+            momentum=0.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=refused,
+        )
+        for a, x in pairs:
             if not x.is_floating_point():  # a counter
-                a.copy_(x)
+                a.copy_(x if refused is None else torch.where(refused > 0, a, x))
         self.updates += 1
 
     @contextmanager

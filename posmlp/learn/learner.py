@@ -1,8 +1,9 @@
 """The training step, the evaluation step, and the state from which training resumes.
 
-``Learner.train_step`` sets the learning rate (``posmlp.learn.optim``), accumulates the gradients of all micro-batches
-(``Learner.backward``), refuses a step that exploded, clips the gradient, steps the optimizer and updates the EMA
-(``posmlp.learn.ema``), in this order.
+``Learner.start_step`` sets the learning rate (``posmlp.learn.optim``), accumulates the gradients of all micro-batches
+(``Learner.backward``), clips the gradient, steps the optimizer and updates the EMA (``posmlp.learn.ema``), in this
+order. It only queues this work on the device, and waits for none of it. The device itself decides whether the step has
+exploded, and then leaves all state as it was. ``StartedStep.result`` waits and tells.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.ema import WeightEMA
 from posmlp.learn.finetune import freeze_parts
 from posmlp.learn.optim import RATE_SCALE, build_optimizer, learning_rate
-from posmlp.learn.parallel import gradient_sync, mean_over_workers, rank, total_norm, world_size
+from posmlp.learn.parallel import average_over_workers, gradient_sync, rank, total_norm, world_size
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import flip_labels, to_input, to_train_input
@@ -46,7 +48,7 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class ExplodedError(UserError):
     """Training diverged: a step's loss is not finite or far above a random guess's, or its gradient is not finite.
 
-    The weights are still those before the step.
+    The learner is as before the step.
     """
 
 
@@ -63,6 +65,42 @@ class StepResult:
     grad_norm: float
 
 
+class StartedStep:
+    """A training step whose work is queued on the device.
+
+    Attributes:
+        step: number of optimizer steps before it.
+    """
+
+    def __init__(self, learner: Learner, numbers: Tensor):
+        """Queue the copy of the step's numbers to the CPU: loss, gradient norm, 1 if the step was refused."""
+        self.learner, self.step, self.ema_updates = learner, learner.step, learner.ema_updates
+        on_gpu = numbers.device.type == "cuda"
+        self.numbers = torch.empty(3, dtype=torch.float64, pin_memory=on_gpu).copy_(numbers, non_blocking=True)
+        self.copied = torch.cuda.current_stream(numbers.device).record_event() if on_gpu else None
+
+    def result(self) -> StepResult:
+        """Wait for the step, and return its loss and gradient norm. Call it once, and for all steps in their order.
+
+        Raises:
+            ExplodedError: on all workers. The learner is as before the step. Steps that were started later have changed
+                nothing and have no result.
+        """
+        if self.learner.unread[:1] != [self]:
+            raise RuntimeError(f"step {self.step} has no result now: read each once, in order, up to one that exploded")
+        if self.copied:
+            self.copied.synchronize()
+        loss, norm, refused = self.numbers.tolist()
+        if refused:
+            self.learner.return_to(self)
+            guess = math.log(self.learner.num_classes)  # loss of uniform probabilities
+            raise ExplodedError(
+                f"step {self.step} exploded: loss {loss:.4g} (a random guess has {guess:.3g}), gradient norm {norm:.4g}"
+            )
+        self.learner.unread.pop(0)
+        return StepResult(loss, norm)
+
+
 class Learner:
     """A model in training, with its optimizer, gradient scaler and EMA.
 
@@ -77,7 +115,8 @@ class Learner:
     Attributes:
         model: what computes the training step: the backbone, plain or wrapped.
         module: the backbone without ``DistributedDataParallel``; with FSDP its parameters are sharded.
-        step: number of finished optimizer steps.
+        step: number of started optimizer steps.
+        unread: the started steps whose results were not read yet.
         num_classes: length of the logits.
         frozen: the parts that do not learn (``optim.freeze``). They stay in eval mode: no drop path, no dropout, and
             batch norms use their stored statistics and leave them unchanged.
@@ -109,20 +148,40 @@ class Learner:
         self.optimizer = build_optimizer(self.module, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
         self.ema = WeightEMA(self.module, config.optim.ema) if config.optim.ema else None
+        guess = math.log(self.num_classes)  # loss of uniform probabilities
+        heaviest = 1.0 if class_weights is None else max(1.0, float(class_weights.max()))
+        self.max_loss = MAX_LOSS_RATIO * max(1.0, guess) * heaviest
+        self.unread: list[StartedStep] = []
+        self.refused = torch.zeros((), device=self.device)  # 1 from a step that exploded on, until its result is read
+        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+
+    @property
+    def ema_updates(self) -> int:
+        """Number of updates of the EMA."""
+        return self.ema.updates if self.ema else 0
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Context in which the model holds its evaluation weights (EMA if enabled)."""
         return self.ema.applied() if self.ema else nullcontext()
 
     def train_step(self, batch: Batch) -> StepResult:
-        """Take one optimizer step on this worker's share of a global batch.
+        """Start a step and wait for its result.
+
+        Raises:
+            ExplodedError: on all workers. The learner is as before the step.
+        """
+        return self.start_step(batch).result()
+
+    def start_step(self, batch: Batch) -> StartedStep:
+        """Queue one optimizer step on this worker's share of a global batch.
 
         Gradients are accumulated over micro-batches of at most ``scaling.micro_batch`` clips. Dropout and drop path
         depend only on (``train.seed``, step, rank). The architecture that a supernet draws depends only on
         (``train.seed``, step).
 
-        Raises:
-            ExplodedError: on all workers, before the weights change.
+        A step that explodes leaves weights, optimizer, loss scale, batch norms' statistics and EMA as they were, and so
+        do all that are started before its result is read.
         """
         optim = self.config.optim
         self.model.train()
@@ -135,17 +194,51 @@ class Learner:
         if isinstance(self.module, Supernet):
             self.module.draw(self.config.train.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
+        scale = self.scaler.scale(torch.ones((), device=self.device))  # the loss scale; 1 without fp16
+        scaling: list[Any] = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []
+        guarded = [(x, x.clone()) for x in (*self.statistics, *scaling)]
         loss, norm = self.backward(batch)
-        result = StepResult(*mean_over_workers([loss, norm]))
-        self.refuse_exploded(result)
+        numbers = average_over_workers(torch.stack([loss, norm]).double())
+        exploded, finite = self.exploded(numbers, scale), numbers[1].isfinite()
+        self.refused = torch.maximum(self.refused, exploded.float())
         if optim.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), optim.clip_grad, norm)
-        self.scaler.step(self.optimizer)
+        # What GradScaler gives a fused optimizer: where it is 1, the optimizer's kernels change nothing.
+        self.optimizer.found_inf = torch.where(finite, self.refused, 1.0)  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.scaler.update()
+        for now, before in guarded:
+            now.copy_(torch.where(self.refused > 0, before, now))
+        started = StartedStep(self, torch.cat([numbers, self.refused.double().view(1)]))
+        self.unread.append(started)
         self.step += 1
         if self.ema:
-            self.ema.update()
-        return result
+            self.ema.update(self.refused)
+        return started
+
+    def exploded(self, numbers: Tensor, scale: Tensor) -> Tensor:
+        """Whether a step would spoil the weights: bool scalar, on the device.
+
+        In fp16, an infinite gradient may only mean that the loss scale is too high: the optimizer then skips the step.
+
+        Args:
+            numbers: loss and gradient norm.
+            scale: the loss scale.
+        """
+        loss, norm = numbers.unbind()
+        return ~((loss <= self.max_loss) & (norm.isfinite() | (scale > 1)))  # no comparison with NaN is true
+
+    def return_to(self, step: StartedStep) -> None:
+        """Forget a step that was refused and all steps after it. The device has not taken them."""
+        self.step, self.unread = step.step, []
+        self.refused = torch.zeros_like(self.refused)
+        if self.ema:
+            self.ema.updates = step.ema_updates
+
+    def check_all_read(self) -> None:
+        """Raise ``RuntimeError`` if a step whose result was not read may have been refused."""
+        if self.unread:
+            raise RuntimeError(f"read the result of step {self.unread[0].step} before you save the learner's state")
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Accumulate the gradients of the mean loss over micro-batches.
@@ -174,22 +267,6 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         return loss, total_norm(self.model.parameters())
 
-    def refuse_exploded(self, result: StepResult) -> None:
-        """Raise ``ExplodedError`` for a step that would spoil the weights.
-
-        In fp16, an infinite gradient may only mean that the loss scale is too high: the scaler then skips the step.
-        """
-        guess = math.log(self.num_classes)  # loss of uniform probabilities
-        heaviest = 1.0 if self.class_weights is None else max(1.0, float(self.class_weights.max()))
-        may_be_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        loss_ok = result.loss <= MAX_LOSS_RATIO * max(1.0, guess) * heaviest  # false for NaN
-        if loss_ok and (math.isfinite(result.grad_norm) or may_be_overflow):
-            return
-        raise ExplodedError(
-            f"step {self.step} exploded: loss {result.loss:.4g} (a random guess has {guess:.3g}), "
-            f"gradient norm {result.grad_norm:.4g}"
-        )
-
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         """Log-probabilities of the classes for each view of a batch, float32 ``[videos, views, classes]``.
@@ -204,6 +281,7 @@ class Learner:
 
         Collective: call it on every rank. The result is empty on all ranks but 0.
         """
+        self.check_all_read()
         with self.evaluation_weights():
             full = cast(dict[str, Tensor], get_model_state_dict(self.module, options=FULL_STATE))
             return {name: tensor.clone() for name, tensor in full.items()}
@@ -213,16 +291,17 @@ class Learner:
 
         Collective: call it on every rank, and use the result of rank 0. With EMA, ``model`` has the live weights.
         """
+        self.check_all_read()
         return {
             "model": get_model_state_dict(self.module, options=FULL_STATE) if self.ema else None,
             "optimizer": self.optimizer_state(),
             "scaler": self.scaler.state_dict(),
-            "ema_updates": self.ema.updates if self.ema else 0,
+            "ema_updates": self.ema_updates,
             "step": self.step,
         }
 
     def optimizer_state(self) -> dict[str, Any] | None:
-        """The optimizer's state; None before the first applied step.
+        """The optimizer's state; None before the first step.
 
         PyTorch would otherwise initialise a state that is one step ahead.
         """
@@ -251,7 +330,9 @@ class Learner:
         if state["optimizer"]:
             # Not strict: a parameter that no step has used, as in a supernet, has no state.
             partial = StateDictOptions(full_state_dict=True, strict=False)
-            set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"], options=partial)
+            groups = [group | {"fused": True} for group in state["optimizer"]["param_groups"]]  # older runs had not
+            saved = state["optimizer"] | {"param_groups": groups}
+            set_optimizer_state_dict(self.module, self.optimizer, saved, options=partial)
             for name, parameter in self.module.named_parameters():
                 if name not in state["optimizer"]["state"]:
                     self.optimizer.state.pop(parameter, None)
@@ -259,7 +340,7 @@ class Learner:
                 group.update(values)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step, self.unread, self.refused = state["step"], [], torch.zeros_like(self.refused)
 
 
 def micro_batch_size(count: int, config: Config) -> int:

@@ -18,6 +18,8 @@ RATE_SCALE = "rate_scale"  # of a parameter group with layer decay: its share of
 def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
     """Create AdamW without weight decay on 1-D parameters: biases, norms and token biases (the published recipe).
 
+    It is the fused one, which skips a step on the device where ``found_inf`` is 1 (``posmlp.learn.learner``).
+
     Frozen parameters are left out. With ``layer_decay`` each layer has groups of its own, the last layer first, whose
     ``RATE_SCALE`` is the layer's share of the learning rate.
     """
@@ -33,7 +35,7 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay, **extra},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, **extra},
         ]
-    return AdamW(groups, lr=config.lr, betas=config.betas)
+    return AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def learning_rate(epoch: float, train: TrainSection, config: OptimSection) -> float:

@@ -31,13 +31,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def mean_over_workers(values: Iterable[float | Tensor]) -> list[float]:
+def mean_over_workers(values: Iterable[float]) -> list[float]:
     """Average each number over all workers. Collective: call it on every rank."""
-    numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    return cast(list[float], average_over_workers(torch.tensor(list(values), dtype=torch.float64)).tolist())
+
+
+def average_over_workers(numbers: Tensor) -> Tensor:
+    """Average a tensor over all workers, in place. Collective: call it on every rank.
+
+    With NCCL the host only starts it; with gloo it waits for the other workers.
+    """
     if world_size() > 1:
         dist.all_reduce(numbers)
         numbers /= world_size()
-    return cast(list[float], numbers.tolist())
+    return numbers
 
 
 def parallelise(model: PosMLPVideo, config: Config, device: torch.device) -> nn.Module:

@@ -1,18 +1,21 @@
 """Model input from decoded clips, on the training device: augment, normalise, mix.
 
-A clip's random numbers come from its seed, which is set where the clip is decoded. Each augmentation has its own random
-stream, so switching one on does not change the numbers of another. Random numbers are drawn on the CPU. The work on the
-device is a pure function of these numbers and the pixels of one clip or one pair, so the result depends neither on the
-number of workers nor on the rest of the batch.
+A clip's random numbers come from its seed, which is set where the clip is decoded, by counting
+(``posmlp.video.random_bits``). Each augmentation has a key of its own, so switching one on does not change the numbers
+of another. The host computes the random parameters of all clips at once and sends them to the device in one copy. It
+reads nothing back and waits for nothing. The work on the device is a pure function of these parameters and the pixels
+of one clip or one pair, so the result depends neither on the number of workers nor on the rest of the batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posmlp.config import AugmentSection, Config
@@ -20,7 +23,8 @@ from posmlp.errors import UserError
 from posmlp.model.spec import suggest
 from posmlp.video.batch import Batch
 from posmlp.video.classes import ClassIndex
-from posmlp.video.randaugment import draw_operations, randaugment
+from posmlp.video.randaugment import NUMBERS_PER_LAYER, Pass, draw_operations, plan_passes, randaugment
+from posmlp.video.random_bits import normals, random_bits, uniforms
 from posmlp.video.sampling import Box, random_resized_crop
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1; the release uses 0.45 and 0.225 for all three channels
@@ -28,7 +32,7 @@ STD = (0.229, 0.224, 0.225)
 ERASED_AREA = (0.02, 1 / 3)  # as a share of the frame
 ERASED_RATIO = (0.3, 1 / 0.3)  # width : height
 
-Rngs = Sequence[np.random.Generator]  # one per clip
+Array = NDArray[np.generic]
 
 
 def to_input(clips: Tensor, config: Config) -> Tensor:
@@ -42,7 +46,33 @@ def to_input(clips: Tensor, config: Config) -> Tensor:
         float32 ``[B, 3, T, H, W]``, normalised. For modality ``rgb_difference`` (TSN, arXiv:1608.00859, section 3.2)
         each frame minus the one before; the first difference is repeated to keep T frames.
     """
-    return normalise(channels_first(clips).float().div_(255), config)
+    mean, std = (torch.tensor(v, device=clips.device) for v in (MEAN, STD))
+    return normalise(channels_first(clips).float().div_(255), mean, std, config)
+
+
+class Erasure(NamedTuple):
+    """A box of a clip that is filled with noise; ``key`` is that of the noise."""
+
+    clip: int
+    box: Box
+    key: int
+
+
+class Parameters(NamedTuple):
+    """The random parameters of a batch, on the host.
+
+    Attributes:
+        arrays: what the device reads, by name. ``mirrored``: int64 ``[m]``, the clips to flip. ``factors``: float32
+            ``[B, 3]``, of brightness, contrast and saturation. ``boxes``: int64 ``[B, 4]``, top, bottom, left and right
+            of the box that a clip takes from its partner. ``kept``: float32 ``[B, 2]``, a clip's share of itself
+            outside the box, and in the target.
+        passes: of RandAugment.
+        erasures: in the order of the clips.
+    """
+
+    arrays: dict[str, Array]
+    passes: list[Pass[Array]]
+    erasures: list[Erasure]
 
 
 def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,25 +88,73 @@ def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tenso
         float32 ``[B, 3, T, H, W]`` as from ``to_input``, and float32 ``[B, num_classes]``: the share of each class.
         The loss does the label smoothing. Smoothing is linear, so its order relative to mixing makes no difference.
     """
-    settings = config.augment
-    streams = (np.random.default_rng(seed).spawn(5) for seed in batch.seeds.tolist())
-    flip_rngs, randaug_rngs, color_rngs, erase_rngs, mix_rngs = zip(*streams, strict=True)
+    settings, device = config.augment, batch.clips.device
+    height, width = batch.clips.shape[2:4]
+    host = draw_parameters(batch.seeds, settings, height, width, config.data.repeats)
+    constants = [np.array(v, np.float32) for v in (MEAN, STD)]
+    sent = iter(send([*constants, *host.arrays.values(), *(a for p in host.passes for a in p[1:])], device))
+    mean, std = next(sent), next(sent)
+    on_device = {name: next(sent) for name in host.arrays}
+    passes = [Pass(p.function, next(sent), next(sent)) for p in host.passes]
 
     x, labels = channels_first(batch.clips), batch.labels
-    mirrored = [i for i, rng in enumerate(flip_rngs) if rng.random() < settings.flip]
-    if mirrored:
-        index = torch.tensor(mirrored, device=x.device)
-        x.index_copy_(0, index, x.index_select(0, index).flip(-1))
-        labels = labels.index_copy(0, index, flipped[labels[index]])
-    if settings.randaug_layers:
-        operations = [draw_operations(rng, settings.randaug_layers, settings.randaug_magnitude) for rng in randaug_rngs]
-        x = randaugment(x, operations)
-    x = normalise(color_jitter(x, color_rngs, settings), config)
-    targets = F.one_hot(labels, len(flipped)).float()
-    random_erasing(x, erase_rngs, settings.erasing)
-    if settings.mixup or settings.cutmix:
-        mixup_or_cutmix(x, targets, batch.weights.tolist(), mix_rngs, settings, config.data.repeats)
+    if len(mirrored := on_device["mirrored"]):
+        x.index_copy_(0, mirrored, x.index_select(0, mirrored).flip(-1))
+        labels = labels.index_copy(0, mirrored, flipped[labels[mirrored]])
+    randaugment(x, passes)
+    x = normalise(color_jitter(x, on_device.get("factors"), settings), mean, std, config)
+    targets = torch.zeros(len(labels), len(flipped), device=device).scatter_(1, labels.unsqueeze(1), 1.0)
+    random_erasing(x, host.erasures)
+    if "kept" in on_device:
+        weights = batch.weights.to(device, non_blocking=True)
+        x, targets = mix_pairs(x, targets, weights, on_device["boxes"], on_device["kept"], config.data.repeats)
     return x, targets
+
+
+def draw_parameters(seeds: Tensor, settings: AugmentSection, height: int, width: int, repeats: int) -> Parameters:
+    """Draw the random parameters of all clips.
+
+    Args:
+        seeds: int64 ``[B]``, on the CPU.
+        height, width: of the frames, in pixels.
+        repeats: how many adjacent clips one video has.
+    """
+    layers = settings.randaug_layers
+    keys = random_bits(seeds, 7)  # of each augmentation, and of the box and the noise of an erasure
+    numbers = uniforms(keys[:, :5], max(5, NUMBERS_PER_LAYER * layers))  # [B, 5, count]
+    flip, randaug, color, erase, mix = numbers.unbind(1)
+    arrays: dict[str, Array] = {"mirrored": np.flatnonzero(flip[:, 0].numpy() < settings.flip)}
+    passes: list[Pass[Array]] = []
+    if layers:
+        of_layers = randaug[:, : NUMBERS_PER_LAYER * layers].unflatten(1, (layers, NUMBERS_PER_LAYER))
+        passes = plan_passes(draw_operations(of_layers, settings.randaug_magnitude), height, width)
+    strengths = np.array([settings.brightness, settings.contrast, settings.saturation])
+    if strengths.any():
+        arrays["factors"] = (1 + strengths * (2 * color[:, :3].numpy() - 1)).astype(np.float32)
+    erased = (erase[:, 0] < settings.erasing).tolist()
+    erasures = [
+        Erasure(clip, erased_box(height, width, of_box), of_noise)
+        for clip, (of_box, of_noise) in enumerate(keys[:, 5:].tolist())
+        if erased[clip]
+    ]
+    if settings.mixup or settings.cutmix:
+        arrays["boxes"], arrays["kept"] = draw_mixing(mix, settings, height, width, repeats)
+    return Parameters(arrays, passes, erasures)
+
+
+def send(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """Copy arrays to a device in one transfer, for which the host does not wait."""
+    sizes = [-(-array.nbytes // 8) * 8 for array in arrays]  # each begins where any type may
+    starts = np.cumsum([0, *sizes]).tolist()
+    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = packed.numpy()
+    for array, start in zip(arrays, starts, strict=False):
+        host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+        for array, start in zip(arrays, starts, strict=False)
+    ]
 
 
 def flip_labels(flip_classes: Mapping[str, str], classes: Sequence[str], num_classes: int) -> Tensor:
@@ -113,27 +191,27 @@ def channels_first(clips: Tensor) -> Tensor:
     return clips.permute(0, 4, 1, 2, 3).clone(memory_format=torch.contiguous_format)
 
 
-def normalise(x: Tensor, config: Config) -> Tensor:
-    """Model input from values in 0..1, ``[B, 3, T, H, W]``. Overwrites ``x``."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1, 1) for v in (MEAN, STD))
-    x = x.sub_(mean).div_(std)
+def normalise(x: Tensor, mean: Tensor, std: Tensor, config: Config) -> Tensor:
+    """Model input from values in 0..1, ``[B, 3, T, H, W]``. Overwrites ``x``; ``mean`` and ``std`` are ``[3]``."""
+    x = x.sub_(mean.view(3, 1, 1, 1)).div_(std.view(3, 1, 1, 1))
     if config.data.modality == "rgb_difference":
         change = x.diff(dim=2)
         x = torch.cat([change[:, :, :1], change], dim=2)
     return x
 
 
-def color_jitter(x: Tensor, rngs: Rngs, config: AugmentSection) -> Tensor:
-    """Change the colours at random: uint8 ``[B, 3, T, H, W]`` to float32 in 0..1 of the same shape.
+def color_jitter(x: Tensor, factors: Tensor | None, config: AugmentSection) -> Tensor:
+    """Change the colours: uint8 ``[B, 3, T, H, W]`` to float32 in 0..1 of the same shape.
 
     Brightness scales the values, contrast their distance from the clip's mean, saturation their distance from grey.
+
+    Args:
+        factors: float32 ``[B, 3]``, of brightness, contrast and saturation; None changes nothing.
     """
-    strengths = np.array([config.brightness, config.contrast, config.saturation])
     values = x.float().div_(255)
-    if not strengths.any():
+    if factors is None:
         return values
-    factors = np.stack([1 + strengths * (2 * rng.random(3) - 1) for rng in rngs]).astype(np.float32)  # [B, 3]
-    brightness, contrast, saturation = torch.from_numpy(factors).to(x.device).view(-1, 3, 1, 1, 1, 1).unbind(1)
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1, 1).unbind(1)
     if config.brightness or config.contrast:
         sums = x.sum((1, 2, 3, 4), keepdim=True)  # integers: the sum is the same in any batch
         mean = brightness * (sums / (255 * x[0].numel())).float()
@@ -149,60 +227,89 @@ def luma(x: Tensor) -> Tensor:
     return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-def random_erasing(x: Tensor, rngs: Rngs, probability: float) -> None:
+def erased_box(height: int, width: int, key: int) -> Box:
+    """The box of an erasure; ``key`` is an int64."""
+    rng = np.random.default_rng(key % 2**64)
+    return random_resized_crop(height, width, ERASED_AREA, ERASED_RATIO, rng)
+
+
+def random_erasing(x: Tensor, erasures: Sequence[Erasure]) -> None:
     """Random erasing (arXiv:1708.04896) in place, as in MViT.
 
     One box, the same in all frames, is filled with noise from N(0, 1), drawn for each pixel of each frame.
     """
-    channels, frames, height, width = x.shape[1:]
-    for clip, rng in zip(x, rngs, strict=True):
-        if rng.random() < probability:
-            box = random_resized_crop(height, width, ERASED_AREA, ERASED_RATIO, rng)
-            noise = rng.standard_normal((channels, frames, box.height, box.width), dtype=np.float32)
-            crop(clip, box).copy_(torch.from_numpy(noise))
+    if not erasures:
+        return
+    views = [crop(x[erasure.clip], erasure.box) for erasure in erasures]
+    counts = [view.numel() for view in views]
+    noise = normals([erasure.key for erasure in erasures], counts, x.device)
+    for view, values in zip(views, noise.split(counts), strict=True):
+        view.copy_(values.view_as(view))
 
 
-def mixup_or_cutmix(
-    x: Tensor, y: Tensor, weights: Sequence[float], rngs: Rngs, config: AugmentSection, repeats: int
-) -> None:
-    """Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of neighbouring videos, in place.
+def draw_mixing(
+    numbers: Tensor, config: AugmentSection, height: int, width: int, repeats: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Draw the ``boxes`` and ``kept`` of ``Parameters``.
 
-    Videos 2k and 2k + 1 are a pair, and their clips are matched in order. Both clips take the same share of each other,
-    drawn from the random stream of the first. If both methods are on, each is used for half of the pairs. A pair with a
-    clip that is padding stays unchanged.
+    Both clips of a pair take the same share of each other, drawn from the numbers of the first. If both methods are on,
+    each is used for half of the pairs.
+
+    Args:
+        numbers: float64 ``[B, at least 5]``, uniform in [0, 1).
+    """
+    boxes, kept = np.zeros((len(numbers), 4), np.int64), np.ones((len(numbers), 2), np.float32)
+    for i, (choice, y, x, *two) in enumerate(numbers[:, :5].tolist()):
+        if i // repeats % 2:  # the second of a pair
+            boxes[i], kept[i] = boxes[i - repeats], kept[i - repeats]
+            continue
+        if config.cutmix and (not config.mixup or choice < 0.5):
+            box = cut_box(height, width, 1 - symmetric_beta(config.cutmix, *two), y, x)
+            boxes[i] = box.top, box.top + box.height, box.left, box.left + box.width
+            kept[i, 1] = 1 - box.height * box.width / (height * width)
+        else:
+            kept[i] = symmetric_beta(config.mixup, *two)
+    return boxes, kept
+
+
+def symmetric_beta(alpha: float, u: float, v: float) -> float:
+    """A number from Beta(alpha, alpha), from two that are uniform in [0, 1).
+
+    From Student's t by the polar method (Bailey, https://doi.org/10.1090/S0025-5718-1994-1219702-8): with 2 alpha
+    degrees of freedom, t / sqrt(2 alpha + t^2) is 2 Beta(alpha, alpha) - 1.
+    """
+    p, cosine = u ** (1 / alpha), math.cos(math.tau * v)
+    scaled = (1 - p) * cosine**2  # t^2 / (2 alpha), times p
+    return (1 + math.copysign(math.sqrt(scaled / (p + scaled)), cosine)) / 2
+
+
+def mix_pairs(
+    x: Tensor, y: Tensor, weights: Tensor, boxes: Tensor, kept: Tensor, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of neighbouring videos.
+
+    Videos 2k and 2k + 1 are a pair, and their clips are matched in order. A pair with a clip that is padding stays
+    unchanged.
 
     Args:
         x: ``[B, 3, T, H, W]``, B a multiple of ``2 * repeats``.
         y: ``[B, num_classes]``, the shares of the classes.
-        weights: one per clip, 0 for padding.
+        weights: ``[B]``, 0 for padding.
+        boxes, kept: as in ``Parameters``.
         repeats: how many adjacent clips one video has.
     """
+
+    def partner(of: Tensor) -> Tensor:
+        return of.unflatten(0, (-1, 2, repeats)).flip(1).flatten(0, 2)
+
     height, width = x.shape[-2:]
-    for i, rng in enumerate(rngs):
-        j = i + repeats
-        if i // repeats % 2 or not (weights[i] and weights[j]):
-            continue
-        choice, *centre = rng.random(3)
-        cut = config.cutmix and (not config.mixup or choice < 0.5)
-        alpha = config.cutmix if cut else config.mixup
-        kept = float(rng.beta(alpha, alpha))
-        if cut:
-            box = cut_box(height, width, 1 - kept, *centre)
-            one, other = crop(x[i], box), crop(x[j], box)
-            copy_of_one = one.clone()
-            one.copy_(other)
-            other.copy_(copy_of_one)
-            kept = 1 - box.height * box.width / (height * width)
-        else:
-            blend(x[i], x[j], kept)
-        blend(y[i], y[j], kept)
-
-
-def blend(one: Tensor, other: Tensor, kept: float) -> None:
-    """Blend two tensors in place: each keeps the share ``kept`` of itself and takes the rest from the other."""
-    blended = torch.lerp(other, one, kept)
-    other.lerp_(one, 1 - kept)
-    one.copy_(blended)
+    down, across = torch.arange(height, device=x.device).unsqueeze(1), torch.arange(width, device=x.device)
+    top, bottom, left, right = boxes.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
+    outside = (down < top) | (down >= bottom) | (across < left) | (across >= right)  # [B, H, W]
+    whole = ((weights == 0) | (partner(weights) == 0)).unsqueeze(1)  # [B, 1]
+    pixels, labels = kept.masked_fill(whole, 1.0).split(1, 1)  # [B, 1] each
+    own = pixels.unsqueeze(2) * (outside | whole.unsqueeze(2))
+    return torch.lerp(partner(x), x, own[:, None, None]), torch.lerp(partner(y), y, labels)
 
 
 def cut_box(height: int, width: int, share: float, y: float, x: float) -> Box:

@@ -29,9 +29,9 @@ class Batch:
     seeds: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with clips and labels on the device; weights and seeds stay on the CPU, where they are read."""
-        clips, labels = (x.to(device, non_blocking=True) for x in (self.clips, self.labels))
-        return replace(self, clips=clips, labels=labels)
+        """The batch on the device; seeds stay on the CPU, where they are read."""
+        clips, labels, weights = (x.to(device, non_blocking=True) for x in (self.clips, self.labels, self.weights))
+        return replace(self, clips=clips, labels=labels, weights=weights)
 
     def micro_batches(self, size: int) -> Iterator[Batch]:
         """Split the batch, in order, into micro-batches of ``size`` clips; the last may be smaller."""

@@ -1,6 +1,7 @@
 """Optimizer, learning-rate schedule, training and evaluation steps, EMA, resume."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -247,21 +248,121 @@ def test_the_ema_of_one_number_by_hand():
     assert model.running_mean.item() == 3.0
 
 
+BUSY = ("optim.warmup_epochs=0", "optim.weight_decay=0.5", "optim.ema=0.9", "model.drop_path=0.3", "augment.mixup=0.8")
+
+
+def everything(learner):
+    """All that a step may change, bit for bit."""
+    optimizer = [x for state in learner.optimizer.state.values() for x in state.values()]
+    tensors = [*learner.module.state_dict().values(), *optimizer, *learner.ema.average]
+    bits = [x.detach().numpy().tobytes() for x in tensors]
+    return bits, learner.ema.updates, learner.scaler.state_dict(), learner.step
+
+
+def exploding(weight, seed=9):
+    """A batch whose clips count so much that the step is refused."""
+    batch = make_batch(seed=seed)
+    return Batch(batch.clips, batch.labels, weight * batch.weights, batch.seeds)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("weight", [math.nan, math.inf, 1e3])
+def test_a_step_that_explodes_changes_nothing(precision, weight):
+    """Neither weights, optimizer, its counters, statistics, loss scale, EMA nor schedule; with 1e3 all is finite."""
+    learner = make_learner(f"train.precision={precision}", *BUSY)
+    for seed in range(2):
+        learner.train_step(make_batch(seed=seed))
+    before = everything(learner)
+    with pytest.raises(ExplodedError, match=r"step 2 exploded: loss .*gradient norm"):
+        learner.train_step(exploding(weight))
+    assert everything(learner) == before
+    learner.train_step(make_batch(seed=3))
+    after = everything(learner)
+    assert after != before
+    assert after[1:] == (3, before[2] | {"_growth_tracker": 3} if precision == "fp16" else {}, 3)
+
+
 @pytest.mark.parametrize(("what", "expected"), [("nan", "loss nan"), ("large", "loss ")])
-def test_a_step_that_explodes_leaves_the_weights_alone(what, expected):
-    learner = make_learner("optim.warmup_epochs=0")
+def test_weights_that_explode_stay_as_they_are(what, expected):
+    learner = make_learner(*BUSY)
     learner.train_step(make_batch())
     with torch.no_grad():
         if what == "nan":
             learner.module.head.bias[3] = math.nan
         else:
             learner.module.head.bias[0] = -1e4
-    before = {k: v.clone() for k, v in learner.module.state_dict().items() if "norm" not in k}
+    before = everything(learner)
     with pytest.raises(ExplodedError, match=rf"step 1 exploded: {expected}.*gradient norm"):
         learner.train_step(make_batch(seed=1))
-    after = learner.module.state_dict()
-    assert all(torch.equal(v, after[k]) or v.isnan().any() for k, v in before.items())
-    assert learner.step == 1
+    assert everything(learner) == before
+
+
+def test_the_first_step_may_explode():
+    learner, twin = make_learner(*BUSY), make_learner(*BUSY)
+    with pytest.raises(ExplodedError, match="step 0"):
+        learner.train_step(exploding(math.nan))
+    assert learner.train_step(make_batch()) == twin.train_step(make_batch())
+    assert everything(learner) == everything(twin)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_results_that_are_read_late_are_the_same(precision):
+    early, late = (make_learner(f"train.precision={precision}", *BUSY) for _ in range(2))
+    results = [early.train_step(make_batch(seed=seed)) for seed in range(5)]
+    read, pending = [], None
+    for seed in range(5):
+        started = late.start_step(make_batch(seed=seed))
+        if pending:
+            read.append(pending.result())
+        pending = started
+    assert [*read, pending.result()] == results
+    assert everything(late) == everything(early)
+
+
+def test_steps_behind_one_that_exploded_change_nothing():
+    """The result of the step that exploded tells of it, with its number; training goes on as if it had never been."""
+    learner, twin = make_learner(*BUSY), make_learner(*BUSY)
+    for each in (learner, twin):
+        each.train_step(make_batch())
+    before = everything(learner)
+    first, second, third = (
+        learner.start_step(batch) for batch in (exploding(1e3), make_batch(seed=4), exploding(math.nan))
+    )
+    with pytest.raises(RuntimeError, match="step 2 has no result now"):
+        second.result()
+    with pytest.raises(ExplodedError, match=r"step 1 exploded: loss [0-9]"):
+        first.result()
+    assert everything(learner) == before
+    for void in (first, second, third):
+        with pytest.raises(RuntimeError, match="has no result now"):
+            void.result()
+    for seed in (5, 6):
+        assert learner.train_step(make_batch(seed=seed)) == twin.train_step(make_batch(seed=seed))
+    assert everything(learner) == everything(twin)
+
+
+def test_a_state_with_results_to_read_is_not_saved():
+    learner = make_learner()
+    started = learner.start_step(make_batch())
+    for save in (learner.weights, learner.state_dict):
+        with pytest.raises(RuntimeError, match="read the result of step 0"):
+            save()
+    started.result()
+    assert learner.state_dict()["step"] == 1
+
+
+def test_the_state_of_an_optimizer_that_is_not_fused_is_resumed():
+    """As older versions have saved it."""
+    before, learner, twin = after_two_steps(), make_learner(), make_learner()
+    state = deepcopy(before.state_dict())
+    twin.load_state_dict(before.weights(), deepcopy(state))
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    learner.load_state_dict(before.weights(), state)
+    assert all(group["fused"] for group in learner.optimizer.param_groups)
+    assert learner.train_step(make_batch()) == twin.train_step(make_batch())
+    a, b = learner.weights(), twin.weights()
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_in_fp16_a_step_that_overflows_is_skipped_and_halves_the_loss_scale():
@@ -326,7 +427,7 @@ def test_fp16_resumes_exactly_from_before_the_first_applied_step():
     straight, resumed = make_learner("train.precision=fp16"), make_learner("train.precision=fp16")
     straight.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
     straight.train_step(make_batch())  # overflows
-    resumed.load_state_dict(straight.weights(), straight.state_dict())
+    resumed.load_state_dict(straight.weights(), deepcopy(straight.state_dict()))
     for learner in (straight, resumed):
         learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         learner.train_step(make_batch(seed=1))

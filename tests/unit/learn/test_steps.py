@@ -139,25 +139,44 @@ def test_which_steps_are_refused(precision, scale, loss, norm, refused):
     learner.step = 3
     if precision == "fp16":
         learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    report(learner, loss, norm)
     if not refused:
-        return learner.refuse_exploded(StepResult(loss, norm))
+        assert learner.train_step(make_batch()) == StepResult(pytest.approx(loss), pytest.approx(norm))
+        assert learner.step == 4
+        return
     with pytest.raises(ExplodedError) as error:
-        learner.refuse_exploded(StepResult(loss, norm))
+        learner.train_step(make_batch())
     expected = f"step 3 exploded: loss {loss:.4g} (a random guess has 2.08), gradient norm {norm:.4g}"
     assert str(error.value) == expected
+    assert learner.step == 3
+
+
+def report(learner, loss, norm):
+    """Let the learner's steps have this loss and gradient norm, whatever they are."""
+    backward = type(learner).backward
+
+    def reported(batch):
+        backward(learner, batch)
+        return torch.tensor(loss), torch.tensor(norm)
+
+    learner.backward = reported
 
 
 def test_heavy_classes_may_have_a_higher_loss():
     """With weights up to 3, up to 3 times 20.79; weights below 1 do not lower the limit; two classes have ln 2 < 1."""
     for weights, limit in [([0.5, 3.0, *[1.0] * 6], 62.38), ([0.5] * 8, 20.79)]:
         learner = make_learner(class_weights=np.array(weights))
-        learner.refuse_exploded(StepResult(limit - 0.01, 1.0))
+        report(learner, limit - 0.01, 1.0)
+        learner.train_step(make_batch())
+        report(learner, limit + 0.01, 1.0)
         with pytest.raises(ExplodedError):
-            learner.refuse_exploded(StepResult(limit + 0.01, 1.0))
+            learner.train_step(make_batch())
     learner = make_learner("model.num_classes=2")
-    learner.refuse_exploded(StepResult(9.9, 1.0))
+    report(learner, 9.9, 1.0)
+    learner.train_step(make_batch(classes=2))
+    report(learner, 10.1, 1.0)
     with pytest.raises(ExplodedError, match=r"a random guess has 0\.693"):
-        learner.refuse_exploded(StepResult(10.1, 1.0))
+        learner.train_step(make_batch(classes=2))
 
 
 @pytest.mark.parametrize(

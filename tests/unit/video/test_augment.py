@@ -7,21 +7,26 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
+from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
 from posmlp.video import augment
-from posmlp.video.augment import color_jitter, cut_box, flip_labels, random_erasing, to_input, to_train_input
+from posmlp.video.augment import color_jitter, cut_box, flip_labels, send, symmetric_beta, to_input, to_train_input
 from posmlp.video.batch import Batch
 from posmlp.video.randaugment import (
     AFFINE_OPERATIONS,
     OPERATIONS,
     AugmentOperation,
+    Pass,
     affine_map,
     draw_operations,
     enhancement_factor,
+    plan_passes,
     randaugment,
 )
+from posmlp.video.random_bits import normals, random_bits, uniforms
 from posmlp.video.sampling import Box
 
 OFF = ("data.modality=rgb", "augment.brightness=0", "augment.contrast=0", "augment.saturation=0")
@@ -149,6 +154,21 @@ def pillow(image, operation):
             return getattr(ImageEnhance, name.capitalize())(image).enhance(enhance)
 
 
+def applied(clips, operations):
+    """The clips after each clip's operations."""
+    passes = plan_passes(operations, *clips.shape[-2:])
+    sent = iter(send([array for each in passes for array in each[1:]], clips.device))
+    result = clips.clone(memory_format=torch.contiguous_format)
+    randaugment(result, [Pass(each.function, next(sent), next(sent)) for each in passes])
+    return result
+
+
+def drawn(seeds, layers, magnitude):
+    """The operations of some seeds."""
+    numbers = uniforms(random_bits(torch.tensor(seeds), 1)[:, 0], 4 * layers)
+    return draw_operations(numbers.unflatten(1, (layers, 4)), magnitude)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 @settings(max_examples=30)
 @given(
@@ -169,7 +189,7 @@ def test_operations_equal_pillows(name, size, span, strength, seed):
     else:
         expected = np.asarray(pillow(Image.fromarray(frames.reshape(-1, size[1], 3)), operation)).reshape(frames.shape)
     clip = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).unsqueeze(0).contiguous()
-    got = randaugment(clip, [[operation]])[0].permute(1, 2, 3, 0).numpy()
+    got = applied(clip, [[operation]])[0].permute(1, 2, 3, 0).numpy()
     off = np.abs(got.astype(int) - expected)
     if name in AFFINE_OPERATIONS:
         off = off[:, ~at_the_border(affine_map(operation, *size), *size)]
@@ -189,17 +209,28 @@ def test_strengths_are_those_of_the_increasing_set():
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 3, 1, 16, 16)
     others = ("rotate", "solarize", "solarize_add", "color", "contrast", "brightness", "sharpness")
     for name in (*others, *AFFINE_OPERATIONS):
-        assert torch.equal(randaugment(ramp.clone(), [[AugmentOperation(name, 0.0)]]), ramp), name
-    assert len(randaugment(ramp.clone(), [[AugmentOperation("posterize", 0.0)]]).unique()) == 16
-    assert not randaugment(ramp.clone(), [[AugmentOperation("posterize", 1.0)]]).any()
-    assert torch.equal(randaugment(ramp.clone(), [[AugmentOperation("solarize", 1.0)]]), 255 - ramp)
+        assert torch.equal(applied(ramp, [[AugmentOperation(name, 0.0)]]), ramp), name
+    assert len(applied(ramp, [[AugmentOperation("posterize", 0.0)]]).unique()) == 16
+    assert not applied(ramp, [[AugmentOperation("posterize", 1.0)]]).any()
+    assert torch.equal(applied(ramp, [[AugmentOperation("solarize", 1.0)]]), 255 - ramp)
     assert (enhancement_factor(1.0), enhancement_factor(-1.0)) == (1.9, pytest.approx(0.1))
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), clips=st.integers(2, 6), layers=st.integers(1, 3))
+def test_clips_of_a_batch_get_their_own_operations(seed, clips, layers):
+    """All together as each alone, whichever of them share a pass."""
+    rng = np.random.default_rng(seed)
+    batch = torch.from_numpy(rng.integers(0, 256, (clips, 3, 2, 9, 7)).astype(np.uint8))
+    operations = drawn(rng.integers(0, 2**62, clips).tolist(), layers, 7.0)
+    alone = [applied(batch[i : i + 1], operations[i : i + 1]) for i in range(clips)]
+    assert torch.equal(applied(batch, operations), torch.cat(alone))
+
+
 def test_operations_follow_the_stated_distribution():
-    drawn = [s for seed in range(2000) for s in draw_operations(np.random.default_rng(seed), 4, 7.0)]
-    applied = [s for s in drawn if s is not None]
-    assert len(applied) / len(drawn) == pytest.approx(0.5, abs=0.03)
+    everything = [s for clip in drawn(range(2000), 4, 7.0) for s in clip]
+    applied = [s for s in everything if s is not None]
+    assert len(applied) / len(everything) == pytest.approx(0.5, abs=0.03)
     shares = np.unique([s.name for s in applied], return_counts=True)[1] / len(applied)
     assert len(shares) == 15
     assert shares == pytest.approx(1 / 15, abs=0.015)
@@ -207,16 +238,14 @@ def test_operations_follow_the_stated_distribution():
     assert np.abs(strengths).mean() == pytest.approx(0.7, abs=0.005)
     assert np.abs(strengths).std() == pytest.approx(0.05, abs=0.005)
     assert (strengths > 0).mean() == pytest.approx(0.5, abs=0.03)
-    extremes = [
-        abs(s.strength) for seed in range(200) for s in draw_operations(np.random.default_rng(seed), 4, 10.0) if s
-    ]
-    assert max(extremes) == 1.0
+    assert stats.kstest(np.abs(strengths), stats.norm(0.7, 0.05).cdf).pvalue > 0.01
+    assert max(abs(s.strength) for clip in drawn(range(200), 4, 10.0) for s in clip if s) == 1.0
 
 
 @given(st.integers(0, 2**63 - 1))
 def test_layers_and_magnitude_do_not_shift_each_others_draws(seed):
     def names(layers, magnitude):
-        return [s and s.name for s in draw_operations(np.random.default_rng(seed), layers, magnitude)]
+        return [s and s.name for s in drawn([seed], layers, magnitude)[0]]
 
     assert names(2, 9.0) == names(4, 3.0)[:2]
 
@@ -244,6 +273,43 @@ def test_two_workers_make_the_same_clips_as_one(chosen, repeats, seed, bad):
         parts = [to_train_input(part(batch, i, i + size), config, CLASSES) for i in range(0, 8, size)]
         assert torch.equal(x, torch.cat([p[0] for p in parts]))
         assert torch.equal(targets, torch.cat([p[1] for p in parts]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(chosen=st.sets(st.sampled_from(sorted(KINDS))), order=st.permutations(range(5)))
+def test_a_clip_is_the_same_at_any_place_in_the_batch(chosen, order):
+    """Bit for bit, and with frames whose noise ends within a vector of the processor."""
+    config, batch = recipe(*chosen), make_batch(10, height=37, width=29)
+    places = torch.tensor([2 * i + k for i in order for k in (0, 1)])
+    moved = Batch(*(getattr(batch, k)[places] for k in ("clips", "labels", "weights", "seeds")))
+    before, after = to_train_input(batch, config, CLASSES), to_train_input(moved, config, CLASSES)
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x[places], y)
+
+
+def test_a_device_is_sent_one_array_and_asked_for_nothing():
+    """On PyTorch's meta device, whose tensors have no values: whatever asks for one raises an error."""
+    everything = set(KINDS) - {"difference"}
+    batch, meta = make_batch(8), torch.device("meta")
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+                source = args[1] if function is torch.ops.aten.copy_.default else args[0]
+                if source.device != result.device:
+                    copies.append(source)
+            return result
+
+    there = Batch(batch.clips.to(meta), batch.labels.to(meta), batch.weights.to(meta), batch.seeds)
+    config, flipped = recipe(*everything), CLASSES.to(meta)
+    with Copies():
+        x, y = to_train_input(there, config, flipped)
+    assert (x.device, x.shape, y.shape) == (meta, (8, 3, 3, 14, 12), (8, 10))
+    assert len(copies) == 1
+    with pytest.raises((RuntimeError, NotImplementedError)), Copies():
+        x.sum().item()
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("difference", "flip")])
@@ -315,22 +381,18 @@ def test_flip_classes_are_checked():
 # ---------------------------------------------------------------- colour jitter
 
 
-class Fixed:
-    """A stub of a generator, with known numbers."""
-
-    def random(self, count):
-        return np.full(count, 0.75)
-
-
 def test_each_colour_change_does_what_it_says():
     x = torch.randint(60, 180, (1, 3, 2, 8, 8), dtype=torch.uint8)
     plain = x.float() / 255
     grey = (plain * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(1, keepdim=True)
 
     def changed(**strengths):
-        return color_jitter(x, [Fixed()], recipe(*(f"augment.{k}={v}" for k, v in strengths.items())).augment)
+        """Each factor is half-way between 1 and the largest."""
+        config = recipe(*(f"augment.{k}={v}" for k, v in strengths.items())).augment
+        factors = [1 + 0.5 * each for each in (config.brightness, config.contrast, config.saturation)]
+        return color_jitter(x, torch.tensor([factors]), config)
 
-    assert torch.equal(changed(), plain)
+    assert torch.equal(color_jitter(x, None, recipe().augment), plain)
     torch.testing.assert_close(changed(brightness=0.2), plain * 1.1)
     torch.testing.assert_close(changed(contrast=0.2), (plain - plain.mean()) * 1.1 + plain.mean())
     torch.testing.assert_close(changed(saturation=0.2), (plain - grey) * 1.1 + grey)
@@ -368,19 +430,40 @@ def test_erasing_fills_one_box_of_all_frames_with_noise():
     assert noise.std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_the_noise_of_a_seed_stays_the_same(monkeypatch):
-    """numpy.random.default_rng(0).random(), then .standard_normal((3, 1, 1, 2), float32), as printed by NumPy 2."""
+def test_colour_factors_are_uniform_between_their_bounds():
+    config = recipe("augment.brightness=0.4", "augment.contrast=0.2", "augment.saturation=1").augment
+    factors = augment.draw_parameters(torch.arange(4000), config, 8, 8, 1).arrays["factors"]
+    for values, strength in zip(factors.T, (0.4, 0.2, 1.0), strict=True):
+        assert stats.kstest(values, stats.uniform(1 - strength, 2 * strength).cdf).pvalue > 0.01
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.06
+
+
+def test_the_erased_box_and_noise_of_a_seed_stay_the_same(monkeypatch):
+    """The noise of a clip's 7th number as key, and the box that NumPy's generator draws from the 6th."""
     asked = []
-    monkeypatch.setattr(augment, "random_resized_crop", lambda *given: asked.append(given[:4]) or Box(1, 2, 1, 2))
-    for probability, erased in [(0.63, False), (0.64, True)]:
-        x = torch.zeros(1, 3, 1, 4, 5)
-        random_erasing(x, [np.random.default_rng(0)], probability)
-        noise = [[-0.42657161, -0.80358726], [0.60142773, -0.07499325], [0.05969319, -0.03200609]]
-        expected = torch.zeros(1, 3, 1, 4, 5)
-        if erased:
-            expected[0, :, 0, 1, 2:4] = torch.tensor(noise)
-        torch.testing.assert_close(x, expected)
-    assert asked == [(4, 5, (0.02, 1 / 3), (0.3, 10 / 3))]
+    monkeypatch.setattr(
+        augment, "random_resized_crop", lambda *given: asked.append((given[:4], given[4].random())) or Box(1, 2, 1, 2)
+    )
+    config = recipe("augment.erasing=1")
+    seed = torch.tensor([1234567])
+    keys = random_bits(seed, 7)[0].tolist()
+    batch = Batch(torch.zeros(1, 1, 4, 5, 3, dtype=torch.uint8), torch.tensor([3]), torch.ones(1), seed)
+    x, _ = to_train_input(batch, config, CLASSES)
+    assert torch.equal(x[0, :, 0, 1, 2:4].flatten(), normals([keys[6]], [6], x.device))
+    assert asked == [((4, 5, (0.02, 1 / 3), (0.3, 10 / 3)), np.random.default_rng(keys[5] % 2**64).random())]
+
+
+def test_the_noise_of_one_clip_tells_nothing_of_anothers():
+    """Between clips, channels and frames of seeds that follow each other."""
+    batch = flat_batch(40, frames=2, height=16, width=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "random_resized_crop", lambda *_: Box(0, 0, 16, 16))
+        x, _ = to_train_input(batch, recipe("augment.erasing=1"), CLASSES)
+    planes = x.reshape(240, 256)  # of one channel of one frame
+    off_diagonal = torch.corrcoef(planes)[~torch.eye(240, dtype=torch.bool)]
+    assert off_diagonal.abs().max() < 6 / 16  # 6 deviations
+    assert (off_diagonal * 16).std().item() == pytest.approx(1, abs=0.02)
+    assert stats.kstest(x.flatten().numpy(), "norm").pvalue > 0.01
 
 
 # ---------------------------------------------------------------- mixing
@@ -433,6 +516,16 @@ def test_cutmix_counts_the_pixels_that_it_swaps(alpha, size):
         assert box.sum() == box.any(1).sum() * box.any(0).sum()
         assert y[i, i].item() == pytest.approx(own.float().mean().item(), abs=1e-6)
         assert y[i, i ^ 1].item() == pytest.approx(other.float().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8, 1.0, 4.0])
+def test_two_uniform_numbers_make_one_of_the_beta_distribution(alpha):
+    """Against SciPy's distribution; the ends of the range give numbers too."""
+    numbers = np.random.default_rng(0).random((20000, 2)).tolist()
+    values = [symmetric_beta(alpha, u, v) for u, v in numbers]
+    assert stats.kstest(values, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+    for u, v in [(0.0, 0.0), (0.0, 0.25), (0.0, 0.5), (1 - 2**-53, 0.25), (0.5, 0.25), (2**-53, 1 - 2**-53)]:
+        assert 0 <= symmetric_beta(alpha, u, v) <= 1
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import psutil
@@ -21,6 +22,7 @@ from pipelines.studies.study import StudyError, TrialState, read_trials, study_s
 from pipelines.tracking.mlflow_client import PARENT
 from pipelines.tracking.uris import study_view, tracking_uri, view_text
 from pipelines.training.train import train
+from pipelines.tuning import mo_asha
 from pipelines.tuning.search import propose_trial, static_costs
 from pipelines.tuning.tune import max_concurrent_trials, tune
 from posmlp.config import load_recipe
@@ -191,17 +193,20 @@ from tune_spaces import Space
 
 
 def space(base):
-    """Some start from trained weights, the others from random ones."""
+    """One starts from trained weights, the others from random ones."""
     return Space(
-        {"start": ("trained", "random"), "decay": (0.05, 0.06, 0.07)},
-        lambda m: {"model.weights": RUN if m["start"] == "trained" else None, "optim.weight_decay": m["decay"]},
+        {"decay": (0.05, 0.06, 0.07, 0.08, 0.09, 0.1)},
+        lambda m: {"model.weights": RUN if m["decay"] == 0.05 else None, "optim.weight_decay": m["decay"]},
     )
 '''
 
 
 @pytest.mark.slow
-def test_asha_stops_what_is_behind_and_nothing_is_left(local_ray, motion_set, tmp_path):
-    """The first three start from weights that know the validation clips, so the others are behind at the first rung."""
+def test_asha_stops_what_is_dominated_promotes_and_resumes(local_ray, motion_set, tmp_path):
+    """The first trial starts from weights that know the validation clips. The others cost as much: it dominates them.
+
+    One runs at a time, so that the first is at the rung before the others. The only rung is after epoch 1.
+    """
     seen = [f"data.val.path={motion_set}/train.csv", "optim.lr=1e-5"]
     taught = recipe_for(
         tmp_path, motion_set, "name=taught", seen[0], "train.epochs=30", "optim.lr=5e-3", "eval.every=30", *QUICK
@@ -210,22 +215,51 @@ def test_asha_stops_what_is_behind_and_nothing_is_left(local_ray, motion_set, tm
     assert result.metrics[VAL_TOP1] > 0.5
     space = tmp_path / "starts.py"
     space.write_text(f"RUN = {result.path!r}\n{WEIGHTS}")
-    study = study_for(
-        tmp_path, motion_set, *seen, "train.epochs=8", space=str(space), trials=6, searcher="grid", asha=True
-    )
-    ended = {trial.number: trial for trial in tune(study).trials}
-    assert [ended[n].member["start"] for n in range(6)] == ["trained"] * 3 + ["random"] * 3
-    assert [ended[n].state for n in range(3)] == [TrialState.FINISHED] * 3
-    assert [ended[n].state for n in range(3, 6)] == [TrialState.STOPPED] * 3
-    assert {t.number for t in pareto.pareto_front(list(ended.values()), "gmacs")} <= {0, 1, 2}
-    for number in range(3, 6):
-        run = f"{study.folder}/trial-{number:03d}"
-        assert read_record(run)["metrics"] is None  # it could resume: its state was saved
-        assert [found for found in checkpoints.find(run) if found.info]
+    settings = {"space": str(space), "searcher": "grid", "asha": True, "against": "gmacs", "concurrent": 1}
+    study = study_for(tmp_path, motion_set, *seen, "train.epochs=3", trials=5, **settings)
+    first = tune(study).trials
+    assert [trial.state for trial in first] == [TrialState.FINISHED] + [TrialState.STOPPED] * 4
+    assert [set(trial.curve) for trial in first] == [{1, 2, 3}] + [{1}] * 4
+    for trial in first[1:]:
+        assert read_record(f"{study.folder}/trial-{trial.number:03d}")["metrics"] is None
     states = {run.data.tags["trial"]: (run.data.tags["trial.state"], run.info.status) for run in mlflow_runs(study)[2]}
     assert states["0"] == (TrialState.FINISHED, "FINISHED")
-    assert states["5"] == (TrialState.STOPPED, "KILLED")
+    assert states["4"] == (TrialState.STOPPED, "KILLED")
+
+    # With a sixth trial, the better two of six pass: the sixth is stopped, and the best of the others is promoted.
+    ended = tune(study.model_copy(update={"trials": 6}), resume=True).trials
+    best = max(ended[1:], key=lambda trial: (trial.curve[1], -trial.number))
+    assert [t.number for t in ended if t.state == TrialState.FINISHED] == [0, best.number]
+    assert [t.number for t in ended if t.state == TrialState.STOPPED] == [n for n in range(1, 6) if n != best.number]
+    assert best.number != 5 and best.curve[1] == first[best.number].curve[1]
+    assert (ended[0].curve, ended[0].state) == (first[0].curve, TrialState.FINISHED)
+    client, _, children = mlflow_runs(study)
+    (run,) = [run for run in children if run.data.tags["trial"] == str(best.number)]  # the same run goes on
+    assert (run.data.tags["trial.state"], run.data.tags["trial.reason"]) == (TrialState.FINISHED, "")
+    assert [m.step for m in client.get_metric_history(run.info.run_id, VAL_TOP1)] == [1, 2, 3]
     wait_until(lambda: alive() == ([], []))
+
+
+@pytest.mark.slow
+def test_the_scheduler_works_with_a_plain_trainable(local_ray, tmp_path):
+    """The example of the module, as it stands there: only trials that others dominate are stopped."""
+    code = mo_asha.__doc__.partition("Tune::\n")[2].partition("\nRungs lie")[0]
+    here = code.replace(
+        "tune_config=tune_config", "tune_config=tune_config, run_config=tune.RunConfig(storage_path=FOLDER)"
+    )
+    found = {}
+    exec(textwrap.dedent(here.replace("FOLDER", repr(str(tmp_path)))), found)
+    ended = [result.metrics for result in found["results"]]
+    assert len(ended) == 12 and found["results"].num_errors == 0
+    stopped = [metrics for metrics in ended if metrics["epoch"] < 27]
+    assert len(stopped) == found["scheduler"].stopped > 0
+    assert {metrics["epoch"] for metrics in stopped} <= {3, 9}
+    rungs = found["scheduler"].halving.rungs
+    assert len(rungs[3]) == 12
+    for metrics in stopped:
+        mine = (metrics["accuracy"], -metrics["cost"])
+        others = [tuple(values) for values in rungs[metrics["epoch"]].values() if tuple(values) != mine]
+        assert any(a >= mine[0] and c >= mine[1] for a, c in others)
 
 
 BROKEN = '''

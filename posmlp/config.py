@@ -299,6 +299,7 @@ class ScalingSection(Section):
     workers: Positive = 1
     min_workers: Positive | None = None  # minimum number of workers when nodes are lost; None: all
     use_gpu: Literal["auto"] | bool = "auto"  # a GPU for each worker; auto: if the cluster has enough GPUs
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0  # below 1, several trials or runs share a GPU
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights and optimizer state are sharded
     micro_batch: Positive | None = None  # maximum clips per forward pass; gradients accumulate over a worker's share
     max_failures: Annotated[int, Field(ge=0)] = 3  # number of times to replace lost workers
@@ -383,6 +384,12 @@ class Config(Section):
         if (self.scaling.min_workers or 1) > self.scaling.workers:
             problems.append(
                 f"scaling.min_workers {self.scaling.min_workers} is more than scaling.workers {self.scaling.workers}"
+            )
+        if self.scaling.gpus_per_worker < 1 < self.scaling.workers:
+            problems.append(
+                f"scaling.gpus_per_worker {self.scaling.gpus_per_worker:g} could put several of the "
+                f"{self.scaling.workers} workers (scaling.workers) on one GPU, which NCCL refuses; leave it at 1, or "
+                "train with one worker"
             )
         if self.scaling.micro_batch and self.scaling.micro_batch % self.clips_together:
             problems.append(

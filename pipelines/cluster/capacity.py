@@ -44,11 +44,11 @@ def choose_device(config: Config) -> Config:
 
     The workers use GPUs if the cluster has one for each of them (for each of ``scaling.min_workers``, if that is set).
     """
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    use_gpu, line = device_for(config.scaling, gpus)
-    idle_gpus = gpus - (config.scaling.workers if use_gpu else 0)
+    gpus, scaling = ray.cluster_resources().get("GPU", 0.0), config.scaling
+    use_gpu, line = device_for(scaling, gpus)
+    idle_gpus = gpus - (scaling.workers * scaling.gpus_per_worker if use_gpu else 0)
     logger.log(logging.WARNING if idle_gpus >= 1 else logging.INFO, "%s", line)
-    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"use_gpu": use_gpu})})
+    return config.model_copy(update={"scaling": scaling.model_copy(update={"use_gpu": use_gpu})})
 
 
 def device_for(scaling: ScalingSection, gpus: float) -> tuple[bool, str]:
@@ -57,12 +57,13 @@ def device_for(scaling: ScalingSection, gpus: float) -> tuple[bool, str]:
     Args:
         gpus: number of GPUs of the cluster.
     """
-    fewest = scaling.min_workers or scaling.workers
-    use_gpu = 0 < fewest <= gpus if scaling.use_gpu == "auto" else scaling.use_gpu
+    fewest, share = scaling.min_workers or scaling.workers, scaling.gpus_per_worker
+    use_gpu = 0 < fewest * share <= gpus if scaling.use_gpu == "auto" else scaling.use_gpu
     there = f"the cluster has {quantity(gpus, 'GPU')}"
     if use_gpu:
-        line = f"device: GPU, one for each of {quantity(scaling.workers, 'worker')}; {there}"
-        if gpus >= scaling.workers + 1:
+        each = "one" if share == 1 else f"{share:g} of one (scaling.gpus_per_worker)"
+        line = f"device: GPU, {each} for each of {quantity(scaling.workers, 'worker')}; {there}"
+        if share == 1 and gpus >= scaling.workers + 1:
             line += f". The others stay idle: scaling.workers={gpus:g} uses them all"
     elif gpus < 1:
         line = f"device: CPU; {there}"
@@ -103,8 +104,9 @@ def why_run_cannot_fit(scaling: ScalingSection) -> str:
             f"needs at least {MIN_DECODING_CPUS:g}. Lower scaling.workers, or scaling.cpus_per_worker to at most "
             f"{most:g} (it reserves CPUs; scaling.threads_per_worker sets the number of threads)"
         )
-    if scaling.use_gpu is True and gpus < fewest:
-        return f"{fewest} workers (scaling.workers) need a GPU each, and the cluster has {gpus:g}"
+    if scaling.use_gpu is True and gpus < fewest * scaling.gpus_per_worker:
+        each = "a GPU" if scaling.gpus_per_worker == 1 else f"{scaling.gpus_per_worker:g} of a GPU"
+        return f"{fewest} workers (scaling.workers) need {each} each, and the cluster has {gpus:g}"
     if scaling.min_workers and (anywhere := workers_that_fit(nodes, scaling, {})) > fitting:
         return (
             f"{anywhere - fitting} workers would fit on nodes without the labels {dict(scaling.train_on)} "
@@ -139,7 +141,7 @@ def workers_that_fit(
 
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:
     """The resources that one training worker reserves on its node. ``scaling.use_gpu`` is true or false."""
-    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu is True else {})
+    return {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.use_gpu is True else {})
 
 
 def matches_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:

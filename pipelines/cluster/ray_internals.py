@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -43,7 +43,8 @@ WITHOUT = {
         "Ray Data's usage statistics actor may keep an autoscaled node alive"
     ),
     "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE": (
-        "Ray Tune copies S3 credentials into the runtime environments of its actors, which Ray logs and lists"
+        "Ray Tune copies S3 credentials into the runtime environments of its actors, which Ray logs and lists, and "
+        "their C library returns memory that the next training step needs"
     ),
 }
 
@@ -175,3 +176,23 @@ def withhold_from_tune_actors(variables: Iterable[str]) -> None:
     propagated = private_name("ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE")
     if propagated is not None:
         propagated.difference_update(variables)
+
+
+@contextmanager
+def give_to_tune_actors(variables: Mapping[str, str]) -> Iterator[None]:
+    """In the block, the processes of Ray Tune's new actors start with these environment variables.
+
+    Ray Tune has no public way to set them, and a C library reads its own when the process starts.
+    """
+    propagated: set[str] = private_name("ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE") or set()
+    added, before = set(variables) - propagated, {name: os.environ.get(name) for name in variables}
+    propagated.update(added)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        propagated.difference_update(added)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

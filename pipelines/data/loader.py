@@ -106,6 +106,7 @@ class SplitLoader:
         num_rows: of the whole split.
         draws: of training rows, if an epoch does not have each of them once.
         rows_per_step: rows in a global batch.
+        sharing: number of runs that share the cluster's object store and decoding CPUs.
     """
 
     rows: pa.Table | ray.ObjectRef
@@ -115,6 +116,7 @@ class SplitLoader:
     world: int = 1
     bad: list[BadVideo] = field(default_factory=list)
     decoded_by_pyav: int = 0
+    sharing: int = 1
 
     def __post_init__(self) -> None:
         self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
@@ -162,7 +164,7 @@ class SplitLoader:
         Args:
             order: row indices, ``[batches, rows]``.
         """
-        configure_ray_data(self.config, self.train, self.world)
+        configure_ray_data(self.config, self.train, self.world, self.sharing)
         rows_per_batch, order = order.shape[1], order.reshape(-1)
         blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
         dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
@@ -237,15 +239,19 @@ def chain_segments(segments: Iterator[tuple[Iterator[Any], int]]) -> Iterator[An
                 yield result
 
 
-def configure_ray_data(config: Config, train: bool, world: int) -> None:
-    """Set up Ray Data in this process.
+def configure_ray_data(config: Config, train: bool, world: int, sharing: int = 1) -> None:
+    """Set up Ray Data in this process, whatever was set before.
 
     Rows stay in order. Decoding gets this worker's share of the CPUs that training leaves. A limit on decoded clips in
     the object store keeps a slow device from making it spill.
+
+    Args:
+        world: number of the run's workers.
+        sharing: number of such runs at a time.
     """
-    scaling, variant = config.scaling, config.model.variant()
+    scaling, variant, workers = config.scaling, config.model.variant(), world * sharing
     cluster = ray.cluster_resources()
-    free = cluster.get("CPU", 1) - world * scaling.cpus_per_worker
+    free = cluster.get("CPU", 1) - workers * scaling.cpus_per_worker
     clip = variant.frames * variant.image_size**2 * 3
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -254,8 +260,8 @@ def configure_ray_data(config: Config, train: bool, world: int) -> None:
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(
-            cpu=DECODE_TASKS_PER_CPU * max(1.0, free // world),
-            object_store_memory=cluster.get("object_store_memory", 2**30) * OBJECT_STORE_SHARE / world,
+            cpu=DECODE_TASKS_PER_CPU * max(1.0, free // workers),
+            object_store_memory=cluster.get("object_store_memory", 2**30) * OBJECT_STORE_SHARE / workers,
         ),
     )
 

@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor, nn
 
+from pipelines.cluster.capacity import worker_resources
 from pipelines.cluster.session import WORKER_ENV
 from pipelines.data.loader import (
     DECODE_TASKS_PER_CPU,
@@ -120,7 +121,8 @@ def score_blocks(
     blocks = (manifest.rows.slice(first, size) for first in range(0, len(manifest.rows), size))
     recipe, shared_weights = config.model_dump(), ray.put(dict(weights))
     decoder = ray.remote(decode).options(max_retries=scaling.max_failures, **decoding_options(scaling))
-    options: dict[str, Any] = {"num_cpus": scaling.cpus_per_worker, "num_gpus": int(scaling.use_gpu is True)}
+    resources = worker_resources(scaling)
+    options: dict[str, Any] = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
     options |= {"label_selector": scaling.train_on} if scaling.train_on else {}
     options |= {"max_restarts": scaling.max_failures, "max_task_retries": scaling.max_failures}
     actor: Any = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})

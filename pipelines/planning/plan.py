@@ -446,7 +446,8 @@ def make_plan(
         UserError: the recipe cannot run on this cluster, or a number is missing.
     """
     try:
-        config = load_recipe(recipe, [*overrides, f"scaling.workers={cluster.gpus}", "scaling.use_gpu=true"])
+        whole_gpus = [f"scaling.workers={cluster.gpus}", "scaling.gpus_per_worker=1", "scaling.use_gpu=true"]
+        config = load_recipe(recipe, [*overrides, *whole_gpus])
     except UserError as error:
         before = load_recipe(recipe, overrides)
         batch = before.train.global_batch // before.scaling.workers * cluster.gpus

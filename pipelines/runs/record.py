@@ -14,6 +14,9 @@ from posmlp.errors import UserError
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+# The last validation of a finished run: one character per row of the list, in its order. 1: the likeliest class of the
+# video (of all its views) is right; 0: it is wrong; -: the video could not be decoded.
+HITS_FILE = "val_hits.txt"
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # part of the path into which Ray unpacks a job's files
 
 
@@ -34,6 +37,21 @@ def read_record(run: str) -> dict[str, Any] | None:
         UserError: it cannot be read.
     """
     return read_json(storage.join(run, RUN_FILE))
+
+
+def read_hits(run: str) -> bytes | None:
+    """The content of a run's ``HITS_FILE``; None if it has none, as runs of earlier versions.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    uri = storage.join(run, HITS_FILE)
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{uri} cannot be read: {error}") from error
 
 
 def write_record(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 
 from pipelines.runs.errors import BadVideo
+
+if TYPE_CHECKING:  # the channel carries these messages
+    from pipelines.training.channel import Channel
 
 # --- from the driver to every worker -----------------------------------------------------------------------------
 
@@ -26,9 +28,10 @@ class WorkerJob:
         weights: a file of weights to start from; None: random weights, or the run's checkpoint.
         train_rows, val_rows: references to the manifest rows of the splits (Arrow tables).
         classes: the class names.
-        channel: the ``RunChannel`` actor.
+        channel: carries events to the driver, and its stop requests to the worker.
         profile: trace some steps of the first epoch.
         measure_cost: measure the model's cost before the first step.
+        sharing: number of runs that share the cluster's object store and decoding CPUs.
     """
 
     config: Mapping[str, Any]
@@ -37,9 +40,10 @@ class WorkerJob:
     train_rows: ray.ObjectRef
     val_rows: ray.ObjectRef
     classes: Sequence[str]
-    channel: ActorHandle
+    channel: Channel
     profile: bool
     measure_cost: bool
+    sharing: int = 1
 
 
 # --- from the first worker to the driver -------------------------------------------------------------------------
@@ -101,6 +105,13 @@ class ConfusionMatrix:
 
 
 @dataclass(frozen=True)
+class ValidationHits:
+    """The result of each video in a validation: the content of the run's ``HITS_FILE`` (``pipelines.runs.record``)."""
+
+    content: bytes
+
+
+@dataclass(frozen=True)
 class ArtifactFile:
     """A file for the run's MLflow artifacts."""
 
@@ -108,4 +119,13 @@ class ArtifactFile:
     content: bytes
 
 
-WorkerEvent = ProgressLine | CostMeasured | StepMetrics | EpochMetrics | BadVideosFound | ConfusionMatrix | ArtifactFile
+WorkerEvent = (
+    ProgressLine
+    | CostMeasured
+    | StepMetrics
+    | EpochMetrics
+    | BadVideosFound
+    | ConfusionMatrix
+    | ValidationHits
+    | ArtifactFile
+)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from posmlp.model.cost import reset_resident_peak
+
 TRACED_STEPS = 3  # after as many warm-up steps
 TRACE_FILE = "profile/trace.json.gz"  # MLflow artifact
 
@@ -38,6 +40,14 @@ def start_profiler(device: torch.device, on_trace: Callable[[bytes], None]) -> t
     profiler = torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=export)
     profiler.start()
     return profiler
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start ``peak_memory_mb`` anew, where the system can: a run before in this process no longer counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        reset_resident_peak()
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -2,7 +2,8 @@
 
 The driver checks the recipe and its data first (``pipelines.training.preflight``). Then it starts Ray Train workers
 (``pipelines.training.worker``) and receives their events through a channel (``pipelines.training.channel``). Only the
-driver logs lines and writes to MLflow.
+driver logs lines and writes to MLflow. The run of a study's trial may train in the driver's own process instead: Ray
+Train would start five helper processes for it.
 
 A run lives in ``train.storage/name``. Training again under the same name resumes from the newest checkpoint
 (``pipelines.runs.checkpoints``). Ray Train's own checkpoints are not used: Ray resumes only from checkpoints that it
@@ -26,7 +27,6 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
-from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -39,12 +39,12 @@ from pipelines.registry.logged_models import link_to
 from pipelines.registry.model_files import save_model_files
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo, RunError, StoppedError
-from pipelines.runs.record import check_writable, read_record, run_folder, write_files, write_record
+from pipelines.runs.record import HITS_FILE, check_writable, read_record, run_folder, write_files, write_record
 from pipelines.tracking import plots, prometheus
 from pipelines.tracking.mlflow_client import NOTE, source_tags
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import journal_path, links_text, recipe_without_password
-from pipelines.training.channel import open_channel
+from pipelines.training.channel import Channel, RunChannel, open_channel
 from pipelines.training.messages import (
     ArtifactFile,
     BadVideosFound,
@@ -53,13 +53,14 @@ from pipelines.training.messages import (
     EpochMetrics,
     ProgressLine,
     StepMetrics,
+    ValidationHits,
     WorkerEvent,
     WorkerJob,
 )
 from pipelines.training.preflight import check_data, check_record, find_weights, list_fingerprint, read_splits
 from pipelines.training.process_group import ProcessGroupConfig
 from pipelines.training.progress import describe_overrides, describe_result, describe_run, early_stop
-from pipelines.training.worker import train_worker
+from pipelines.training.worker import train_here, train_worker
 from posmlp.config import Config
 from posmlp.learn.evaluation import ClassResult, class_results, per_class_csv
 from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, VAL_TOP1
@@ -105,6 +106,8 @@ class TrialContext:
         costs: cost metrics of the model; the workers then do not measure them.
         on_epoch: called with the metrics of each finished epoch.
         stop: when it is set, the run saves a checkpoint and raises ``StoppedError``.
+        here: train in this process, which holds the resources of the run's only worker.
+        sharing: number of trials that share the cluster's object store and decoding CPUs.
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -112,6 +115,8 @@ class TrialContext:
     costs: Mapping[str, float] = field(default_factory=dict)
     on_epoch: Callable[[Mapping[str, float]], None] = lambda metrics: None
     stop: threading.Event = field(default_factory=threading.Event)
+    here: bool = False
+    sharing: int = 1
 
 
 def train(
@@ -175,7 +180,7 @@ def train(
         raise_held(held)
 
         # Fit.
-        channel = open_channel()
+        channel = RunChannel() if trial.here else open_channel()
         job = WorkerJob(
             config=config.model_dump(),
             run=run,
@@ -186,8 +191,9 @@ def train(
             channel=channel,
             profile=profile,
             measure_cost=not trial.costs,
+            sharing=trial.sharing,
         )
-        fit(job, config, reporter, trial.stop)
+        fit(job, config, reporter, trial)
 
         # Record the result.
         metrics = reporter.history[-1]
@@ -213,17 +219,53 @@ def train(
     return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, links, classes, ended_early)
 
 
-def fit(job: WorkerJob, config: Config, reporter: RunReporter, stop: threading.Event) -> None:
-    """Run the workers and report their events, until they have finished, or have stopped because ``stop`` is set.
+def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialContext) -> None:
+    """Run the workers and report their events, until they have finished, or have stopped because the trial ends.
 
     Raises:
         RunError: the run has failed.
         StoppedError, KeyboardInterrupt: as ``train``.
+        Exception: of training in this process; it is not known whether a repetition would help.
     """
-    channel, scaling = job.channel, config.scaling
-    workers = (scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers
+    channel = job.channel
     own = tempfile.mkdtemp(prefix="ray-train-")  # for Ray Train's own records, which nothing reads
-    trainer = TorchTrainer(
+    work = partial(train_here, job) if trial.here else worker_group(job, config, own).fit
+    failures: list[Exception] = []
+    # In a thread, because Ray Train would otherwise handle Ctrl-C itself and exit without a checkpoint.
+    fitting = threading.Thread(target=run_until_end, args=(work, failures), daemon=True)
+    try:
+        with stop_on_signal(channel.request_stop) as received:
+            fitting.start()
+            while fitting.is_alive():
+                fitting.join(POLL_S)
+                reporter.receive(channel)
+                if trial.stop.is_set():
+                    channel.request_stop()
+            reporter.receive(channel)  # events that came just before the end
+        failure = channel.failure()
+        channel.close()
+    except KeyboardInterrupt as interrupt:  # the second signal
+        exit_despite(fitting, interrupt)
+        raise
+    except ray.exceptions.RayError as error:
+        raise RunError(f"the Ray cluster does not answer any more: {error}; the same call resumes the run") from error
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    if failure:
+        raise RunError(failure)
+    if failures and trial.here:
+        raise failures[0]
+    if failures:
+        raise RunError(f"training failed: {failures[0]}") from failures[0]
+    if len(reporter.history) < config.train.epochs and not early_stop(reporter.history, config):
+        raise StoppedError(received[0] if received else signal.SIGTERM)
+
+
+def worker_group(job: WorkerJob, config: Config, folder: str) -> TorchTrainer:
+    """Ray Train's worker group for a run; ``folder`` is for Ray Train's own records."""
+    scaling = config.scaling
+    workers = (scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers
+    return TorchTrainer(
         train_worker,
         train_loop_config=dict(vars(job)),
         torch_config=ProcessGroupConfig(backend="cpu:gloo,cuda:nccl" if scaling.use_gpu is True else "gloo"),
@@ -236,44 +278,17 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, stop: threading.E
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{config.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=own,
+            storage_path=folder,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             worker_runtime_env={"env_vars": WORKER_ENV | (CUBLAS_ENV if config.train.deterministic else {})},
         ),
     )
-    failures: list[Exception] = []
-    # In a thread, because Ray Train would otherwise handle Ctrl-C itself and exit without a checkpoint.
-    fitting = threading.Thread(target=run_trainer, args=(trainer, failures), daemon=True)
-    try:
-        with stop_on_signal(lambda: channel.request_stop.remote()) as received:
-            fitting.start()
-            while fitting.is_alive():
-                fitting.join(POLL_S)
-                reporter.receive(channel)
-                if stop.is_set():
-                    channel.request_stop.remote()
-            reporter.receive(channel)  # events that came just before the end
-        failure = str(ray.get(channel.failure.remote()))
-        ray.kill(channel)
-    except KeyboardInterrupt as interrupt:  # the second signal
-        exit_despite(fitting, interrupt)
-        raise
-    except ray.exceptions.RayError as error:
-        raise RunError(f"the Ray cluster does not answer any more: {error}; the same call resumes the run") from error
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-    if failure:
-        raise RunError(failure)
-    if failures:
-        raise RunError(f"training failed: {failures[0]}") from failures[0]
-    if len(reporter.history) < config.train.epochs and not early_stop(reporter.history, config):
-        raise StoppedError(received[0] if received else signal.SIGTERM)
 
 
-def run_trainer(trainer: TorchTrainer, failures: list[Exception]) -> None:
-    """Call ``trainer.fit()`` and append its exception, if any, to the list."""
+def run_until_end(work: Callable[[], object], failures: list[Exception]) -> None:
+    """Call a function and append its exception, if any, to the list."""
     try:
-        trainer.fit()
+        work()
     except Exception as error:  # an exception in a thread would be lost
         failures.append(error)
 
@@ -288,6 +303,7 @@ class RunReporter:
         history: metrics of each finished epoch.
         bad: all bad videos, by sample id.
         confusion, top5: counts of the last validation (``ClassificationMetrics``).
+        hits: the result of each of its videos, the content of ``HITS_FILE``.
     """
 
     def __init__(
@@ -306,12 +322,12 @@ class RunReporter:
         self.bad: dict[str, BadVideo] = {}
         self.confusion: np.ndarray | None = None
         self.top5: np.ndarray | None = None
+        self.hits: bytes | None = None
         self.epochs_logged, self.epochs_reported = tracker.epochs_logged(), 0
 
-    def receive(self, channel: ActorHandle) -> None:
+    def receive(self, channel: Channel) -> None:
         """Handle all events since the last call, and publish the run's progress to Prometheus."""
-        events: list[WorkerEvent] = ray.get(channel.receive.remote())
-        for event in events:
+        for event in channel.receive():
             self.handle(event)
         self.publish_progress()
 
@@ -332,6 +348,8 @@ class RunReporter:
                 self.tracker.log_table([asdict(video) for video in self.bad.values()], "quarantine.json")
             case ConfusionMatrix(counts, top5):
                 self.confusion, self.top5 = counts, top5
+            case ValidationHits(content):
+                self.hits = content
             case ArtifactFile(path, content):
                 self.tracker.log_file(path, content)
 
@@ -372,10 +390,12 @@ class RunReporter:
         return class_results(torch.tensor(self.confusion), torch.tensor(self.top5), names)
 
     def log_plots(self, classes: tuple[str, ...]) -> None:
-        """Log the plots and the table of the classes of a finished run, and write them to its folder."""
+        """Log the plots, the classes' table and the videos' results of a finished run, and write them to its folder."""
         files = {"learning_curves.png": plots.learning_curves(self.history)}
         if self.confusion is not None:
             files["confusion.png"] = plots.confusion_matrix(self.confusion, classes)
+        if self.hits is not None:
+            files[HITS_FILE] = self.hits
         if results := self.class_results(classes):
             files["per_class.csv"] = per_class_csv(results)
         for name, content in files.items():

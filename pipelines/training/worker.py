@@ -7,22 +7,25 @@ events through the channel.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 from safetensors.torch import save as save_safetensors
 
-from pipelines.data.loader import SplitLoader, object_store_usage
+from pipelines.data.loader import SplitLoader, global_order, local_order, object_store_usage, rows_per_step
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
 from pipelines.tracking import prometheus
@@ -35,10 +38,11 @@ from pipelines.training.messages import (
     EpochMetrics,
     ProgressLine,
     StepMetrics,
+    ValidationHits,
     WorkerEvent,
     WorkerJob,
 )
-from pipelines.training.profiling import TRACE_FILE, TRACED_STEPS, peak_memory_mb, start_profiler
+from pipelines.training.profiling import TRACE_FILE, TRACED_STEPS, peak_memory_mb, reset_peak_memory, start_profiler
 from pipelines.training.progress import (
     EpochMeter,
     RunProgress,
@@ -56,11 +60,9 @@ from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
 from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import mean_over_workers, parallelise
-from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops
+from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops, trim_heap
 from posmlp.video.batch import Batch
 from posmlp.video.draws import class_weights
-
-STOP_POLL_S = 0.5  # between two polls of the channel for a requested stop
 
 T = TypeVar("T")
 
@@ -81,36 +83,84 @@ def train_worker(fields: dict[str, Any]) -> None:
     Args:
         fields: those of a ``WorkerJob``.
     """
-    job = WorkerJob(**fields)
+    job, context = WorkerJob(**fields), ray.train.get_context()
+    place = WorkerPlace(
+        get_device(), context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), report_epoch
+    )
     try:
-        Worker(job).work()
+        Worker(job, place).work()
     except UserError as error:
-        ray.get(job.channel.fail.remote(str(error)))
-        if not isinstance(error, AgreedError) and ray.train.get_context().get_world_size() > 1:
+        job.channel.fail(str(error))
+        if not isinstance(error, AgreedError) and place.world_size > 1:
             # The other workers have not seen this error: let Ray end them. The next worker group sees that the run has
             # failed.
             raise
 
 
+def report_epoch(metrics: dict[str, float]) -> None:
+    """Report the end of an epoch to Ray Train; every worker waits here for the others."""
+    ray.train.report(metrics)
+
+
+def train_here(job: WorkerJob) -> None:
+    """The training loop of a run with one worker, in this process and without Ray Train.
+
+    A later run in the same process starts as in a new one: all that PyTorch keeps by process is set anew.
+    """
+    config = Config.model_validate(job.config)
+    device = torch.device("cuda" if config.scaling.use_gpu is True else "cpu")
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    reset_peak_memory(device)
+    try:
+        Worker(job, WorkerPlace(device)).work()
+    except UserError as error:
+        job.channel.fail(str(error))
+
+
+def release_memory() -> None:
+    """Free all that a run has left in this process: models, Ray Data executions, compiled code, allocators' caches."""
+    if "torch._dynamo" in sys.modules:  # a limit on compiled versions of a function holds for the whole process
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim_heap()
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """A worker's place in its group. The defaults are those of a worker that trains alone.
+
+    Attributes:
+        device: the training device.
+        rank, world_size: its number, from 0, and the number of workers.
+        local_world_size: the number of workers on its node.
+        report: called with the metrics of each finished epoch.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    report: Callable[[dict[str, float]], None] = lambda metrics: None
+
+
 class Worker:
     """One of a run's training workers."""
 
-    def __init__(self, job: WorkerJob):
-        self.job, self.run, self.channel = job, job.run, job.channel
+    def __init__(self, job: WorkerJob, place: WorkerPlace):
+        self.job, self.run, self.channel, self.place = job, job.run, job.channel, place
         self.config = Config.model_validate(job.config)
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size = place.rank, place.world_size
         threads = self.config.scaling.threads_per_worker
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.stop_reply: ray.ObjectRef | None = None  # of the question that is not answered yet
-        self.stop_asked_at = 0.0
 
     def send(self, event: WorkerEvent) -> None:
         """Send the driver an event, if this is the first worker."""
         if self.rank == 0:
-            ray.get(self.channel.send.remote(event))
+            self.channel.send(event)
 
     def send_line(self, text: str, level: int = logging.INFO) -> None:
         """Send the driver a line for the user."""
@@ -123,7 +173,8 @@ class Worker:
             return
         config, rows = self.config, {"train": self.job.train_rows, "val": self.job.val_rows}
         self.train_split, self.val_split = (
-            SplitLoader(rows[name], config, name == "train", self.rank, self.world_size) for name in ("train", "val")
+            SplitLoader(rows[name], config, name == "train", self.rank, self.world_size, sharing=self.job.sharing)
+            for name in ("train", "val")
         )
         self.set_up(registration)
         self.saved_step = self.learner.step
@@ -146,13 +197,13 @@ class Worker:
                 if problem not in advised:  # the same advice once
                     advised.add(problem)
                     self.send_line(text, logging.WARNING)
-            ray.train.report(metrics)
+            self.place.report(metrics)
 
     # --- start ---------------------------------------------------------------------------------------------------
 
     def register(self) -> Registration:
         """Register this worker group with the driver."""
-        return cast(Registration, ray.get(self.channel.register_workers.remote(self.world_size)))
+        return self.channel.register_workers(self.world_size)
 
     def set_up(self, registration: Registration) -> None:
         """Create the learner and the progress, new or from the run's newest intact checkpoint."""
@@ -168,7 +219,7 @@ class Worker:
         weights = None
         if config.data.balance == "weights":
             weights = class_weights(ray.get(self.job.train_rows), config.model.variant().num_classes)
-        parallel = parallelise(model, config, get_device())
+        parallel = parallelise(model, config, self.place.device)
         learner = Learner(parallel, config, self.train_split.steps, self.job.classes, weights)
         self.learner, self.progress = learner, RunProgress()
         if found is not None:
@@ -357,7 +408,7 @@ class Worker:
             AgreedError: a worker has failed; on all workers.
         """
         batch, error, action = None, None, Action.CONTINUE
-        if self.rank == 0 and self.stop_requested():
+        if self.rank == 0 and self.channel.stop_requested():
             action = Action.STOP
         else:
             try:
@@ -377,7 +428,7 @@ class Worker:
             AgreedError: a worker requested ``FAIL``.
         """
         if error:
-            ray.get(self.channel.fail.remote(str(error)))  # first, as the other workers do not know the reason
+            self.channel.fail(str(error))  # first, as the other workers do not know the reason
         if self.world_size > 1:
             largest = torch.tensor(int(action))
             dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -386,15 +437,6 @@ class Worker:
             raise AgreedError(str(error) if error else "another worker failed") from error
         return action
 
-    def stop_requested(self) -> bool:
-        """Return whether the driver has requested a stop. Asks it now and then, and does not wait for the answer."""
-        if self.stop_reply is None and time.perf_counter() - self.stop_asked_at > STOP_POLL_S:
-            self.stop_reply, self.stop_asked_at = self.channel.stop_requested.remote(), time.perf_counter()
-        if self.stop_reply is None or not ray.wait([self.stop_reply], timeout=0)[0]:
-            return False
-        answer, self.stop_reply = ray.get(self.stop_reply), None
-        return answer
-
     def validate(self) -> dict[str, float] | None:
         """Score every good video of the validation split once, with the evaluation weights (EMA if enabled).
 
@@ -402,6 +444,7 @@ class Worker:
         """
         learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
         result, batches = ClassificationMetrics.empty(learner.num_classes), self.val_split.batches(0)
+        hits: list[torch.Tensor] = []
         with learner.evaluation_weights():
             broadcast_buffers(learner.module)
             for _ in range(self.val_split.steps):
@@ -409,12 +452,28 @@ class Worker:
                 if batch is None:
                     return None
                 scores = video_scores(learner.score(batch.to(learner.device)))
-                result.add(scores, batch.labels[::views], batch.weights[::views])
+                hits.append(result.add(scores, batch.labels[::views], batch.weights[::views]))
         result = result.sum_over_workers()
         if not result.videos:
             raise AgreedError("no validation video could be decoded")
         self.send(ConfusionMatrix(result.confusion.numpy(), result.top5.numpy()))
+        self.send_hits(torch.stack(hits))
         return result.metrics()
+
+    def send_hits(self, own: torch.Tensor) -> None:
+        """Send the driver the result of each validation video. Collective: call it on every rank.
+
+        Args:
+            own: int8 ``[batches, share]``, of this worker's videos (``ClassificationMetrics.add``).
+        """
+        parts = [torch.empty_like(own) for _ in range(self.world_size)] if self.rank == 0 else None
+        if self.world_size > 1:
+            dist.gather(own, parts, dst=0)
+        elif parts:
+            parts = [own]
+        if parts:
+            text = hits_text([part.numpy() for part in parts], self.val_split.num_rows, self.config)
+            self.send(ValidationHits(text))
 
     def collect_bad_videos(self) -> None:
         """Add the bad videos that any worker found since the last call to the progress, each video once."""
@@ -538,6 +597,22 @@ def on_first_worker(function: Callable[[], T]) -> T:
     if result[1]:
         raise AgreedError(result[1])
     return result[0]
+
+
+def hits_text(parts: Sequence[np.ndarray], rows: int, config: Config) -> bytes:
+    """The results of all workers' videos as one character per row of the list (``pipelines.runs.record.HITS_FILE``).
+
+    Args:
+        parts: int8 ``[batches, share]`` of each worker, by rank: 1 a hit, 0 a miss, -1 padding or a bad video.
+        rows: of the validation list.
+    """
+    world, codes = len(parts), np.frombuffer(b"01-", np.uint8)
+    order = global_order(rows, config, 0, train=False, world=world)
+    text = np.full(rows, ord("-"), np.uint8)
+    for rank, part in enumerate(parts):
+        own = local_order(order, rows_per_step(config, train=False, world=world), rank, world)
+        text[own[own >= 0]] = codes[part[own >= 0]]
+    return text.tobytes()
 
 
 def check_bad_fraction(bad: list[BadVideo], rows: int, config: Config) -> None:

@@ -17,19 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
-from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from pipelines.cluster.ray_internals import withhold_from_tune_actors
+from pipelines.cluster.ray_internals import give_to_tune_actors, withhold_from_tune_actors
+from pipelines.cluster.session import WORKER_ENV
 from pipelines.cluster.signals import exit_despite, stop_on_signal
 from pipelines.runs.errors import StoppedError
 from pipelines.studies.study import StudyError, TrialState
-from pipelines.tracking.uris import tracking_uri
-from pipelines.tuning.controller import StudyController
-from pipelines.tuning.trial import TrialEvent, TrialRun
+from pipelines.tuning.controller import StudyController, modes
+from pipelines.tuning.mo_asha import MOASHAScheduler
+from pipelines.tuning.trial import (
+    S3_CREDENTIALS,
+    TrialEvent,
+    TrialRun,
+    actor_environment,
+    actor_resources,
+    trains_here,
+    works_anywhere,
+)
+from posmlp.metrics import EPOCH
 
 POLL_S = 0.2
-S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 QUIET_ENV = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_WARN_THRESHOLD_S": "60"}
 
 
@@ -44,7 +52,10 @@ def run_trials(controller: StudyController) -> None:
         return
     failures: list[BaseException] = []
     scratch = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's experiment state, which nothing reads
-    stop_file = Path(scratch, "stop")
+    study = controller.study
+    # Where trials on any node see it; one in the study's folder may be that of a driver that was killed.
+    stop_file = Path(study.folder if works_anywhere(study.recipe) else scratch, "stop")
+    stop_file.unlink(missing_ok=True)
     thread = threading.Thread(target=run_tuner, args=(controller, scratch, stop_file, failures), daemon=True)
     try:
         with stop_on_signal(controller.stopping.set) as received:
@@ -57,12 +68,12 @@ def run_trials(controller: StudyController) -> None:
         exit_despite(thread, interrupt)
         raise
     finally:
+        stop_file.unlink(missing_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
     if controller.stopping.is_set():
         raise StoppedError(received[0] if received else signal.SIGINT)
     if failures:
-        name = controller.study.name
-        raise StudyError(f"the search failed: {failures[0]}; resume it with posmlp tune --resume {name}")
+        raise StudyError(f"the search failed: {failures[0]}; resume it with posmlp tune --resume {study.name}")
 
 
 def run_tuner(controller: StudyController, scratch: str, stop_file: Path, failures: list[BaseException]) -> None:
@@ -79,18 +90,18 @@ def run_tuner(controller: StudyController, scratch: str, stop_file: Path, failur
     study = controller.study
     # Ray would put its credentials for S3 into the actors' runtime environments, which it logs and lists.
     withhold_from_tune_actors(S3_CREDENTIALS)
-    env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") or name in S3_CREDENTIALS}
-    env["MLFLOW_TRACKING_URI"] = tracking_uri(study.recipe)
-    trainable = ray.tune.with_parameters(TrialRun, env=env, stop_file=str(stop_file))
-    # On the driver's node, where the journal is; an actor uses next to no CPU.
-    this_node = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    recipe = study.recipe
+    here = trains_here(recipe, sum(node["Alive"] for node in ray.nodes()))
+    trainable = ray.tune.with_parameters(
+        TrialRun, env=actor_environment(recipe), stop_file=str(stop_file), here=here, sharing=controller.concurrent
+    )
     adapter = SearcherAdapter(controller)
     try:
-        ray.tune.Tuner(
-            ray.tune.with_resources(trainable, ray.tune.PlacementGroupFactory([this_node])),
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(trainable, actor_resources(recipe, here)),
             tune_config=ray.tune.TuneConfig(
                 search_alg=adapter,
-                scheduler=asha_scheduler(study.recipe.train.epochs) if study.asha and controller.searching else None,
+                scheduler=StudyScheduler(controller, adapter.numbers) if controller.halving else None,
                 num_samples=-1,
                 max_concurrent_trials=controller.concurrent,
                 reuse_actors=True,
@@ -102,19 +113,36 @@ def run_tuner(controller: StudyController, scratch: str, stop_file: Path, failur
                 storage_path=scratch,
                 failure_config=ray.tune.FailureConfig(max_failures=study.recipe.scaling.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # the runs write checkpoints
-                callbacks=[LostTrialCallback(controller, adapter.numbers)],
+                callbacks=[EndedTrialCallback(adapter)],
                 verbose=0,
             ),
-        ).fit()
+        )
+        with give_to_tune_actors(WORKER_ENV if here else {}):
+            tuner.fit()
     except BaseException as error:  # an exception in a thread would be lost
         failures.append(error)
 
 
-def asha_scheduler(epochs: int) -> ASHAScheduler:
-    """Asynchronous successive halving with rungs at a ninth and a third of the epochs; the better third continues."""
-    return ASHAScheduler(
-        time_attr="epoch", metric="top1", mode="max", max_t=epochs, grace_period=max(1, epochs // 9), reduction_factor=3
-    )
+class StudyScheduler(MOASHAScheduler):
+    """Stops a study's trials early. Their numbers are their keys, so that a trial that resumes is the same one.
+
+    Args:
+        numbers: number of each trial, by Tune's trial id.
+    """
+
+    def __init__(self, controller: StudyController, numbers: Mapping[str, int]):
+        super().__init__(modes(controller.study), time_attr=EPOCH, halving=controller.halving)
+        self.controller, self.numbers = controller, numbers
+
+    def key(self, trial: Any) -> int | None:
+        number = self.numbers[trial.trial_id]
+        return None if self.controller.trials[number].repeat_of is not None else number
+
+    def metrics(self, result: Mapping[str, Any]) -> Mapping[str, float]:
+        return TrialEvent.from_json(result["event"]).metrics
+
+    def __getstate__(self) -> dict[str, Any]:  # Tune pickles it for a resume of its own, which is not used
+        return {}
 
 
 class SearcherAdapter(Searcher):
@@ -122,14 +150,17 @@ class SearcherAdapter(Searcher):
 
     Attributes:
         numbers: number of each trial, by Tune's trial id.
+        saving: for trials that were stopped early, what is ready once their runs have saved their state.
     """
 
     def __init__(self, controller: StudyController):
         super().__init__()
         self.controller = controller
         self.numbers: dict[str, int] = {}
+        self.saving: dict[int, ray.ObjectRef] = {}
 
     def suggest(self, trial_id: str) -> Any:
+        self.forget_saved()
         trial = self.controller.next_trial()
         if trial is None:  # None: ask again later
             return None if self.controller.may_have_more() else Searcher.FINISHED
@@ -137,10 +168,10 @@ class SearcherAdapter(Searcher):
         return {"job": self.controller.trial_job(trial).to_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self.controller.record_epoch(self.numbers[trial_id], result["epoch"], result["top1"])
+        self.controller.record_epoch(self.numbers[trial_id], TrialEvent.from_json(result["event"]).metrics)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if error or not result:  # see LostTrialCallback
+        if error or not result:  # see EndedTrialCallback
             return
         event = TrialEvent.from_json(result["event"])
         if event.state != TrialState.RUNNING:
@@ -148,6 +179,18 @@ class SearcherAdapter(Searcher):
         elif not self.controller.stopping.is_set():
             stopped = TrialEvent(TrialState.STOPPED, event.metrics, f"after epoch {result['epoch']}")
             self.controller.record_result(self.numbers[trial_id], stopped)
+
+    def stop_run(self, number: int, actor: ray.actor.ActorHandle) -> None:
+        """Make a trial that was stopped early save its state. Tune may keep its actor for the next trial meanwhile."""
+        self.saving[number] = actor.cleanup.remote()
+        self.controller.saving.add(number)
+
+    def forget_saved(self) -> None:
+        """Tell the controller which stopped trials have saved their state, or have lost their process."""
+        for number, saved in list(self.saving.items()):
+            if ray.wait([saved], timeout=0)[0]:
+                del self.saving[number]
+                self.controller.saving.discard(number)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the study's records are enough."""
@@ -159,15 +202,19 @@ class SearcherAdapter(Searcher):
         return {}
 
 
-class LostTrialCallback(ray.tune.Callback):
-    """Records trials whose process was lost more often than ``scaling.max_failures`` allows.
+class EndedTrialCallback(ray.tune.Callback):
+    """Ends the runs of trials that are stopped early, and records trials whose process was lost.
 
-    Args:
-        numbers: number of each trial, by Tune's trial id.
+    A process may be lost as often as ``scaling.max_failures`` says.
     """
 
-    def __init__(self, controller: StudyController, numbers: Mapping[str, int]):
-        self.controller, self.numbers = controller, numbers
+    def __init__(self, adapter: SearcherAdapter):
+        self.adapter, self.controller, self.numbers = adapter, adapter.controller, adapter.numbers
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number, actor = self.numbers[trial.trial_id], trial.temporary_state.ray_actor
+        if actor is not None and self.controller.trials[number].state == TrialState.STOPPED:
+            self.adapter.stop_run(number, actor)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         lines = Path(trial.error_file).read_text().split("\n") if trial.error_file else []

@@ -1,4 +1,8 @@
-"""One trial of a study: a Ray Tune actor that drives a run like those of ``posmlp train``."""
+"""One trial of a study: a Ray Tune actor that drives a run like those of ``posmlp train``.
+
+A run with one worker trains in the actor itself where it can (``trains_here``), without Ray Train and its processes,
+and the actor is used again for the next trial. Other runs have Ray Train's workers.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,18 @@ from typing import Any
 
 import ray.tune
 import torch
+from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipelines.cluster.session import start_ray
+from pipelines.cluster.capacity import worker_resources
+from pipelines.cluster.session import CUBLAS_ENV, start_ray
 from pipelines.runs.errors import StoppedError
 from pipelines.runs.models import example_input
 from pipelines.runs.record import read_record, run_folder
 from pipelines.studies.study import TrialState, over_budget
+from pipelines.tracking.uris import tracking_uri
 from pipelines.training.train import TrialContext, train
+from pipelines.training.worker import release_memory
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.errors import UserError
@@ -32,6 +40,7 @@ from posmlp.model.cost import cost, seconds
 from tune_spaces import Value
 
 POLL_S = 0.2
+S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 TIMED_PASSES = 9  # per model, when latencies are compared
 WARM_UP_PASSES = 2
 
@@ -101,18 +110,26 @@ class TrialRun(ray.tune.Trainable):
     or the study's driver asks to stop, the run saves its state first, so no process is left behind.
     """
 
-    def setup(self, config: dict[str, Any], env: Mapping[str, str] | None = None, stop_file: str = "") -> None:
+    def setup(
+        self,
+        config: dict[str, Any],
+        env: Mapping[str, str] | None = None,
+        stop_file: str = "",
+        here: bool = False,
+        sharing: int = 1,
+    ) -> None:
         """Start the run.
 
         Args:
             config: ``job``, a ``TrialJob`` as text.
             env: variables for this process.
             stop_file: the run ends when this file appears.
+            here, sharing: as in ``TrialContext``.
         """
-        self.stop_file = stop_file
+        self.stop_file, self.here, self.sharing = stop_file, here, sharing
         os.environ.update(env or {})
         log_to_stdout()
-        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.events: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self.run_job, args=(config["job"],), daemon=True)
         self.thread.start()
@@ -120,10 +137,14 @@ class TrialRun(ray.tune.Trainable):
     def step(self) -> dict[str, Any]:
         while True:
             try:
-                return self.events.get(timeout=POLL_S)
+                event = self.events.get(timeout=POLL_S)
             except queue.Empty:
                 if os.path.exists(self.stop_file):
                     self.ending.set()
+                continue
+            if isinstance(event, BaseException):
+                raise event
+            return event
 
     def cleanup(self) -> None:
         self.ending.set()
@@ -144,22 +165,34 @@ class TrialRun(ray.tune.Trainable):
         self.events.put({"event": event.to_json(), "done": done, **result})
 
     def run_job(self, text: str) -> None:
-        """Run the trial of a ``TrialJob``, given as text, and send how it ended, whatever happens."""
+        """Run the trial of a ``TrialJob``, given as text, and send how it ended, whatever happens.
+
+        After an exception that is not known to come again, Tune ends this process, in which CUDA may no longer work,
+        and the trial resumes in a new one, ``scaling.max_failures`` times.
+        """
         try:
             event = self.run_trial(TrialJob.from_json(text))
         except StoppedError:  # the trial is to be resumed; if Tune has ended it, nothing reads this
             event = TrialEvent(TrialState.RUNNING)
         except UserError as error:
             event = TrialEvent(TrialState.FAILED, reason=str(error))
-        except BaseException as error:  # a failed trial does not end the study
-            event = TrialEvent(TrialState.FAILED, reason=f"{type(error).__name__}: {error}")
+        except torch.OutOfMemoryError as error:
+            event = TrialEvent(TrialState.FAILED, reason=f"the GPU's memory is too small: {error}")
+        except BaseException as error:
+            self.events.put(error)
+            return
+        finally:
+            release_memory()
         self.send(event)
 
     def run_trial(self, job: TrialJob) -> TrialEvent:
         """Measure the costs, and train if they are within the budgets; returns how the trial ended."""
         start_ray()
-        config = job.config
-        costs = ray.get(on_training_worker(measure_costs, config).remote(config.model_dump(mode="json")))
+        config, recipe = job.config, job.config.model_dump(mode="json")
+        if self.here:
+            costs = measure_costs(recipe)
+        else:
+            costs = ray.get(on_training_worker(measure_costs, config).remote(recipe))
         if reason := over_budget(job.budgets, costs):
             return TrialEvent(TrialState.OVER_BUDGET, costs, reason)
         record = read_record(run_folder(config))
@@ -170,9 +203,43 @@ class TrialRun(ray.tune.Trainable):
             if VAL_TOP1 in metrics and metrics[EPOCH] < config.train.epochs:
                 self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)), done=False)
 
-        context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending)
+        context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending, self.here, self.sharing)
         result = train(config, trial=context)
         return TrialEvent(TrialState.FINISHED, costs | result.metrics, result.ended_early)
+
+
+def trains_here(recipe: Config, nodes: int) -> bool:
+    """Return whether a study's trials train in their own actors, rather than in workers of Ray Train.
+
+    Such an actor needs what a run's driver needs, wherever it runs: the run's MLflow journal, which lies beside the run
+    only if the storage is a (shared) folder, and MLflow, whose SQLite file does not bear writers on several nodes. If
+    a cluster of several nodes lacks one of them, the actors stay on the node of the study's driver, and the workers,
+    which write checkpoints alone, use all nodes.
+
+    Args:
+        nodes: number of nodes of the cluster.
+    """
+    return recipe.scaling.workers == 1 and (nodes == 1 or works_anywhere(recipe))
+
+
+def works_anywhere(recipe: Config) -> bool:
+    """Return whether the driver of a run can run on any node: shared storage, and MLflow behind a server."""
+    return "://" not in str(recipe.train.storage) and not tracking_uri(recipe).startswith(("sqlite:", "file:"))
+
+
+def actor_resources(recipe: Config, here: bool) -> PlacementGroupFactory:
+    """What a trial's actor reserves: the resources of the worker that trains in it, else next to nothing."""
+    this_node = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    if not here:
+        return PlacementGroupFactory([this_node])
+    bundle = worker_resources(recipe.scaling) | ({} if works_anywhere(recipe) else this_node)
+    return PlacementGroupFactory([bundle], bundle_label_selector=[dict(recipe.scaling.train_on)])
+
+
+def actor_environment(recipe: Config) -> dict[str, str]:
+    """Variables for a trial's actor: for MLflow, with its place, for S3, and for PyTorch."""
+    env = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") or name in S3_CREDENTIALS}
+    return env | {"MLFLOW_TRACKING_URI": tracking_uri(recipe)} | (CUBLAS_ENV if recipe.train.deterministic else {})
 
 
 def log_to_stdout() -> None:
@@ -184,12 +251,12 @@ def log_to_stdout() -> None:
 
 def on_training_worker(function: Callable[..., Any], recipe: Config) -> Any:
     """A Ray task with the resources of a training worker, outside the trial's own placement group."""
-    scaling = recipe.scaling
+    scaling, resources = recipe.scaling, worker_resources(recipe.scaling)
     labels = {"label_selector": scaling.train_on} if scaling.train_on else {}
     return ray.remote(function).options(
         **labels,
-        num_cpus=scaling.cpus_per_worker,
-        num_gpus=int(scaling.use_gpu is True),
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
 

@@ -67,8 +67,11 @@ class ClassificationMetrics:
         zeros = torch.zeros(classes, classes, dtype=torch.float64)
         return cls(zeros, torch.zeros((), dtype=torch.float64), zeros[0].clone())
 
-    def add(self, scores: Tensor, labels: Tensor, weights: Tensor) -> None:
+    def add(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Count a batch of videos.
+
+        Returns:
+            int8 ``[videos]``, on the CPU: 1 if the likeliest class is right, 0 if it is wrong, -1 for padding.
 
         Args:
             scores: float ``[videos, classes]``, log-probabilities.
@@ -83,6 +86,9 @@ class ClassificationMetrics:
         self.confusion += pairs.view(classes, classes)
         self.loss += F.nll_loss(scores, labels, reduction="sum")
         self.top5 += torch.bincount(labels[(ranked == labels[:, None]).any(1)], minlength=classes)
+        hits = torch.full(counted.shape, -1, dtype=torch.int8)
+        hits[counted] = (ranked[:, 0] == labels).to(torch.int8)
+        return hits
 
     def sum_over_workers(self) -> ClassificationMetrics:
         """Sum the counts of all workers. Collective: call it on every rank."""

@@ -266,15 +266,30 @@ def peak_mb(run: Callable[[], object], device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return None
-    try:
-        # glibc keeps freed memory, and reusing it would not show in the resident size: return it to the system first.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to the current resident size
-    except (AttributeError, OSError):
-        return None  # another C library, or a kernel or sandbox without this reset
+    # glibc keeps freed memory, and reusing it would not show in the resident size: return it to the system first.
+    if not (trim_heap() and reset_resident_peak()):
+        return None
     before = resident_peak()
     run()
     return (resident_peak() - before) / 1e6
+
+
+def trim_heap() -> bool:
+    """Return freed memory to the system. False: this C library cannot."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def reset_resident_peak() -> bool:
+    """Set the peak resident size of this process (VmHWM, ``ru_maxrss``) to its current size. False: it cannot be."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system, or a kernel or sandbox without this reset
+        return False
+    return True
 
 
 def resident_peak() -> int:

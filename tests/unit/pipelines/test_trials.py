@@ -27,6 +27,7 @@ def test_a_trial_that_ends_early_is_finished_and_says_why(motion_set, tmp_path, 
     monkeypatch.setattr(trial, "ray", MagicMock(get=lambda reference: {"cost/gmacs": 1.0}))
     monkeypatch.setattr(trial, "train", train)
     run = TrialRun.__new__(TrialRun)
+    run.here, run.sharing = False, 1
     run.events, run.ending = trial.queue.Queue(), trial.threading.Event()
     run.run_job(TrialJob(config, {}, {}, {}).to_json())
     sent = [run.events.get_nowait() for _ in range(run.events.qsize())]

@@ -3,7 +3,8 @@
 A module has one function, ``space(base)``. It takes a recipe and returns a ``Space``: the dimensions that differ from
 trial to trial, and a function that turns a choice of values into recipe keys. ``tune_spaces/block_types.py`` is a short
 example. A space need not leave out impossible combinations, such as channels that are not divisible by their groups.
-The search skips members whose recipe is refused.
+The search skips members whose recipe is refused. A space refuses a member itself, such as one that is the same model as
+another, with a ``RecipeError`` from its function of keys.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class Space:
         tree = base.model_dump(mode="json")
         try:
             keys = self.keys(member)
+        except RecipeError:  # the space refuses this member
+            raise
         except Exception as error:  # any error of the user's function is reported in one line
             raise UserError(f"the space's keys({dict(member)}) failed: {type(error).__name__}: {error}") from error
         for key, value in keys.items():

@@ -1,8 +1,10 @@
 """Every space: a hundred random members can be built, and what cannot is refused in words."""
 
+import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ import torch
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
 from posmlp.errors import UserError
+from posmlp.learn.learner import Learner
+from posmlp.model.cost import count_macs
+from posmlp.model.spec import BLOCKS
+from tests.helpers.batches import make_batch
 from tune_spaces import Range, Space, draw_value, list_spaces, load_space
 from tune_spaces.depths import depth_values
 
@@ -25,16 +31,83 @@ def test_a_hundred_members_are_built(name, recipe):
     rng = np.random.default_rng(0)
     for number in range(MEMBERS):
         member = space.random(rng)
+        while name == "ablation" and repeats_another(member):
+            member = space.random(rng)
         config = space.recipe(base, member)
         with torch.device("meta"):
             model = create_model(config.model.name, **config.model.overrides())
         if recipe == "demo" and number < 3:
             model = create_model(config.model.name, **config.model.overrides()).eval()
-            size = config.model.variant().image_size
+            frames, size = config.model.variant().frames, config.model.variant().image_size
             with torch.no_grad():
-                assert model(torch.zeros(1, 3, 8, size, size)).shape == (1, 400)
+                assert model(torch.zeros(1, 3, frames, size, size)).shape == (1, 400)
         changed = {key for key, value in config.flat().items() if own[key] != value}
         assert changed <= set(space.keys(member))
+
+
+def repeats_another(member):
+    """Whether a member of the space ``ablation`` is the same model as one with a window of the recipe's size."""
+    temporal = member["block"] == "spatial" and member["temporal_window"] != 1
+    return temporal or (member["block"] == "temporal" and member["spatial_window"] != 1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "members", "group_scales"), [("demo", 336, (0.25, 0.5, 1, 2)), ("ssv1_s16", 252, (0.25, 0.5, 1))]
+)
+def test_all_members_of_the_ablation(recipe, members, group_scales):
+    """Each is a model of its own, has one block type, and scales the recipe's groups, windows and clip."""
+    base = load_recipe(recipe)
+    own, space = base.model.variant(), load_space("ablation", base)
+    assert space.dimensions["block"] == tuple(BLOCKS)
+    assert space.dimensions["group_scale"] == group_scales
+    seen, costs = set(), {}
+    for values in itertools.product(*space.dimensions.values()):
+        member = dict(zip(space.dimensions, values, strict=True))
+        if repeats_another(member):
+            with pytest.raises(RecipeError, match=r"(temporal|spatial)_window 0\.\d+: \w+ blocks mix nothing along it"):
+                space.recipe(base, member)
+            continue
+        variant = space.recipe(base, member).model.variant()
+        assert variant.blocks == (member["block"],) * 4 and variant.frames == member["frames"]
+        assert variant.groups == tuple(member["group_scale"] * n for n in own.groups)
+        for (t, h, w), side in zip(variant.full_windows(), own.windows, strict=True):
+            assert t == member["temporal_window"] * variant.frames
+            assert h == w == math.ceil(member["spatial_window"] * side)
+        with torch.device("meta"):
+            create_model(base.model.name, **space.recipe(base, member).model.overrides())
+        seen.add(variant)
+        costs[values] = count_macs(variant)
+    assert len(seen) == members
+    for (*others, frames), macs in costs.items():  # a clip of half the length costs half as much, or less
+        if frames == own.frames:
+            assert costs[(*others, frames // 2)] <= 0.5 * macs + own.dims[-1] * own.num_classes
+    unchanged = {"block": own.blocks[0], "group_scale": 1.0, "spatial_window": 1.0, "temporal_window": 1.0}
+    variant = space.recipe(base, unchanged | {"frames": own.frames}).model.variant()
+    assert replace(variant, windows=own.windows) == own and variant.full_windows() == own.full_windows()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_member_of_the_ablation_trains_with_its_clip_length(block):
+    space = load_space("ablation", load_recipe("demo"))
+    small = load_recipe(
+        "demo", ["model.image_size=32", "model.num_classes=8", "train.global_batch=8", "optim.warmup_epochs=0"]
+    )
+    halved = {
+        "temporal_window": 1.0 if block == "spatial" else 0.5,
+        "spatial_window": 1.0 if block == "temporal" else 0.5,
+    }
+    config = space.recipe(small, {"block": block, "group_scale": 0.25, "frames": 4} | halved)
+    model = create_model(config.model.name, **config.model.overrides())
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "table" in name}
+    Learner(model, config, steps_per_epoch=5).train_step(make_batch())
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_windows_of_less_than_a_frame_are_refused():
+    base = load_recipe("demo", ["model.frames=4"])
+    member = {"block": "joint", "group_scale": 1.0, "spatial_window": 1.0, "temporal_window": 0.25, "frames": 2}
+    with pytest.raises(RecipeError, match=r"temporal_window 0\.25 of 2 frames is less than a frame"):
+        load_space("ablation", base).recipe(base, member)
 
 
 @pytest.mark.parametrize("recipe", ["demo", "ssv1_s16"])
@@ -126,7 +199,7 @@ def test_keys_that_fail_are_the_spaces_fault():
 
 
 def test_an_unknown_space_is_refused():
-    with pytest.raises(UserError, match=r"no space 'depth' \(did you mean 'depths'\?\); known: block_types, depths"):
+    with pytest.raises(UserError, match=r"no space 'depth' \(did you mean 'depths'\?\); known: ablation, block_types"):
         load_space("depth", load_recipe("demo"))
     with pytest.raises(UserError, match=r"space own\.py: no such file"):
         load_space("own.py", load_recipe("demo"))

@@ -66,10 +66,17 @@ COST_PEAK_MB = "cost/peak_mb"  # MB: peak memory of such a pass on top of weight
 COSTS = {"latency": COST_LATENCY_MS, "gmacs": COST_GMACS, "params": COST_PARAMS_M}
 
 # A study (its driver, in the study's own MLflow run; the step is the number of finished trials) ---------------------
+STUDY = "study/"  # prefix
 STUDY_FINISHED = "study/finished"  # number of finished trials
 STUDY_HYPERVOLUME = "study/hypervolume"  # of the Pareto front of top-1 and a cost, as a share of the largest cost
-STUDY_BEST_TOP1 = "study/best_top1"  # highest val/top1 of a trial
+STUDY_BEST_TOP1 = "study/best_top1"  # highest reported top-1: mean over fresh seeds, else val/top1 of one seed
 PUBLISHED_LATENCY_MS = "published.latency_ms/"  # prefix; a published variant's name follows: its cost/latency_ms
+# In the MLflow run of a member's first trial, once it has fresh seeds (those after its first seed)
+STUDY_FRESH_TOP1 = "study/fresh_top1"  # mean val/top1 over the fresh seeds
+STUDY_FRESH_LOW = "study/fresh_low"  # lower end of its 95 % interval over seeds and validation videos
+STUDY_FRESH_HIGH = "study/fresh_high"  # upper end
+STUDY_FRESH_SEEDS = "study/fresh_seeds"  # number of fresh seeds
+STUDY_FRONT_PROBABILITY = "study/front_probability"  # of being on the Pareto front of top-1 and the study's cost
 
 # A supernet (the scoring of its members, in the supernet's MLflow run) -----------------------------------------------
 SUPERNET_BEST_TOP1 = "supernet/best_top1"  # highest top-1 of a member with the shared weights

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from pipelines.studies.pareto import on_any_front
-from pipelines.studies.study import STUDY_FILE, Study, StudyError, Trial, TrialState, standalone_recipe
+from pipelines.runs.record import HITS_FILE
+from pipelines.studies.pareto import hits_needed, on_any_front
+from pipelines.studies.study import STUDY_FILE, Study, StudyError, Trial, TrialState, parse_study, standalone_recipe
 from pipelines.tracking.mlflow_client import (
     PARENT,
     check_schema,
@@ -25,7 +27,7 @@ from pipelines.tracking.mlflow_client import (
 from pipelines.tracking.uris import SEARCH_PARAM, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.metrics import PUBLISHED_LATENCY_MS, SYSTEM
+from posmlp.metrics import PUBLISHED_LATENCY_MS, STUDY, SYSTEM
 from tune_spaces import Value
 
 RECIPE_ARTIFACT = "config.yaml"  # of a trial's MLflow run
@@ -39,6 +41,7 @@ class LoggedStudy:
         run_id: id of the study's MLflow run.
         recipes: for each trial of a Pareto front, by its number, the full recipe as YAML for ``posmlp train``.
         variant_latencies: latency of published variants in milliseconds, by name, where they were measured.
+        hits: content of ``val_hits.txt`` of the runs with fresh seeds, by trial number, where MLflow has it.
     """
 
     study: Study
@@ -46,6 +49,7 @@ class LoggedStudy:
     trials: list[Trial]
     recipes: dict[int, str]
     variant_latencies: dict[str, float]
+    hits: dict[int, bytes] = field(default_factory=dict)
 
 
 def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
@@ -71,7 +75,7 @@ def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
             hint = f". Deleted experiments are not searched{hint}" if deleted else ""
             raise StudyError(f"MLflow at {without_secrets(uri)} has no study {name!r}; known: {known}{hint}")
         parent = max(found, key=lambda run: run.info.start_time)
-        study = Study.model_validate_json(download_text(client, parent, STUDY_FILE))
+        study = parse_study(json.loads(download_text(client, parent, STUDY_FILE)))
         query = f"tags.`{PARENT}` = '{parent.info.run_id}' AND tags.study = '{name}'"
         newest_first = list(search_runs(client, experiments, query))  # older versions did not follow a renamed one
         children = {int(run.data.tags["trial"]): run for run in reversed(newest_first)}  # of duplicates, the newest
@@ -81,6 +85,8 @@ def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
             text = download_text(client, children[trial.number], RECIPE_ARTIFACT)
             config = Config.model_validate(yaml.safe_load(text))
             recipes[trial.number] = standalone_recipe(config, study, trial.number)
+        contents = {trial.number: download_hits(client, children[trial.number]) for trial in hits_needed(trials)}
+        hits = {number: content for number, content in contents.items() if content is not None}
     except UserError:
         raise
     except Exception as error:  # errors of networks, databases and artifact stores have no common base class
@@ -88,7 +94,7 @@ def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
         raise StudyError(f"study {name!r} cannot be read from MLflow at {without_secrets(uri)}: {problem}") from error
     metrics, prefix = stored_metrics(parent), PUBLISHED_LATENCY_MS
     latencies = {key.removeprefix(prefix): ms for key, ms in metrics.items() if key.startswith(prefix)}
-    return LoggedStudy(study, parent.info.run_id, trials, recipes, latencies)
+    return LoggedStudy(study, parent.info.run_id, trials, recipes, latencies, hits)
 
 
 def search_runs(client: MlflowClient, experiments: Sequence[str], query: str) -> Iterator[Run]:
@@ -117,6 +123,13 @@ def download_text(client: MlflowClient, run: Run, path: str) -> str:
         return Path(client.download_artifacts(run.info.run_id, path, folder)).read_text()
 
 
+def download_hits(client: MlflowClient, run: Run) -> bytes | None:
+    """The per-video results of a run's last validation; None if MLflow lacks them, as of runs of earlier versions."""
+    if not any(item.path == HITS_FILE for item in client.list_artifacts(run.info.run_id)):
+        return None
+    return download_text(client, run, HITS_FILE).encode()
+
+
 def trial_from_run(run: Run) -> Trial:
     """A trial from its MLflow run. ``suggestion``, ``sampler_attrs`` and ``timed`` are not there."""
     tags, params = run.data.tags, run.data.params
@@ -127,7 +140,7 @@ def trial_from_run(run: Run) -> Trial:
         repeat_of=int(tags["trial.repeats"]) if "trial.repeats" in tags else None,
         state=TrialState(tags.get("trial.state", TrialState.RUNNING)),
         reason=tags.get("trial.reason", ""),
-        metrics={k: v for k, v in stored_metrics(run).items() if not k.startswith(SYSTEM)},
+        metrics={k: v for k, v in stored_metrics(run).items() if not k.startswith((SYSTEM, STUDY))},
         mlflow_run_id=run.info.run_id,
     )
 

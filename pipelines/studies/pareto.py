@@ -1,7 +1,9 @@
-"""The Pareto front of a study: the trials that no other trial beats in both top-1 and a cost.
+"""The Pareto front of a study: the members that no other member beats in both top-1 and a cost.
 
-Everything here works on trials alone. Only trials that were trained to the end with the first seed can be on a front.
-Repeats with other seeds show how certain their top-1 is.
+Everything here works on trials alone. A member is named by its first trial, which was trained to the end. The first
+seed selects members, and fresh seeds (repeats) report them: the highest of many single values is mostly luck, so the
+value that has selected a member says little about it. As soon as a study has repeats, only members with fresh seeds are
+on its fronts, by the mean of these seeds alone. Without any repeat, fronts are those of the first seed.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator
 
-from pipelines.studies import pareto_plots
+from pipelines.studies import confidence, pareto_plots
+from pipelines.studies.confidence import Measured, SeedDeviation
 from pipelines.studies.study import Trial, TrialState, fully_trained
 from posmlp import create_model
 from posmlp.config import Config, ModelSection
-from posmlp.metrics import COST_GMACS, COSTS, VAL_TOP1
+from posmlp.metrics import COST_GMACS, COSTS, VAL_TOP1, VAL_VIDEOS
 from posmlp.model.cost import count_macs, count_params
 from posmlp.model.spec import VARIANTS
 from tune_spaces import Value
@@ -40,23 +46,47 @@ def comparable_trials(trials: Sequence[Trial], against: str) -> list[Trial]:
     return [t for t in fully_trained(trials) if all(math.isfinite(t.metrics.get(name, math.nan)) for name in names)]
 
 
-def pareto_front(trials: Sequence[Trial], against: str) -> list[Trial]:
-    """The trials that no other trial beats: none is as accurate and cheaper, or as cheap and more accurate.
+def fresh_seeds(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
+    """The finished repeats of each fully trained trial that has some, by its number; ordered by seed."""
+    firsts = {trial.number for trial in comparable_trials(trials, "gmacs")}
+    found: dict[int, list[Trial]] = {}
+    for trial in sorted(trials, key=lambda t: t.seed):
+        first, known = trial.repeat_of, math.isfinite(trial.metrics.get(VAL_TOP1, math.nan))
+        if first in firsts and trial.state == TrialState.FINISHED and known:
+            found.setdefault(first, []).append(trial)
+    return {number: found[number] for number in sorted(found)}
 
-    Of several trials with the same top-1 and cost, only the first is on the front.
+
+def reported_runs(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
+    """The runs that report each member, by the number of its first trial: its fresh seeds.
+
+    Members without a fresh seed are left out, unless the whole study has none: then each trial reports itself.
+    """
+    return fresh_seeds(trials) or {trial.number: [trial] for trial in comparable_trials(trials, "gmacs")}
+
+
+def reported_top1(trials: Sequence[Trial]) -> dict[int, float]:
+    """The mean top-1 of each member's ``reported_runs``."""
+    runs = reported_runs(trials)
+    return {number: statistics.mean(run.metrics[VAL_TOP1] for run in seeds) for number, seeds in runs.items()}
+
+
+def pareto_front(trials: Sequence[Trial], against: str) -> list[Trial]:
+    """The members that no other beats by ``reported_top1``: none is as accurate and cheaper, or as cheap and better.
+
+    Of several members with the same top-1 and cost, only the first is on the front.
 
     Args:
         against: the cost, a name in ``COSTS``.
 
     Returns:
-        The trials of the front, cheapest first.
+        The members' first trials, cheapest first.
     """
-    by_cost = sorted(
-        comparable_trials(trials, against), key=lambda t: (t.metrics[COSTS[against]], -t.metrics[VAL_TOP1], t.number)
-    )
+    top1, cost = reported_top1(trials), COSTS[against]
+    members = [trial for trial in comparable_trials(trials, against) if trial.number in top1]
     front: list[Trial] = []
-    for trial in by_cost:
-        if not front or trial.metrics[VAL_TOP1] > front[-1].metrics[VAL_TOP1]:
+    for trial in sorted(members, key=lambda t: (t.metrics[cost], -top1[t.number], t.number)):
+        if not front or top1[trial.number] > top1[front[-1].number]:
             front.append(trial)
     return front
 
@@ -67,24 +97,111 @@ def on_any_front(trials: Sequence[Trial]) -> list[Trial]:
     return [found[number] for number in sorted(found)]
 
 
-def top1_over_seeds(trial: Trial, trials: Sequence[Trial]) -> tuple[float, float | None, int]:
-    """Top-1 of a trial and its finished repeats: mean, standard deviation (None for one seed), number of seeds."""
-    repeats = [t for t in trials if t.repeat_of == trial.number and t.state == TrialState.FINISHED]
-    finite = filter(math.isfinite, (t.metrics.get(VAL_TOP1, math.nan) for t in repeats))
-    values = [trial.metrics[VAL_TOP1], *finite]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-
-
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The fully trained trial with the highest top-1; ties go to the fewest GMACs. None if there is none.
+    """The first trial of the member with the highest ``reported_top1``; ties go to the fewest GMACs. None: no member"""
+    top1 = reported_top1(trials)
+    members = [trial for trial in comparable_trials(trials, "gmacs") if trial.number in top1]
+    return max(members, key=lambda t: (top1[t.number], -t.metrics[COST_GMACS], -t.number), default=None)
 
-    Where some trials were repeated with other seeds, it is one of these, chosen by mean top-1: the highest of many
-    single values is mostly luck.
+
+@dataclass(frozen=True)
+class Assessment:
+    """How certain a study's reported values are. All mappings are by the number of a member's first trial.
+
+    Attributes:
+        repeated: the study has fresh seeds. Without, intervals are those of the videos alone.
+        top1: the reported values (``reported_top1``); without fresh seeds, of the members on a front.
+        low, high: the ends of their 95 % intervals.
+        runs: the runs that report each member.
+        deviation: of the seeds; None: not known.
+        paired: per-video results of all these runs are known, so that members are compared on the same videos.
+        probability: of being on the front, by cost; empty without fresh seeds.
+        draws: float64 ``[DRAWS, members]`` (``confidence.resample``); columns as in ``top1``.
     """
-    candidates = comparable_trials(trials, "gmacs")
-    repeated = {trial.repeat_of for trial in trials if trial.state == TrialState.FINISHED}
-    chosen = [trial for trial in candidates if trial.number in repeated] or candidates
-    return max(chosen, key=lambda t: (top1_over_seeds(t, trials)[0], -t.metrics[COST_GMACS]), default=None)
+
+    repeated: bool
+    top1: dict[int, float]
+    low: dict[int, float]
+    high: dict[int, float]
+    runs: dict[int, list[Trial]]
+    deviation: SeedDeviation | None
+    paired: bool
+    probability: dict[str, dict[int, float]]
+    draws: NDArray[np.float64] = field(repr=False)
+
+    def better(self, one: int, other: int) -> float:
+        """The probability that one member is more accurate than another."""
+        columns = list(self.top1)
+        return float((self.draws[:, columns.index(one)] > self.draws[:, columns.index(other)]).mean())
+
+    def luck_of_the_best(self) -> float:
+        """How much of the highest value is luck, because it is the highest of several: estimated by the draws.
+
+        In each draw the highest member is chosen again; the mean excess of its drawn value over its own mean is the
+        bias of such a choice (Sun and Bull, Genet. Epidemiol. 2005).
+        """
+        if len(self.top1) < 2:
+            return 0.0
+        chosen = self.draws.argmax(1)
+        means = np.array(list(self.top1.values()))
+        return float((self.draws.max(1) - means[chosen]).mean())
+
+
+def assess(trials: Sequence[Trial], hits: Mapping[int, bytes] | None = None) -> Assessment:
+    """Estimate how certain a study's reported values and fronts are.
+
+    Args:
+        hits: content of ``val_hits.txt`` of runs, by trial number. If a run of ``hits_needed`` lacks it, each member's
+            videos count as independent of the others'.
+    """
+    runs, repeated = reported_runs(trials), bool(fresh_seeds(trials))
+    if not repeated:
+        runs = {trial.number: [trial] for trial in on_any_front(trials)}
+    known = {number: confidence.parse_hits(text) for number, text in (hits or {}).items()}
+    members = [measured(seeds, known) for seeds in runs.values()]
+    firsts = {trial.number: trial for trial in trials}
+    deviation = None
+    if repeated:
+        deviation = confidence.seed_deviation([m.top1 for m in members], [firsts[n].metrics[VAL_TOP1] for n in runs])
+    draws = confidence.resample(members, deviation)
+    low, high = np.percentile(draws.clip(0, 1), confidence.INTERVAL, axis=0) if members else ([], [])
+    probability: dict[str, dict[int, float]] = {}
+    for cost, metric in COSTS.items() if repeated else ():
+        costs = np.array([firsts[number].metrics.get(metric, math.nan) for number in runs])
+        finite = np.flatnonzero(np.isfinite(costs))
+        shares = confidence.on_front(draws[:, finite], costs[finite]).mean(0)
+        numbers = [list(runs)[index] for index in finite]
+        probability[cost] = dict(zip(numbers, shares.tolist(), strict=True))
+    return Assessment(
+        repeated=repeated,
+        top1={number: member.mean for number, member in zip(runs, members, strict=True)},
+        low={number: float(value) for number, value in zip(runs, low, strict=True)},
+        high={number: float(value) for number, value in zip(runs, high, strict=True)},
+        runs=runs,
+        deviation=deviation,
+        paired=repeated and confidence.have_hits(members),
+        probability=probability,
+        draws=draws,
+    )
+
+
+def hits_needed(trials: Sequence[Trial]) -> list[Trial]:
+    """The runs whose per-video results ``assess`` uses: the fresh seeds. A single seed's interval needs no more than
+    its top-1 and the number of videos."""
+    return [run for seeds in fresh_seeds(trials).values() for run in seeds]
+
+
+def measured(seeds: Sequence[Trial], hits: Mapping[int, NDArray[np.int8]]) -> Measured:
+    """The results of a member from its runs.
+
+    Args:
+        hits: per-video results by trial number. A member's are used if all its runs have them, of the same videos.
+    """
+    top1 = [run.metrics[VAL_TOP1] for run in seeds]
+    rows = [hits[run.number] for run in seeds if run.number in hits]
+    same = len(rows) == len(seeds) and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0
+    videos = int(min(run.metrics.get(VAL_VIDEOS, 0) for run in seeds))
+    return Measured(top1, np.stack(rows) if same else None, videos or None)
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: float) -> float:
@@ -102,8 +219,18 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: float) -> floa
     return area
 
 
+def front_hypervolume(trials: Sequence[Trial], against: str, reference: float | None = None) -> float | None:
+    """The hypervolume of the reported front, as ``hypervolume_curve`` counts it; None without a front."""
+    top1, front = reported_top1(trials), pareto_front(trials, against)
+    reference = reference or largest_cost(trials, against)
+    points = [(top1[trial.number], trial.metrics[COSTS[against]]) for trial in front]
+    return hypervolume(points, reference) / reference if front else None
+
+
 def hypervolume_curve(trials: Sequence[Trial], against: str, reference: float | None = None) -> list[float]:
     """The hypervolume after each finished trial, as a share of the reference cost: 1 is perfect top-1 at no cost.
+
+    It is that of the first seeds, and shows how the search proceeds.
 
     Args:
         against: the cost, a name in ``COSTS``.

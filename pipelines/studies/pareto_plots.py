@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.path import Path
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 from plotly.subplots import make_subplots
 
@@ -25,35 +26,59 @@ BLOCK_COLOURS = {
     "cascade_st": "#b8a100",
     "joint": "#2c9c5a",
     "spatial": "#8c6bb1",
+    "temporal": "#c0504d",
     "mixed": "#8a8a8a",
 }
 FRONT_COLOURS = ("#222222", "#c23b75", "#3b77c2", "#7a9a01")  # by study
 STUDY_SYMBOLS = ("circle", "square", "triangle-up", "diamond")  # by study
 LOG_SCALE_RATIO = 5.0  # an axis is logarithmic if the largest cost is more than this multiple of the smallest
+INTERVAL_COLOUR = "#8a8a8a"
+MINOR_COLOUR = "#b5b5b5"  # of members without fresh seeds, where others have some
+MIN_OPACITY = 0.25  # of a member that is certainly not on the front
 MARK_FACTOR = 3.0  # a published variant is marked if its cost is within this factor of the trials' costs
 
 
 @dataclass(frozen=True)
 class TrialPoint:
-    """A trial as it is drawn.
+    """A member as it is drawn.
 
     Attributes:
-        top1: top-1 of the first seed, which gives the point's position.
-        mean, deviation, seeds: mean and standard deviation of top-1 over all seeds, and their number. The deviation of
-            one seed is None.
+        number: of its first trial.
+        first: top-1 of the first seed.
+        fresh: mean top-1 over its fresh seeds; None if it has none.
+        interval: 95 % interval of the drawn value; None: not known.
+        seeds: number of fresh seeds.
+        probability: of being on the front, by cost; empty if it is not known.
+        repeated_study: its study has fresh seeds. Then members without are drawn small and grey.
         costs: by the names of ``COST_LABELS``; NaN if a cost is not known.
         blocks: block type of each stage.
         label: the member in words.
     """
 
     number: int
-    top1: float
-    mean: float
-    deviation: float | None
+    first: float
+    fresh: float | None
+    interval: tuple[float, float] | None
     seeds: int
+    probability: Mapping[str, float]
+    repeated_study: bool
     costs: Mapping[str, float]
     blocks: tuple[str, ...]
     label: str
+
+    @property
+    def top1(self) -> float:
+        """The drawn value: of the fresh seeds, else of the first seed."""
+        return self.first if self.fresh is None else self.fresh
+
+    @property
+    def minor(self) -> bool:
+        """Return whether the member cannot be on the front, because others have fresh seeds and it has none."""
+        return self.repeated_study and self.fresh is None
+
+    def opacity(self, cost: str) -> float:
+        """Opacity in the panel of a cost: pale if the member is hardly on the front."""
+        return MIN_OPACITY + (1 - MIN_OPACITY) * self.probability.get(cost, 1.0)
 
     @property
     def main_block(self) -> str:
@@ -67,7 +92,7 @@ StudyFronts = Mapping[str, Mapping[str, Sequence[int]]]  # by study and cost: th
 VariantCosts = Mapping[str, Mapping[str, float]]  # by variant and metric name
 
 
-def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts) -> bytes:
+def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts, title: str) -> bytes:
     """Draw top-1 against each cost, one panel per cost, as PNG.
 
     Args:
@@ -78,9 +103,11 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, costs, strict=True):
         for index, (name, points) in enumerate(studies.items()):
-            draw_points(axes, points, cost, "white" if len(studies) == 1 else FRONT_COLOURS[index % 4])
+            colour = FRONT_COLOURS[index % 4]
+            draw_points(axes, points, cost, "white" if len(studies) == 1 else colour)
             x, y = front_line(points, fronts[name][cost], cost)
-            axes.plot(x, y, color=FRONT_COLOURS[index % 4], drawstyle="steps-post", linewidth=1.2, zorder=1)
+            axes.plot(x, y, color=colour, drawstyle="steps-post", linewidth=1.2, zorder=1)
+            number_points(axes, points, fronts[name][cost], cost, colour)
         values = finite_costs(studies, cost)
         if axis_scale(values) == "log":
             axes.set_xscale("log")
@@ -98,36 +125,61 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
     panels[0].set_ylabel("validation top-1, %")
     mixed = any(map(mixes_blocks, studies.values()))
     sectors = "; sectors: the stages' blocks, clockwise from the top" if mixed else ""
-    figure.suptitle(figure_title(studies) + sectors, fontsize=11)
-    used = [block for block in BLOCK_COLOURS if any(block in p.blocks for points in studies.values() for p in points)]
+    figure.suptitle(title + sectors, fontsize=11)
+    drawn = [point for points in studies.values() for point in points]
+    used = [block for block in BLOCK_COLOURS if any(block in p.blocks for p in drawn if not p.minor)]
     handles = [Line2D([], [], linestyle="", marker="o", color=BLOCK_COLOURS[block], label=block) for block in used]
     for index, name in enumerate(studies):
-        label = f"Pareto front of {name}" if len(studies) > 1 else "Pareto front"
+        label = "Pareto front" + f" of {name}" * (len(studies) > 1)
+        label += " (trial, probability)" if any(p.probability for p in studies[name]) else " (trial)"
         handles.append(Line2D([], [], color=FRONT_COLOURS[index % 4], label=label))
-    if any(p.deviation is not None for points in studies.values() for p in points):
-        label = "mean ± standard deviation over seeds"
-        handles.append(Line2D([], [], linestyle="", marker="_", color="black", label=label))
+    if any(p.interval for p in drawn):
+        repeated = any(p.fresh is not None for p in drawn)
+        label = "95 % interval " + ("(seeds and videos)" if repeated else "(videos alone)")
+        handles.append(Line2D([], [], linestyle="", marker="|", markersize=11, color=INTERVAL_COLOUR, label=label))
+    if any(p.minor for p in drawn):
+        handles.append(minor_handle())
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
     return to_png(figure)
 
 
+def minor_handle() -> Line2D:
+    """The legend's entry of members without fresh seeds."""
+    return Line2D([], [], linestyle="", marker="o", markersize=4, color=MINOR_COLOUR, label="first seed alone")
+
+
 def draw_points(axes: Axes, points: Sequence[TrialPoint], cost: str, edge: str) -> None:
-    """Draw a study's trials: a disc with one sector per stage, clockwise from the top, and the spread over seeds."""
+    """Draw a study's members: a disc with one sector per stage, clockwise from the top, and its interval."""
+    minor = [point for point in points if point.minor]
+    x, y = [point.costs[cost] for point in minor], [100 * point.top1 for point in minor]
+    axes.scatter(x, y, s=16, color=MINOR_COLOUR, zorder=1.5, linewidths=0)
     for point in points:
-        value, share = point.costs[cost], 360 / len(point.blocks)
-        if point.deviation is not None:
-            mean, spread = 100 * point.mean, 100 * point.deviation
-            axes.errorbar(
-                value, mean, yerr=spread, color="black", fmt="_", markersize=8, capsize=3, linewidth=1, zorder=2
-            )
-        axes.scatter(value, 100 * point.top1, s=95, color=edge, zorder=3, linewidths=0)
+        if point.minor:
+            continue
+        value, top1, share = point.costs[cost], 100 * point.top1, 360 / len(point.blocks)
+        opacity = point.opacity(cost)
+        if point.interval is not None:
+            low, high = (100 * end for end in point.interval)
+            axes.vlines(value, low, high, color=INTERVAL_COLOUR, linewidth=1.5, alpha=opacity, zorder=0.9)
+        axes.scatter(value, top1, s=95, color=edge, zorder=3, linewidths=0)
         for stage, block in enumerate(point.blocks):
             sector = Path.wedge(90 - share * (stage + 1), 90 - share * stage)
             colour = BLOCK_COLOURS.get(block, BLOCK_COLOURS["mixed"])
-            axes.scatter(value, 100 * point.top1, s=75, marker=sector, color=colour, zorder=4, linewidths=0)
+            axes.scatter(value, top1, s=75, marker=sector, color=colour, alpha=opacity, zorder=4, linewidths=0)
 
 
-def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts) -> bytes:
+def number_points(axes: Axes, points: Sequence[TrialPoint], numbers: Sequence[int], cost: str, colour: str) -> None:
+    """Write the numbers of a front's trials next to their points, and how likely each is on the front."""
+    for point in points:
+        if point.number in numbers:
+            share = f", {point.probability[cost]:.0%}" if cost in point.probability else ""
+            axes.annotate(
+                f"{point.number}{share}", (point.costs[cost], 100 * point.top1), (6, 5), textcoords="offset points",
+                fontsize=8, color=colour, zorder=5, path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
+
+
+def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts, title: str) -> bytes:
     """Draw the figure of ``front_image`` as one HTML page that describes each trial on hover. It needs no network."""
     costs = known_costs(studies)
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
@@ -140,9 +192,14 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
                 x=x, y=y, mode="lines", line=line, name=f"Pareto front of {name}", legendgroup=name, hoverinfo="skip",
                 showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
-            for block in dict.fromkeys(point.main_block for point in points):
-                with_block = [point for point in points if point.main_block == block]
-                add_points(figure, with_block, cost, name, index, column)
+            major = [point for point in points if not point.minor]
+            add_intervals(figure, major, cost, column)
+            for block in dict.fromkeys(point.main_block for point in major):
+                with_block = [point for point in major if point.main_block == block]
+                label = f"mostly {block}" if mixes_blocks(with_block) and block != "mixed" else block
+                add_points(figure, with_block, cost, name, index, column, label)
+            if minor := [point for point in points if point.minor]:
+                add_points(figure, minor, cost, name, index, column, "first seed alone")
         number = "" if column == 1 else str(column)
         for variant, value in variants_in_range(variants, cost, values):
             figure.add_vline(x=value, line={"dash": "dot", "color": "#999999"}, row=1, col=column)
@@ -154,46 +211,68 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
         axis = {"title": COST_LABELS[cost], "type": axis_scale(values), "tickvals": axis_ticks(values)}
         figure.update_xaxes(**axis, row=1, col=column)
     figure.update_yaxes(title="validation top-1, %", row=1, col=1)
-    figure.update_layout(title=figure_title(studies), template="plotly_white", height=560, hovermode="closest")
+    figure.update_layout(title=title, template="plotly_white", height=560, hovermode="closest")
     html: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
     return html.encode()
 
 
-def add_points(figure: go.Figure, points: Sequence[TrialPoint], cost: str, study: str, index: int, column: int) -> None:
-    """Add the points of one study and one main block type to one panel of the page.
+def add_intervals(figure: go.Figure, points: Sequence[TrialPoint], cost: str, column: int) -> None:
+    """Add the intervals of members to one panel of the page, as one line with gaps.
+
+    Args:
+        column: the panel, from 1.
+    """
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for point in points:
+        if point.interval is not None:
+            x += [point.costs[cost], point.costs[cost], None]
+            y += [100 * point.interval[0], 100 * point.interval[1], None]
+    line = {"color": INTERVAL_COLOUR, "width": 1}
+    figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False, row=1, col=column)
+
+
+def add_points(
+    figure: go.Figure, points: Sequence[TrialPoint], cost: str, study: str, index: int, column: int, label: str
+) -> None:
+    """Add some points of one study to one panel of the page.
 
     Args:
         index: the study's position among the studies, from 0.
         column: the panel, from 1.
+        label: in the legend.
     """
-    texts = [
-        f"<b>{study}, trial {p.number}</b><br>{p.label.replace('; ', '<br>')}<br>top-1 {p.top1:.1%}"
-        + ("" if p.deviation is None else f"<br>over {p.seeds} seeds {p.mean:.1%} ± {100 * p.deviation:.1f}")
-        + "".join(f"<br>{value:.4g} {COST_LABELS[name]}" for name, value in p.costs.items() if math.isfinite(value))
-        for p in points
-    ]
-    block = points[0].main_block
-    repeated = [p for p in points if p.deviation is not None]
-    if repeated:
-        spread = {"type": "data", "array": [100 * (p.deviation or 0) for p in repeated], "thickness": 1}
-        figure.add_scatter(
-            x=[p.costs[cost] for p in repeated], y=[100 * p.mean for p in repeated], error_y=spread, mode="lines",
-            line={"width": 0, "color": "black"}, hoverinfo="skip", showlegend=False, row=1, col=column,
-        )  # fmt: skip
-    colour, symbol = BLOCK_COLOURS.get(block, BLOCK_COLOURS["mixed"]), STUDY_SYMBOLS[index % 4]
+    block, minor = points[0].main_block, points[0].minor
+    colour = MINOR_COLOUR if minor else BLOCK_COLOURS.get(block, BLOCK_COLOURS["mixed"])
+    marker = {"color": colour, "size": 6 if minor else 10, "symbol": STUDY_SYMBOLS[index % 4]}
     figure.add_scatter(
         x=[p.costs[cost] for p in points],
         y=[100 * p.top1 for p in points],
         mode="markers",
-        marker={"color": colour, "size": 10, "symbol": symbol},
-        name=(f"mostly {block}" if mixes_blocks(points) and block != "mixed" else block) + f", {study}" * (index > 0),
-        legendgroup=f"{study} {block}",
+        marker=marker | {"opacity": [p.opacity(cost) for p in points]},
+        name=label + f", {study}" * (index > 0),
+        legendgroup=f"{study} {label}",
         showlegend=column == 1,
-        text=texts,
+        text=[hover_text(p, study) for p in points],
         hovertemplate="%{text}<extra></extra>",
         row=1,
         col=column,
     )
+
+
+def hover_text(point: TrialPoint, study: str) -> str:
+    """The description of a member that the page shows on hover."""
+    lines = [f"<b>{study}, trial {point.number}</b>", *point.label.split("; ")]
+    if point.fresh is not None:
+        lines.append(f"top-1 {point.fresh:.1%}, mean over {point.seeds} fresh seed{'s' * (point.seeds > 1)}")
+    interval = "" if point.interval is None else f"95 % interval {point.interval[0]:.1%} to {point.interval[1]:.1%}"
+    lines += [interval] if interval else []
+    lines.append(f"top-1 {point.first:.1%}, first seed")
+    for name, value in point.costs.items():
+        if math.isfinite(value):
+            share = f", on this front {point.probability[name]:.0%}" if name in point.probability else ""
+            lines.append(f"{value:.4g} {COST_LABELS[name]}{share}")
+    return "<br>".join(lines)
 
 
 def search_progress(volumes: Sequence[float], shares: Mapping[str, Mapping[str, float]], against: str) -> bytes:
@@ -238,9 +317,17 @@ def mixes_blocks(points: Sequence[TrialPoint]) -> bool:
     return any(len(set(point.blocks)) > 1 for point in points)
 
 
-def figure_title(studies: StudyPoints) -> str:
-    """The names of the studies, and how many of their trials are drawn."""
-    return "; ".join(f"{name}: {len(points)} trials" for name, points in studies.items())
+def figure_title(studies: StudyPoints, inherited: bool = False) -> str:
+    """The names of the studies, how many of their trials are drawn, and which studies are not repeated.
+
+    Args:
+        inherited: the trials are members of a supernet, which have no seed of their own.
+    """
+    texts = []
+    for name, points in studies.items():
+        single = bool(points) and not inherited and not any(point.fresh is not None for point in points)
+        texts.append(f"{name}: {len(points)} trials" + ", one seed each, not repeated" * single)
+    return "; ".join(texts)
 
 
 def front_line(points: Sequence[TrialPoint], numbers: Sequence[int], cost: str) -> tuple[list[float], list[float]]:

@@ -7,34 +7,69 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipelines.studies import pareto_plots
 from pipelines.studies.logged_study import LoggedStudy
 from pipelines.studies.pareto import (
+    Assessment,
+    assess,
+    best_trial,
     comparable_trials,
     dimension_importance,
+    fresh_seeds,
+    front_hypervolume,
     hypervolume_curve,
     largest_cost,
     pareto_front,
     published_variant_costs,
-    top1_over_seeds,
+    reported_runs,
+    reported_top1,
 )
 from pipelines.studies.study import Trial, TrialState
 from pipelines.tracking.mlflow_client import shorten
 from pipelines.tracking.uris import SEARCH_PARAM
 from posmlp.config import Config
-from posmlp.metrics import COST, COSTS, VAL_TOP1
+from posmlp.metrics import (
+    COST,
+    COSTS,
+    STUDY_FRESH_HIGH,
+    STUDY_FRESH_LOW,
+    STUDY_FRESH_SEEDS,
+    STUDY_FRESH_TOP1,
+    STUDY_FRONT_PROBABILITY,
+    VAL_TOP1,
+)
 from tune_spaces import Member
 
 # Block types in the names of trials' runs; others are as they are
-BLOCK_LETTERS = {"parallel": "P", "cascade_ts": "TS", "cascade_st": "ST", "joint": "J", "spatial": "S"}
+BLOCK_LETTERS = {"parallel": "P", "cascade_ts": "TS", "cascade_st": "ST", "joint": "J", "spatial": "S", "temporal": "T"}
 MAX_TRIAL_NAME = 120  # characters of the name of a trial's MLflow run
+SURE = 0.95  # from this share of the draws on, one member counts as more accurate than another
+POSSIBLE = 0.1  # from this probability on, a member off the front is named
+MAX_SENTENCES = 5  # about pairs of members
 
 
-def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """One row per trial: how it ended, its member, its top-1 over the seeds, its costs, and the fronts it is on."""
+def trial_rows(trials: Sequence[Trial], assessment: Assessment | None = None) -> list[dict[str, Any]]:
+    """One row per trial.
+
+    Columns:
+        trial, state, reason, seed: of the trial.
+        repeats: the number of the member's first trial, if this is not it.
+        search.DIMENSION: the member.
+        top1: of this trial alone, 0 to 1.
+        fresh_mean, fresh_low, fresh_high, fresh_seeds: for the first trial of a member with fresh seeds, the mean top-1
+            over these (without the first seed), its 95 % interval, and their number.
+        cost/NAME: the costs, see ``posmlp.metrics``.
+        front_COST: 1 if the member is on the reported front of top-1 and this cost, else 0.
+        probability_COST: of being on that front; empty for a member without fresh seeds.
+
+    Args:
+        assessment: of these trials; None: without per-video results.
+    """
+    found = assessment or assess(trials)
     fronts = {name: {trial.number for trial in pareto_front(trials, name)} for name in COSTS}
     rows = []
     for trial in trials:
@@ -42,12 +77,39 @@ def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
         row["repeats"] = "" if trial.repeat_of is None else trial.repeat_of
         row |= {f"{SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
         if VAL_TOP1 in trial.metrics:
-            mean, deviation, seeds = top1_over_seeds(trial, trials)
-            row |= {"top1": trial.metrics[VAL_TOP1], "top1_mean": mean, "top1_std": deviation, "seeds": seeds}
+            row["top1"] = trial.metrics[VAL_TOP1]
+        if found.repeated and trial.number in found.top1:
+            number = trial.number
+            row |= {"fresh_mean": found.top1[number], "fresh_low": found.low[number], "fresh_high": found.high[number]}
+            row["fresh_seeds"] = len(found.runs[number])
         row |= {name: value for name, value in trial.metrics.items() if name.startswith(COST)}
         row |= {f"front_{name}": int(trial.number in numbers) for name, numbers in fronts.items()}
+        for name, shares in found.probability.items():
+            if trial.number in shares:
+                row[f"probability_{name}"] = shares[trial.number]
         rows.append(row)
     return rows
+
+
+def member_metrics(assessment: Assessment, against: str) -> dict[int, dict[str, float]]:
+    """Metrics for the MLflow runs of members with fresh seeds, by the number of a member's first trial.
+
+    Args:
+        against: the cost of the front, a name in ``COSTS``.
+    """
+    if not assessment.repeated:
+        return {}
+    shares = assessment.probability[against]
+    return {
+        number: {
+            STUDY_FRESH_TOP1: top1,
+            STUDY_FRESH_LOW: assessment.low[number],
+            STUDY_FRESH_HIGH: assessment.high[number],
+            STUDY_FRESH_SEEDS: float(len(assessment.runs[number])),
+        }
+        | ({STUDY_FRONT_PROBABILITY: shares[number]} if number in shares else {})
+        for number, top1 in assessment.top1.items()
+    }
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -59,31 +121,95 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def describe_study(name: str, trials: Sequence[Trial], against: str, reference: float | None = None) -> str:
-    """Describe a study and its Pareto front as text.
+def describe_study(
+    name: str,
+    trials: Sequence[Trial],
+    against: str,
+    reference: float | None = None,
+    hits: Mapping[int, bytes] | None = None,
+    inherited: bool = False,
+) -> str:
+    """Describe a study and its Pareto front as text: a table, and what the seeds allow to say about it.
 
     Args:
         against: the cost, a name in ``COSTS``.
         reference: the reference cost of the hypervolume, see ``hypervolume_curve``.
+        hits: per-video results, as for ``assess``.
+        inherited: the trials are members of a supernet, scored with its weights: none has a seed of its own.
     """
     order = (TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED, TrialState.OVER_BUDGET, TrialState.RUNNING)
     counts = [(state, sum(t.state == state for t in trials)) for state in order]
-    volumes = hypervolume_curve(trials, against, reference)
+    volume = front_hypervolume(trials, against, reference)
     head = f"{name}: {', '.join(f'{count} {state}' for state, count in counts if count) or 'no trials'}"
-    if not volumes:
+    if volume is None:
         return head
-    lines = [f"{head}; hypervolume {volumes[-1]:.3f} (top-1 against {against})", ""]
-    lines.append(f"{'trial':>7}{'top-1':>8}{'over seeds':>18}{'ms':>9}{'GMACs':>10}{'M params':>10}  member")
-    for trial in pareto_front(trials, against):
-        mean, deviation, seeds = top1_over_seeds(trial, trials)
-        spread = "" if deviation is None else f"{mean:.1%} ± {100 * deviation:.1f} ({seeds})"
+    found, front = assess(trials, hits), pareto_front(trials, against)
+    lines = [f"{head}; hypervolume {volume:.3f} (top-1 against {against})", ""]
+    columns = f"{'top-1':>8}{'95 % interval':>17}{'seeds':>7}{'on front':>10}"
+    lines.append(f"{'trial':>7}{columns}{'ms':>9}{'GMACs':>10}{'M params':>10}  member")
+    shares = found.probability.get(against, {})
+    for trial in front:
+        number = trial.number
+        interval = f"{100 * found.low[number]:.1f} to {100 * found.high[number]:.1f}"
+        share = f"{shares[number]:.0%}" if number in shares else ""
+        top1 = f"{found.top1[number]:>8.1%}{interval:>17}{len(found.runs[number]):>7}{share:>10}"
         costs = [trial.metrics.get(COSTS[key]) for key in ("latency", "gmacs", "params")]
         shown = ["" if cost is None else f"{cost:.4g}" for cost in costs]
         numbers = f"{shown[0]:>9}{shown[1]:>10}{shown[2]:>10}"
-        lines.append(
-            f"{trial.number:>7}{trial.metrics[VAL_TOP1]:>8.1%}{spread:>18}{numbers}  {describe_member(trial.member)}"
-        )
+        lines.append(f"{number:>7}{top1}{numbers}  {describe_member(trial.member)}")
+    if not inherited:
+        lines += ["", *describe_certainty(found, [trial.number for trial in front], against)]
     return "\n".join(lines)
+
+
+def describe_best(trials: Sequence[Trial]) -> str:
+    """The best member and its reported top-1 in words; empty if there is none."""
+    best, runs = best_trial(trials), reported_runs(trials)
+    if best is None:
+        return ""
+    count = len(runs[best.number])
+    seeds = f"mean over {count} fresh seed{'s' * (count > 1)}" if fresh_seeds(trials) else "one seed, not repeated"
+    return f"best: {trial_name(best)}, val/top1 {reported_top1(trials)[best.number]:.1%} ({seeds})"
+
+
+def describe_certainty(found: Assessment, front: Sequence[int], against: str) -> list[str]:
+    """What the seeds and videos allow to say about a front, in sentences.
+
+    Args:
+        front: numbers of its members' first trials, cheapest first.
+        against: its cost, a name in ``COSTS``.
+    """
+    if not found.repeated:
+        return [
+            "One seed each, not repeated: another seed may give another front, and the intervals are those of the",
+            "validation videos alone. --repeats N trains the members of the front with fresh seeds.",
+        ]
+    lines = ["Top-1 is the mean over fresh seeds; the seed that selected a member is not among them."]
+    if found.deviation:
+        spread = f"{100 * found.deviation.value:.1f} points"
+        lines.append(f"The standard deviation of one seed is {spread}; it is taken as equal for all members.")
+    if not found.paired:
+        lines.append("Per-video results are missing, so members count as scored on independent videos.")
+    if len(found.top1) > 1:
+        luck = f"{100 * found.luck_of_the_best():.1f} points"
+        lines.append(
+            f"The highest mean is the highest of {len(found.top1)}: about {luck} of it are luck of that choice."
+        )
+    pairs = [(one, other, found.better(other, one)) for one, other in pairwise(front)]
+    close = [(one, other, share) for one, other, share in pairs if share < SURE]
+    for one, other, share in close[:MAX_SENTENCES]:
+        pair = f"Trials {one} and {other} cannot be told apart"
+        lines.append(f"{pair}: trial {other} is more accurate in {share:.0%} of resamples.")
+    if len(close) > MAX_SENTENCES:
+        lines.append(f"Nor can {len(close) - MAX_SENTENCES} other pairs of neighbours on the front.")
+    if pairs and not close:
+        lines.append(f"Each member is more accurate than the next cheaper one in at least {SURE:.0%} of resamples.")
+    shares = found.probability.get(against, {})
+    others = sorted((n for n, share in shares.items() if n not in front and share > POSSIBLE), key=lambda n: -shares[n])
+    if others:
+        names = ", ".join(f"trial {number} ({shares[number]:.0%})" for number in others)
+        lines.append(f"Not on this front, but on it in the given share of resamples: {names}.")
+    return lines
 
 
 def describe_member(member: Member) -> str:
@@ -120,6 +246,8 @@ def pareto_files(
     against: str,
     latencies: Mapping[str, float] | None = None,
     importance: bool = True,
+    hits: Mapping[str, Mapping[int, bytes]] | None = None,
+    inherited: bool = False,
 ) -> dict[str, bytes]:
     """The figures and tables of studies by file name; all studies are in the same figure.
 
@@ -128,23 +256,27 @@ def pareto_files(
         against: the cost, a name in ``COSTS``.
         latencies: as for ``published_variant_costs``.
         importance: show how much each dimension matters, which takes longer than all else.
+        hits: per-video results by study, as for ``assess``.
+        inherited: as for ``describe_study``.
     """
     variants, blocks = published_variant_costs(base, latencies or {}), base.model.blocks or "parallel"
+    found = {name: assess(trials, (hits or {}).get(name)) for name, trials in studies.items()}
     points = {
-        name: [trial_point(t, trials, blocks) for t in comparable_trials(trials, "gmacs")]
+        name: [trial_point(t, found[name], blocks) for t in comparable_trials(trials, "gmacs")]
         for name, trials in studies.items()
     }
     fronts = {
         name: {cost: [t.number for t in pareto_front(trials, cost)] for cost in COSTS}
         for name, trials in studies.items()
     }
+    title = pareto_plots.figure_title(points, inherited)
     files = {
-        "front.html": pareto_plots.interactive_page(points, fronts, variants),
-        "front.png": pareto_plots.front_image(points, fronts, variants),
+        "front.html": pareto_plots.interactive_page(points, fronts, variants, title),
+        "front.png": pareto_plots.front_image(points, fronts, variants, title),
     }
     for name, trials in studies.items():
         prefix = f"{name}-" if len(studies) > 1 else ""
-        files[f"{prefix}trials.csv"] = to_csv(trial_rows(trials))
+        files[f"{prefix}trials.csv"] = to_csv(trial_rows(trials, found[name]))
         metrics = {"top-1": VAL_TOP1, against: COSTS[against]} if importance else {}
         shares = {label: dimension_importance(trials, metric) for label, metric in metrics.items()}
         volumes = hypervolume_curve(trials, against)
@@ -152,20 +284,23 @@ def pareto_files(
     return files
 
 
-def trial_point(trial: Trial, trials: Sequence[Trial], blocks: str | Sequence[str]) -> pareto_plots.TrialPoint:
-    """A trial as it is drawn.
+def trial_point(trial: Trial, found: Assessment, blocks: str | Sequence[str]) -> pareto_plots.TrialPoint:
+    """The member of a trial as it is drawn.
 
     Args:
+        found: the assessment of its study.
         blocks: the block types if the study does not search them.
     """
     searched = tuple(str(v) for k, v in sorted(trial.member.items()) if re.fullmatch(r"block\d*", k))
-    mean, deviation, seeds = top1_over_seeds(trial, trials)
+    number, fresh = trial.number, found.repeated and trial.number in found.top1
     return pareto_plots.TrialPoint(
-        number=trial.number,
-        top1=trial.metrics[VAL_TOP1],
-        mean=mean,
-        deviation=deviation,
-        seeds=seeds,
+        number=number,
+        first=trial.metrics[VAL_TOP1],
+        fresh=found.top1[number] if fresh else None,
+        interval=(found.low[number], found.high[number]) if number in found.low else None,
+        seeds=len(found.runs[number]) if fresh else 0,
+        probability={name: shares[number] for name, shares in found.probability.items() if number in shares},
+        repeated_study=found.repeated,
         costs={name: trial.metrics.get(metric, math.nan) for name, metric in COSTS.items()},
         blocks=searched or ((blocks,) if isinstance(blocks, str) else tuple(blocks)),
         label=describe_member(trial.member),
@@ -177,7 +312,8 @@ def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> st
     out.mkdir(parents=True, exist_ok=True)
     trials_by_study = {logged.study.name: logged.trials for logged in studies}
     first = studies[0]
-    files = pareto_files(trials_by_study, first.study.recipe, against, first.variant_latencies)
+    hits = {logged.study.name: logged.hits for logged in studies}
+    files = pareto_files(trials_by_study, first.study.recipe, against, first.variant_latencies, hits=hits)
     for name, content in files.items():
         (out / name).write_bytes(content)
     for logged in studies:
@@ -187,4 +323,6 @@ def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> st
             (folder / f"{logged.study.name}-trial-{number:03d}.yaml").write_text(text)
     # One reference for all studies, so that their hypervolumes can be compared.
     reference = max(largest_cost(trials, against) for trials in trials_by_study.values())
-    return "\n\n".join(describe_study(name, trials, against, reference) for name, trials in trials_by_study.items())
+    return "\n\n".join(
+        describe_study(name, trials, against, reference, hits[name]) for name, trials in trials_by_study.items()
+    )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pipelines.runs.record import read_json, write_json
+from pipelines.runs.record import read_hits, read_json, write_json
 from pipelines.tracking.uris import without_secrets
 from posmlp import storage
 from posmlp.config import Config, Positive, Section, describe
@@ -25,7 +25,7 @@ from tune_spaces import Member, Space, Value, load_space
 
 STUDY_FILE, TRIAL_FILE = "study.json", "trial.json"
 TRIAL_KEYS = {"suggestion": "ask", "repeat_of": "repeats", "sampler_attrs": "notes"}  # field -> key in trial.json
-OPTIONAL_KEYS = {"curve"}  # of trial.json; left out if they are empty, as earlier versions did
+OPTIONAL_KEYS = {"curve", "rejected"}  # of trial.json; left out if they are empty, as earlier versions did
 
 Budget = Annotated[float, Field(gt=0)] | None
 
@@ -47,7 +47,10 @@ class Study(Section):
             epoch (ASHA) or, with ``against``, that others beat in both top-1 and the cost (MO-ASHA).
         seed: seed of the search; the seed of the trials' training is ``recipe.train.seed``.
         concurrent: number of trials that run at a time; None: as many as the cluster has room for.
-        repeats: number of seeds that each trial of the Pareto front is trained with in the end.
+        hours: after so many hours since a call's start no trials start, and those that run are finished;
+            None: no limit.
+        prior: earlier studies from which the searcher learns, by folder or name.
+        repeats: the most fresh seeds that a member is trained with after the search. They alone report it.
         budget_gmacs, budget_ms, budget_params: the largest allowed cost of a member: GMACs per clip, milliseconds per
             clip on the training device, millions of parameters.
     """
@@ -61,7 +64,9 @@ class Study(Section):
     asha: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     concurrent: Positive | None = None
-    repeats: Positive = 1
+    hours: Annotated[float, Field(gt=0)] | None = None
+    prior: tuple[str, ...] = ()
+    repeats: Annotated[int, Field(ge=0)] = 0
     budget_gmacs: Budget = None
     budget_ms: Budget = None
     budget_params: Budget = None
@@ -121,6 +126,8 @@ class Trial:
         metrics: the metrics of its last epoch, and its costs.
         timed: its latency was measured in turns with the other trials' models, after the search.
         curve: top-1 after each validated epoch, as far as it was recorded.
+        rejected: what the searcher suggested before it and a budget refused without a measurement: for each, ``member``
+            and ``sampler_attrs``. The searcher learns from these.
     """
 
     number: int
@@ -135,6 +142,7 @@ class Trial:
     mlflow_run_id: str | None = None
     timed: bool = False
     curve: dict[int, float] = field(default_factory=dict)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def to_record(self) -> dict[str, Any]:
         """The trial as it is in ``trial.json``; JSON makes text of a curve's epochs."""
@@ -189,9 +197,21 @@ def read_study(folder: str) -> tuple[Study, str] | None:
         return None
     try:
         run_id = str(tree.pop("mlflow_run_id"))
-        return Study.model_validate(tree), run_id
+        return parse_study(tree), run_id
     except (KeyError, ValidationError) as error:
         raise StudyError(f"{uri} is not a study: {explain_error(error)}") from error
+
+
+def parse_study(tree: Mapping[str, Any]) -> Study:
+    """A study from its settings as plain data.
+
+    Earlier versions, whose studies have no ``hours``, counted the first seed among the repeats.
+
+    Raises:
+        ValidationError: they are wrong.
+    """
+    old = {"repeats": max(0, tree["repeats"] - 1)} if "hours" not in tree and "repeats" in tree else {}
+    return Study.model_validate({**tree, **old})
 
 
 def write_trial(study: Study, trial: Trial) -> None:
@@ -214,6 +234,17 @@ def read_trials(folder: str) -> list[Trial]:
         if uri.rpartition("/")[2].startswith("trial-") and (record := read_json(storage.join(uri, TRIAL_FILE))):
             trials.append(Trial.from_record(record))
     return sorted(trials, key=lambda trial: trial.number)
+
+
+def read_study_hits(study: Study, trials: Iterable[Trial]) -> dict[int, bytes]:
+    """The per-video results of the repeats with fresh seeds (``HITS_FILE``) by trial number, where their runs have one.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    repeats = [t.number for t in trials if t.repeat_of is not None and t.state == TrialState.FINISHED]
+    found = ((number, read_hits(trial_folder(study, number))) for number in repeats)
+    return {number: hits for number, hits in found if hits is not None}
 
 
 def trial_folder(study: Study, number: int) -> str:

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 
 from pipelines.runs.record import read_record, write_files
 from pipelines.studies import pareto, report
-from pipelines.studies.study import Study, Trial, TrialState, standalone_recipe, trial_folder
+from pipelines.studies.study import Study, Trial, TrialState, read_study_hits, standalone_recipe, trial_folder
 from pipelines.tracking.mlflow_client import NOTE
 from posmlp.config import Config
-from posmlp.metrics import STUDY_BEST_TOP1, STUDY_FINISHED, STUDY_HYPERVOLUME, VAL_TOP1
+from posmlp.metrics import STUDY_BEST_TOP1, STUDY_FINISHED, STUDY_HYPERVOLUME
 from posmlp.processes import shielded_children
 
 if TYPE_CHECKING:  # it imports Ray
@@ -66,6 +66,7 @@ class Results:
         recipes: contents by path, for MLflow alone.
         metrics, tags: of the study's MLflow run.
         step: the metrics' step, the number of finished trials.
+        member_metrics: metrics by the id of the MLflow run that gets them, the run of a member's first trial.
     """
 
     files: Mapping[str, bytes]
@@ -73,6 +74,7 @@ class Results:
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
+    member_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class DrawingError(Exception):
@@ -195,6 +197,8 @@ class ResultsPublisher:
             self.tracker.log_file(path, content)
         if results.metrics:
             self.tracker.log_metrics(results.metrics, results.step)
+        for run_id, metrics in results.member_metrics.items():
+            self.tracker.log_metrics(metrics, self.study.recipe.train.epochs, run_id)
         if results.tags:
             self.tracker.log_tags(results.tags)
 
@@ -295,15 +299,27 @@ def draw_results(study: Study, snapshot: Snapshot) -> Iterator[Results]:
             recipes[f"recipes/trial-{trial.number:03d}.yaml"] = text.encode()
     metrics: dict[str, float] = {}
     volumes = pareto.hypervolume_curve(trials, against)
-    if volumes:
-        metrics |= {STUDY_HYPERVOLUME: volumes[-1], STUDY_FINISHED: len(volumes)}
-    if best := pareto.best_trial(trials):
-        metrics[STUDY_BEST_TOP1] = best.metrics[VAL_TOP1]
-    table = {"trials.csv": report.to_csv(report.trial_rows(trials))}
-    yield Results(table, recipes, metrics, {NOTE: describe_study(study, trials)}, len(volumes))
-    yield Results(
-        report.pareto_files({study.name: trials}, study.recipe, against, snapshot.latencies, importance=snapshot.final)
+    volume, top1 = pareto.front_hypervolume(trials, against), pareto.reported_top1(trials)
+    if volume is not None:
+        metrics |= {STUDY_HYPERVOLUME: volume, STUDY_FINISHED: len(volumes), STUDY_BEST_TOP1: max(top1.values())}
+    hits = read_study_hits(study, trials)
+    assessment = pareto.assess(trials, hits)
+    table = {"trials.csv": report.to_csv(report.trial_rows(trials, assessment))}
+    members: dict[str, dict[str, float]] = {}
+    if snapshot.final:
+        runs = {trial.number: trial.mlflow_run_id for trial in trials}
+        found = report.member_metrics(assessment, against)
+        members = {run_id: values for number, values in found.items() if (run_id := runs[number])}
+    yield Results(table, recipes, metrics, {NOTE: describe_study(study, trials)}, len(volumes), members)
+    files = report.pareto_files(
+        {study.name: trials},
+        study.recipe,
+        against,
+        snapshot.latencies,
+        importance=snapshot.final,
+        hits={study.name: hits},
     )
+    yield Results(files)
 
 
 def describe_study(study: Study, trials: Sequence[Trial]) -> str:
@@ -313,6 +329,6 @@ def describe_study(study: Study, trials: Sequence[Trial]) -> str:
     what = f"**{study.name}**: search of {study.space} for {goal} ({study.searcher}), {study.trials} trials of {recipe}"
     states = [trial.state for trial in trials if trial.repeat_of is None]
     text = ", ".join(f"{states.count(state)} {state}" for state in TrialState if state in states) or "no trials yet"
-    if best := pareto.best_trial(trials):
-        text += f"; best: {report.trial_name(best)}, val/top1 {best.metrics[VAL_TOP1]:.1%}"
+    if best := report.describe_best(trials):
+        text += f"; {best}"
     return f"{what}\n\n{text}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class StandaloneTrial(NamedTuple):
 
     Attributes:
         trial: the study's trial.
-        top1: its top-1, the mean over its seeds.
+        top1: its top-1, the mean over its fresh seeds if it has some, else that of its first seed.
         recipe: its recipe.
     """
 
@@ -82,7 +83,7 @@ class RankAgreement:
     Attributes:
         numbers: numbers of the study's trials.
         inherited: top-1 of each trial's member with inherited weights.
-        alone: top-1 of each trial, the mean over its seeds.
+        alone: top-1 of each trial, as in ``StandaloneTrial``.
         spearman, kendall: rank correlations of the two; NaN if one of them does not vary.
     """
 
@@ -274,7 +275,7 @@ def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
     """
     study, _ = find_study(name)
     space, trials = study_space(study), read_trials(study.folder)
-    found = []
+    fresh, found = pareto.fresh_seeds(trials), []
     for trial in fully_trained(trials):
         recipe = space.recipe(study.recipe, trial.member)
         ours, theirs = config.model.variant(), recipe.model.variant()
@@ -286,7 +287,8 @@ def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
         if different or not ours.choices.contains(theirs.architecture()):
             what = different or report.describe_member(trial.member)
             raise StudyError(f"trial {trial.number} of the study {study.name} is not a member of {config.name}: {what}")
-        found.append(StandaloneTrial(trial, pareto.top1_over_seeds(trial, trials)[0], recipe))
+        runs = fresh.get(trial.number, [trial])
+        found.append(StandaloneTrial(trial, statistics.mean(run.metrics[VAL_TOP1] for run in runs), recipe))
     if len(found) < 2:
         raise StudyError(f"the study {study.name} has {len(found)} finished trials; a ranking needs at least 2")
     return found
@@ -391,7 +393,7 @@ def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[
         UserError: they cannot be written.
     """
     members = result.members
-    files = report.pareto_files({config.name: members}, config, "gmacs")
+    files = report.pareto_files({config.name: members}, config, "gmacs", inherited=True)
     files["members.csv"] = files.pop("trials.csv")
     for number in {trial.number for cost in ("gmacs", "params") for trial in pareto.pareto_front(members, cost)}:
         name = f"{config.name}-{number:03d}"

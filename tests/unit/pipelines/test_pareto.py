@@ -58,18 +58,74 @@ def test_only_fully_trained_trials_of_the_first_seed_count():
     assert [t.number for t in pareto.pareto_front(trials, "gmacs")] == [0]
 
 
-def test_top1_of_a_trial_is_over_its_seeds():
-    trials = [
-        trial(0, 0.5, 1.0),
-        trial(1, 0.7, 1.0, repeat_of=0),
-        trial(2, 0.9, 1.0, repeat_of=0, state=TrialState.FAILED),
-    ]
-    mean, deviation, seeds = pareto.top1_over_seeds(trials[0], trials)
-    assert (mean, seeds) == (pytest.approx(0.6), 2)
-    assert deviation == pytest.approx(0.2 / math.sqrt(2))
-    assert pareto.top1_over_seeds(trial(7, 0.5, 1.0), trials) == (0.5, None, 1)
-    strange = [*trials, trial(3, math.nan, 1.0, repeat_of=0), replace(trial(4, 0.5, 1.0, repeat_of=0), metrics={})]
-    assert pareto.top1_over_seeds(trials[0], strange) == (mean, deviation, seeds)
+def test_fresh_seeds_report_without_the_first_seed():
+    trials = [trial(0, 0.5, 1.0), trial(1, 0.7, 1.0, repeat_of=0, seed=2), trial(2, 0.9, 1.0, repeat_of=0, seed=1)]
+    trials += [trial(3, 0.9, 1.0, repeat_of=0, seed=3, state=TrialState.FAILED), trial(4, 0.99, 2.0)]
+    trials += [trial(5, math.nan, 1.0, repeat_of=0), replace(trial(6, 0.5, 1.0, repeat_of=0), metrics={})]
+    trials += [trial(7, 0.5, 1.0, repeat_of=9), trial(8, 0.5, 1.0, repeat_of=0, state=TrialState.RUNNING)]
+    assert {n: [t.number for t in runs] for n, runs in pareto.fresh_seeds(trials).items()} == {0: [2, 1]}
+    assert pareto.reported_top1(trials) == {0: pytest.approx(0.8)}
+    assert pareto.reported_top1([trials[0], trials[4]]) == {0: 0.5, 4: 0.99}  # without any repeat, the first seeds
+
+
+def test_a_lucky_first_seed_does_not_stay_on_the_front():
+    """Trial 0 has the highest first seed and a lower fresh mean than the cheaper trial 22."""
+    trials = [trial(0, 0.762, 5.09), trial(22, 0.738, 3.74), trial(8, 0.556, 3.5), trial(15, 0.75, 4.73)]
+    fresh = {0: (0.40, 0.35), 22: (0.60, 0.79), 8: (0.61, 0.63), 15: (0.45, 0.46)}
+    for number, values in fresh.items():
+        first = next(t for t in trials if t.number == number)
+        for seed, top1 in enumerate(values, 1):
+            trials.append(trial(30 + len(trials), top1, first.metrics[GMACS], repeat_of=number, seed=seed))
+    assert [t.number for t in pareto.pareto_front(trials, "gmacs")] == [8, 22]
+    assert pareto.best_trial(trials).number == 22
+    rows = report.trial_rows(trials)
+    assert [row["trial"] for row in rows if row["front_gmacs"]] == [22, 8]
+    assert rows[0]["fresh_mean"] == pytest.approx(0.375) and rows[0]["top1"] == 0.762
+    text = report.describe_study("look", trials, "gmacs")
+    assert "Trials 8 and 22 cannot be told apart: trial 22 is more accurate in " in text
+    assert report.describe_best(trials) == (
+        f"best: {report.trial_name(trials[1])}, val/top1 69.5% (mean over 2 fresh seeds)"
+    )
+    assert pareto.front_hypervolume(trials, "gmacs", 6.0) == pytest.approx((0.62 * 2.5 + 0.075 * 2.26) / 6)
+
+
+def test_a_search_that_is_not_repeated_says_so():
+    trials = many()
+    assert "One seed each, not repeated" in report.describe_study("look", trials, "gmacs")
+    assert report.describe_best(trials).endswith(" (one seed, not repeated)")
+    assert (
+        "look: 12 trials, one seed each, not repeated"
+        in report.pareto_files({"look": trials}, BASE, "gmacs")["front.html"].decode()
+    )
+    assert report.member_metrics(pareto.assess(trials), "gmacs") == {}
+    inherited = report.pareto_files({"look": trials}, BASE, "gmacs", inherited=True)["front.html"].decode()
+    assert "not repeated" not in inherited
+    assert "not repeated" not in report.describe_study("look", trials, "gmacs", inherited=True)
+
+
+@given(points, st.lists(st.tuples(st.integers(0, 11), st.integers(0, 8)), min_size=1, max_size=12))
+def test_a_front_of_fresh_seeds_is_what_no_other_mean_beats(places, fresh):
+    trials = [trial(i, 0.99, float(cost)) for i, (_, cost) in enumerate(places)]
+    values: dict[int, list[float]] = {}
+    for number, top1 in fresh:
+        if number < len(places):
+            values.setdefault(number, []).append(top1 / 8)
+            trials.append(trial(100 + len(trials), top1 / 8, 1.0, repeat_of=number, seed=len(values[number])))
+    means = {number: sum(each) / len(each) for number, each in values.items()}
+    found = {t.number for t in pareto.pareto_front(trials, "gmacs")}
+    if not means:
+        assert found == ({min(range(len(places)), key=lambda i: (places[i][1], i))} if places else set())
+        return
+    for number, mean in means.items():
+        cost = places[number][1]
+        others = [(means[n], places[n][1]) for n in means if n != number]
+        beaten = any(m >= mean and c <= cost and (m, c) != (mean, cost) for m, c in others)
+        first_of_equals = all(
+            (m, c) != (mean, cost) or n > number
+            for n, (m, c) in zip([n for n in means if n != number], others, strict=True)
+        )
+        assert (number in found) == (not beaten and first_of_equals)
+    assert found <= set(means)
 
 
 def test_the_hypervolume_never_shrinks_and_ends_with_that_of_all_trials():
@@ -146,7 +202,8 @@ def test_trials_whose_latency_is_not_known_are_drawn_by_their_other_costs(recwar
 def test_two_studies_share_one_figure():
     files = report.pareto_files({"look": many(), "other": many(1)}, BASE, "gmacs")
     assert {"look-trials.csv", "other-trials.csv", "look-progress.png"} <= set(files)
-    assert "look: 12 trials; other: 12 trials" in files["front.html"].decode()
+    single = "12 trials, one seed each, not repeated"
+    assert f"look: {single}; other: {single}" in files["front.html"].decode()
 
 
 def test_the_table_has_every_trial(tmp_path):
@@ -161,7 +218,7 @@ def test_the_table_has_every_trial(tmp_path):
     assert on_front == {t.number for t in pareto.pareto_front(trials, "gmacs")}
 
 
-def log_study(client, study, trials, artifacts):
+def log_study(client, study, trials, artifacts, hits=None):
     """Log a study to MLflow as its driver and its trials do; returns the id of the study's run."""
     experiment = client.get_experiment_by_name("posmlp")
     place = experiment.experiment_id if experiment else client.create_experiment("posmlp", artifacts)
@@ -182,6 +239,8 @@ def log_study(client, study, trials, artifacts):
         if t.state == TrialState.FINISHED:
             config = study.trial_recipe(study_space(study), t.member, t.number, t.seed)
             client.log_text(run, config.to_yaml(), "config.yaml")
+            if t.number in (hits or {}):
+                client.log_text(run, hits[t.number].decode(), "val_hits.txt")
     return parent
 
 
@@ -199,15 +258,17 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
     trials += [replace(trial(4, 0.4, 1.0, state=TrialState.RUNNING), member=trials[1].member)]
     trials += [replace(trial(5, 0.4, 1.0, repeat_of=1, seed=1), member=trials[1].member)]
     log_study(client, study, trials[:2], place)  # an older one of the same name
-    newest = log_study(client, study, trials, place)
+    hits = {0: b"1111111111", 5: b"1010-10010"}
+    newest = log_study(client, study, trials, place, hits)
     client.log_metric(newest, "published.latency_ms/s", 700.0)
     client.log_metric(newest, "study/finished", 3.0)
     logged = logged_study.read_study_from_mlflow("look", uri)
     assert (logged.study, logged.run_id, logged.variant_latencies) == (study, newest, {"s": 700.0})
     assert [replace(t, mlflow_run_id=None) for t in logged.trials] == trials
+    assert logged.hits == {5: hits[5]}  # those of fresh seeds alone are read
     assert set(logged.recipes) == {t.number for cost in COSTS for t in pareto.pareto_front(trials, cost)}
     text = report.write_studies([logged], "gmacs", tmp_path / "out")
-    assert text == report.describe_study("look", trials, "gmacs")
+    assert text == report.describe_study("look", trials, "gmacs", hits=hits)
     for number in logged.recipes:
         config = load_recipe(tmp_path / "out" / "recipes" / f"look-trial-{number:03d}.yaml")
         assert config.name == f"look-trial-{number:03d}"
@@ -258,8 +319,8 @@ def test_an_mlflow_that_is_down_is_reported_in_one_line():
     assert "secret" not in str(error.value)
 
 
-def test_the_best_is_by_the_mean_of_those_with_several_seeds():
-    lucky, sound, alone = trial(0, 0.9, 1.0), trial(1, 0.8, 2.0), trial(2, 0.95, 3.0)
+def test_the_best_is_by_the_mean_of_fresh_seeds():
+    lucky, sound, alone = trial(0, 0.9, 1.0), trial(1, 0.3, 2.0), trial(2, 0.95, 3.0)
     again = [trial(3, 0.1, 1.0, repeat_of=0), trial(4, 0.8, 2.0, repeat_of=1)]
     assert pareto.best_trial([lucky, sound, alone]) is alone
     assert pareto.best_trial([lucky, sound, alone, *again]) is sound
@@ -293,18 +354,39 @@ def study_of_three():
 
 
 def test_a_study_in_words():
-    """The hypervolume is that of (0.25, 1) and (0.5, 2) up to the reference cost, by hand."""
-    text = """look: 3 finished, 1 failed, 1 running; hypervolume 0.125 (top-1 against gmacs)
-
-  trial   top-1        over seeds       ms     GMACs  M params  member
-      1   25.0%                                    1       0.5  block joint,joint; width 0.1235
-      0   50.0%  60.0% ± 14.1 (2)       20         2         1  block parallel,joint; width 1.5"""
-    assert report.describe_study("look", study_of_three(), "gmacs") == text
-    volume = (0.25 * (4 - 1) + 0.25 * (4 - 2)) / 4
-    assert f"hypervolume {volume:.3f} " in report.describe_study("look", study_of_three(), "gmacs", 4.0)
+    """Only trial 0 has a fresh seed. The hypervolume is that of (0.7, 2) up to the reference cost, by hand."""
+    lines = report.describe_study("look", study_of_three(), "gmacs", 4.0).split("\n")
+    assert lines[0] == "look: 3 finished, 1 failed, 1 running; hypervolume 0.350 (top-1 against gmacs)"
+    assert lines[2].split() == [
+        *("trial", "top-1", "95", "%", "interval", "seeds", "on", "front", "ms", "GMACs", "M", "params", "member")
+    ]
+    number, top1, _, _, _, seeds, share, *costs = lines[3].split()[:10]
+    assert (number, top1, seeds, share, costs) == ("0", "70.0%", "1", "100%", ["20", "2", "1"])
+    assert lines[3].endswith("  block parallel,joint; width 1.5")
+    assert lines[5] == "Top-1 is the mean over fresh seeds; the seed that selected a member is not among them."
+    assert lines[6].startswith("The standard deviation of one seed is 14.1 points")  # of 0.5 and 0.7
+    assert len(lines) == 8
     assert report.describe_study("look", [], "gmacs") == "look: no trials"
     waiting = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET), trial(1, 0.5, 1.0, TrialState.STOPPED)]
     assert report.describe_study("look", waiting, "gmacs") == "look: 1 stopped early, 1 over budget"
+
+
+def test_sentences_name_no_more_pairs_than_are_read():
+    trials = [trial(i, 0.5 + i / 1000, 1.0 + i) for i in range(9)]
+    trials += [
+        trial(20 + 2 * i + s, t.metrics[VAL_TOP1] + 0.05 * s, t.metrics[GMACS], repeat_of=i, seed=1 + s)
+        for i, t in enumerate(trials)
+        for s in (0, 1)
+    ]
+    text = report.describe_study("look", trials, "gmacs")
+    assert text.count("cannot be told apart") == 5 and "Nor can 3 other pairs" in text
+    clear = [trial(i, i / 10, 1.0 + i) for i in range(4)]
+    clear += [
+        trial(20 + 2 * i + s, i / 10 + s / 1e3, 1.0 + i, repeat_of=i, seed=1 + s) for i in range(4) for s in (0, 1)
+    ]
+    text = report.describe_study("look", clear, "gmacs")
+    assert "Each member is more accurate than the next cheaper one in at least 95% of resamples." in text
+    assert "told apart" not in text
 
 
 def test_a_trials_run_is_named_after_its_member():
@@ -321,12 +403,14 @@ def test_the_rows_of_a_table():
     latency, params = COSTS["latency"], COSTS["params"]
     first = {"trial": 0, "state": "finished", "reason": "", "seed": 0, "repeats": ""}
     first |= {"search.block1": "parallel", "search.block2": "joint", "search.width": 1.5}
-    first |= {"top1": 0.5, "top1_mean": pytest.approx(0.6), "top1_std": pytest.approx(0.2 / math.sqrt(2)), "seeds": 2}
+    first |= {"top1": 0.5, "fresh_mean": 0.7, "fresh_seeds": 1}
     first |= {latency: 20.0, GMACS: 2.0, params: 1.0, "front_latency": 1, "front_gmacs": 1, "front_params": 1}
+    first |= {"probability_latency": 1.0, "probability_gmacs": 1.0, "probability_params": 1.0}
+    assert rows[0].pop("fresh_low") < 0.7 < rows[0].pop("fresh_high")
     assert rows[0] == first
     assert list(rows[0]) == list(first)
-    assert (rows[1]["top1_std"], rows[1]["seeds"]) == (None, 1)
-    assert (rows[1]["front_latency"], rows[1]["front_gmacs"], rows[1]["front_params"]) == (0, 1, 1)
+    assert "fresh_mean" not in rows[1]
+    assert (rows[1]["front_latency"], rows[1]["front_gmacs"], rows[1]["front_params"]) == (0, 0, 0)
     assert (rows[2]["repeats"], rows[2]["seed"], rows[2]["front_gmacs"]) == (0, 1, 0)
     assert rows[3] == {
         **{"trial": 3, "state": "failed", "reason": "out of memory", "seed": 0, "repeats": ""},
@@ -343,18 +427,23 @@ def test_rows_as_csv():
 
 def test_a_trial_as_it_is_drawn():
     trials = study_of_three()
-    point = report.trial_point(trials[0], trials, "spatial")
-    assert (point.number, point.top1, point.mean, point.seeds) == (0, 0.5, pytest.approx(0.6), 2)
-    assert point.deviation == pytest.approx(0.2 / math.sqrt(2))
+    found = pareto.assess(trials)
+    point = report.trial_point(trials[0], found, "spatial")
+    assert (point.number, point.first, point.fresh, point.top1, point.seeds) == (0, 0.5, 0.7, 0.7, 1)
+    assert point.interval == (found.low[0], found.high[0]) and not point.minor
+    assert point.probability == {"latency": 1.0, "gmacs": 1.0, "params": 1.0} and point.opacity("gmacs") == 1
     assert point.costs == {"latency": 20.0, "gmacs": 2.0, "params": 1.0}
     assert (point.blocks, point.label) == (("parallel", "joint"), "block parallel,joint; width 1.5")
-    point = report.trial_point(trials[1], trials, "spatial")
-    assert math.isnan(point.costs["latency"]) and (point.costs["gmacs"], point.deviation) == (1.0, None)
+    point = report.trial_point(trials[1], found, "spatial")
+    assert math.isnan(point.costs["latency"]) and (point.costs["gmacs"], point.interval) == (1.0, None)
+    assert point.minor and (point.top1, point.fresh, point.seeds) == (0.25, None, 0)
+    alone = pareto.assess([])
     shallow = trial(7, 0.5, 1.0, member={"depth1": 2, "block2": "joint", "block": "spatial", "blocks": "no"})
-    assert report.trial_point(shallow, [], "parallel").blocks == ("spatial", "joint")
+    assert report.trial_point(shallow, alone, "parallel").blocks == ("spatial", "joint")
     shallow = trial(7, 0.5, 1.0, member={"depth1": 2})
-    assert report.trial_point(shallow, [], "parallel").blocks == ("parallel",)
-    assert report.trial_point(shallow, [], ["joint", "spatial"]).blocks == ("joint", "spatial")
+    assert report.trial_point(shallow, alone, "parallel").blocks == ("parallel",)
+    assert report.trial_point(shallow, alone, ["joint", "spatial"]).blocks == ("joint", "spatial")
+    assert not report.trial_point(shallow, alone, "parallel").minor
 
 
 def test_the_distribution_of_a_dimension():
@@ -434,19 +523,20 @@ def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
     }
     assert files["one-trials.csv"] == report.to_csv(report.trial_rows(trials))
     assert files["two-trials.csv"] == report.to_csv(report.trial_rows(plain[:2]))
-    points, fronts, variants = drawn[0][1]
+    points, fronts, variants, title = drawn[0][1]
     assert drawn[1] == ("front_image", drawn[0][1]) and drawn[0][0] == "interactive_page"
     assert {name: [point.number for point in found] for name, found in points.items()} == {"one": [0, 1], "two": [0, 1]}
-    assert points["one"][0].seeds == 2 and points["two"][0].blocks == ("spatial",)
-    on_front = {"latency": [0], "gmacs": [1, 0], "params": [1, 0]}
-    assert fronts == {"one": on_front, "two": on_front}
+    assert points["one"][0].seeds == 1 and points["two"][0].blocks == ("spatial",)
+    every = {cost: [0] for cost in COSTS}  # the only member with a fresh seed
+    assert fronts == {"one": every, "two": {"latency": [0], "gmacs": [1, 0], "params": [1, 0]}}
+    assert title == "one: 2 trials; two: 2 trials, one seed each, not repeated"
     assert variants == (base, {"s": 7.0})
     shares = {"top-1": (5, VAL_TOP1), "latency": (5, COSTS["latency"])}
     assert drawn[2] == ("search_progress", ([0.0], shares, "latency"))
     drawn.clear()
     files = report.pareto_files({"one": trials}, BASE, "gmacs")
     assert set(files) == {"front.html", "front.png", "trials.csv", "progress.png"}
-    assert drawn[0][1][2] == (BASE, {})
+    assert drawn[0][1][2:] == ((BASE, {}), "one: 2 trials")
     unset = load_recipe("demo", ["model.blocks=null"])
     report.pareto_files({"one": plain}, unset, "gmacs")
     assert drawn[-3][1][0]["one"][0].blocks == ("parallel",)

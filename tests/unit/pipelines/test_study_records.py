@@ -115,6 +115,7 @@ def old_study(tmp_path):
 def test_an_old_study_opens(old_study):
     study, run_id = find_study(str(old_study))
     assert run_id == "abc"
+    assert study.repeats == 1  # fresh seeds; earlier versions counted the first seed as well
     assert study.recipe.scaling.micro_batch == 4 and study.recipe.data.full_frame is False
     assert study.folder == str(old_study)
     finished, stopped, repeat = read_trials(study.folder)

@@ -308,8 +308,28 @@ def test_a_device_is_sent_one_array_and_asked_for_nothing():
         x, y = to_train_input(there, config, flipped)
     assert (x.device, x.shape, y.shape) == (meta, (8, 3, 3, 14, 12), (8, 10))
     assert len(copies) == 1
-    with pytest.raises((RuntimeError, NotImplementedError)), Copies():
+    with pytest.raises((RuntimeError, NotImplementedError)):
         x.sum().item()
+
+
+def test_no_constant_is_made_on_the_device_from_values_of_the_host():
+    """``torch.tensor(..., device=...)`` is a copy that the host waits for. On the CPU, as the meta device hides it."""
+    made = []
+
+    class Constants(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.lift_fresh.default:
+                made.append(args[0])
+            return function(*args, **(kwargs or {}))
+
+    config = recipe(*(set(KINDS) - {"difference"}))
+    batches = [make_batch(8, seed) for seed in range(4)]
+    with Constants():
+        for batch in batches:
+            to_train_input(batch, config, CLASSES)
+        assert made == []
+        torch.tensor(1.0)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("difference", "flip")])

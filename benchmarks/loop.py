@@ -1,0 +1,127 @@
+"""The host's time of a training step before the model: random parameters, augmentation, noise, and copying the batch.
+
+With PyTorch on a CPU, launching an operation is computing it. So the host's own work (drawing and packing random
+parameters, copying clips) is measured as it is. The launches of the augmentation are measured on frames of 8x8 pixels,
+where computing takes next to nothing: the same operators, in the same number, on the same path through Python. The
+augmentation of whole frames is work of the device; it is shown for the CPU. The former ways of drawing random numbers
+run between the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from posmlp.config import Config, load_recipe
+from posmlp.video import augment
+from posmlp.video.batch import Batch
+from posmlp.video.random_bits import normals
+
+SMALL_FRAME = 8  # pixels
+RUNS = 5  # of each part for one batch; their median counts
+CPU = torch.device("cpu")
+
+
+class Operators(TorchDispatchMode):
+    """Counts PyTorch's operators that do work on a device; views and reads of properties do none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view:
+            self.count[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def random_batch(config: Config, clips: int, side: int, seed: int) -> Batch:
+    """A batch of noise in frames of ``side`` pixels; the seeds do not depend on the size."""
+    rng = np.random.default_rng(seed)
+    seeds = torch.from_numpy(rng.integers(0, 2**63 - 1, clips))
+    shape = (clips, config.model.variant().frames, side, side, 3)
+    pixels = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+    return Batch(pixels, torch.arange(clips), torch.ones(clips), seeds)
+
+
+def parts(config: Config, batch: Batch, small: Batch) -> dict[str, Callable[[], object]]:
+    """What is timed, by its name in the table."""
+    settings, repeats, side = config.augment, config.data.repeats, batch.clips.shape[2]
+    host = augment.draw_parameters(batch.seeds, settings, side, side, repeats)
+    arrays = [*host.arrays.values(), *(array for each in host.passes for array in each[1:])]
+    flipped = torch.arange(config.model.variant().num_classes)
+    keys = [erasure.key for erasure in host.erasures]
+    volume = 3 * batch.clips.shape[1]
+    boxes = [erasure.box for erasure in host.erasures]
+    counts = [volume * box.height * box.width for box in boxes]
+    read_only = batch.clips.numpy().view()
+    read_only.flags.writeable = False
+    rngs = [np.random.default_rng(seed) for seed in batch.seeds.tolist()]
+    return {
+        "host: random parameters": lambda: augment.draw_parameters(batch.seeds, settings, side, side, repeats),
+        "host: pack and send them": lambda: augment.send(arrays, CPU),
+        "host: all of the augmentation, frames of 8x8": lambda: augment.to_train_input(small, config, flipped),
+        "host: copy a read-only batch": lambda: torch.from_numpy(read_only.copy()),
+        "device: noise of the erased boxes": lambda: normals(keys, counts, CPU),
+        "device: augmentation of whole frames": lambda: augment.to_train_input(batch, config, flipped),
+        "before, host: random streams": lambda: [np.random.default_rng(s).spawn(5) for s in batch.seeds.tolist()],
+        "before, host: noise of the erased boxes": lambda: numpy_noise(rngs, counts),
+    }
+
+
+def numpy_noise(rngs: list[np.random.Generator], counts: list[int]) -> list[Tensor]:
+    """The noise of the erased boxes from NumPy's generators."""
+    return [
+        torch.from_numpy(rng.standard_normal(count, dtype=np.float32)) for rng, count in zip(rngs, counts, strict=False)
+    ]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """The time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print a Markdown table of milliseconds, over batches, and the number of operators."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="k400_s16", help="model size and augmentation (default: k400_s16)")
+    parser.add_argument("--clips", type=int, default=16, help="clips of one worker (default: 16)")
+    parser.add_argument("--repeats", type=int, default=10, help="different batches that are timed (default: 10)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
+    parser.add_argument("--host-only", action="store_true", help="leave out the augmentation of whole frames")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = load_recipe(options.recipe, [])
+    side = config.model.variant().image_size
+    times: dict[str, list[float]] = {}
+    for seed in range(-1, options.repeats):  # the first is a warm-up
+        batch, small = (random_batch(config, options.clips, s, seed + 1) for s in (side, SMALL_FRAME))
+        for name, function in parts(config, batch, small).items():
+            if options.host_only and "whole frames" in name:
+                continue
+            taken = [seconds(function) for _ in range(1 if "whole frames" in name else RUNS)]
+            if seed >= 0:
+                times.setdefault(name, []).append(1e3 * statistics.median(taken))
+    with Operators() as operators:
+        augment.to_train_input(small, config, torch.arange(config.model.variant().num_classes))
+    frames = config.model.variant().frames
+    print(f"{options.clips} clips of {frames}x{side}x{side}, recipe {options.recipe}, {options.threads} thread(s)\n")
+    print("| part of a step | median ms | fastest | slowest |\n|---|---|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    print(f"\nThe last batch's augmentation runs {operators.count.total()} operators that are not views.")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,10 +22,10 @@ from tune_spaces import list_spaces
 
 # The settings of a study that the command line can set, by the names of their options.
 SETTINGS = (
-    *("space", "trials", "searcher", "against", "asha", "seed", "concurrent", "repeats"),
+    *("space", "trials", "searcher", "against", "asha", "seed", "concurrent", "repeats", "hours", "prior"),
     *("budget_gmacs", "budget_ms", "budget_params"),
 )
-CHANGEABLE = {"trials", "concurrent", "repeats"}  # on resume
+CHANGEABLE = {"trials", "concurrent", "repeats", "hours"}  # on resume
 
 
 def add_commands(commands: Commands) -> None:
@@ -49,8 +49,8 @@ def add_tune(commands: Commands) -> None:
     tune.add_argument(
         "--resume",
         metavar="STUDY",
-        help="resume a study, given by its folder or its name below runs/; only --trials, --concurrent and "
-        "--repeats may be given again",
+        help="resume a study, given by its folder or its name below runs/; only --trials, --concurrent, "
+        "--repeats and --hours may be given again",
     )
     tune.add_argument("--trials", type=positive, help="number of trials to train (default: 20)")
     tune.add_argument(
@@ -61,20 +61,39 @@ def add_tune(commands: Commands) -> None:
     tune.add_argument(
         "--against",
         choices=COSTS,
-        help="cost to minimise next to the accuracy; excludes --asha (default: none)",
+        help="cost to minimise next to the accuracy (default: none)",
     )
     tune.add_argument(
         "--asha",
         action="store_true",
         default=None,
-        help="stop weak trials early (successive halving, ASHA); excludes --against",
+        help="stop weak trials early by successive halving (ASHA); with --against, only those that others beat in both "
+        "accuracy and cost (MO-ASHA)",
     )
     tune.add_argument("--seed", type=not_negative, help="seed of the search (default: 0)")
     tune.add_argument(
         "--concurrent", type=positive, help="trials that run at a time (default: as many as the cluster has room for)"
     )
     tune.add_argument(
-        "--repeats", type=positive, help="seeds with which each member of the front is trained (default: 1)"
+        "--repeats",
+        type=not_negative,
+        metavar="N",
+        help="after the search, train members whose place on the front is open with up to N fresh seeds each; these "
+        "alone report a member (default: 0)",
+    )
+    tune.add_argument(
+        "--hours",
+        type=positive_float,
+        metavar="H",
+        help="start no trials after H hours, and finish those that run; if --repeats are wanted, the search has two "
+        "thirds of H (default: no limit)",
+    )
+    tune.add_argument(
+        "--prior",
+        nargs="+",
+        metavar="STUDY",
+        help="earlier studies of the same space, from which the searcher learns: folders, names below runs/, or names "
+        "in MLflow",
     )
     tune.add_argument("--budget-gmacs", type=positive_float, metavar="X", help="reject models above X GMACs per clip")
     tune.add_argument(
@@ -89,7 +108,7 @@ def run_tune(args: argparse.Namespace) -> None:
     """Run a new study, or resume one; then print its Pareto front."""
     from pydantic import ValidationError
 
-    from pipelines.studies.study import Study, StudyError, explain_error, find_study
+    from pipelines.studies.study import Study, StudyError, explain_error, find_study, read_study_hits
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     if args.resume:
@@ -97,8 +116,8 @@ def run_tune(args: argparse.Namespace) -> None:
         refused += [f"--{key.replace('_', '-')}" for key in sorted(given.keys() - CHANGEABLE)]
         if refused or args.overrides:
             raise StudyError(
-                "--resume continues the study with the settings that it was started with; only --trials, --concurrent "
-                f"and --repeats may be given, not {', '.join(refused) or 'overrides'}"
+                "--resume continues the study with the settings that it was started with; only --trials, --concurrent, "
+                f"--repeats and --hours may be given, not {', '.join(refused) or 'overrides'}"
             )
         study, _ = find_study(args.resume)
         study = study.model_copy(update=given)
@@ -119,7 +138,8 @@ def run_tune(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = tune(study, resume=bool(args.resume))
     seconds = time.perf_counter() - start
-    print(f"\n{report.describe_study(result.study.name, result.trials, result.study.against or 'gmacs')}\n")
+    against, hits = result.study.against or "gmacs", read_study_hits(result.study, result.trials)
+    print(f"\n{report.describe_study(result.study.name, result.trials, against, hits=hits)}\n")
     print(
         f"  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
     )
@@ -158,7 +178,7 @@ def run_supernet(args: argparse.Namespace) -> None:
 
     recipe = load_recipe_and_data(args.recipe, args.overrides)
     result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
-    print(f"\n{report.describe_study(Path(result.run).name, result.members, 'gmacs')}")
+    print(f"\n{report.describe_study(Path(result.run).name, result.members, 'gmacs', inherited=True)}")
     if result.agreement:
         print(f"\n{result.agreement}")
     for video in result.bad:

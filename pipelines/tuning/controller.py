@@ -11,20 +11,22 @@ from dataclasses import replace
 
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_json, read_record
-from pipelines.studies import pareto, report
-from pipelines.studies.study import Study, Trial, TrialState, trial_folder, write_trial
+from pipelines.studies import racing, report
+from pipelines.studies.prior import Prior
+from pipelines.studies.study import Study, StudyError, Trial, TrialState, trial_folder, write_trial
 from pipelines.tracking.mlflow_client import PARENT, RUN_NAME, command_name
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import SEARCH_PARAM
 from pipelines.tuning.mo_asha import SuccessiveHalving
 from pipelines.tuning.results import ResultsPublisher
-from pipelines.tuning.search import propose_trial
+from pipelines.tuning.search import Searcher
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp import storage
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, EPOCH, VAL_TOP1
 from tune_spaces import Space
 
 VARIANT_LATENCIES_FILE = "published.json"  # in a study's folder: latency of published variants in ms, by name
+SEARCH_SHARE = 2 / 3  # of the hours, if repeats follow
 PROGRESS_INTERVAL_S = 30.0  # between two progress lines
 
 logger = logging.getLogger(__name__)
@@ -38,23 +40,37 @@ class StudyController:
         variant_latencies: latency in ms of the published variants that the figures mark, once it is measured.
         searching: false once the search is over and the Pareto front is repeated with other seeds.
         stopping: set when the user has asked to stop.
+        searcher: proposes the members.
         halving: the rungs at which trials are stopped early, with what earlier trials reached; None without ``asha``.
         saving: numbers of trials that were stopped early and whose runs still save their state.
         results: draws and logs the study's results.
     """
 
-    def __init__(self, study: Study, space: Space, trials: Sequence[Trial], tracker: Tracker, concurrent: int):
+    def __init__(
+        self,
+        study: Study,
+        space: Space,
+        trials: Sequence[Trial],
+        tracker: Tracker,
+        concurrent: int,
+        prior: Sequence[Prior] = (),
+    ):
         """
         Args:
             trials: those that were recorded before; those that were running are resumed first.
             concurrent: number of trials that run at a time.
+            prior: earlier studies from which the searcher learns.
         """
         self.study, self.space, self.tracker, self.concurrent = study, space, tracker, concurrent
         self.trials = {trial.number: trial for trial in trials}
         self.variant_latencies = read_json(storage.join(study.folder, VARIANT_LATENCIES_FILE)) or {}
         self.pending = [trial for trial in trials if trial.state == TrialState.RUNNING]  # before any new suggestion
         self.searching = True
+        self.settled: tuple[int, int] | None = None  # numbers of all and of running trials when no repeat was needed
         self.stopping = threading.Event()
+        self.searcher = Searcher(study, space, prior)
+        self.began = time.monotonic()
+        self.late: set[bool] = set()  # values of ``searching`` for which the end of the time is logged
         self.halving = successive_halving(study, trials) if study.asha else None
         self.saving: set[int] = set()
         self.without_checkpoint: set[int] = set()  # stopped trials that cannot be promoted
@@ -87,12 +103,39 @@ class StudyController:
         """The trial that ``next_trial`` returns next unless the study is stopping; does not record it."""
         if self.pending:
             return self.pending[0]
+        if self.time_is_up():
+            return None
         if promoted := self.promotable_trial():
             return promoted
-        scheduled = [t for t in self.trials.values() if t.repeat_of is None and t.state != TrialState.OVER_BUDGET]
-        if not self.searching or len(scheduled) >= self.study.trials:
-            return None
-        return propose_trial(self.study, self.space, self.in_order())
+        if not self.searching:
+            return self.next_repeat()
+        return self.searcher.propose(self.in_order()) if self.count_trials() < self.study.trials else None
+
+    def count_trials(self) -> int:
+        """Number of trials that count: repeats and those over a budget do not."""
+        return sum(t.repeat_of is None and t.state != TrialState.OVER_BUDGET for t in self.trials.values())
+
+    def time_is_up(self) -> bool:
+        """Return whether ``hours`` are over, so that no more trials start. If repeats follow, the search has a part."""
+        hours, share = self.study.hours, SEARCH_SHARE if self.searching and self.study.repeats else 1.0
+        if hours is None or time.monotonic() - self.began < hours * share * 3600:
+            return False
+        if self.searching not in self.late:
+            self.late.add(self.searching)
+            what = "the search's two thirds of " * (share < 1)
+            logger.info("%s%g hours are over: no more trials start, those that run are finished", what, hours)
+        return True
+
+    def check_search(self) -> None:
+        """Say why the search has ended before its number of trials.
+
+        Raises:
+            StudyError: no member is within the budgets.
+        """
+        if self.searcher.found_none:
+            raise StudyError(self.searcher.why_none)
+        if self.searcher.why_none and self.count_trials() < self.study.trials:
+            logger.warning("%s", self.searcher.why_none)
 
     def next_trial(self) -> Trial | None:
         """Record and return the next trial to start; None if there is none."""
@@ -101,7 +144,10 @@ class StudyController:
             return None
         if self.pending:
             self.pending.pop(0)
-        what = "" if trial.repeat_of is None else f" (trial {trial.repeat_of} with seed {trial.seed})"
+        what = ""
+        if trial.repeat_of is not None:
+            why = f"{trial.reason}; " if trial.reason else ""
+            what = f" (trial {trial.repeat_of}: {why}seed {trial.seed})"
         known = self.trials.get(trial.number)
         if known and known.state == TrialState.STOPPED:
             what = f" is promoted, it was stopped {known.reason}"
@@ -134,9 +180,11 @@ class StudyController:
         It may once a running trial turns out to be over a budget, or has reached a rung, where it may help a stopped
         one to be promoted.
         """
-        if self.stopping.is_set():
+        if self.stopping.is_set() or self.time_is_up():
             return False
         running = [trial for trial in self.trials.values() if trial.state == TrialState.RUNNING]
+        if not self.searching and running:  # its top-1 may open the place of another member
+            return True
         return bool(running and self.study.budget_ms is not None) or self.may_promote(running)
 
     def may_promote(self, running: Sequence[Trial]) -> bool:
@@ -148,18 +196,21 @@ class StudyController:
         return bool(climbing or self.saving)
 
     def start_repeats(self) -> None:
-        """End the search, and queue the trials of the Pareto front with further seeds, except those done before."""
-        trials = self.in_order()
-        costs = [self.study.against] if self.study.against else list(COSTS)
-        on_front = {trial.number: trial for cost in costs for trial in pareto.pareto_front(trials, cost)}
-        done = {(trial.repeat_of, trial.seed) for trial in trials}
-        number = max(self.trials) + 1
-        for first in (on_front[n] for n in sorted(on_front)):
-            for seed in range(first.seed + 1, first.seed + self.study.repeats):
-                if (first.number, seed) not in done:
-                    self.pending.append(Trial(number, first.member, seed, repeat_of=first.number))
-                    number += 1
+        """End the search. From now on members get fresh seeds, as ``racing.next_repeat`` chooses them."""
         self.searching = False
+
+    def next_repeat(self) -> Trial | None:
+        """The next trial with a fresh seed; None if no member needs one, as far as the finished trials show."""
+        running = sum(trial.state == TrialState.RUNNING for trial in self.trials.values())
+        if self.settled == (len(self.trials), running):  # Tune asks often
+            return None
+        costs = [self.study.against] if self.study.against else list(COSTS)
+        chosen = racing.next_repeat(self.in_order(), costs, self.study.repeats)
+        if chosen is None:
+            self.settled = (len(self.trials), running)
+            return None
+        first, number = chosen.first, max(self.trials) + 1
+        return Trial(number, first.member, chosen.seed, repeat_of=first.number, reason=chosen.reason)
 
     def trial_job(self, trial: Trial) -> TrialJob:
         """What a ``TrialRun`` needs to run a trial."""

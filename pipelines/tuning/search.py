@@ -1,92 +1,327 @@
 """Which member of a search space to train next, given the trials so far. Nothing here runs on Ray.
 
-Optuna's samplers suggest one member at a time. Each suggestion has its own random numbers, seeded by the study's seed
-and the suggestion's number, and the sampler is given all trials again. So a suggestion depends on nothing else, and a
-study that resumes after a kill continues with the suggestions that it would have had without.
+The searcher suggests one member at a time. A suggestion depends on the study, its prior studies, the trials so far and
+the suggestion's number, and on nothing else. So a study that resumes after a kill continues with the suggestions that
+it would have had without.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import warnings
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import optuna
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, create_trial
-from optuna.trial import TrialState as OptunaState
+from optuna.trial import FrozenTrial
 
+from pipelines.studies import report
+from pipelines.studies.prior import Prior, is_value_of
 from pipelines.studies.study import Study, StudyError, Trial, TrialState, over_budget
+from pipelines.tuning.samplers import (
+    Columns,
+    Sampler,
+    Suggestion,
+    excess,
+    objectives,
+    tell_complete,
+    tell_over_budget,
+    tell_trial,
+)
 from posmlp import create_model
 from posmlp.config import Config, RecipeError
-from posmlp.metrics import COST_GMACS, COST_PARAMS_M, COSTS, EPOCH, VAL_TOP1
+from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, COSTS, VAL_TOP1
 from posmlp.model.cost import count_macs, count_params
 from tune_spaces import Range, Space, Value
 
-MAX_SUGGESTIONS = 2000  # in a row that are known, impossible or over a budget: then the space counts as exhausted
-OWN_SUGGESTIONS = 50  # of them by the study's searcher, which may repeat what it knows; the others are random
-TPE_STARTUP_TRIALS = 8  # random trials before TPE models anything
-NSGA2_POPULATION = 12  # studies have tens of trials, not thousands
-OPTUNA_STATES = {
-    TrialState.RUNNING: OptunaState.RUNNING,
-    TrialState.FINISHED: OptunaState.COMPLETE,
-    TrialState.STOPPED: OptunaState.PRUNED,
-    TrialState.FAILED: OptunaState.FAIL,
-    TrialState.OVER_BUDGET: OptunaState.FAIL,
-}
+LARGEST_ENUMERATED = 10_000  # members of a space: up to here, each suggestion is the best of all unseen members
+MOST_LOOKS = 2000  # members that one proposal looks at in a larger space before the search ends
+MOST_REJECTED = 20  # of a proposal: members over a budget that the sampler is told of
+MIN_OVER_BUDGET = 20  # trials in a row whose measured cost is over a budget: then the search ends, at the earliest
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+BUDGET_OPTIONS = {COST_GMACS: "--budget-gmacs", COST_LATENCY_MS: "--budget-ms", COST_PARAMS_M: "--budget-params"}
 
 
 @dataclass(frozen=True)
-class Suggestion:
-    """A member that a searcher suggests.
+class Check:
+    """What is known of a member before it is trained.
 
     Attributes:
-        number: number of the suggestion in the study, from 0.
-        member: the value of each dimension.
-        sampler_attrs: what Optuna's sampler stored with the suggestion.
+        costs: the costs that need no measurement, by metric name; empty if no budget needs them.
+        refused: it cannot be built.
+        excess: how far it is over the budgets in all, relative to each; 0 if it is within them.
     """
 
-    number: int
-    member: dict[str, Value]
-    sampler_attrs: dict[str, Any]
+    costs: dict[str, float]
+    refused: bool = False
+    excess: float = 0.0
+
+
+class Searcher:
+    """Proposes the members of a study, one at a time.
+
+    It keeps what it has told Optuna's sampler, and adds what is new, so that a proposal stays fast in a long study. A
+    searcher that is made anew from the study's records proposes the same.
+
+    Attributes:
+        why_none: why the last call of ``propose`` returned None; empty if it did not.
+        found_none: it returned None although no trial is within the budgets.
+    """
+
+    def __init__(self, study: Study, space: Space, prior: Sequence[Prior] = ()):
+        """
+        Args:
+            prior: earlier studies of the same space.
+        """
+        self.study, self.space = study, space
+        self.size = space_size(space)
+        self.sampler = Sampler(study, space)
+        self.learns = study.searcher in ("tpe", "nsga2")
+        self.checks: dict[Key, Check] = {}
+        self.grid: np.ndarray | None = None  # [members, dimensions]: index of each value
+        if study.searcher != "grid" and self.size <= LARGEST_ENUMERATED:
+            counts = [len(cast(tuple[Value, ...], values)) for values in space.dimensions.values()]
+            self.grid = np.indices(counts).reshape(len(counts), -1).T
+        self.prior = [told for each in prior for told in self.tell_prior(each)]
+        self.has_prior = bool(prior)
+        self.scale: Scale = []
+        self.told: dict[int, tuple[Trial, list[FrozenTrial]]] = {}  # by number of the trial
+        self.why_none, self.found_none = "", False
+
+    def propose(self, trials: Sequence[Trial]) -> Trial | None:
+        """Propose the next trial: its member is new, can be built, and is within the budgets that need no measurement.
+
+        Args:
+            trials: all trials so far, including those that run.
+
+        Returns:
+            The trial; None if the search is at its end, see ``why_none``.
+        """
+        self.why_none, self.found_none = "", False
+        first_seeds = [trial for trial in trials if trial.repeat_of is None]
+        in_a_row = over_budget_in_a_row(first_seeds)
+        if in_a_row >= max(MIN_OVER_BUDGET, self.study.trials):
+            self.end(first_seeds, f"the last {in_a_row} that were measured are over the budget")
+            return None
+        start = max((trial.suggestion for trial in trials), default=-1) + 1
+        rejected: list[dict[str, Any]] = []
+        suggestion, member = self.find(first_seeds, start, rejected)
+        if suggestion is None:
+            return None
+        number, seed = max((trial.number for trial in trials), default=-1) + 1, self.study.recipe.train.seed
+        attrs = suggestion.sampler_attrs
+        return Trial(number, member, seed, suggestion.number, sampler_attrs=attrs, rejected=rejected)
+
+    def find(
+        self, trials: Sequence[Trial], start: int, rejected: list[dict[str, Any]]
+    ) -> tuple[Suggestion | None, dict[str, Value]]:
+        """Find a new member that can be built and is within the budgets that need no measurement.
+
+        Args:
+            trials: those with the first seed.
+            start: number of the first suggestion.
+            rejected: receives the members over a budget of which the sampler was told (``Trial.rejected``).
+
+        Returns:
+            The suggestion, and the member that stands for it; None if the search is at its end.
+        """
+        known = {member_key(member) for trial in trials for member in (trial.member, *rejected_members(trial))}
+        told = self.tell(trials)
+        looks = 0
+        for suggestion in self.suggestions(told, start):
+            for member in self.ranked(suggestion):
+                looks += 1
+                key = member_key(member)
+                check = None if key in known else self.check(member)
+                if check is None or check.refused:
+                    continue
+                if not check.excess:
+                    return suggestion, member
+                if self.learns and len(rejected) < MOST_REJECTED:
+                    known.add(key)
+                    rejected.append({"member": member, "sampler_attrs": suggestion.sampler_attrs})
+                    told.append(self.tell_rejected(rejected[-1]))
+                    break  # the sampler knows more now, and suggests another
+            else:
+                if self.grid is not None:
+                    break
+                if looks >= MOST_LOOKS:
+                    self.end(trials, f"the last {looks} that it looked at are known, over a budget or cannot be built")
+                    return None, {}
+        self.end(trials, f"it has looked at all {self.size:.0f}")
+        return None, {}
+
+    def end(self, trials: Sequence[Trial], reason: str) -> None:
+        """Record why the search ends, and which member comes nearest to the budgets if none is within them."""
+        name, budgets = self.study.space, self.study.budgets()
+        self.why_none = f"the search finds no further member of space {name} to train: {reason}"
+        if any(trial.state != TrialState.OVER_BUDGET for trial in trials):
+            return
+        self.found_none = True
+        measured = [(sum_over(excess(budgets, trial.metrics)), trial.member, trial.metrics) for trial in trials]
+        checked = [(check.excess, dict(key), check.costs) for key, check in self.checks.items() if check.excess]
+        near = min(measured + checked, key=lambda each: each[0], default=None)
+        if near is None:
+            self.why_none = f"space {name} has no member that can be built with this recipe: {reason}"
+            return
+        _, member, costs = near
+        over = {metric: budget for metric, budget in budgets.items() if costs.get(metric, 0) > budget}
+        values = "; ".join(over_budget({metric: budget}, costs) for metric, budget in over.items())
+        options = " and ".join(f"{BUDGET_OPTIONS[metric]} {round_up(costs[metric]):g}" for metric in over)
+        self.why_none = (
+            f"the search finds no member of space {name} within the budgets: {reason}. The nearest is "
+            f"{report.describe_member(member)}: {values}. Start a new study with {options} or more, or with a space of "
+            "smaller members"
+        )
+
+    # --- suggestions ---------------------------------------------------------------------------------------------
+
+    def suggestions(self, told: Sequence[FrozenTrial], start: int) -> Iterator[Suggestion]:
+        """Yield the suggestions of the study's searcher from number ``start`` on, including known members.
+
+        Args:
+            told: what the sampler knows; the caller may add to it between two suggestions.
+        """
+        if self.study.searcher != "grid":
+            for number in itertools.count(start):
+                yield self.sampler.suggest(told, number)
+        grid = itertools.product(*(cast(tuple[Value, ...], values) for values in self.space.dimensions.values()))
+        for number, values in enumerate(itertools.islice(grid, start, None), start):
+            member = dict(zip(self.space.dimensions, values, strict=True))
+            yield Suggestion(number, member, {}, at_random=False, acquisition=None)
+
+    def ranked(self, suggestion: Suggestion) -> Iterator[dict[str, Value]]:
+        """Yield the members that may stand for a suggestion, best first.
+
+        In a space of at most ``LARGEST_ENUMERATED`` members these are all members, in a larger one the suggestion and
+        its neighbours, which differ in one dimension. TPE ranks them by its acquisition. For NSGA-II those that differ
+        in the fewest dimensions come first. A random suggestion is followed by all members in random order, or in a
+        large space by none: the next suggestion is random too. Ties are in random order.
+        """
+        if self.study.searcher == "grid":
+            yield suggestion.member
+            return
+        rng = np.random.default_rng([self.study.seed, suggestion.number, 1])
+        if self.grid is None:
+            yield suggestion.member
+            if suggestion.at_random:
+                return
+            members = neighbours(self.space, suggestion.member)
+            order = rng.permutation(len(members))
+            if suggestion.acquisition and members:
+                order = order[np.argsort(-suggestion.acquisition(self.columns(members))[order], kind="stable")]
+            yield from (members[index] for index in order)
+            return
+        order = rng.permutation(len(self.grid))
+        if suggestion.acquisition:
+            score = suggestion.acquisition(dict(zip(self.space.dimensions, self.grid.T, strict=True)))
+        elif suggestion.at_random:
+            yield suggestion.member
+            score = np.zeros(len(self.grid))
+        else:
+            score = -(self.grid != self.indices(suggestion.member)).sum(axis=1)
+        for index in order[np.argsort(-score[order], kind="stable")]:
+            yield self.member_at(index)
+
+    def member_at(self, index: int) -> dict[str, Value]:
+        """A member of an enumerated space."""
+        assert self.grid is not None
+        choices = cast(dict[str, tuple[Value, ...]], self.space.dimensions)
+        return {name: values[at] for (name, values), at in zip(choices.items(), self.grid[index], strict=True)}
+
+    def indices(self, member: dict[str, Value]) -> np.ndarray:
+        """Index of each value of a member: ``[dimensions]``."""
+        return np.array([cast(tuple[Value, ...], v).index(member[name]) for name, v in self.space.dimensions.items()])
+
+    def columns(self, members: Sequence[dict[str, Value]]) -> Columns:
+        """Members as Optuna has them inside."""
+        distributions = self.sampler.distributions
+        return {
+            name: np.array([each.to_internal_repr(member[name]) for member in members])
+            for name, each in distributions.items()
+        }
+
+    # --- what the sampler knows ----------------------------------------------------------------------------------
+
+    def tell(self, trials: Sequence[Trial]) -> list[FrozenTrial]:
+        """What the sampler knows, in the order of the trials: only new and changed ones are converted."""
+        if not self.learns:
+            return []
+        scale = own_scale(self.study, trials) if self.has_prior else []
+        if scale != self.scale:
+            self.scale = scale
+            self.told.clear()
+        told = list(self.prior)
+        for trial in sorted(trials, key=lambda trial: trial.number):
+            found = self.told.get(trial.number)
+            if found is None or (found[0] is not trial and found[0] != trial):
+                found = self.told[trial.number] = trial, self.convert(trial)
+            told += found[1]
+        return told
+
+    def convert(self, trial: Trial) -> list[FrozenTrial]:
+        """A trial as the sampler sees it, after the members that were rejected before it."""
+        values = objectives(self.study, trial)
+        if self.has_prior and values:
+            values = standardise(values, self.scale) if self.scale else None
+        told = tell_trial(self.study, trial, self.sampler.distributions, values)
+        return [*map(self.tell_rejected, trial.rejected), *([told] if told else [])]
+
+    def tell_rejected(self, rejected: dict[str, Any]) -> FrozenTrial:
+        """A member that was rejected for its static costs, as the sampler sees it."""
+        member = rejected["member"]
+        over = excess(self.study.budgets(), self.check(member).costs)
+        return tell_over_budget(self.study, member, over, self.sampler.distributions, rejected["sampler_attrs"])
+
+    def tell_prior(self, prior: Prior) -> list[FrozenTrial]:
+        """An earlier study as the sampler sees it: its values are standardised, as its epochs and data may differ.
+
+        GMACs and parameters are computed for this study's recipe. A measured latency is that of the earlier study, and
+        says nothing about this study's budget.
+        """
+        against, budgets = self.study.against, self.study.budgets()
+        known = []
+        for trial in prior.trials:
+            try:
+                costs = static_costs(self.space.recipe(self.study.recipe, trial.member))
+            except RecipeError:
+                continue
+            costs |= {COST_LATENCY_MS: trial.metrics[COST_LATENCY_MS]} if COST_LATENCY_MS in trial.metrics else {}
+            values = [trial.metrics[VAL_TOP1], *([costs.get(COSTS[against], math.nan)] if against else [])]
+            costs.pop(COST_LATENCY_MS, None)
+            if all(map(math.isfinite, values)):
+                known.append((trial.member, values, excess(budgets, costs)))
+        scale = scale_of(self.study, [values for _, values, _ in known])
+        distributions, attrs = self.sampler.distributions, self.sampler.first_attrs()
+        return [
+            tell_complete(member, standardise(values, scale), over, distributions, attrs)
+            for member, values, over in known
+        ]
+
+    def check(self, member: dict[str, Value]) -> Check:
+        """Build a member's recipe and compute its costs, as far as budgets need them. The result is remembered."""
+        key = member_key(member)
+        if key not in self.checks:
+            self.checks[key] = self.check_anew(member)
+        return self.checks[key]
+
+    def check_anew(self, member: dict[str, Value]) -> Check:
+        """What is known of a member before it is trained."""
+        try:
+            config = self.space.recipe(self.study.recipe, member)
+        except RecipeError:
+            return Check({}, refused=True)
+        budgets = self.study.budgets()
+        costs = static_costs(config) if budgets.keys() - {COST_LATENCY_MS} else {}
+        return Check(costs, excess=sum_over(excess(budgets, costs)))
 
 
 def propose_trial(study: Study, space: Space, trials: Sequence[Trial]) -> Trial | None:
-    """Propose the next trial: its member is new, can be built, and is within the budgets that need no measurement.
-
-    Args:
-        trials: all trials so far, including those that run.
-
-    Returns:
-        The trial; None if the space has no such member left, as far as ``MAX_SUGGESTIONS`` suggestions show.
-    """
-    known = {member_key(trial.member) for trial in trials}
-    first_seeds = [trial for trial in trials if trial.repeat_of is None]
-    number = max((trial.number for trial in trials), default=-1) + 1
-    start = max((trial.suggestion for trial in trials), default=-1) + 1
-    for suggestion in itertools.islice(suggest_members(study, space, first_seeds, start), MAX_SUGGESTIONS):
-        if len(known) == space_size(space):
-            return None
-        if member_key(suggestion.member) in known:
-            continue
-        known.add(member_key(suggestion.member))
-        try:
-            config = space.recipe(study.recipe, suggestion.member)
-        except RecipeError:
-            continue
-        if not over_budget(study.budgets(), static_costs(config)):
-            seed, attrs = study.recipe.train.seed, suggestion.sampler_attrs
-            return Trial(number, suggestion.member, seed, suggestion.number, sampler_attrs=attrs)
-    return None
+    """Propose the next trial of a study without prior studies; see ``Searcher.propose``."""
+    return Searcher(study, space).propose(trials)
 
 
 def check_space(study: Study, space: Space, trials: Sequence[Trial]) -> None:
@@ -112,37 +347,10 @@ def check_space(study: Study, space: Space, trials: Sequence[Trial]) -> None:
             )
 
 
-def is_value_of(values: tuple[Value, ...] | Range, value: Value) -> bool:
-    """Return whether a dimension has a value."""
-    if isinstance(values, Range):
-        return isinstance(value, int | float) and values.low <= value <= values.high
-    return value in values
-
-
-def suggest_members(study: Study, space: Space, trials: Sequence[Trial], start: int) -> Iterator[Suggestion]:
-    """Yield the suggestions of the study's searcher from number ``start`` on, including known and impossible members.
-
-    Args:
-        trials: the trials that the searcher learns from.
-    """
-    if study.searcher == "grid":
-        grid = itertools.product(*(cast(tuple[Value, ...], values) for values in space.dimensions.values()))
-        for number, values in enumerate(itertools.islice(grid, start, None), start):
-            yield Suggestion(number, dict(zip(space.dimensions, values, strict=True)), {})
-        return
-    distributions = {name: to_distribution(values) for name, values in space.dimensions.items()}
-    directions = [StudyDirection.MAXIMIZE] + [StudyDirection.MINIMIZE] * bool(study.against)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna_study = optuna.create_study(directions=directions)
-        for trial in trials:
-            optuna_study.add_trial(to_optuna_trial(study, trial, distributions))
-        for number in itertools.count(start):
-            optuna_study.sampler = make_sampler(study, number, number - start >= OWN_SUGGESTIONS)
-            asked = optuna_study.ask(distributions)
-            attrs = {k: v for k, v in optuna_study.trials[-1].system_attrs.items() if k.endswith(":generation")}
-            yield Suggestion(number, dict(asked.params), attrs)
-            optuna_study.tell(asked, state=OptunaState.FAIL)  # the caller wants another: this one was not used
+def over_budget_in_a_row(trials: Sequence[Trial]) -> int:
+    """Number of trials over a budget since the last one that is within all budgets, without those that run."""
+    ended = [trial for trial in sorted(trials, key=lambda trial: -trial.number) if trial.state != TrialState.RUNNING]
+    return sum(1 for _ in itertools.takewhile(lambda trial: trial.state == TrialState.OVER_BUDGET, ended))
 
 
 def space_size(space: Space) -> float:
@@ -150,45 +358,10 @@ def space_size(space: Space) -> float:
     return math.prod(math.inf if isinstance(values, Range) else len(values) for values in space.dimensions.values())
 
 
-def make_sampler(study: Study, number: int, at_random: bool) -> BaseSampler:
-    """Optuna's sampler for the study's searcher, or a random one, with the random numbers of suggestion ``number``."""
-    seed = int(np.random.SeedSequence([study.seed, number]).generate_state(1)[0])
-    if at_random or study.searcher == "random":
-        return RandomSampler(seed)
-    if study.searcher == "nsga2":
-        return NSGAIISampler(population_size=NSGA2_POPULATION, seed=seed)
-    # constant_liar: running trials count as bad, so that concurrent trials differ.
-    return TPESampler(n_startup_trials=TPE_STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed)
-
-
-def to_distribution(values: tuple[Value, ...] | Range) -> BaseDistribution:
-    """A dimension as an Optuna distribution."""
-    if isinstance(values, Range):
-        return FloatDistribution(values.low, values.high, log=values.log)
-    return CategoricalDistribution(values)
-
-
-def to_optuna_trial(study: Study, trial: Trial, distributions: dict[str, BaseDistribution]) -> FrozenTrial:
-    """A trial as Optuna's samplers see it. They learn nothing from one that failed or has no finite result."""
-    values, state = objectives(study, trial), OPTUNA_STATES[trial.state]
-    if values is None and state in (OptunaState.COMPLETE, OptunaState.PRUNED):
-        state = OptunaState.FAIL
-    curve = {int(trial.metrics[EPOCH]): values[0]} if state == OptunaState.PRUNED and values else {}
-    return create_trial(
-        state=state,
-        values=values if state == OptunaState.COMPLETE else None,
-        params=dict(trial.member),
-        distributions=distributions,
-        system_attrs=trial.sampler_attrs,
-        intermediate_values=curve,
-    )
-
-
-def objectives(study: Study, trial: Trial) -> list[float] | None:
-    """The values that the study optimises: top-1 and, if it has one, the cost; None if one is unknown or not finite."""
-    names = [VAL_TOP1, COSTS[study.against]] if study.against else [VAL_TOP1]
-    values = [trial.metrics.get(name, math.nan) for name in names]
-    return values if all(map(math.isfinite, values)) else None
+def neighbours(space: Space, member: dict[str, Value]) -> list[dict[str, Value]]:
+    """The members that differ from a member in one choice."""
+    choices = [(name, values) for name, values in space.dimensions.items() if isinstance(values, tuple)]
+    return [member | {name: value} for name, values in choices for value in values if value != member[name]]
 
 
 def static_costs(config: Config) -> dict[str, float]:
@@ -198,6 +371,50 @@ def static_costs(config: Config) -> dict[str, float]:
     return {COST_GMACS: count_macs(config.model.variant()) / 1e9, COST_PARAMS_M: params / 1e6}
 
 
-def member_key(member: dict[str, Value]) -> tuple[tuple[str, Value], ...]:
+def sum_over(over: dict[str, float]) -> float:
+    """How far costs are over their budgets in all: the sum of those that are."""
+    return sum(value for value in over.values() if value > 0)
+
+
+def round_up(cost: float) -> float:
+    """A cost with two digits, rounded up."""
+    step = 10.0 ** (math.floor(math.log10(cost)) - 1)
+    return float(f"{math.ceil(cost / step) * step:.6g}")
+
+
+# --- scales of different studies --------------------------------------------------------------------------------
+
+Scale = list[tuple[float, float]]  # of each objective: what is subtracted, and what the rest is divided by
+
+
+def scale_of(study: Study, values: Sequence[Sequence[float]]) -> Scale:
+    """Mean and standard deviation of top-1 and of a measured cost. Costs that are computed need no scale."""
+    scale: Scale = []
+    for index, column in enumerate(zip(*values, strict=True)):
+        computed = index > 0 and study.against != "latency"
+        scale.append((0.0, 1.0) if computed else (statistics.mean(column), statistics.pstdev(column) or 1.0))
+    return scale
+
+
+def standardise(values: Sequence[float], scale: Scale) -> list[float]:
+    """Objectives in units of a study's own standard deviation."""
+    return [(value - mean) / deviation for value, (mean, deviation) in zip(values, scale, strict=True)]
+
+
+def own_scale(study: Study, trials: Sequence[Trial]) -> Scale:
+    """The scale of a study's own trials; empty as long as fewer than two are fully trained."""
+    found = [values for trial in trials if trial.state == TrialState.FINISHED and (values := objectives(study, trial))]
+    return scale_of(study, found) if len(found) >= 2 else []
+
+
+Key = tuple[tuple[str, Value], ...]
+
+
+def member_key(member: dict[str, Value]) -> Key:
     """A hashable value that is equal for equal members."""
     return tuple(sorted(member.items()))
+
+
+def rejected_members(trial: Trial) -> Iterator[dict[str, Value]]:
+    """The members that a budget refused before a trial was proposed."""
+    return (each["member"] for each in trial.rejected)

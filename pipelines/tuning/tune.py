@@ -23,6 +23,7 @@ from pipelines.registry.model_files import save_model_files
 from pipelines.runs import checkpoints
 from pipelines.runs.record import check_writable, run_folder, write_json
 from pipelines.studies import pareto
+from pipelines.studies.prior import find_priors, read_priors, write_priors
 from pipelines.studies.study import (
     STUDY_FILE,
     Study,
@@ -30,6 +31,7 @@ from pipelines.studies.study import (
     Trial,
     fully_trained,
     read_study,
+    read_study_hits,
     read_trials,
     study_space,
     write_study,
@@ -50,14 +52,15 @@ from pipelines.training.progress import describe_overrides
 from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController
 from pipelines.tuning.ray_tune import run_trials
 from pipelines.tuning.results import describe_study
-from pipelines.tuning.search import check_space, propose_trial
+from pipelines.tuning.search import Searcher, check_space
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
 from posmlp.config import Config, SplitSection
 from posmlp.metrics import COST_LATENCY_MS, PUBLISHED_LATENCY_MS
 
-# How the best trial is chosen (pareto.best_trial), as a tag of the registered model.
-BEST_RULE = "highest val/top1 of fully trained trials (the mean, for those with several seeds); ties: fewest GMACs"
+# How the best member and the run of its model are chosen, as a tag of the registered model.
+FRESH_RULE = "highest mean val/top1 over fresh seeds, ties: fewest GMACs; the model is that of the first fresh seed"
+SINGLE_RULE = "highest val/top1 of fully trained trials, one seed each, not repeated; ties: fewest GMACs"
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class StudyResult:
     Attributes:
         mlflow_run_id: id of the study's own MLflow run.
         trials: all trials, ordered by number.
-        best: the best trial (``pareto.best_trial``); None if no trial was finished.
+        best: the first trial of the best member (``pareto.best_trial``); None if no trial was finished.
         undelivered: number of operations that MLflow has not received yet (``posmlp sync`` delivers them).
         links: into MLflow's pages, by what they show.
     """
@@ -89,7 +92,8 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     trials again.
 
     Args:
-        study: the settings; on resume only ``trials``, ``concurrent`` and ``repeats`` may differ from the first call's.
+        study: the settings; on resume only ``trials``, ``concurrent``, ``repeats`` and ``hours`` may differ from the
+            first call's.
         resume: resume the study of this name.
 
     Raises:
@@ -115,10 +119,12 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     lists = {"train": list_fingerprint(train_set), "val": list_fingerprint(val_set)}
     datasets = describe_splits(recipe.data, train_set, val_set, lists)
     study = study.model_copy(update={"recipe": recipe})
+    priors = read_priors(study) if found else find_priors(study, space)
     if not trials:
-        first = propose_trial(study, space, [])
+        searcher = Searcher(study, space, priors)
+        first = searcher.propose([])
         if first is None:
-            raise StudyError(f"space {study.space} has no member within the budgets that can be built; raise a budget")
+            raise StudyError(searcher.why_none)
         member = space.recipe(recipe, first.member)  # a space may choose the weights
         find_weights(recipe if member.model.weights == recipe.model.weights else member)
     check_writable(study.folder)
@@ -127,23 +133,26 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     recipe = choose_device(recipe)
     study = study.model_copy(update={"recipe": recipe})
     wait_for_room(recipe.scaling)
-    concurrent = study.concurrent or max_concurrent_trials(recipe)
+    concurrent = concurrent_trials(study)
     with hold_signals() as held:  # it makes MLflow's tables and run
         tracker = open_tracker(study, found[1] if found else None)
     logger.info("MLflow: %s", tracker.place)
     logger.info("%s", links_text(tracker.uri, study_links(tracker)))
     status = "FAILED"
     try:
+        if not found:
+            write_priors(study, priors)
         log_settings(study, tracker)
         tracker.log_inputs(datasets)
         tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions)))
         raise_held(held)
-        controller = StudyController(study, space, trials, tracker, concurrent)
+        controller = StudyController(study, space, trials, tracker, concurrent, priors)
         controller.log_start()
         with controller.results as results:
             run_trials(controller)
+            controller.check_search()
             compare_latencies(controller)
-            if study.repeats > 1:
+            if study.repeats:
                 controller.start_repeats()
                 run_trials(controller)
             results.finish(controller.in_order(), controller.variant_latencies)
@@ -182,16 +191,33 @@ def with_absolute_paths(recipe: Config) -> Config:
     return recipe.model_copy(update={"data": data, "train": train, "tracking": tracking})
 
 
+def concurrent_trials(study: Study) -> int:
+    """Number of trials that run at a time: the user's, if the cluster has room for so many or may grow."""
+    room = trials_that_fit(study.recipe)
+    if study.concurrent and study.concurrent > room and not study.recipe.scaling.wait_s:
+        # More would take the CPUs of the decoders, and all of them would wait for clips forever.
+        logger.warning("--concurrent %d: the cluster has room for %d, and so many run", study.concurrent, room)
+        return room
+    return study.concurrent or max_concurrent_trials(study.recipe)
+
+
 def max_concurrent_trials(recipe: Config) -> int:
-    """Number of trials that the cluster can train at a time, with CPUs left to decode for them; at least 1."""
-    cluster, scaling = ray.cluster_resources(), recipe.scaling
-    cpus, gpus = cluster.get("CPU", 0), cluster.get("GPU", 0)
-    cpus_per_trial = scaling.workers * scaling.cpus_per_worker
-    limits = [int((cpus - MIN_DECODING_CPUS + 1e-6) / cpus_per_trial)]
-    limits += [int(gpus / scaling.workers)] if scaling.use_gpu is True else []
+    """Number of trials that run at a time unless the user says it: those that fit, each with cores for its threads."""
+    room, scaling = trials_that_fit(recipe), recipe.scaling
     if scaling.threads_per_worker and scaling.use_gpu is not True:
-        limits.append(max(1, int(cpus / (scaling.workers * scaling.threads_per_worker))))
-    return max(1, min(limits))
+        cpus = ray.cluster_resources().get("CPU", 0)
+        room = min(room, int(cpus / (scaling.workers * scaling.threads_per_worker)))
+    return max(1, room)
+
+
+def trials_that_fit(recipe: Config) -> int:
+    """Number of trials whose resources the cluster has, with CPUs left to decode for them; at least 1."""
+    cluster, scaling = ray.cluster_resources(), recipe.scaling
+    room = int((cluster.get("CPU", 0) - MIN_DECODING_CPUS + 1e-6) / (scaling.workers * scaling.cpus_per_worker))
+    if scaling.use_gpu is True:
+        on_a_gpu = int(1 / scaling.gpus_per_worker + 1e-6)
+        room = min(room, int(cluster.get("GPU", 0)) * on_a_gpu // scaling.workers)
+    return max(1, room)
 
 
 def open_tracker(study: Study, run_id: str | None) -> Tracker:
@@ -250,18 +276,39 @@ def compare_latencies(controller: StudyController) -> None:
 
 
 def register_best(controller: StudyController, datasets: Sequence[Mapping[str, str]]) -> None:
-    """Register the best trial's model under the study's name, with the alias ``best``. A failure is only logged."""
-    study, tracker, best = controller.study, controller.tracker, pareto.best_trial(controller.in_order())
+    """Register the model of the best member under the study's name, with the alias ``best``.
+
+    With fresh seeds it is the model of the first of them: the luckiest one would be a choice by luck. A failure is only
+    logged.
+    """
+    study, tracker, trials = controller.study, controller.tracker, controller.in_order()
+    best = pareto.best_trial(trials)
     if best is None or not study.recipe.tracking.log_model:
         return
-    config = study.trial_recipe(controller.space, best.member, best.number, best.seed)
+    found = pareto.assess(trials, read_study_hits(study, trials))
+    run = found.runs[best.number][0]
+    config = study.trial_recipe(controller.space, run.member, run.number, run.seed)
     try:
         checkpoint = checkpoints.choose(run_folder(config))
-        measured_by = best.mlflow_run_id or tracker.run_id
+        measured_by = run.mlflow_run_id or tracker.run_id
         link = link_to(checkpoint, checkpoints.read_info(checkpoint), measured_by, datasets_of_metrics(datasets))
         tracker.log_model(partial(save_model_files, checkpoint), link)
-        tags = {"trial": str(best.number), "trial.run": best.mlflow_run_id or "", "rule": BEST_RULE}
-        version = register_model(tracker.uri, tracker.run_id, study.name, tags)
-        logger.info("model %s version %s (trial %d) has the alias best", study.name, version, best.number)
+        tags = {"trial": str(run.number), "trial.run": run.mlflow_run_id or "", "member": str(best.number)}
+        version = register_model(tracker.uri, tracker.run_id, study.name, tags | certainty_tags(found, best.number))
+        logger.info("model %s version %s (trial %d) has the alias best", study.name, version, run.number)
     except Exception as error:  # of the export, the network or the registry; the study itself is finished
         logger.warning("the best model could not be registered (%s: %s)", type(error).__name__, error)
+
+
+def certainty_tags(found: pareto.Assessment, number: int) -> dict[str, str]:
+    """What is known of the best member's top-1, as tags of the registered model.
+
+    Args:
+        number: of the member's first trial.
+    """
+    tags = {"top1": f"{found.top1[number]:.4f}", "seeds": str(len(found.runs[number]))}
+    tags["top1.interval_95"] = f"{found.low[number]:.4f} to {found.high[number]:.4f}"
+    if not found.repeated:
+        return tags | {"top1.interval_of": "validation videos alone", "rule": SINGLE_RULE}
+    luck = f"{found.luck_of_the_best():.4f}"
+    return tags | {"top1.interval_of": "seeds and validation videos", "top1.luck": luck, "rule": FRESH_RULE}

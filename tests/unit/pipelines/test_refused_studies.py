@@ -13,8 +13,15 @@ from pipelines.cli import main
         (["demo", "--space", "learning", "--searcher", "grid"], "searcher grid needs values to choose from"),
         (["demo", "--space", "depths", "--searcher", "nsga2"], "nsga2 searches a Pareto front"),
         (["--resume", "nowhere"], "no study nowhere"),
-        (["demo", "--resume", "nowhere"], "only --trials, --concurrent and --repeats may be given, not RECIPE"),
-        (["demo", "--space", "widths", "--budget-gmacs", "1e-6"], "has no member within the budgets"),
+        (
+            ["demo", "--resume", "nowhere"],
+            "only --trials, --concurrent, --repeats and --hours may be given, not RECIPE",
+        ),
+        (
+            ["demo", "--space", "widths", "--budget-gmacs", "1e-6"],
+            "no member of space widths within the budgets: it has looked at all 6. The nearest is width 0.5: cost/gmacs",
+        ),
+        (["demo", "--space", "widths", "--prior", "nowhere"], "--prior nowhere: neither nowhere nor"),
         (["demo", "--space", "widths", "data.train.path=nowhere.csv"], "nowhere.csv"),
     ],
 )

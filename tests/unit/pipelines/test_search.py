@@ -9,18 +9,13 @@ from hypothesis import strategies as st
 
 from pipelines.studies import study as records
 from pipelines.studies.study import Study, StudyError, Trial, TrialState, over_budget
-from pipelines.tuning import search as searching
-from pipelines.tuning.search import (
-    check_space,
-    make_sampler,
+from pipelines.tuning.samplers import (
+    Sampler,
     objectives,
-    propose_trial,
-    space_size,
-    static_costs,
-    suggest_members,
+    tell_trial,
     to_distribution,
-    to_optuna_trial,
 )
+from pipelines.tuning.search import Searcher, check_space, propose_trial, space_size, static_costs
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, VAL_TOP1
@@ -110,8 +105,9 @@ def test_tpe_learns_from_trials_that_were_stopped_and_not_from_failed_ones():
     both = [replace(trial, number=i, suggestion=i) for i, trial in enumerate(bad + good)]
 
     def share(state):
-        asked = suggest_members(study, FOUR, [replace(trial, state=state) for trial in both], 100)
-        return sum(next(asked).member["b"] == "z" for _ in range(40)) / 40
+        sampler, trials = Sampler(study, FOUR), [replace(trial, state=state) for trial in both]
+        told = [told for t in trials if (told := tell_trial(study, t, sampler.distributions, objectives(study, t)))]
+        return sum(sampler.suggest(told, number).member["b"] == "z" for number in range(40)) / 40
 
     assert share(TrialState.STOPPED) > 0.6
     assert share(TrialState.FAILED) < 0.5
@@ -137,7 +133,7 @@ def test_top1_is_maximised_and_the_cost_minimised(searcher, against, directions,
     member = {"a": 1, "b": "x", "c": 0.5, "d": 0}
     metrics = {VAL_TOP1: 0.7, COSTS["gmacs"]: 3.5, COSTS["params"]: 8.0, "epoch": 3.0}
     trial = Trial(0, member, state=TrialState.FINISHED, metrics=metrics)
-    next(suggest_members(study_of(searcher, against), FOUR, [trial], 1))
+    propose_trial(study_of(searcher, against), FOUR, [trial])
     (study,) = created
     assert [direction.name for direction in study.directions] == directions
     assert study.trials[0].values == [0.7, 3.5][: len(directions)]
@@ -236,44 +232,26 @@ def test_the_record_of_a_study_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("searcher", "at_random", "kind", "options"),
+    ("searcher", "kind", "options"),
     [
-        ("tpe", False, "TPESampler", {"n_startup_trials": 8, "multivariate": True, "constant_liar": True}),
-        ("nsga2", False, "NSGAIISampler", {"population_size": 12}),
-        ("random", False, "RandomSampler", {}),
-        ("tpe", True, "RandomSampler", {}),
-        ("nsga2", True, "RandomSampler", {}),
+        ("tpe", "TPESampler", {"n_startup_trials": 8, "multivariate": True, "constant_liar": True}),
+        ("nsga2", "NSGAIISampler", {"population_size": 12}),
+        ("random", "RandomSampler", {}),
     ],
 )
-def test_the_samplers_of_optuna_and_their_settings(searcher, at_random, kind, options, monkeypatch):
+def test_the_samplers_of_optuna_and_their_settings(searcher, kind, options, monkeypatch):
     """The seed is numpy.random.SeedSequence([3, 5]).generate_state(1), as printed by NumPy 2."""
-    made = []
-    for name in ("TPESampler", "NSGAIISampler", "RandomSampler"):
-        monkeypatch.setattr(searching, name, lambda seed=None, _name=name, **given: made.append((_name, seed, given)))
-    make_sampler(study_of(searcher, "gmacs" if searcher == "nsga2" else None, seed=3), 5, at_random)
-    assert made == [(kind, 3746004709, options)]
+    made, base = [], getattr(optuna.samplers, kind)
+    init = base.__init__
 
+    def record(self, *args, seed=None, **given):
+        made.append((seed if seed is not None else args[0], given))
+        init(self, *args, seed=seed, **given) if seed is not None else init(self, *args, **given)
 
-def test_after_50_suggestions_that_were_not_used_members_are_random(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        searching, "make_sampler", lambda study, *how: asked.append(how) or optuna.samplers.RandomSampler(how[0])
-    )
-    suggestions = suggest_members(study_of("tpe"), FOUR, [], 7)
-    assert [next(suggestions).number for _ in range(53)] == list(range(7, 60))
-    assert asked == [(number, number >= 57) for number in range(7, 60)]
-
-
-def test_a_suggestion_that_was_not_used_counts_as_failed(monkeypatch, recwarn):
-    created, create = [], optuna.create_study
-    monkeypatch.setattr(optuna, "create_study", lambda **options: created.append(create(**options)) or created[-1])
-    suggestions = suggest_members(study_of("random"), FOUR, [], 0)
-    members = [next(suggestions).member for _ in range(3)]
-    assert [trial.state.name for trial in created[0].trials] == ["FAIL", "FAIL", "RUNNING"]
-    assert not recwarn.list  # Optuna warns of a trial that ends with neither a state nor values
-    assert [trial.params for trial in created[0].trials] == members
-    assert all(member.keys() == FOUR.dimensions.keys() for member in members)
-    assert all(value in FOUR.dimensions[name] for member in members for name, value in member.items())
+    monkeypatch.setattr(base, "__init__", record)
+    sampler = Sampler(study_of(searcher, "gmacs" if searcher == "nsga2" else None, seed=3), FOUR).make_sampler(5)
+    assert isinstance(sampler, base)
+    assert made[0] == (3746004709, options)
 
 
 def test_the_generation_of_nsga2_is_stored_with_the_trial():
@@ -294,23 +272,54 @@ def test_dimensions_as_optuna_has_them():
 @pytest.mark.parametrize(
     ("state", "top1", "expected"),
     [
-        (TrialState.FINISHED, 0.7, ("COMPLETE", [0.7], {})),
-        (TrialState.STOPPED, 0.7, ("PRUNED", None, {3: 0.7})),
-        (TrialState.RUNNING, 0.7, ("RUNNING", None, {})),
-        (TrialState.FAILED, 0.7, ("FAIL", None, {})),
-        (TrialState.OVER_BUDGET, 0.7, ("FAIL", None, {})),
-        (TrialState.FINISHED, float("inf"), ("FAIL", None, {})),
-        (TrialState.STOPPED, float("nan"), ("FAIL", None, {})),
-        (TrialState.RUNNING, None, ("RUNNING", None, {})),
+        (TrialState.FINISHED, 0.7, ("COMPLETE", [0.7], {}, {"cost/gmacs": -0.5})),
+        (TrialState.STOPPED, 0.7, ("PRUNED", None, {3: 0.7}, {"cost/gmacs": -0.5})),
+        (TrialState.RUNNING, 0.7, ("RUNNING", None, {}, {})),
+        (TrialState.FAILED, 0.7, None),
+        (TrialState.OVER_BUDGET, 0.7, ("COMPLETE", [0.0], {}, {"cost/gmacs": -0.5, "cost/latency_ms": 0.25})),
+        (TrialState.FINISHED, float("inf"), None),
+        (TrialState.STOPPED, float("nan"), None),
+        (TrialState.RUNNING, None, ("RUNNING", None, {}, {})),
     ],
 )
 def test_a_trial_as_optuna_has_it(state, top1, expected):
-    metrics = {"epoch": 3.0} | ({} if top1 is None else {VAL_TOP1: top1})
+    """Budgets of 4 GMACs and 8 ms; the member has 2 GMACs and, if it is over a budget, 10 ms."""
+    metrics = {"epoch": 3.0, "cost/gmacs": 2.0} | ({} if top1 is None else {VAL_TOP1: top1})
+    metrics |= {"cost/latency_ms": 10.0} if state == TrialState.OVER_BUDGET else {}
     member, space = {"a": 2, "c": 0.25}, {"a": to_distribution((1, 2)), "c": to_distribution(Range(0.1, 1.0))}
     trial = Trial(4, member, state=state, metrics=metrics, sampler_attrs={"x:generation": 2})
-    made = to_optuna_trial(study_of("tpe"), trial, space)
-    assert (made.state.name, made.values, made.intermediate_values) == expected
-    assert (made.params, made.distributions, made.system_attrs) == (member, space, {"x:generation": 2})
+    study = study_of("tpe", budget_gmacs=4, budget_ms=8)
+    made = tell_trial(study, trial, space, objectives(study, trial))
+    if expected is None:
+        assert made is None
+        return
+    assert (made.state.name, made.values, made.intermediate_values, made.constraints) == expected
+    assert (made.params, made.distributions, made.system_attrs["x:generation"]) == (member, space, 2)
+
+
+def test_a_stopped_trial_of_two_objectives_lacks_epochs_and_no_value_of_it_counts():
+    recipe = BASE.model_copy(update={"train": BASE.train.model_copy(update={"epochs": 12})})
+    study = study_of("tpe", "gmacs").model_copy(update={"recipe": recipe})
+    metrics = {"epoch": 3.0, "cost/gmacs": 2.0, VAL_TOP1: 0.9}
+    trial = Trial(4, {"a": 2}, state=TrialState.STOPPED, metrics=metrics)
+    made = tell_trial(study, trial, {"a": to_distribution((1, 2))}, objectives(study, trial))
+    assert (made.state.name, made.values, made.constraints) == ("COMPLETE", [0.0, 0.0], {"unfinished": 0.75})
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "nsga2"])
+def test_a_partial_accuracy_of_two_objectives_never_counts_as_a_final_one(searcher):
+    """Trials that were stopped after one epoch have the best top-1, all with b = x; the search does not go there."""
+    study, rows = study_of(searcher, "gmacs", seed=1), []
+    for number, trial in enumerate(search(study_of("grid"), 72)[::2]):
+        stopped = trial.member["b"] == "x"
+        metrics = {VAL_TOP1: 0.99 if stopped else 0.2, COSTS["gmacs"]: 1.0, "epoch": 1.0 if stopped else 24.0}
+        state = TrialState.STOPPED if stopped else TrialState.FINISHED
+        attrs = {"NSGAIISampler:generation": number // 12} if searcher == "nsga2" else {}
+        rows.append(replace(trial, number=number, suggestion=number, state=state, metrics=metrics, sampler_attrs=attrs))
+    sampler = Sampler(study, FOUR)
+    told = [tell_trial(study, trial, sampler.distributions, objectives(study, trial)) for trial in rows]
+    share = sum(sampler.suggest(told, number).member["b"] == "x" for number in range(100, 200)) / 100
+    assert share < 0.2
 
 
 # Which trial is proposed ----------------------------------------------------------------------------------------------
@@ -328,14 +337,15 @@ def test_a_trial_has_the_next_numbers_and_the_seed_of_the_recipe():
     assert trial.member == {"a": 1, "b": "x", "c": 1.0, "d": 1}
 
 
-def test_the_searcher_does_not_see_repeats(monkeypatch):
-    given_trials = []
-    monkeypatch.setattr(
-        searching, "suggest_members", lambda study, space, trials, start: given_trials.append((trials, start)) or ()
-    )
-    trials = [Trial(0, {"a": 1}, suggestion=0), Trial(1, {"a": 1}, repeat_of=0), Trial(2, {"a": 2}, suggestion=5)]
-    assert propose_trial(study_of("tpe"), FOUR, trials) is None
-    assert given_trials == [([trials[0], trials[2]], 6)]
+@pytest.mark.parametrize("searcher", ["tpe", "random"])
+def test_the_searcher_does_not_see_repeats(searcher):
+    """A repeat changes neither the member nor the suggestion that follow, whatever its result."""
+    study = study_of(searcher)
+    trials = search(study, 12)
+    following = propose_trial(study, FOUR, trials)
+    best = max(trials, key=lambda trial: trial.metrics[VAL_TOP1])
+    repeat = Trial(12, best.member, 1, repeat_of=best.number, state=TrialState.FINISHED, metrics={VAL_TOP1: 0.0})
+    assert propose_trial(study, FOUR, [*trials, repeat]) == replace(following, number=13)
 
 
 def test_members_that_are_known_or_cannot_be_built_are_skipped():
@@ -347,18 +357,18 @@ def test_members_that_are_known_or_cannot_be_built_are_skipped():
     assert propose_trial(study_of("grid"), space, [known, trial]) is None
 
 
-def test_a_search_gives_up_after_2000_suggestions(monkeypatch):
-    taken = []
+def test_a_search_of_a_large_space_gives_up_after_2000_members():
+    """No member can be built: 16 channels have no 3 groups. The other dimensions change nothing."""
+    space = Space({"groups": (3,), **{name: tuple(range(10)) for name in "abcde"}}, impossible)
+    for searcher, against in [("random", None), ("tpe", None), ("nsga2", "gmacs")]:
+        searcher = Searcher(study_of(searcher, against), space)
+        assert searcher.propose([]) is None and searcher.found_none
+        assert "no member that can be built" in searcher.why_none
+        assert 1000 < len(searcher.checks) <= 2100
 
-    def endless(study, space, trials, start):
-        for number in range(10**6):
-            taken.append(number)
-            yield searching.Suggestion(number, {"lr": 0.5}, {})
 
-    monkeypatch.setattr(searching, "suggest_members", endless)
-    space = Space({"lr": Range(0.1, 1.0)}, lambda member: {})
-    assert propose_trial(study_of("tpe"), space, [Trial(0, {"lr": 0.5})]) is None
-    assert len(taken) == 2000
+def impossible(member):
+    return {"model.groups": [member["groups"], 8, 8, 16]}
 
 
 def test_the_size_of_a_space():

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.data import DataContext
 
-from pipelines.data.loader import chain_segments, decoding_options, global_order, local_order
+from pipelines.data.loader import chain_segments, configure_ray_data, decoding_options, global_order, local_order
 from posmlp.config import load_recipe
 
 
@@ -102,6 +104,26 @@ def test_decoding_prefers_the_nodes_with_the_labels_and_falls_back_to_any():
         "label_selector": {"ray.io/node-group": "cpu", "disk": "fast"},
         "fallback_strategy": [{"label_selector": {}}],
     }
+
+
+@pytest.mark.parametrize(("cpus", "sharing", "world"), [(2, 2, 1), (16, 1, 1), (16, 4, 1), (16, 2, 3)])
+def test_trials_that_run_together_share_the_object_store_and_the_decoding_cpus(monkeypatch, cpus, sharing, world):
+    """However many, they get the share of a run that is alone. A process keeps nothing of the run before."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "object_store_memory": 1e9})
+    config, context = recipe("data.rows_per_block=32"), DataContext.get_current().copy()
+    DataContext._set_current(context)
+    configure_ray_data(recipe(), True, 1)
+    alone = context.execution_options.resource_limits.object_store_memory
+    configure_ray_data(config, True, world, sharing)
+    limits, block = context.execution_options.resource_limits, context.target_max_block_size
+    assert limits.object_store_memory * world * sharing == pytest.approx(alone)
+    free = cpus - world * sharing * config.scaling.cpus_per_worker
+    assert limits.cpu * world * sharing <= max(2 * free, 2 * world * sharing)
+    fresh = DataContext()
+    DataContext._set_current(fresh)
+    configure_ray_data(config, True, world, sharing)
+    assert (fresh.execution_options.resource_limits, fresh.target_max_block_size) == (limits, block)
+    assert fresh.execution_options.preserve_order and context.execution_options.preserve_order
 
 
 def test_no_segments_have_no_results():

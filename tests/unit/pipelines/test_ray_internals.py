@@ -4,6 +4,7 @@ A failure of ``test_ray_has_the_name`` after an upgrade names what the new Ray h
 """
 
 import logging
+import os
 import sys
 from unittest.mock import MagicMock
 
@@ -105,6 +106,17 @@ def test_tune_does_not_copy_withheld_variables(monkeypatch):
     monkeypatch.setattr(PROPAGATED, {"AWS_SECRET_ACCESS_KEY", "OTHER"})
     ray_internals.withhold_from_tune_actors({"AWS_SECRET_ACCESS_KEY"})
     assert {"OTHER"} == class_cache.ENV_VARS_TO_PROPAGATE
+
+
+def test_tune_gives_its_actors_variables_in_the_block_alone(monkeypatch):
+    monkeypatch.setattr(PROPAGATED, {"OTHER"})
+    monkeypatch.setenv("BEFORE", "old")
+    monkeypatch.delenv("NEW", raising=False)
+    with ray_internals.give_to_tune_actors({"BEFORE": "1", "NEW": "2", "OTHER": "3"}):
+        assert {"BEFORE", "NEW", "OTHER"} == class_cache.ENV_VARS_TO_PROPAGATE
+        assert (os.environ["BEFORE"], os.environ["NEW"]) == ("1", "2")
+    assert {"OTHER"} == class_cache.ENV_VARS_TO_PROPAGATE
+    assert os.environ["BEFORE"] == "old" and not {"NEW", "OTHER"} & set(os.environ)
 
 
 def test_usage_statistics_that_are_disabled_get_no_actor(mocked):

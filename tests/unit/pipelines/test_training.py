@@ -3,15 +3,25 @@
 import logging
 import math
 import re
+import sys
+import threading
 from unittest.mock import MagicMock
 
 import cloudpickle
 import numpy as np
 import pytest
+import ray
 
-from pipelines.cluster.capacity import device_for, matches_labels, worker_resources, workers_that_fit
+from pipelines.cluster.capacity import (
+    device_for,
+    matches_labels,
+    why_run_cannot_fit,
+    worker_resources,
+    workers_that_fit,
+)
 from pipelines.commands.training import format_result
 from pipelines.runs.errors import BadVideo
+from pipelines.studies.study import Study
 from pipelines.tracking import prometheus
 from pipelines.training.channel import Registration, RunChannel
 from pipelines.training.messages import (
@@ -37,7 +47,9 @@ from pipelines.training.progress import (
     early_stop,
 )
 from pipelines.training.train import RunReporter, RunResult
+from pipelines.tuning.tune import concurrent_trials, max_concurrent_trials, trials_that_fit
 from posmlp.config import ScalingSection, load_recipe
+from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassResult
 from tests.helpers.log_lines import log_lines
 
@@ -286,12 +298,87 @@ def test_workers_are_counted_on_nodes_with_the_labels():
         ({"use_gpu": False}, 2, False, "2 GPUs, idle because of scaling.use_gpu=false"),
         ({"use_gpu": False}, 0, False, "device: CPU; the cluster has no GPU"),
         ({"use_gpu": True, "workers": 2}, 0, True, "device: GPU"),  # an autoscaler may start some
+        ({"gpus_per_worker": 0.25}, 1, True, "device: GPU, 0.25 of one (scaling.gpus_per_worker) for each of 1 worker"),
+        ({"gpus_per_worker": 0.25}, 0, False, "device: CPU; the cluster has no GPU"),
     ],
 )
 def test_auto_uses_gpus_if_there_are_enough(scaling, gpus, use_gpu, says):
     chosen, line = device_for(ScalingSection(**scaling), gpus)
     assert chosen is use_gpu
     assert says in line
+
+
+def test_no_event_between_two_threads_is_lost_or_exchanged():
+    channel, count = RunChannel(), 20_000
+    sender = threading.Thread(target=lambda: [channel.send(StepMetrics([[i]])) for i in range(count)])
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        sender.start()
+        found = []
+        while sender.is_alive():
+            found += channel.receive()
+    finally:
+        sys.setswitchinterval(before)
+    found += channel.receive()
+    assert [event.rows[0][0] for event in found] == list(range(count))
+
+
+def nodes_with(monkeypatch, **resources):
+    """Make Ray report one node."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources, "Labels": {}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+
+
+def test_workers_reserve_a_fraction_of_a_gpu(monkeypatch):
+    shared = ScalingSection(use_gpu=True, gpus_per_worker=0.25)
+    assert worker_resources(shared) == {"CPU": 1.0, "GPU": 0.25}
+    assert worker_resources(ScalingSection(use_gpu=True)) == {"CPU": 1.0, "GPU": 1.0}
+    assert workers_that_fit([({"CPU": 8.0, "GPU": 1.0}, {})], shared) == 4
+    nodes_with(monkeypatch, CPU=4.0, GPU=0.5)
+    assert why_run_cannot_fit(shared) == ""
+    assert "need 0.75 of a GPU each" in why_run_cannot_fit(shared.model_copy(update={"gpus_per_worker": 0.75}))
+
+
+@pytest.mark.parametrize(
+    ("resources", "scaling", "fitting", "at_a_time"),
+    [
+        ({"CPU": 16, "GPU": 2}, ["scaling.use_gpu=true"], 2, 2),
+        ({"CPU": 16, "GPU": 2}, ["scaling.use_gpu=true", "scaling.gpus_per_worker=0.25"], 8, 8),
+        (
+            {"CPU": 16, "GPU": 2},
+            ["scaling.use_gpu=true", "scaling.gpus_per_worker=0.4"],
+            4,
+            4,
+        ),  # none has a part of two
+        ({"CPU": 4, "GPU": 2}, ["scaling.use_gpu=true", "scaling.gpus_per_worker=0.25"], 6, 6),  # 0.5 CPUs each
+        ({"CPU": 2}, ["scaling.use_gpu=false"], 2, 2),
+        ({"CPU": 8}, ["scaling.use_gpu=false", "scaling.threads_per_worker=2"], 14, 4),
+        ({"CPU": 1}, ["scaling.use_gpu=false"], 1, 1),
+    ],
+)
+def test_concurrent_trials_leave_a_cpu_for_decoding_and_share_gpus(monkeypatch, resources, scaling, fitting, at_a_time):
+    nodes_with(monkeypatch, **resources)
+    recipe = load_recipe("demo", scaling)
+    assert (trials_that_fit(recipe), max_concurrent_trials(recipe)) == (fitting, at_a_time)
+
+
+@pytest.mark.parametrize(("asked", "wait_s", "number"), [(None, 0, 2), (1, 0, 1), (4, 0, 2), (4, 60, 4)], ids=str)
+def test_a_user_cannot_take_the_cpus_of_the_decoders(monkeypatch, asked, wait_s, number):
+    nodes_with(monkeypatch, CPU=2)
+    recipe = load_recipe("demo", ["scaling.use_gpu=false", f"scaling.wait_s={wait_s}"])
+    assert concurrent_trials(Study(recipe=recipe, name="s", space="block_types", concurrent=asked)) == number
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, 2])
+def test_a_share_of_a_gpu_is_above_0_and_at_most_1(fraction):
+    with pytest.raises(UserError, match=r"scaling\.gpus_per_worker"):
+        load_recipe("demo", [f"scaling.gpus_per_worker={fraction}"])
+
+
+def test_workers_of_one_run_do_not_share_a_gpu():
+    with pytest.raises(UserError, match=r"2 workers .* on one GPU, which NCCL refuses"):
+        load_recipe("demo", ["scaling.gpus_per_worker=0.5", "scaling.workers=2"])
 
 
 # --- early stopping ---------------------------------------------------------------------------------------------

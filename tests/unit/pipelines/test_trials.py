@@ -3,11 +3,13 @@
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from pipelines.studies.study import TrialState
 from pipelines.training.train import RunResult
 from pipelines.tuning import trial
-from pipelines.tuning.trial import TrialEvent, TrialJob, TrialRun
+from pipelines.tuning.trial import TrialEvent, TrialJob, TrialRun, actor_resources, trains_here
+from posmlp.errors import UserError
 from tests.helpers.small_runs import recipe_for
 
 
@@ -35,3 +37,59 @@ def test_a_trial_that_ends_early_is_finished_and_says_why(motion_set, tmp_path, 
     event = TrialEvent.from_json(sent[-1]["event"])
     assert (event.state, event.reason) == (TrialState.FINISHED, ended_early)
     assert event.metrics == {"cost/gmacs": 1.0, **epochs[-1]}
+
+
+SERVER = "tracking.uri=http://mlflow:5000"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "here", "anywhere"),
+    [
+        ([], 1, True, False),
+        ([], 2, False, None),  # MLflow's SQLite file would have writers on both
+        ([SERVER], 2, True, True),
+        ([SERVER, "train.storage=s3://videos/runs"], 1, True, False),  # the journal lies on the node
+        ([SERVER, "train.storage=s3://videos/runs"], 2, False, None),
+        ([SERVER, "scaling.workers=2"], 1, False, None),
+    ],
+)
+def test_a_trial_trains_in_its_actor_where_its_journal_and_mlflow_are(
+    motion_set, tmp_path, monkeypatch, overrides, nodes, here, anywhere
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(trial.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    config = recipe_for(tmp_path, motion_set, "scaling.use_gpu=true", "scaling.train_on={group: gpu}", *overrides)
+    assert trains_here(config, nodes) is here
+    resources, this_node = actor_resources(config, here), {"node:10.0.0.1": 0.001}
+    if not here:
+        assert resources.bundles == [this_node]
+        return
+    assert resources.bundles == [{"CPU": 0.5, "GPU": 1.0} | ({} if anywhere else this_node)]
+    assert resources._bound.kwargs["bundle_label_selector"] == [{"group": "gpu"}]
+    assert resources == actor_resources(config, here) and hash(resources) == hash(actor_resources(config, here))
+
+
+def run_that_ends(monkeypatch, motion_set, tmp_path, error):
+    """A trial whose training raises an error."""
+    monkeypatch.setattr(trial, "start_ray", lambda: None)
+    monkeypatch.setattr(trial, "measure_costs", lambda recipe: {})
+    monkeypatch.setattr(trial, "train", MagicMock(side_effect=error))
+    run = TrialRun.__new__(TrialRun)
+    run.here, run.sharing, run.stop_file = True, 1, ""
+    run.events, run.ending = trial.queue.Queue(), trial.threading.Event()
+    run.run_job(TrialJob(recipe_for(tmp_path, motion_set), {}, {}, {}).to_json())
+    return run
+
+
+@pytest.mark.parametrize("error", [UserError("too few videos"), torch.OutOfMemoryError("20 GiB")])
+def test_what_would_come_again_ends_the_trial_alone(motion_set, tmp_path, monkeypatch, error):
+    result = run_that_ends(monkeypatch, motion_set, tmp_path, error).step()
+    event = TrialEvent.from_json(result["event"])
+    assert result["done"] and event.state == TrialState.FAILED and str(error) in event.reason
+
+
+def test_after_an_unknown_error_the_trial_resumes_in_a_new_process(motion_set, tmp_path, monkeypatch):
+    """Tune replaces the actor of a step that raises."""
+    run = run_that_ends(monkeypatch, motion_set, tmp_path, RuntimeError("an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        run.step()

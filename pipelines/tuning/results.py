@@ -145,7 +145,7 @@ class ResultsPublisher:
         """Wait for the drawing that goes on now, and publish a last state, in at most ``limit_s`` seconds for both."""
         deadline = time.monotonic() + limit_s
         if not self.publishing.acquire(timeout=limit_s):
-            self.warn("they take too long")
+            self.warn("it takes too long")
             return
         try:
             if snapshot:
@@ -189,6 +189,8 @@ class ResultsPublisher:
                 self.write(results)
         except Exception as error:  # whatever it is, the study continues without new figures
             self.warn(error)
+            if self.process:  # it may still send parts of this drawing
+                self.process.kill()
 
     def write(self, results: Results) -> None:
         """Write results to the study's folder and to MLflow."""
@@ -242,7 +244,7 @@ class DrawingProcess:
             while True:
                 if not self.channel.poll(max(0.0, deadline - time.monotonic())):
                     self.kill()
-                    raise DrawingError("they take too long")
+                    raise DrawingError("it takes too long")
                 answer = self.channel.recv()
                 if isinstance(answer, str):
                     raise DrawingError(answer)

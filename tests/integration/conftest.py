@@ -40,12 +40,12 @@ def finished_run(local_ray, motion_set, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_study(local_ray, motion_set, tmp_path_factory):
-    """A finished study of three trials, its front repeated with a second seed; and its log lines."""
+    """A finished study of three trials, its front repeated with a fresh seed; and its log lines."""
     from pipelines.tuning.tune import tune
     from tests.helpers.log_lines import log_lines
     from tests.helpers.small_runs import study_for
 
     folder = tmp_path_factory.mktemp("study")
-    study = study_for(folder, motion_set, "tracking.log_model=true", against="gmacs", repeats=2)
+    study = study_for(folder, motion_set, "tracking.log_model=true", against="gmacs", repeats=1)
     with log_lines() as lines:
         return tune(study), lines

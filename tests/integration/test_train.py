@@ -13,10 +13,13 @@ from PIL import Image
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
 from pipelines.runs.models import load_trained_model
+from pipelines.runs.record import read_hits
 from pipelines.tracking.uris import tracking_uri
+from pipelines.training.preflight import read_splits
 from pipelines.training.train import train
 from posmlp.errors import UserError
 from posmlp.video.augment import to_input
+from posmlp.video.clip import load_clips
 from posmlp.video.motion import MOTION_CLASSES
 from tests.helpers.log_lines import log_lines
 from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
@@ -204,6 +207,38 @@ def test_a_profile_is_an_artifact_of_the_run(crowded):
         names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
     assert any("Convolution" in name for name in names)
     assert any("AdamW" in name for name in names)
+
+
+def check_hits(config, result, characters):
+    """The results of the validation videos, in the run's folder and in MLflow, are those that ``val/top1`` counts."""
+    text = read_hits(result.path)
+    _, run = run_of(config)
+    assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/val_hits.txt").encode() == text
+    assert len(text) == 16 and set(text.decode()) <= set(characters)
+    hits, misses = text.count(b"1"), text.count(b"0")
+    assert hits + misses == result.metrics["val/clips"]
+    assert hits / (hits + misses) == pytest.approx(result.metrics["val/top1"])
+    return text
+
+
+def test_each_validation_videos_result_is_written_in_the_order_of_the_list(finished_run):
+    """Of 2 workers. The trained model scores each video once more, alone."""
+    config, result, *_ = finished_run
+    text = check_hits(config, result, "01")
+    model, info = load_trained_model(checkpoints.find(result.path)[-1].uri)
+    rows = read_splits(config)[1].rows.to_pylist()
+    expected = ""
+    with torch.no_grad():
+        for row in rows:
+            clips, _ = load_clips(row["uri"], row["sample_id"], config, epoch=0, train=False, images=row["frames"])
+            expected += str(int(model(to_input(torch.from_numpy(clips), config)).argmax().item() == row["label"]))
+    assert text.decode() == expected and info.epoch == 2
+
+
+def test_results_of_videos_with_several_views_and_of_bad_ones(crowded):
+    """Of 1 worker; 6 views of each video, and the first two of the list are broken."""
+    config, result, _ = crowded
+    assert check_hits(config, result, "01-")[:2] == b"--"
 
 
 def test_too_many_bad_videos_end_the_run_and_are_named(local_ray, motion_set, tmp_path):

@@ -10,15 +10,17 @@ import time
 import psutil
 import pytest
 import ray
+import torch
 from mlflow import MlflowClient
 from ray.util import placement_group_table
 from ray.util.state import list_actors
 
 from pipelines.cli import main
+from pipelines.cluster.session import WORKER_ENV
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_json, read_record
 from pipelines.studies import logged_study, pareto, report
-from pipelines.studies.study import StudyError, TrialState, read_trials, study_space, trial_folder
+from pipelines.studies.study import StudyError, TrialState, read_study_hits, read_trials, study_space, trial_folder
 from pipelines.tracking.mlflow_client import PARENT
 from pipelines.tracking.uris import study_view, tracking_uri, view_text
 from pipelines.training.train import train
@@ -78,13 +80,19 @@ def test_a_study_trains_and_records_every_trial(finished_study):
     assert any("trial 2: finished" in line for line in lines)
 
 
-def test_the_front_is_repeated_with_another_seed(finished_study):
-    result, _ = finished_study
+def test_the_front_of_the_first_seeds_is_repeated_with_a_fresh_seed(finished_study):
+    result, lines = finished_study
+    first = [trial for trial in result.trials if trial.repeat_of is None]
     again = [trial for trial in result.trials if trial.repeat_of is not None]
-    assert [trial.repeat_of for trial in again] == sorted(t.number for t in pareto.pareto_front(result.trials, "gmacs"))
+    assert {t.number for t in pareto.pareto_front(first, "gmacs")} <= {trial.repeat_of for trial in again}
+    assert len({trial.repeat_of for trial in again}) == len(again)  # racing may open another member's place
     for trial in again:
         assert trial.seed == 1
         assert trial.member == result.trials[trial.repeat_of].member
+    assert any(f"(trial {again[0].repeat_of}: on the front of the first seeds; seed 1)" in line for line in lines)
+    top1 = {trial.repeat_of: trial.metrics[VAL_TOP1] for trial in again}
+    assert pareto.reported_top1(result.trials) == top1
+    assert {t.number for t in pareto.pareto_front(result.trials, "gmacs")} <= set(top1)
 
 
 def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
@@ -96,17 +104,25 @@ def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
     assert parent.data.params["study.space"] == "block_types"
     assert {run.data.tags[PARENT] for run in children} == {parent.info.run_id}
     assert sorted(run.info.run_name for run in children) == [report.trial_name(trial) for trial in result.trials]
-    best = f"; best: {report.trial_name(result.best)}, val/top1 {result.best.metrics[VAL_TOP1]:.1%}"
+    best = f"; {report.describe_best(result.trials)}"
+    assert "(mean over 1 fresh seed)" in best
     assert parent.data.tags["mlflow.note.content"].endswith(best)
     experiment = client.get_experiment(parent.info.experiment_id)
     view = study_view("look", [f"block{stage}" for stage in (1, 2, 3, 4)])
     assert experiment.tags[f"mlflow.sharedViewState.study-{result.mlflow_run_id}"] == view_text(view)
     assert {"front.html", "front.png", "trials.csv"} <= set(os.listdir(result.study.folder))
-    assert len({frozenset(k for k in run.data.metrics if not k.startswith("system/")) for run in children}) == 1
+    own = ("system/", "study/")
+    assert len({frozenset(k for k in run.data.metrics if not k.startswith(own)) for run in children}) == 1
+    found = pareto.assess(result.trials, read_study_hits(result.study, result.trials))
+    assert found.paired and found.repeated
+    members = report.member_metrics(found, "gmacs")
+    assert parent.data.metrics["study/best_top1"] == max(found.top1.values())
     for run in children:
         trial = result.trials[int(run.data.tags["trial"])]
         assert {k: run.data.params[f"search.{k}"] for k in trial.member} == trial.member
         assert run.data.metrics[VAL_TOP1] == trial.metrics[VAL_TOP1]
+        logged = {k: v for k, v in run.data.metrics.items() if k.startswith("study/")}
+        assert logged == pytest.approx(members.get(trial.number, {}))
         for cost in ("cost/gmacs", "cost/params_m"):  # as of any run
             assert float(run.data.params[cost]) == pytest.approx(trial.metrics[cost], rel=1e-5)
         first = client.get_metric_history(run.info.run_id, "train/loss")[0].timestamp
@@ -132,7 +148,9 @@ def test_the_front_is_read_from_mlflow_alone(finished_study, tmp_path, capsys):
         )
         assert {k: seen.metrics[k] for k in trial.metrics} == trial.metrics
     assert main(["front", "look", "--uri", uri, "--out", str(tmp_path)]) == 0
-    assert report.describe_study("look", result.trials, "gmacs") in capsys.readouterr().out
+    hits = read_study_hits(result.study, result.trials)
+    assert logged.hits == hits and len(hits) == sum(trial.repeat_of is not None for trial in result.trials)
+    assert report.describe_study("look", result.trials, "gmacs", hits=hits) in capsys.readouterr().out
     assert {"front.html", "front.png", "trials.csv", "progress.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -155,14 +173,16 @@ def test_the_best_model_is_registered(finished_study):
     result, lines = finished_study
     client, _, _ = mlflow_runs(result.study)
     version = client.get_model_version_by_alias("look", "best")
-    assert version.tags["trial"] == str(result.best.number)
-    assert result.best.number in {trial.repeat_of for trial in result.trials}
+    fresh = next(trial for trial in result.trials if trial.repeat_of == result.best.number)
+    assert (version.tags["trial"], version.tags["member"]) == (str(fresh.number), str(result.best.number))
+    assert version.tags["seeds"] == "1" and "first fresh seed" in version.tags["rule"]
+    assert float(version.tags["top1"]) == pytest.approx(fresh.metrics[VAL_TOP1], abs=1e-4)
     assert any("has the alias best" in line for line in lines)
-    best = checkpoints.choose(trial_folder(result.study, result.best.number))
+    best = checkpoints.choose(trial_folder(result.study, fresh.number))
     (model,) = client.search_logged_models(["1"], f"tags.checkpoint = '{best}' AND name = 'model'")
     assert (version.source, model.source_run_id) == (model.artifact_location, result.mlflow_run_id)
     assert {m.key: m.value for m in model.metrics}["val/top1"] == checkpoints.read_info(best).metrics["val/top1"]
-    assert {m.run_id for m in model.metrics} == {result.best.mlflow_run_id}
+    assert {m.run_id for m in model.metrics} == {fresh.mlflow_run_id}
 
 
 def test_a_finished_study_is_not_repeated(finished_study, capsys):
@@ -365,14 +385,62 @@ def test_a_killed_driver_is_resumed_without_doubles(local_ray, motion_set, tmp_p
     check_whole(study, 2)
 
 
+SAME_AGAIN = '''
+from tune_spaces import Space
+
+
+def space(base):
+    """The first and the last train the same, the one between something else."""
+    return Space({"place": ("first", "between", "last")}, lambda m: BETWEEN if m["place"] == "between" else {})
+
+
+BETWEEN = {"model.blocks": ["joint"] * 4, "train.deterministic": True, "optim.lr": 1e-2, "optim.ema": 0.9}
+'''
+
+
+def test_nothing_of_a_trial_is_left_for_the_next_one_in_its_process(local_ray, motion_set, tmp_path):
+    space = tmp_path / "same.py"
+    space.write_text(SAME_AGAIN)
+    here = ray.get_runtime_context().gcs_address
+    before = {actor.actor_id for actor in list_actors(address=here, limit=1000)}
+    study = study_for(tmp_path, motion_set, space=str(space), searcher="grid", concurrent=1)
+    trials = tune(study).trials
+    assert [trial.state for trial in trials] == [TrialState.FINISHED] * 3
+    started = [actor for actor in list_actors(address=here, limit=1000) if actor.actor_id not in before]
+    assert sum("TrialRun" in actor.class_name for actor in started) == 1  # all trials had the same process
+    assert not any("RayTrainWorker" in actor.class_name for actor in started)
+    first, between, last = (
+        checkpoints.load(checkpoints.newest(trial_folder(study, trial.number))[0])[1][checkpoints.WEIGHTS]
+        for trial in trials
+    )
+    assert first.keys() == last.keys() != between.keys()
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    alone = train(recipe_for(tmp_path, motion_set, *QUICK, f"data.cache_dir={tmp_path}/cache", "name=alone"))
+    trained = checkpoints.load(checkpoints.newest(alone.path)[0])[1][checkpoints.WEIGHTS]
+    assert all(torch.equal(first[name], trained[name]) for name in first)  # a worker of Ray Train
+
+
 @pytest.mark.slow
 def test_killed_processes_of_trials_are_replaced(local_ray, motion_set, tmp_path):
-    """A training worker of the first trial, then the process that drives the second."""
+    """The processes that train two trials; they have started with the allocator's settings."""
     study = study_for(tmp_path, motion_set, "train.epochs=4", concurrent=1, trials=2)
     process = start_tune(tmp_path, study)
+    for number in range(2):
+        wait_for_trial(tmp_path, study, process, number, step=3)
+        (trial,) = actors_of("TrialRun")
+        assert WORKER_ENV.items() <= trial.environ().items()
+        trial.kill()
+    assert process.wait(timeout=300) == 0, log_of(tmp_path)
+    check_whole(study, 2)
+
+
+@pytest.mark.slow
+def test_killed_workers_and_drivers_of_trials_are_replaced(local_ray, motion_set, tmp_path):
+    """A training worker of the first trial, then the process that drives the second: trials of two workers."""
+    study = study_for(tmp_path, motion_set, "train.epochs=4", "scaling.workers=2", concurrent=1, trials=2)
+    process = start_tune(tmp_path, study)
     wait_for_trial(tmp_path, study, process, 0, step=3)
-    (worker,) = actors_of("RayTrainWorker")
-    worker.kill()
+    actors_of("RayTrainWorker")[0].kill()
     wait_for_trial(tmp_path, study, process, 1, step=3)
     for driver in actors_of("TrialRun") + actors_of("Trainable"):
         driver.kill()

@@ -106,6 +106,13 @@ def test_an_epsilon_net_covers_a_front_from_its_ends():
     assert epsilon_net(front)[:3] == [0, 4, 2]
 
 
+def test_each_objective_counts_as_much_in_an_epsilon_net():
+    """The farthest point is that in the middle of the wide gap, whichever objective has the larger numbers."""
+    front = np.array([(4.0, 0.0), (2.0, 0.5), (1.2, 3.0), (0.0, 4.0)])
+    for factor in (1.0, 1000.0, 0.001):
+        assert order_points(front * [factor, 1.0]) == order_points(front * [1.0, factor]) == ([0, 3, 1, 2], 4)
+
+
 SCALES = st.tuples(st.sampled_from([2.0**k for k in (-20, -3, 0, 5, 30)]), st.integers(-8, 8).map(float))
 
 
@@ -158,6 +165,26 @@ def test_what_no_trial_dominates_is_never_stopped(points):
         front = [n for n in range(number + 1) if not any(dominates(other, seen[n]) for other in seen)]
         assert set(front) <= set(continuing)
         assert len(continuing) == max(len(front), len(seen) // 3)
+
+
+@settings(deadline=None)
+@given(points_of(2, min_size=1), st.randoms(use_true_random=False))
+def test_which_trials_continue_does_not_depend_on_who_came_first(points, chance):
+    first, second = SuccessiveHalving(["max", "min"], 9), SuccessiveHalving(["max", "min"], 9)
+    numbers = list(range(len(points)))
+    for number in numbers:
+        first.add(number, 1, points[number])
+    chance.shuffle(numbers)
+    for number in numbers:
+        second.add(number, 1, points[number])
+    assert first.continuing == second.continuing
+
+
+def test_trials_whose_results_are_not_finite_are_stopped_even_among_themselves():
+    halving = SuccessiveHalving(["max"], 9)
+    for number in range(6):
+        halving.add(number, 1, [math.nan])
+    assert halving.promotable(range(6)) == []
 
 
 def test_a_trial_whose_result_is_not_finite_is_stopped_even_alone():

@@ -1,0 +1,301 @@
+"""Early stopping in a study: what the controller hands out, records and rebuilds. Ray and the training are made up."""
+
+import random
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from pipelines.runs import checkpoints
+from pipelines.runs.checkpoints import CheckpointInfo
+from pipelines.studies.study import Study, Trial, TrialState, read_trials, study_space, trial_folder, write_trial
+from pipelines.tuning.controller import StudyController
+from pipelines.tuning.ray_tune import SearcherAdapter, StudyScheduler
+from pipelines.tuning.trial import TrialEvent
+from posmlp.config import load_recipe
+
+CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
+
+
+def study_in(folder, epochs=9, **settings):
+    recipe = load_recipe("demo", [f"train.epochs={epochs}", f"train.storage={folder}"])
+    settings = {"space": "block_types", "searcher": "random", "asha": True, "trials": 6} | settings
+    return Study(name="look", recipe=recipe, **settings)
+
+
+class Search:
+    """A study as Ray Tune runs it, without Ray: each trial's epochs come from the test.
+
+    Attributes:
+        running: Tune's trial id of each running trial, by number.
+    """
+
+    def __init__(self, study, trials=()):
+        self.study, self.running = study, {}
+        self.controller = StudyController(study, study_space(study), trials, MagicMock(run_id="run"), concurrent=3)
+        self.controller.results = MagicMock()
+        self.adapter = SearcherAdapter(self.controller)
+        self.scheduler = StudyScheduler(self.controller, self.adapter.numbers)
+
+    def start(self):
+        """Ask for a trial; returns its number, None (ask again later) or ``Searcher.FINISHED``."""
+        name = f"tune-{len(self.adapter.numbers)}"
+        given = self.adapter.suggest(name)
+        if given in (None, Searcher.FINISHED):
+            return given
+        number = self.adapter.numbers[name]
+        self.running[number] = name
+        return number
+
+    def send(self, number, epoch, top1, gmacs=1.0, keep=True):
+        """The end of a trial's epoch; returns the decision. The trial leaves a checkpoint unless ``keep`` is false."""
+        metrics = {"epoch": float(epoch), "val/top1": top1, "cost/gmacs": gmacs, "cost/latency_ms": 5.0}
+        last = epoch == self.study.recipe.train.epochs
+        event = TrialEvent(TrialState.FINISHED if last else TrialState.RUNNING, metrics)
+        result, name = {"event": event.to_json(), "epoch": epoch, "top1": top1}, self.running[number]
+        tune_trial = SimpleNamespace(trial_id=name)
+        decision = STOP if last else self.scheduler.on_trial_result(None, tune_trial, result)
+        if decision == CONTINUE:
+            self.adapter.on_trial_result(name, result)
+            return decision
+        if keep:
+            save_checkpoint(self.study, number, epoch)
+        self.scheduler.on_trial_complete(None, tune_trial, result)
+        self.adapter.on_trial_complete(name, result)
+        del self.running[number]
+        return decision
+
+
+def save_checkpoint(study, number, epoch):
+    info = CheckpointInfo(step=epoch, epoch=epoch, metrics={}, classes=["a"], config={})
+    checkpoints.save(trial_folder(study, number), info, {"x": torch.zeros(1)}, {})
+
+
+def stop_second(folder, keep=True, **settings):
+    """A search with three trials at the first rung: 0 is better than 1, which is stopped, and 2 has not reached it."""
+    search = Search(study_in(folder, **settings))
+    assert [search.start() for _ in range(3)] == [0, 1, 2]
+    assert search.send(0, 1, 0.9) == CONTINUE
+    assert search.send(1, 1, 0.5, keep=keep) == STOP
+    return search
+
+
+# --- rungs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epochs", "decided"), [(10, [1, 3]), (60, [7, 20]), (1, [])])
+def test_trials_are_stopped_at_a_ninth_and_a_third_and_never_near_their_end(tmp_path, epochs, decided):
+    """One trial is the best at each epoch, and another one the worst."""
+    stops = []
+    for worst_from in range(1, epochs, max(1, epochs // 10)):  # from this epoch on, the second trial is worse
+        search = Search(study_in(tmp_path / str(worst_from), epochs=epochs))
+        search.start(), search.start()
+        for epoch in range(1, epochs):
+            search.send(0, epoch, 0.5)
+            if search.send(1, epoch, 0.4 if epoch >= worst_from else 0.5) == STOP:
+                stops.append(epoch)
+                break
+    assert sorted(set(stops)) == decided
+
+
+@pytest.mark.parametrize("against", [None, "gmacs"])
+def test_with_a_cost_only_what_is_dominated_is_stopped(tmp_path, against):
+    search = Search(study_in(tmp_path, against=against))
+    for number, (top1, gmacs, dominated) in enumerate([(0.5, 2.0, False), (0.4, 1.0, False), (0.3, 1.5, True)]):
+        assert search.start() == number
+        expected = STOP if dominated or (against is None and number) else CONTINUE
+        assert search.send(number, 1, top1, gmacs) == expected
+
+
+def test_repeats_are_not_stopped_and_are_no_members_of_a_rung(tmp_path):
+    study = study_in(tmp_path)
+    member = {f"block{stage}": "joint" for stage in (1, 2, 3, 4)}
+    first = Trial(0, member, state=TrialState.FINISHED, curve={1: 0.9}, metrics={"val/top1": 0.9})
+    repeat = Trial(1, member, seed=1, repeat_of=0, curve={1: 0.1}, metrics={"val/top1": 0.1})
+    search = Search(study, [first, repeat])
+    assert [*search.controller.halving.rungs[1]] == [0]
+    assert search.start() == 1
+    assert search.send(1, 1, 0.1) == search.send(1, 3, 0.1) == CONTINUE
+    assert [*search.controller.halving.rungs[1]] == [0]
+
+
+# --- records -----------------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_written_at_each_rung_and_survives_as_json(tmp_path):
+    search = Search(study_in(tmp_path, epochs=20))  # rungs after epochs 2 and 7
+    search.start()
+    for epoch in range(1, 20):
+        search.send(0, epoch, epoch / 100)
+        (trial,) = read_trials(search.study.folder)
+        reached = 0 if epoch < 2 else 2 if epoch < 7 else 7
+        assert trial.curve == {e: e / 100 for e in range(1, reached + 1)}
+        assert trial.state == TrialState.RUNNING
+    search.send(0, 20, 0.2)
+    (trial,) = read_trials(search.study.folder)
+    assert trial.curve == {e: e / 100 for e in range(1, 21)}
+    assert trial == search.controller.trials[0]
+
+
+def test_a_record_without_a_curve_is_as_it_was(tmp_path):
+    study = study_in(tmp_path)
+    write_trial(study, Trial(0, {"block1": "joint"}))
+    (trial,) = read_trials(study.folder)
+    assert trial.curve == {} and "curve" not in trial.to_record()
+
+
+def test_a_trial_that_fails_keeps_what_it_has_reached(tmp_path):
+    """It was compared with others, so it stays a member of the rung."""
+    search = stop_second(tmp_path)
+    search.controller.record_result(0, TrialEvent(TrialState.FAILED, reason="lost"))
+    again = Search(search.study, read_trials(search.study.folder))
+    assert {n: v.tolist() for n, v in again.controller.halving.rungs[1].items()} == {0: [0.9], 1: [0.5]}
+
+
+def play(folder, seed, kills):
+    """Run a search to its end, with a made-up learning curve for each trial.
+
+    Args:
+        kills: share of the steps at which the driver is killed: all but the records and the checkpoints is lost.
+
+    Returns:
+        Each epoch with its decision, each start, and the trials in the end.
+    """
+    chance, killer = random.Random(seed), random.Random(seed)
+    study = study_in(folder, epochs=chance.choice([4, 9, 12]), trials=12, against=chance.choice([None, "gmacs"]))
+    values = random.Random(seed)
+    gmacs = [values.randint(1, 4) / 4 for _ in range(12)]
+    curves = [[values.randint(0, 6) / 8 for _ in range(12)] for _ in range(12)]
+    search, done, log = Search(study), dict.fromkeys(range(12), 0), []
+    while True:
+        while len(search.running) < 3 and (number := search.start()) not in (None, Searcher.FINISHED):
+            log.append(("start", number))
+            for epoch in range(1, done[number] + 1):  # a promoted trial sends its earlier epochs again
+                assert search.send(number, epoch, 0.0, 9.0) == CONTINUE
+        if not search.running:
+            return log, search.controller.in_order()
+        number = chance.choice(sorted(search.running))
+        done[number] += 1
+        decision = search.send(number, done[number], curves[number][done[number] - 1], gmacs[number])
+        log.append((number, done[number], decision))
+        if killer.random() < kills:
+            before = set(search.running)
+            search = Search(study, read_trials(study.folder))
+            assert {search.start() for _ in before} == before
+            for resumed in before:
+                for epoch in range(1, done[resumed] + 1):
+                    assert search.send(resumed, epoch, curves[resumed][epoch - 1], gmacs[resumed]) == CONTINUE
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_search_that_is_killed_and_resumed_decides_as_one_that_is_not(tmp_path, seed):
+    log, trials = play(tmp_path / "whole", seed, kills=0)
+    killed_log, killed_trials = play(tmp_path / "killed", seed, kills=0.3)
+    assert killed_log == log
+    assert [(t.state, t.reason, t.curve) for t in killed_trials] == [(t.state, t.reason, t.curve) for t in trials]
+    assert TrialState.STOPPED in {trial.state for trial in trials}
+
+
+def test_such_searches_promote(tmp_path):
+    """So that the test above sees promotions too."""
+    starts = [entry[1] for seed in range(8) for entry in play(tmp_path / str(seed), seed, 0)[0] if entry[0] == "start"]
+    assert len(starts) > 8 * 12
+
+
+# --- promotion ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_trial_is_promoted_before_a_new_member_starts(tmp_path):
+    search = stop_second(tmp_path)
+    assert search.start() == 3
+    for number, top1 in [(2, 0.4), (3, 0.3)]:
+        assert search.send(number, 1, top1) == STOP
+    for number in (4, 5):
+        assert search.start() == number
+        assert search.send(number, 1, 0.1) == STOP
+    assert search.start() == 1  # the better two of six continue
+    trial = search.controller.trials[1]
+    assert (trial.state, trial.reason) == (TrialState.RUNNING, "")
+    assert read_trials(search.study.folder)[1] == trial
+    assert search.send(1, 1, 0.5) == CONTINUE  # its earlier epoch again
+    assert search.send(1, 2, 0.6) == CONTINUE
+    assert len(search.controller.halving.rungs[1]) == 6
+    assert search.start() is None  # 0 and 1 are not yet at the second rung
+    assert search.send(1, 3, 0.6) == search.send(0, 3, 0.7) == CONTINUE
+    assert search.start() == Searcher.FINISHED
+
+
+def promotable(folder, **settings):
+    """A search that can promote trial 1: six trials have reached the first rung."""
+    search = stop_second(folder, **settings)
+    search.send(2, 1, 0.4)
+    for number in (3, 4, 5):
+        assert search.controller.next_trial().number == number
+        search.running[number] = f"late-{number}"
+        search.adapter.numbers[f"late-{number}"] = number
+        search.send(number, 1, 0.1)
+    return search
+
+
+def test_a_trial_without_a_checkpoint_is_not_promoted(tmp_path):
+    search = promotable(tmp_path, keep=False)
+    assert search.controller.halving.promotable([1]) == [1]
+    assert search.start() is None
+    search.send(0, 3, 0.9)
+    assert search.start() == Searcher.FINISHED
+    assert search.controller.trials[1].state == TrialState.STOPPED
+
+
+def test_a_trial_is_not_promoted_while_its_run_still_saves_its_state(tmp_path):
+    """Two processes would write to the same run."""
+    search = promotable(tmp_path)
+    search.controller.saving.add(1)
+    search.send(0, 3, 0.9)
+    assert search.start() is None
+    search.controller.saving.clear()
+    assert search.start() == 1
+
+
+def test_a_resumed_study_promotes_what_more_trials_let_pass(tmp_path):
+    search = stop_second(tmp_path, trials=3)
+    assert search.send(2, 1, 0.4) == STOP
+    search.send(0, 9, 0.9)
+    assert search.start() == Searcher.FINISHED
+    more = search.study.model_copy(update={"trials": 6})
+    again = Search(more, read_trials(search.study.folder))
+    for number in (3, 4, 5):
+        assert again.start() == number
+        assert again.send(number, 1, 0.1) == STOP
+    assert again.start() == 1
+    assert again.controller.trials[1].curve == {1: 0.5}
+
+
+def test_no_trial_is_promoted_once_the_search_is_over_or_stops(tmp_path):
+    search = promotable(tmp_path)
+    assert search.controller.may_have_more()
+    search.controller.searching = False
+    assert search.controller.peek_trial() is None and not search.controller.may_have_more()
+    search.controller.searching = True
+    search.controller.stopping.set()
+    assert search.controller.next_trial() is None and not search.controller.may_have_more()
+
+
+def test_mlflow_shows_a_promoted_trial_as_running(tmp_path):
+    search = promotable(tmp_path)
+    stopped = search.controller.trials[1]
+    search.controller.trials[1] = Trial(**vars(stopped) | {"mlflow_run_id": "run1"})
+    search.start()
+    search.controller.tracker.log_tags.assert_called_with({"trial.state": "running", "trial.reason": ""}, "run1")
+
+
+def test_a_study_without_early_stopping_trains_every_trial_to_its_end(tmp_path):
+    study = study_in(tmp_path, asha=False)
+    controller = StudyController(study, study_space(study), [], MagicMock(run_id="run"), concurrent=1)
+    assert controller.halving is None
+    assert controller.next_trial().number == 0
+    controller.record_epoch(0, {"epoch": 1.0, "val/top1": 0.1})
+    assert not controller.may_have_more()
+    assert [trial.curve for trial in read_trials(study.folder)] == [{}]

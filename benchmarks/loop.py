@@ -1,10 +1,10 @@
 """The host's time of a training step before the model: random parameters, augmentation, noise, and copying the batch.
 
 With PyTorch on a CPU, launching an operation is computing it. So the host's own work (drawing and packing random
-parameters, copying clips) is measured as it is. The launches of the augmentation are measured on frames of 8x8 pixels,
-where computing takes next to nothing: the same operators, in the same number, on the same path through Python. The
-augmentation of whole frames is work of the device; it is shown for the CPU. The former ways of drawing random numbers
-run between the others.
+parameters, copying clips) is measured as it is. The launches of the augmentation are measured on clips of one frame of
+8x8 pixels, where computing takes next to nothing: the same operators, on the same path through Python. The augmentation
+of whole clips is work of the device; it is shown for the CPU. The former ways of drawing random numbers run between the
+others.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def random_batch(config: Config, clips: int, side: int, seed: int) -> Batch:
+def random_batch(clips: int, frames: int, side: int, seed: int) -> Batch:
     """A batch of noise in frames of ``side`` pixels; the seeds do not depend on the size."""
     rng = np.random.default_rng(seed)
     seeds = torch.from_numpy(rng.integers(0, 2**63 - 1, clips))
-    shape = (clips, config.model.variant().frames, side, side, 3)
-    pixels = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+    pixels = torch.from_numpy(rng.integers(0, 256, (clips, frames, side, side, 3), dtype=np.uint8))
     return Batch(pixels, torch.arange(clips), torch.ones(clips), seeds)
 
 
@@ -69,10 +68,10 @@ def parts(config: Config, batch: Batch, small: Batch) -> dict[str, Callable[[], 
     return {
         "host: random parameters": lambda: augment.draw_parameters(batch.seeds, settings, side, side, repeats),
         "host: pack and send them": lambda: augment.send(arrays, CPU),
-        "host: all of the augmentation, frames of 8x8": lambda: augment.to_train_input(small, config, flipped),
+        "host: all of the augmentation, one frame of 8x8": lambda: augment.to_train_input(small, config, flipped),
         "host: copy a read-only batch": lambda: torch.from_numpy(read_only.copy()),
         "device: noise of the erased boxes": lambda: normals(keys, counts, CPU),
-        "device: augmentation of whole frames": lambda: augment.to_train_input(batch, config, flipped),
+        "device: augmentation of whole clips": lambda: augment.to_train_input(batch, config, flipped),
         "before, host: random streams": lambda: [np.random.default_rng(s).spawn(5) for s in batch.seeds.tolist()],
         "before, host: noise of the erased boxes": lambda: numpy_noise(rngs, counts),
     }
@@ -99,23 +98,23 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16, help="clips of one worker (default: 16)")
     parser.add_argument("--repeats", type=int, default=10, help="different batches that are timed (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
-    parser.add_argument("--host-only", action="store_true", help="leave out the augmentation of whole frames")
+    parser.add_argument("--host-only", action="store_true", help="leave out the augmentation of whole clips")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = load_recipe(options.recipe, [])
-    side = config.model.variant().image_size
+    frames, side = config.model.variant().frames, config.model.variant().image_size
     times: dict[str, list[float]] = {}
     for seed in range(-1, options.repeats):  # the first is a warm-up
-        batch, small = (random_batch(config, options.clips, s, seed + 1) for s in (side, SMALL_FRAME))
+        batch = random_batch(options.clips, frames, side, seed + 1)
+        small = random_batch(options.clips, 1, SMALL_FRAME, seed + 1)
         for name, function in parts(config, batch, small).items():
-            if options.host_only and "whole frames" in name:
+            if options.host_only and "whole clips" in name:
                 continue
-            taken = [seconds(function) for _ in range(1 if "whole frames" in name else RUNS)]
+            taken = [seconds(function) for _ in range(1 if "whole clips" in name else RUNS)]
             if seed >= 0:
                 times.setdefault(name, []).append(1e3 * statistics.median(taken))
     with Operators() as operators:
         augment.to_train_input(small, config, torch.arange(config.model.variant().num_classes))
-    frames = config.model.variant().frames
     print(f"{options.clips} clips of {frames}x{side}x{side}, recipe {options.recipe}, {options.threads} thread(s)\n")
     print("| part of a step | median ms | fastest | slowest |\n|---|---|---|---|")
     for name, values in times.items():

@@ -20,8 +20,8 @@ from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 KINETICS = ("flip=0.5", "randaug_layers=4", "erasing=0.5", "mixup=0.8", "cutmix=1", "brightness=0.3", "saturation=0.3")
-# On a GPU the host waits for the result of each of these. ``lift_fresh``, below, is ``torch.tensor(...)``, for whose copy
-# the host waits; the meta device does not show it.
+# On a GPU the host waits for the result of each of these. Below, ``lift_fresh`` is ``torch.tensor(...)``, whose copy it
+# waits for too; the meta device does not show it.
 READS = {
     *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose", "masked_select", "bincount"),
     *("_unique2", "unique_dim", "unique_consecutive", "histc", "histogram", "_assert_async"),

@@ -277,7 +277,8 @@ def test_no_trial_is_promoted_once_the_search_is_over_or_stops(tmp_path):
     search = promotable(tmp_path)
     assert search.controller.may_have_more()
     search.controller.searching = False
-    assert search.controller.peek_trial() is None and not search.controller.may_promote([])
+    running = [search.controller.trials[0]]
+    assert search.controller.peek_trial() is None and not search.controller.may_promote(running)
     search.controller.searching = True
     search.controller.stopping.set()
     assert search.controller.next_trial() is None and not search.controller.may_have_more()

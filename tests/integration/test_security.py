@@ -87,7 +87,7 @@ def test_no_secret_is_written_anywhere(cluster, server, planted, motion_set, tmp
         texts |= {
             str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
         }
-    assert "look" in told["the job server"] and "TrialRun" in told["Ray's actors"]
+    assert "look" in told["the job server"] and "ResourceTrainable" in told["Ray's actors"]
     assert any(name.endswith("config.yaml") for name in texts) and f"{server.database}" in texts
     assert any("/logs/" in name for name in texts) and any(name.endswith("summary.json") for name in texts)
     looked_for = planted | {"RAY_AUTH_TOKEN": cluster.env["RAY_AUTH_TOKEN"]}

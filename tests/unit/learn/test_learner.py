@@ -214,6 +214,23 @@ def test_the_ema_includes_buffers():
         assert model.num_batches_tracked == 1
 
 
+def test_a_refused_update_leaves_the_average_as_it_is():
+    """Whatever the model holds, counters included."""
+    model = torch.nn.BatchNorm1d(2)
+    average = WeightEMA(model, 0.5)
+    before = [x.clone() for x in average.average]
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+        model.running_mean.fill_(-math.inf)
+        model.num_batches_tracked.fill_(7)
+    average.update(torch.tensor(1.0))
+    assert all(map(torch.equal, average.average, before))
+    average.update(torch.tensor(0.0))
+    with average.applied():
+        assert model.weight.isnan().all()
+        assert model.num_batches_tracked == 7
+
+
 def test_the_ema_of_a_sharded_model_is_of_this_workers_shard(monkeypatch):
     class Sharded:
         def to_local(self):

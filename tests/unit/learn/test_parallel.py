@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.learn.learner import Learner
+from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import SyncBatchNorm, parallelise
 from posmlp.video.batch import Batch
 
@@ -111,6 +112,50 @@ def test_two_workers_train_as_one(tmp_path, overrides):
     ahead = on_two(tmp_path / "more", *overrides, state=one[1:])[0], train(0, 1, overrides, state=two[1:])[0]
     assert ahead[0][0] == pytest.approx(ahead[1][0], rel=1e-4)
     assert ahead[0] == pytest.approx(ahead[1], rel=1e-2)
+
+
+def exploding_worker(rank, folder, overrides):
+    """Trains with and without a step that explodes by the second worker's clips alone; saves what both lead to."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    config, results = load_recipe("demo", [*SMALL, "scaling.workers=2", "optim.ema=0.9", *overrides]), []
+    for explodes in (True, False):
+        torch.manual_seed(0)
+        model = create_model(config.model.name, **config.model.overrides())
+        learner = Learner(parallelise(model, config, torch.device("cpu")), config, STEPS)
+        first, second, third = (list(global_batch(step).micro_batches(4))[rank] for step in range(3))
+        learner.train_step(first)
+        message = ""
+        if explodes:
+            bad = Batch(second.clips, second.labels, second.weights * (1e3 if rank else 1.0), second.seeds)
+            started = learner.start_step(bad)
+            learner.start_step(third)
+            with pytest.raises(ExplodedError) as error:
+                started.result()
+            message = str(error.value)
+        losses = [learner.train_step(batch).loss for batch in (second, third)]
+        state = learner.state_dict()
+        state["optimizer"] = state["optimizer"].get("state")  # the first worker's; the others have none
+        results.append((message, losses, learner.weights(), state))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_workers_refuse_a_step_together(tmp_path, parallel):
+    """Also the one whose own loss is as usual. Then they go on as if it had never been, bit for bit."""
+    start_two(exploding_worker, (str(tmp_path), (f"scaling.parallel={parallel}",)))
+    messages = []
+    for rank in (0, 1):
+        (message, *exploded), (_, *never) = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        messages.append(message)
+        assert tree_flatten(exploded)[1] == tree_flatten(never)[1]
+        assert all(map(same, tree_flatten(exploded)[0], tree_flatten(never)[0]))
+    assert messages[0].startswith("step 1 exploded: loss ")
+    assert messages[0] == messages[1]
+
+
+def same(one, other):
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def reduced_worker(rank, folder):

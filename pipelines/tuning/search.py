@@ -90,6 +90,7 @@ class Searcher:
         self.scale: Scale = []
         self.told: dict[int, tuple[Trial, list[FrozenTrial]]] = {}  # by number of the trial
         self.why_none, self.found_none = "", False
+        self.last_states: list[tuple[int, TrialState]] = []  # of the trials of the last call
 
     def propose(self, trials: Sequence[Trial]) -> Trial | None:
         """Propose the next trial: its member is new, can be built, and is within the budgets that need no measurement.
@@ -100,8 +101,11 @@ class Searcher:
         Returns:
             The trial; None if the search is at its end, see ``why_none``.
         """
-        self.why_none, self.found_none = "", False
         first_seeds = [trial for trial in trials if trial.repeat_of is None]
+        states = [(trial.number, trial.state) for trial in first_seeds]
+        if self.why_none and states == self.last_states:  # Tune asks often
+            return None
+        self.why_none, self.found_none, self.last_states = "", False, states
         in_a_row = over_budget_in_a_row(first_seeds)
         if in_a_row >= max(MIN_OVER_BUDGET, self.study.trials):
             self.end(first_seeds, f"the last {in_a_row} that were measured are over the budget")

@@ -8,6 +8,9 @@ from unittest.mock import MagicMock
 import numpy as np
 import optuna
 import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
 
 from pipelines.cli import main
 from pipelines.studies import prior
@@ -281,6 +284,7 @@ def test_a_search_ends_after_many_members_in_a_row_over_the_budget_but_keeps_tho
         trials.append(replace(trial, state=TrialState.OVER_BUDGET, metrics={COST_LATENCY_MS: 1.0}))
     assert len(trials) == 31 and not searcher.found_none
     assert "the last 30 that were measured are over the budget" in searcher.why_none
+    assert searcher.propose(trials) is None and "the last 30" in searcher.why_none
     running = Trial(31, dict.fromkeys("abcde", 7), suggestion=31)
     assert searcher.propose([*trials, running]) is None
     assert searcher.propose([*trials, finish(running, 0.5)]) is not None
@@ -390,6 +394,31 @@ def test_an_earlier_study_without_trained_trials_and_the_study_itself_are_refuse
     earlier_study(tmp_path, additive(0), count=1, name="new")
     with pytest.raises(StudyError, match="--prior new is the study itself"):
         prior.find_priors(with_prior(tmp_path, "new"), BLOCKS)
+
+
+def test_an_earlier_study_is_found_in_mlflow_alone(tmp_path):
+    """The study's folder is gone; its runs, their params and artifacts are in the store of the recipe."""
+    study = earlier_study(tmp_path, additive(0), count=3)
+    trials = records.read_trials(study.folder)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("posmlp", (tmp_path / "artifacts").as_uri())
+    parent = client.create_run(experiment, tags={"study": "earlier"}).info.run_id
+    client.log_text(parent, study.model_dump_json(), "study.json")
+    for trial in trials:
+        tags = {"study": "earlier", "trial": str(trial.number), "trial.state": "finished", "mlflow.parentRunId": parent}
+        run = client.create_run(experiment, tags=tags).info.run_id
+        client.log_batch(
+            run,
+            metrics=[Metric(name, value, 0, 0) for name, value in trial.metrics.items()],
+            params=[Param(f"search.{name}", str(value)) for name, value in trial.member.items()],
+        )
+        recipe = study.trial_recipe(BLOCKS, trial.member, trial.number, 0)
+        client.log_text(run, yaml.safe_dump(recipe.model_dump(mode="json")), "config.yaml")
+    shutil.rmtree(tmp_path / "earlier")
+    (found,) = prior.find_priors(with_prior(tmp_path, "earlier"), BLOCKS)
+    assert [(trial.member, trial.metrics) for trial in found.trials] == [(t.member, t.metrics) for t in trials]
+    with pytest.raises(StudyError, match=r"--prior other: neither other nor .* has no study 'other'; known: earlier"):
+        prior.find_priors(with_prior(tmp_path, "other"), BLOCKS)
 
 
 def test_values_that_mlflow_has_as_text_are_those_of_the_space():

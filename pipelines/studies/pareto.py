@@ -236,9 +236,17 @@ def hypervolume_curve(trials: Sequence[Trial], against: str, reference: float | 
         against: the cost, a name in ``COSTS``.
         reference: the reference cost, above 0; None: the largest cost of these trials.
     """
-    points = [(trial.metrics[VAL_TOP1], trial.metrics[COSTS[against]]) for trial in comparable_trials(trials, against)]
     reference = reference or largest_cost(trials, against)
-    return [hypervolume(points[:count], reference) / reference for count in range(1, len(points) + 1)]
+    front: list[tuple[float, float]] = []  # of the points so far
+    curve: list[float] = []
+    for trial in comparable_trials(trials, against):
+        top1, cost = trial.metrics[VAL_TOP1], trial.metrics[COSTS[against]]
+        if any(best >= top1 and least <= cost for best, least in front):
+            curve.append(curve[-1])
+            continue
+        front = [point for point in front if point[0] > top1 or point[1] < cost] + [(top1, cost)]
+        curve.append(hypervolume(front, reference) / reference)
+    return curve
 
 
 def largest_cost(trials: Sequence[Trial], against: str) -> float:

@@ -128,6 +128,14 @@ def test_a_front_of_fresh_seeds_is_what_no_other_mean_beats(places, fresh):
     assert found <= set(means)
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=30))
+def test_the_hypervolume_after_each_trial_is_that_of_the_trials_so_far(points):
+    trials = [trial(i, top1 / 5, float(cost)) for i, (top1, cost) in enumerate(points)]
+    so_far = [[(t.metrics[VAL_TOP1], t.metrics[GMACS]) for t in trials[: i + 1]] for i in range(len(trials))]
+    expected = [pareto.hypervolume(part, 8.0) / 8 for part in so_far]
+    assert pareto.hypervolume_curve(trials, "gmacs", 8.0) == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_hypervolume_never_shrinks_and_ends_with_that_of_all_trials():
     dice = random.Random(0)
     trials = [trial(i, dice.random(), dice.uniform(1, 9)) for i in range(20)]

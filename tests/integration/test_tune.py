@@ -407,7 +407,7 @@ def test_nothing_of_a_trial_is_left_for_the_next_one_in_its_process(local_ray, m
     trials = tune(study).trials
     assert [trial.state for trial in trials] == [TrialState.FINISHED] * 3
     started = [actor for actor in list_actors(address=here, limit=1000) if actor.actor_id not in before]
-    assert sum("TrialRun" in actor.class_name for actor in started) == 1  # all trials had the same process
+    assert sum("ResourceTrainable" in actor.class_name for actor in started) == 1  # all trials had the same process
     assert not any("RayTrainWorker" in actor.class_name for actor in started)
     first, between, last = (
         checkpoints.load(checkpoints.newest(trial_folder(study, trial.number))[0])[1][checkpoints.WEIGHTS]
@@ -427,7 +427,7 @@ def test_killed_processes_of_trials_are_replaced(local_ray, motion_set, tmp_path
     process = start_tune(tmp_path, study)
     for number in range(2):
         wait_for_trial(tmp_path, study, process, number, step=3)
-        (trial,) = actors_of("TrialRun")
+        (trial,) = actors_of("ResourceTrainable")
         assert WORKER_ENV.items() <= trial.environ().items()
         trial.kill()
     assert process.wait(timeout=300) == 0, log_of(tmp_path)

@@ -37,7 +37,7 @@ from posmlp.video.motion import make_motion_set
 POSMLP = [sys.executable, "-m", "pipelines.cli"]
 SAMPLE_S = 0.5
 # Actors that serve one trial, as Ray names their processes: our own, and those of Ray Train.
-TRIAL_ACTORS = ("TrialRun", "ImplicitFunc", "RayTrainWorker", "TrainController", "PlacementGroupCleaner")
+TRIAL_ACTORS = ("TrialRun", "ResourceTrainable", "RayTrainWorker", "TrainController", "PlacementGroupCleaner")
 TRIAL_ACTORS += ("DatasetManager", "SynchronizationActor", "RunChannel")
 
 

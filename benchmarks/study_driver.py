@@ -24,10 +24,10 @@ import numpy as np
 import psutil
 
 from pipelines.runs.record import write_record
+from pipelines.studies.costs import static_costs
 from pipelines.studies.study import Study, TrialState, trial_folder
 from pipelines.tracking.tracker import Tracker
 from pipelines.tuning.controller import StudyController
-from pipelines.tuning.search import static_costs
 from pipelines.tuning.trial import TrialEvent
 from posmlp.config import Config, load_recipe
 from posmlp.metrics import COST_LATENCY_MS, EPOCH, VAL_TOP1

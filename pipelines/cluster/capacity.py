@@ -11,6 +11,7 @@ from ray.util import placement_group, remove_placement_group
 from pipelines.cluster.ray_internals import place_ray_data_actors
 from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
+from posmlp.text import quantity
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +73,6 @@ def device_for(scaling: ScalingSection, gpus: float) -> tuple[bool, str]:
     else:
         line = f"device: CPU; {there}, idle because of scaling.use_gpu=false: scaling.use_gpu=auto uses them"
     return use_gpu, line
-
-
-def quantity(number: float, noun: str) -> str:
-    """Format a number with its noun, as ``1 GPU``, ``4 GPUs`` or ``no GPU``."""
-    return f"no {noun}" if number == 0 else f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def request_nodes(scaling: ScalingSection) -> None:

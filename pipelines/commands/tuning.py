@@ -200,8 +200,7 @@ def add_front(commands: Commands) -> None:
 
 
 def run_front(args: argparse.Namespace) -> None:
-    from pipelines.studies.logged_study import read_study_from_mlflow
-    from pipelines.studies.report import write_studies
+    from pipelines.studies.logged_study import read_study_from_mlflow, write_studies
 
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
     studies = [read_study_from_mlflow(name, uri) for name in args.studies]

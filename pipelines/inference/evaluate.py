@@ -45,11 +45,11 @@ from pipelines.tracking.mlflow_client import (
     now_ms,
     prepare_mlflow,
     prepare_sqlite,
+    refuse_foreign_server,
 )
 from pipelines.tracking.uris import (
     links_text,
     recipe_without_password,
-    refuse_foreign_server,
     run_link,
     scrub,
     tracking_uri,

@@ -35,12 +35,12 @@ from pipelines.tracking.mlflow_client import (
     find_experiment,
     prepare_mlflow,
     prepare_sqlite,
-    shorten,
 )
 from pipelines.tracking.uris import tracking_uri, without_secrets
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.text import shorten
 from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import read_split, training_classes
 

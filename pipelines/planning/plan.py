@@ -19,6 +19,7 @@ from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
 from posmlp.model.cost import EVAL_FLOPS_PER_MAC, PEAKS, TRAIN_FLOPS_PER_MAC, count_macs, count_params
+from posmlp.text import quantity
 from posmlp.video.draws import epoch_length
 from posmlp.video.manifest import read_split, training_classes
 
@@ -557,9 +558,10 @@ def format_plan(plan: RunPlan) -> str:
 def describe_cluster(plan: RunPlan) -> str:
     """Return the first line: the recipe's name and the nodes."""
     cluster = plan.cluster
-    nodes = f"{plural(cluster.gpus, 'GPU')} in {plural(cluster.gpu_nodes, 'node')} of {cluster.gpu_node_cores} cores"
+    nodes = f"{quantity(cluster.gpus, 'GPU')} in {quantity(cluster.gpu_nodes, 'node')}"
+    nodes += f" of {cluster.gpu_node_cores} cores"
     if cluster.decode_nodes:
-        nodes += f", {plural(cluster.decode_nodes, 'decode node')} of {cluster.decode_node_cores} cores"
+        nodes += f", {quantity(cluster.decode_nodes, 'decode node')} of {cluster.decode_node_cores} cores"
     return f"{plan.config.name}: {nodes}, {cluster.gbit:g} Gbit/s per node"
 
 
@@ -588,7 +590,7 @@ def data_rows(plan: RunPlan) -> list[TableRow]:
             "video storage reads",
             read_gb_per_s,
             "GB/s",
-            f"{plan.video_kb:g} KB per video, for {plural(repeats, 'clip')}",
+            f"{plan.video_kb:g} KB per video, for {quantity(repeats, 'clip')}",
         ),
         ("decode time", plan.decode_ms, "core ms/clip", plan.decode_origin),
         ("decode cores", plan.decode_cores, "cores", per_node),
@@ -628,8 +630,8 @@ def run_rows(plan: RunPlan) -> list[TableRow]:
     contents = f"{plan.num_params:,} parameters, AdamW" + ", EMA" * bool(config.optim.ema)
     samples = (plan.train_epoch_s + plan.checkpoint_s_per_epoch) / SYSTEM_SAMPLE_S
     per_epoch = 2 + samples + plan.step_writes / config.train.epochs  # 2: the metrics, the description
-    steps = f"{plan.videos:,} videos x {plural(config.data.repeats, 'clip')}"
-    validation = f"{plan.val_videos:,} videos x {plural(plan.clips_per_video(False), 'clip')}"
+    steps = f"{plan.videos:,} videos x {quantity(config.data.repeats, 'clip')}"
+    validation = f"{plan.val_videos:,} videos x {quantity(plan.clips_per_video(False), 'clip')}"
     by_step = f"{len(metrics.BY_STEP)} x {plan.step_points} by step"
     system = f"{plan.values_per_system_sample} every {SYSTEM_SAMPLE_S:g} s"
     values = f"{plan.values_per_epoch} per epoch, {by_step}, {system}"
@@ -663,7 +665,7 @@ def suggest_change(plan: RunPlan, part: str) -> str:
     if part == OBJECT_STORE:
         return "a larger object store (--memory-gb, --store-share), or a smaller data.rows_per_block"
     if part == DECODING:
-        text = f"{plural(plan.decode_nodes_needed, 'decode node')} of {plan.cluster.decode_node_cores} cores"
+        text = f"{quantity(plan.decode_nodes_needed, 'decode node')} of {plan.cluster.decode_node_cores} cores"
         packed_ms = plan.decode_ms if plan.decode_origin == GIVEN else measured_decode_ms(plan.config, "key12")
         if packed_ms < plan.decode_ms:
             command = "posmlp data shard --short-side 256 --keyframe-interval 12"
@@ -676,11 +678,6 @@ def suggest_change(plan: RunPlan, part: str) -> str:
     if plan.gradient_bytes / plan.config.train.global_batch > bytes_per_clip / 2:
         text += "; or a larger train.global_batch, because most of the traffic is gradients"
     return text
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun: ``1 node``, ``2 nodes``."""
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def format_number(value: float) -> str:

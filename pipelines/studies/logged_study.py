@@ -1,4 +1,4 @@
-"""A study as MLflow has it."""
+"""A study as MLflow has it, and its files from there."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
 from pipelines.runs.record import HITS_FILE
-from pipelines.studies.pareto import hits_needed, on_any_front
+from pipelines.studies import report
+from pipelines.studies.costs import published_variant_costs
+from pipelines.studies.pareto import hits_needed, largest_cost, on_any_front
 from pipelines.studies.study import STUDY_FILE, Study, StudyError, Trial, TrialState, parse_study, standalone_recipe
 from pipelines.tracking.mlflow_client import (
-    PARENT,
     check_schema,
     explain_store_error,
     prepare_mlflow,
     restore_command,
     stored_metrics,
 )
-from pipelines.tracking.uris import SEARCH_PARAM, without_secrets
+from pipelines.tracking.uris import PARENT, SEARCH_PARAM, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import PUBLISHED_LATENCY_MS, STUDY, SYSTEM
@@ -52,15 +53,18 @@ class LoggedStudy:
     hits: dict[int, bytes] = field(default_factory=dict)
 
 
-def read_study_from_mlflow(name: str, uri: str) -> LoggedStudy:
+def read_study_from_mlflow(name: str, uri: str, option: str = "--uri") -> LoggedStudy:
     """Read a study from MLflow alone; of several with the same name, the newest.
+
+    Args:
+        option: how the user of this command names another store, for the message.
 
     Raises:
         StudyError: MLflow does not answer, or has no such study.
     """
     prepare_mlflow()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():  # MLflow would create it
-        raise StudyError(f"no MLflow store {uri}; give the right one with --uri or MLFLOW_TRACKING_URI")
+        raise StudyError(f"no MLflow store {uri}; give the right one with {option} or MLFLOW_TRACKING_URI")
     try:
         check_schema(uri)
         client = MlflowClient(uri)
@@ -153,3 +157,25 @@ def parse_value(text: str) -> Value:
         except ValueError:
             pass
     return text
+
+
+def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> str:
+    """Write the figures, tables and recipes of studies into a folder; returns a description of the studies."""
+    out.mkdir(parents=True, exist_ok=True)
+    trials_by_study = {logged.study.name: logged.trials for logged in studies}
+    first = studies[0]
+    hits = {logged.study.name: logged.hits for logged in studies}
+    variants = published_variant_costs(first.study.recipe, first.variant_latencies)
+    files = report.pareto_files(trials_by_study, first.study.recipe, against, variants, hits=hits)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    for logged in studies:
+        folder = out / "recipes"
+        folder.mkdir(exist_ok=True)
+        for number, text in logged.recipes.items():
+            (folder / f"{logged.study.name}-trial-{number:03d}.yaml").write_text(text)
+    # One reference for all studies, so that their hypervolumes can be compared.
+    reference = max(largest_cost(trials, against) for trials in trials_by_study.values())
+    return "\n\n".join(
+        report.describe_study(name, trials, against, reference, hits[name]) for name, trials in trials_by_study.items()
+    )

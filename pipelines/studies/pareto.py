@@ -13,25 +13,19 @@ import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import optuna
-import torch
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.importance import FanovaImportanceEvaluator
 
-from pipelines.studies import confidence, pareto_plots
+from pipelines.studies import confidence
 from pipelines.studies.confidence import Measured, SeedDeviation
 from pipelines.studies.study import Trial, TrialState, fully_trained
-from posmlp import create_model
-from posmlp.config import Config, ModelSection
 from posmlp.metrics import COST_GMACS, COSTS, VAL_TOP1, VAL_VIDEOS
-from posmlp.model.cost import count_macs, count_params
-from posmlp.model.spec import VARIANTS
 from tune_spaces import Value
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 MIN_IMPORTANCE_TRIALS = 4  # fewest finished trials for which importance is estimated
 
@@ -267,6 +261,11 @@ def dimension_importance(trials: Sequence[Trial], metric: str) -> dict[str, floa
     varied = {name: d for name, d in distributions.items() if not d.single()}
     if not varied:
         return {}
+    # Optuna's importance needs scikit-learn: 100 MB and seconds, which only a process that asks for it pays.
+    import optuna
+    from optuna.importance import FanovaImportanceEvaluator
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     optuna_study = optuna.create_study()
     for trial in finite:
         params = {name: trial.member[name] for name in varied}
@@ -281,37 +280,9 @@ def dimension_importance(trials: Sequence[Trial], metric: str) -> dict[str, floa
 
 def infer_distribution(values: Sequence[Value]) -> BaseDistribution:
     """A dimension's distribution from its values: more than 8 different floats are a range, all else is a choice."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
     different = sorted(set(values), key=str)
     if len(different) > 8 and all(isinstance(value, float) for value in different):
         return FloatDistribution(min(map(float, different)), max(map(float, different)))
     return CategoricalDistribution(different)
-
-
-def published_variant_costs(recipe: Config, latencies: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The costs of the published variants (and ``tiny``) for a recipe's clips and classes, by name and metric.
-
-    Args:
-        latencies: milliseconds, by name, of the variants that were measured.
-    """
-    costs = {}
-    for name in VARIANTS:
-        model = published_variant_recipe(recipe, name).model
-        with torch.device("meta"):
-            params = count_params(create_model(name, **model.overrides()))
-        costs[name] = {COST_GMACS: count_macs(model.variant()) / 1e9, COSTS["params"]: params / 1e6}
-        if name in latencies:
-            costs[name][COSTS["latency"]] = latencies[name]
-    return costs
-
-
-def published_variant_recipe(recipe: Config, name: str) -> Config:
-    """A recipe with a published variant as its model, for the same clips and classes."""
-    own = recipe.model.variant()
-    model = ModelSection(name=name, frames=own.frames, image_size=own.image_size, num_classes=own.num_classes)
-    return recipe.model_copy(update={"model": model})
-
-
-def variants_to_mark(trials: Sequence[Trial], recipe: Config) -> list[str]:
-    """The published variants whose GMACs are near those of the trials, so that figures mark them."""
-    values = [trial.metrics[COST_GMACS] for trial in comparable_trials(trials, "gmacs")]
-    return [name for name, _ in pareto_plots.variants_in_range(published_variant_costs(recipe, {}), "gmacs", values)]

@@ -21,6 +21,7 @@ from plotly.subplots import make_subplots
 
 from pipelines.tracking.plots import to_png
 from posmlp.metrics import COSTS
+from posmlp.text import quantity
 
 COST_LABELS = {"latency": "ms per clip", "gmacs": "GMACs", "params": "M parameters"}
 BLOCK_COLOURS = {
@@ -280,7 +281,7 @@ def hover_text(point: TrialPoint, study: str) -> str:
     """The description of a member that the page shows on hover."""
     lines = [f"<b>{study}, trial {point.number}</b>", *point.label.split("; ")]
     if point.fresh is not None:
-        lines.append(f"top-1 {point.fresh:.1%}, mean over {point.seeds} fresh seed{'s' * (point.seeds > 1)}")
+        lines.append(f"top-1 {point.fresh:.1%}, mean over {quantity(point.seeds, 'fresh seed')}")
     interval = "" if point.interval is None else f"95 % interval {point.interval[0]:.1%} to {point.interval[1]:.1%}"
     lines += [interval] if interval else []
     lines.append(f"top-1 {point.first:.1%}, first seed")

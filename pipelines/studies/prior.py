@@ -49,7 +49,7 @@ def find_prior(name: str, study: Study, space: Space) -> Prior:
         trials = read_trials(folder)
     else:
         try:
-            trials = read_study_from_mlflow(name, tracking_uri(study.recipe)).trials
+            trials = read_study_from_mlflow(name, tracking_uri(study.recipe), "tracking.uri").trials
         except StudyError as error:
             raise StudyError(
                 f"--prior {name}: neither {name} nor {folders[1]} has a {STUDY_FILE}, and {error}"

@@ -8,11 +8,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from pipelines.studies import pareto_plots
-from pipelines.studies.logged_study import LoggedStudy
 from pipelines.studies.pareto import (
     Assessment,
     assess,
@@ -22,14 +20,11 @@ from pipelines.studies.pareto import (
     fresh_seeds,
     front_hypervolume,
     hypervolume_curve,
-    largest_cost,
     pareto_front,
-    published_variant_costs,
     reported_runs,
     reported_top1,
 )
 from pipelines.studies.study import Trial, TrialState
-from pipelines.tracking.mlflow_client import shorten
 from pipelines.tracking.uris import SEARCH_PARAM
 from posmlp.config import Config
 from posmlp.metrics import (
@@ -42,6 +37,7 @@ from posmlp.metrics import (
     STUDY_FRONT_PROBABILITY,
     VAL_TOP1,
 )
+from posmlp.text import quantity, shorten
 from tune_spaces import Member
 
 # Block types in the names of trials' runs; others are as they are
@@ -168,7 +164,7 @@ def describe_best(trials: Sequence[Trial]) -> str:
     if best is None:
         return ""
     count = len(runs[best.number])
-    seeds = f"mean over {count} fresh seed{'s' * (count > 1)}" if fresh_seeds(trials) else "one seed, not repeated"
+    seeds = f"mean over {quantity(count, 'fresh seed')}" if fresh_seeds(trials) else "one seed, not repeated"
     return f"best: {trial_name(best)}, val/top1 {reported_top1(trials)[best.number]:.1%} ({seeds})"
 
 
@@ -244,7 +240,7 @@ def pareto_files(
     studies: Mapping[str, Sequence[Trial]],
     base: Config,
     against: str,
-    latencies: Mapping[str, float] | None = None,
+    variants: pareto_plots.VariantCosts | None = None,
     importance: bool = True,
     hits: Mapping[str, Mapping[int, bytes]] | None = None,
     inherited: bool = False,
@@ -252,14 +248,14 @@ def pareto_files(
     """The figures and tables of studies by file name; all studies are in the same figure.
 
     Args:
-        base: recipe of the studies, for the published variants and the block types that are not searched.
+        base: recipe of the studies, for the block types that are not searched.
         against: the cost, a name in ``COSTS``.
-        latencies: as for ``published_variant_costs``.
+        variants: costs of published variants, which figures mark; None marks none.
         importance: show how much each dimension matters, which takes longer than all else.
         hits: per-video results by study, as for ``assess``.
         inherited: as for ``describe_study``.
     """
-    variants, blocks = published_variant_costs(base, latencies or {}), base.model.blocks or "parallel"
+    variants, blocks = variants or {}, base.model.blocks or "parallel"
     found = {name: assess(trials, (hits or {}).get(name)) for name, trials in studies.items()}
     points = {
         name: [trial_point(t, found[name], blocks) for t in comparable_trials(trials, "gmacs")]
@@ -304,25 +300,4 @@ def trial_point(trial: Trial, found: Assessment, blocks: str | Sequence[str]) ->
         costs={name: trial.metrics.get(metric, math.nan) for name, metric in COSTS.items()},
         blocks=searched or ((blocks,) if isinstance(blocks, str) else tuple(blocks)),
         label=describe_member(trial.member),
-    )
-
-
-def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> str:
-    """Write the figures, tables and recipes of studies into a folder; returns a description of the studies."""
-    out.mkdir(parents=True, exist_ok=True)
-    trials_by_study = {logged.study.name: logged.trials for logged in studies}
-    first = studies[0]
-    hits = {logged.study.name: logged.hits for logged in studies}
-    files = pareto_files(trials_by_study, first.study.recipe, against, first.variant_latencies, hits=hits)
-    for name, content in files.items():
-        (out / name).write_bytes(content)
-    for logged in studies:
-        folder = out / "recipes"
-        folder.mkdir(exist_ok=True)
-        for number, text in logged.recipes.items():
-            (folder / f"{logged.study.name}-trial-{number:03d}.yaml").write_text(text)
-    # One reference for all studies, so that their hypervolumes can be compared.
-    reference = max(largest_cost(trials, against) for trials in trials_by_study.values())
-    return "\n\n".join(
-        describe_study(name, trials, against, reference, hits[name]) for name, trials in trials_by_study.items()
     )

@@ -24,23 +24,33 @@ import mlflow
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag
+from mlflow.environment_variables import MLFLOW_TRACKING_TOKEN
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import Model
+from mlflow.utils.credentials import read_mlflow_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from pipelines.registry.logged_models import UPLOADED, CheckpointLink, add_outputs, log_checkpoint_metrics
-from pipelines.tracking.uris import VIEW_TAG, scrub, sqlite_path, tracking_uri, view_text, without_secrets
+from pipelines.tracking.uris import (
+    NOTE,
+    PARENT,
+    RUN_NAME,
+    VIEW_TAG,
+    scrub,
+    sqlite_path,
+    tracking_uri,
+    view_text,
+    without_secrets,
+)
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import BY_STEP_TRAIN_LOSS, TRAIN_LOSS
+from posmlp.text import shorten
 
 MAX_PARAMS = 100  # per call of MLflow's log_batch
 MAX_PARAM_LENGTH = 6000  # characters of a value
 MAX_TAG_LENGTH = 8000  # characters of a value
 INFINITE = "infinite."  # prefix of the tags that name infinite metrics
-RUN_NAME = "mlflow.runName"  # the tag with the run's name
-NOTE = "mlflow.note.content"  # the tag with the description, in Markdown
-PARENT = "mlflow.parentRunId"  # the tag with the run below which MLflow's pages show this run
 
 EXPERIMENT_NOTE = "Model training (top left, next to GenAI) shows the runs of PosMLP-Video."
 
@@ -125,6 +135,25 @@ def check_schema(uri: str) -> None:
         if not ours:
             problem = StoreProblem("its tables are of another program", OTHER_STORE)
         raise UserError(f"MLflow at {without_secrets(uri)} cannot be used: {problem}")
+
+
+def refuse_foreign_server(config: Config) -> None:
+    """Check that a checkpoint's recipe does not send this user's MLflow password to a foreign server.
+
+    The recipe may come from someone else, so it must not choose who gets the password.
+
+    Raises:
+        UserError: there is a password for MLflow, and the recipe names another server than ``MLFLOW_TRACKING_URI``.
+    """
+    uri, own = config.tracking.uri or "", os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.lower().startswith("http") or without_secrets(own).rstrip("/") == without_secrets(uri).rstrip("/"):
+        return
+    known = read_mlflow_creds()
+    if known.username or known.password or MLFLOW_TRACKING_TOKEN.get():
+        raise UserError(
+            f"the checkpoint's recipe logs to {without_secrets(uri)}, which would get your password for MLflow; if "
+            f"that is your server, add tracking.uri={without_secrets(uri)}, else add tracking.uri=null"
+        )
 
 
 def create_run(
@@ -529,9 +558,3 @@ def error_code(error: Exception) -> str:
 def now_ms() -> int:
     """The current time as MLflow writes it: milliseconds since 1970."""
     return int(time.time() * 1000)
-
-
-def shorten(text: str, length: int) -> str:
-    """Cut a text to at most ``length`` characters, the last three of which are "..." if it was longer."""
-    text = str(text)
-    return text if len(text) <= length else text[: length - 3] + "..."

@@ -26,7 +26,6 @@ from pipelines.tracking.journal import Journal, JournalState, archive_journal
 from pipelines.tracking.mlflow_client import (
     MAX_PARAM_LENGTH,
     MAX_TAG_LENGTH,
-    PARENT,
     check_schema,
     create_run,
     error_code,
@@ -39,7 +38,6 @@ from pipelines.tracking.mlflow_client import (
     prepare_mlflow,
     prepare_sqlite,
     share_view,
-    shorten,
 )
 from pipelines.tracking.node_monitors import ClusterMonitor, SystemMetrics
 from pipelines.tracking.operations import (
@@ -54,10 +52,20 @@ from pipelines.tracking.operations import (
     OpenRun,
     SetTags,
 )
-from pipelines.tracking.uris import RUNS_VIEW, run_link, runs_view, scrub, tracking_uri, view_link, without_secrets
+from pipelines.tracking.uris import (
+    PARENT,
+    RUNS_VIEW,
+    run_link,
+    runs_view,
+    scrub,
+    tracking_uri,
+    view_link,
+    without_secrets,
+)
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import BY_STEP
+from posmlp.text import shorten
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,6 @@
-"""The tracking URI, URIs without secrets, the path of the journal, and links into MLflow's pages.
+"""The tracking URI, URIs without secrets, the path of the journal, names of MLflow's tags, and links into its pages.
+
+This module does not import MLflow, which takes a second.
 
 MLflow 3.17 opens an experiment on pages for language-model agents, unless this browser has chosen "Model training" or
 the address says so (``TRAINING``). No setting of the server or tag of the experiment changes that. An address can also
@@ -16,9 +18,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from mlflow.environment_variables import MLFLOW_TRACKING_TOKEN
-from mlflow.utils.credentials import read_mlflow_creds
 
 from posmlp import storage
 from posmlp.config import Config
@@ -41,6 +40,9 @@ LOCAL_PAGES = "http://127.0.0.1:5000"  # where `mlflow server` listens
 TRAINING = "workflowType=machine_learning"  # in an address: MLflow's pages for training
 VIEW_TAG = "mlflow.sharedViewState."  # prefix of an experiment's tags; the view's name follows
 RUNS_VIEW = "posmlp-runs"  # the view of all runs of an experiment
+RUN_NAME = "mlflow.runName"  # the tag with the run's name
+NOTE = "mlflow.note.content"  # the tag with the description, in Markdown
+PARENT = "mlflow.parentRunId"  # the tag with the run below which MLflow's pages show this run
 NAME_WIDTH = 340  # pixels of the column of runs' names
 SEARCH_PARAM = "search."  # prefix; a dimension's name follows: the params of a trial's MLflow run
 
@@ -82,25 +84,6 @@ def scrub(text: str, uri: str) -> str:
     if (found := re.match(r"^[\w+.-]+://(.*)@", uri)) and not uri.startswith("sqlite:"):
         text = text.replace(found[1], "***")
     return text
-
-
-def refuse_foreign_server(config: Config) -> None:
-    """Check that a checkpoint's recipe does not send this user's MLflow password to a foreign server.
-
-    The recipe may come from someone else, so it must not choose who gets the password.
-
-    Raises:
-        UserError: there is a password for MLflow, and the recipe names another server than ``MLFLOW_TRACKING_URI``.
-    """
-    uri, own = config.tracking.uri or "", os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri.lower().startswith("http") or without_secrets(own).rstrip("/") == without_secrets(uri).rstrip("/"):
-        return
-    known = read_mlflow_creds()
-    if known.username or known.password or MLFLOW_TRACKING_TOKEN.get():
-        raise UserError(
-            f"the checkpoint's recipe logs to {without_secrets(uri)}, which would get your password for MLflow; if "
-            f"that is your server, add tracking.uri={without_secrets(uri)}, else add tracking.uri=null"
-        )
 
 
 def recipe_without_password(config: Config) -> Config:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipelines.runs import checkpoints
-from pipelines.runs.record import read_json, read_record
+from pipelines.runs.record import read_json, read_record, write_json
 from pipelines.studies import racing, report
+from pipelines.studies.costs import published_variant_costs
 from pipelines.studies.prior import Prior
 from pipelines.studies.study import Study, StudyError, Trial, TrialState, trial_folder, write_trial
-from pipelines.tracking.mlflow_client import PARENT, RUN_NAME, command_name
+from pipelines.tracking.mlflow_client import command_name
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import SEARCH_PARAM
+from pipelines.tracking.uris import PARENT, RUN_NAME, SEARCH_PARAM
 from pipelines.tuning.mo_asha import SuccessiveHalving
 from pipelines.tuning.results import ResultsPublisher
 from pipelines.tuning.search import Searcher
@@ -37,7 +38,7 @@ class StudyController:
 
     Attributes:
         trials: all trials, by number.
-        variant_latencies: latency in ms of the published variants that the figures mark, once it is measured.
+        variants: costs of the published variants by name and metric; figures mark those near the trials.
         searching: false once the search is over and the Pareto front is repeated with other seeds.
         stopping: set when the user has asked to stop.
         searcher: proposes the members.
@@ -63,7 +64,8 @@ class StudyController:
         """
         self.study, self.space, self.tracker, self.concurrent = study, space, tracker, concurrent
         self.trials = {trial.number: trial for trial in trials}
-        self.variant_latencies = read_json(storage.join(study.folder, VARIANT_LATENCIES_FILE)) or {}
+        latencies = read_json(storage.join(study.folder, VARIANT_LATENCIES_FILE)) or {}
+        self.variants = published_variant_costs(study.recipe, latencies)
         self.pending = [trial for trial in trials if trial.state == TrialState.RUNNING]  # before any new suggestion
         self.searching = True
         self.settled: tuple[int, int] | None = None  # numbers of all and of running trials when no repeat was needed
@@ -264,7 +266,12 @@ class StudyController:
         self.save_trial(trial)
         seconds = time.monotonic() - self.started.get(number, time.monotonic())
         logger.info("trial %d: %s, %.0f s", number, describe_outcome(trial), seconds)
-        self.results.update(self.in_order(), self.variant_latencies)
+        self.results.update(self.in_order(), self.variants)
+
+    def save_variant_latencies(self, latencies: Mapping[str, float]) -> None:
+        """Record the latency in ms of published variants, by name, in memory and on disk."""
+        self.variants = published_variant_costs(self.study.recipe, latencies)
+        write_json(storage.join(self.study.folder, VARIANT_LATENCIES_FILE), dict(latencies))
 
     def save_trial(self, trial: Trial) -> None:
         """Record a trial, in memory and on disk."""

@@ -1,8 +1,8 @@
 """What a running study shows: figures, tables, recipes of the Pareto front, and metrics, in its folder and in MLflow.
 
 Figures of many trials take seconds, and the importance of dimensions takes longer. So a process of its own draws them,
-with a low priority, one drawing at a time: the study's driver schedules trials meanwhile. This module imports no Ray,
-so that the process starts fast.
+with a low priority, one drawing at a time: the study's driver schedules trials meanwhile. This module imports neither
+Ray, MLflow nor PyTorch, so that the process starts fast and stays small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from pipelines.runs.record import read_record, write_files
 from pipelines.studies import pareto, report
 from pipelines.studies.study import Study, Trial, TrialState, read_study_hits, standalone_recipe, trial_folder
-from pipelines.tracking.mlflow_client import NOTE
+from pipelines.tracking.uris import NOTE
 from posmlp.config import Config
 from posmlp.metrics import STUDY_BEST_TOP1, STUDY_FINISHED, STUDY_HYPERVOLUME
 from posmlp.processes import shielded_children
@@ -48,12 +48,12 @@ class Snapshot:
 
     Attributes:
         trials: ordered by number.
-        latencies: latency in ms of the published variants that were measured, by name.
+        variants: costs of published variants, by name and metric; figures mark them.
         final: the study is finished, so its importance of dimensions is shown too.
     """
 
     trials: Sequence[Trial]
-    latencies: Mapping[str, float]
+    variants: Mapping[str, Mapping[str, float]]
     final: bool = False
 
 
@@ -108,18 +108,18 @@ class ResultsPublisher:
         self.thread = threading.Thread(target=self.run, daemon=True, name="study-results")
         self.next_start = time.monotonic() + interval_s  # of a drawing
 
-    def update(self, trials: Sequence[Trial], latencies: Mapping[str, float]) -> None:
+    def update(self, trials: Sequence[Trial], variants: Mapping[str, Mapping[str, float]]) -> None:
         """Take the study's state, and publish it when it is time. Returns at once."""
         with self.changed:
-            self.waiting = Snapshot(tuple(trials), dict(latencies))
+            self.waiting = Snapshot(tuple(trials), dict(variants))
             self.changed.notify_all()
             if not self.thread.is_alive() and not self.closed:
                 self.thread.start()
 
-    def finish(self, trials: Sequence[Trial], latencies: Mapping[str, float]) -> None:
+    def finish(self, trials: Sequence[Trial], variants: Mapping[str, Mapping[str, float]]) -> None:
         """Publish the state of a finished study, with the importance of dimensions, and wait until that is done."""
         self.close_thread()
-        self.publish_last(Snapshot(tuple(trials), dict(latencies), final=True), DRAWING_LIMIT_S)
+        self.publish_last(Snapshot(tuple(trials), dict(variants), final=True), DRAWING_LIMIT_S)
 
     def __enter__(self) -> ResultsPublisher:
         return self
@@ -317,7 +317,7 @@ def draw_results(study: Study, snapshot: Snapshot) -> Iterator[Results]:
         {study.name: trials},
         study.recipe,
         against,
-        snapshot.latencies,
+        snapshot.variants,
         importance=snapshot.final,
         hits={study.name: hits},
     )

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 from optuna.trial import FrozenTrial
 
 from pipelines.studies import report
+from pipelines.studies.costs import static_costs
 from pipelines.studies.prior import Prior, is_value_of
 from pipelines.studies.study import Study, StudyError, Trial, TrialState, over_budget
 from pipelines.tuning.samplers import (
@@ -31,10 +31,8 @@ from pipelines.tuning.samplers import (
     tell_over_budget,
     tell_trial,
 )
-from posmlp import create_model
-from posmlp.config import Config, RecipeError
+from posmlp.config import RecipeError
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, COSTS, VAL_TOP1
-from posmlp.model.cost import count_macs, count_params
 from tune_spaces import Range, Space, Value
 
 LARGEST_ENUMERATED = 10_000  # members of a space: up to here, each suggestion is the best of all unseen members
@@ -323,11 +321,6 @@ class Searcher:
         return Check(costs, excess=sum_over(excess(budgets, costs)))
 
 
-def propose_trial(study: Study, space: Space, trials: Sequence[Trial]) -> Trial | None:
-    """Propose the next trial of a study without prior studies; see ``Searcher.propose``."""
-    return Searcher(study, space).propose(trials)
-
-
 def check_space(study: Study, space: Space, trials: Sequence[Trial]) -> None:
     """Refuse a grid over a space with ranges, and a space that has changed since the trials were made.
 
@@ -366,13 +359,6 @@ def neighbours(space: Space, member: dict[str, Value]) -> list[dict[str, Value]]
     """The members that differ from a member in one choice."""
     choices = [(name, values) for name, values in space.dimensions.items() if isinstance(values, tuple)]
     return [member | {name: value} for name, values in choices for value in values if value != member[name]]
-
-
-def static_costs(config: Config) -> dict[str, float]:
-    """The costs of a recipe's model that need no measurement, by metric name."""
-    with torch.device("meta"):  # no memory, no random numbers
-        params = count_params(create_model(config.model.name, **config.model.overrides()))
-    return {COST_GMACS: count_macs(config.model.variant()) / 1e9, COST_PARAMS_M: params / 1e6}
 
 
 def sum_over(over: dict[str, float]) -> float:

@@ -30,6 +30,7 @@ from pipelines.runs.errors import BadVideo
 from pipelines.runs.models import known_classes
 from pipelines.runs.record import read_record, run_folder
 from pipelines.studies import pareto, pareto_plots, report
+from pipelines.studies.costs import published_variant_costs, static_costs
 from pipelines.studies.study import (
     StudyError,
     Trial,
@@ -43,7 +44,7 @@ from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import journal_path, recipe_without_password
 from pipelines.training.preflight import changed_keys, check_data, list_fingerprint, read_splits
 from pipelines.training.train import train
-from pipelines.tuning.search import member_key, space_size, static_costs
+from pipelines.tuning.search import member_key, space_size
 from posmlp import storage
 from posmlp.config import Config, RecipeError, ScalingSection, set_value
 from posmlp.learn.evaluation import video_scores
@@ -393,7 +394,9 @@ def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[
         UserError: they cannot be written.
     """
     members = result.members
-    files = report.pareto_files({config.name: members}, config, "gmacs", inherited=True)
+    files = report.pareto_files(
+        {config.name: members}, config, "gmacs", published_variant_costs(config, {}), inherited=True
+    )
     files["members.csv"] = files.pop("trials.csv")
     for number in {trial.number for cost in ("gmacs", "params") for trial in pareto.pareto_front(members, cost)}:
         name = f"{config.name}-{number:03d}"

@@ -21,8 +21,9 @@ from pipelines.registry.datasets import datasets_of_metrics, describe_splits
 from pipelines.registry.logged_models import link_to
 from pipelines.registry.model_files import save_model_files
 from pipelines.runs import checkpoints
-from pipelines.runs.record import check_writable, run_folder, write_json
+from pipelines.runs.record import check_writable, run_folder
 from pipelines.studies import pareto
+from pipelines.studies.costs import published_variant_recipe, variants_to_mark
 from pipelines.studies.prior import find_priors, read_priors, write_priors
 from pipelines.studies.study import (
     STUDY_FILE,
@@ -36,9 +37,10 @@ from pipelines.studies.study import (
     study_space,
     write_study,
 )
-from pipelines.tracking.mlflow_client import NOTE, register_model, source_tags
+from pipelines.tracking.mlflow_client import register_model, source_tags
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import (
+    NOTE,
     journal_path,
     links_text,
     recipe_without_password,
@@ -49,7 +51,7 @@ from pipelines.tracking.uris import (
 )
 from pipelines.training.preflight import check_data, find_weights, list_fingerprint, read_splits
 from pipelines.training.progress import describe_overrides
-from pipelines.tuning.controller import VARIANT_LATENCIES_FILE, StudyController
+from pipelines.tuning.controller import StudyController
 from pipelines.tuning.ray_tune import run_trials
 from pipelines.tuning.results import describe_study
 from pipelines.tuning.search import Searcher, check_space
@@ -155,7 +157,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
             if study.repeats:
                 controller.start_repeats()
                 run_trials(controller)
-            results.finish(controller.in_order(), controller.variant_latencies)
+            results.finish(controller.in_order(), controller.variants)
         register_best(controller, datasets)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -255,18 +257,18 @@ def compare_latencies(controller: StudyController) -> None:
     trials = fully_trained(controller.trials.values())
     if all(trial.timed for trial in trials):
         return
-    variants = pareto.variants_to_mark(trials, study.recipe)
+    variants = variants_to_mark(trials, study.recipe)
     recipes = [controller.space.recipe(study.recipe, trial.member) for trial in trials]
-    recipes += [pareto.published_variant_recipe(study.recipe, name) for name in variants]
+    recipes += [published_variant_recipe(study.recipe, name) for name in variants]
     task = on_training_worker(measure_latencies, study.recipe)
     try:
         latencies = ray.get(task.remote([recipe.model_dump(mode="json") for recipe in recipes]))
     except ray.exceptions.RayError as error:
         logger.warning("latencies could not be compared, so those from before training are kept: %s", error)
         return
-    controller.variant_latencies = dict(zip(variants, latencies[len(trials) :], strict=True))
-    write_json(storage.join(study.folder, VARIANT_LATENCIES_FILE), controller.variant_latencies)
-    metrics = {f"{PUBLISHED_LATENCY_MS}{name}": ms for name, ms in controller.variant_latencies.items()}
+    published = dict(zip(variants, latencies[len(trials) :], strict=True))
+    controller.save_variant_latencies(published)
+    metrics = {f"{PUBLISHED_LATENCY_MS}{name}": ms for name, ms in published.items()}
     tracker.log_metrics(metrics, step=len(trials))
     for trial, latency in zip(trials, latencies, strict=False):
         measured = {COST_LATENCY_MS: latency}

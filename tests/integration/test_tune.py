@@ -20,12 +20,12 @@ from pipelines.cluster.session import WORKER_ENV
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_json, read_record
 from pipelines.studies import logged_study, pareto, report
+from pipelines.studies.costs import static_costs
 from pipelines.studies.study import StudyError, TrialState, read_study_hits, read_trials, study_space, trial_folder
-from pipelines.tracking.mlflow_client import PARENT
-from pipelines.tracking.uris import study_view, tracking_uri, view_text
+from pipelines.tracking.uris import PARENT, study_view, tracking_uri, view_text
 from pipelines.training.train import train
 from pipelines.tuning import mo_asha
-from pipelines.tuning.search import propose_trial, static_costs
+from pipelines.tuning.search import Searcher
 from pipelines.tuning.tune import max_concurrent_trials, tune
 from posmlp.config import load_recipe
 from posmlp.errors import UserError
@@ -359,7 +359,7 @@ def check_whole(study, count):
     assert [trial.state for trial in trials] == [TrialState.FINISHED] * count
     undisturbed = []
     for trial in trials:
-        undisturbed.append(propose_trial(study, study_space(study), undisturbed))
+        undisturbed.append(Searcher(study, study_space(study)).propose(undisturbed))
         assert undisturbed[-1].member == trial.member
     _, parents, children = mlflow_runs(study)
     assert [run.info.status for run in parents] == ["FINISHED"]

@@ -6,9 +6,9 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.tracking.mlflow_client import PARENT
 from pipelines.tracking.node_monitors import NodeMonitor, in_use, node_names
 from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.uris import PARENT
 from posmlp.config import load_recipe
 
 

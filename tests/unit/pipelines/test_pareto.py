@@ -17,9 +17,10 @@ from mlflow.entities import Metric, Param, Run, RunData, RunInfo, RunTag
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from PIL import Image
 
-from pipelines.studies import logged_study, pareto, report
+from pipelines.studies import costs as costs_of_models
+from pipelines.studies import logged_study, pareto, pareto_plots, report
 from pipelines.studies.study import Study, StudyError, Trial, TrialState, standalone_recipe, study_space
-from pipelines.tracking.mlflow_client import PARENT
+from pipelines.tracking.uris import PARENT
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, VAL_TOP1
@@ -164,12 +165,12 @@ def test_importance_is_of_the_dimension_that_matters():
 
 
 def test_published_variants_cost_what_their_models_cost():
-    costs = pareto.published_variant_costs(load_recipe("ssv1_s16"), {"s": 700.0})
+    costs = costs_of_models.published_variant_costs(load_recipe("ssv1_s16"), {"s": 700.0})
     assert costs["s"][COSTS["latency"]] == 700 and COSTS["latency"] not in costs["b"]
     assert costs["s"][COSTS["params"]] == pytest.approx(13.509537)
     assert costs["s"][GMACS] == pytest.approx(40.17, abs=0.01)
     tiny = create_model("tiny", frames=8, num_classes=8)
-    assert pareto.published_variant_costs(load_recipe("demo", ["model.num_classes=8"]), {})["tiny"][
+    assert costs_of_models.published_variant_costs(load_recipe("demo", ["model.num_classes=8"]), {})["tiny"][
         COSTS["params"]
     ] == pytest.approx(sum(p.numel() for p in tiny.parameters()) / 1e6)
 
@@ -275,7 +276,7 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
     assert [replace(t, mlflow_run_id=None) for t in logged.trials] == trials
     assert logged.hits == {5: hits[5]}  # those of fresh seeds alone are read
     assert set(logged.recipes) == {t.number for cost in COSTS for t in pareto.pareto_front(trials, cost)}
-    text = report.write_studies([logged], "gmacs", tmp_path / "out")
+    text = logged_study.write_studies([logged], "gmacs", tmp_path / "out")
     assert text == report.describe_study("look", trials, "gmacs", hits=hits)
     for number in logged.recipes:
         config = load_recipe(tmp_path / "out" / "recipes" / f"look-trial-{number:03d}.yaml")
@@ -299,7 +300,7 @@ def test_an_infinite_metric_in_mlflow_is_no_number(tmp_path):
     logged = logged_study.read_study_from_mlflow("look", uri)
     assert [replace(t, mlflow_run_id=None) for t in logged.trials] == trials
     assert [t.number for t in pareto.pareto_front(logged.trials, "gmacs")] == [0]
-    assert "e+308" not in report.write_studies([logged], "gmacs", tmp_path / "out")
+    assert "e+308" not in logged_study.write_studies([logged], "gmacs", tmp_path / "out")
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"e+308" in p.read_bytes()]
 
 
@@ -490,12 +491,12 @@ def test_the_curve_of_the_hypervolume_by_hand():
 def test_published_variants_have_the_clips_and_classes_of_the_recipe():
     """Parameters of s: 13,509,537 - here with 5 classes - are those of a model that is built, not counted."""
     recipe = load_recipe("demo", ["model.num_classes=5", "model.frames=6", "model.image_size=96"])
-    made = pareto.published_variant_recipe(recipe, "s")
+    made = costs_of_models.published_variant_recipe(recipe, "s")
     assert made.model.model_dump(exclude_none=True) == {
         **{"name": "s", "num_classes": 5, "frames": 6, "image_size": 96, "drop_path": 0.0, "dropout": 0.0}
     }
     assert made.data == recipe.data and made.train == recipe.train
-    costs = pareto.published_variant_costs(recipe, {"tiny": 4.5, "unknown": 1.0})
+    costs = costs_of_models.published_variant_costs(recipe, {"tiny": 4.5, "unknown": 1.0})
     assert list(costs) == ["tiny", "s", "b", "l"]
     assert costs["tiny"][COSTS["latency"]] == 4.5 and set(costs["s"]) == {GMACS, COSTS["params"]}
     built = create_model("s", frames=6, image_size=96, num_classes=5)
@@ -505,11 +506,11 @@ def test_published_variants_have_the_clips_and_classes_of_the_recipe():
 def test_variants_are_marked_where_their_cost_is_near(monkeypatch):
     costs = {"tiny": {GMACS: 2.0}, "s": {GMACS: 4.0}}
     asked = []
-    monkeypatch.setattr(pareto, "published_variant_costs", lambda recipe, latencies: costs)
+    monkeypatch.setattr(costs_of_models, "published_variant_costs", lambda recipe, latencies: costs)
     monkeypatch.setattr(
-        pareto.pareto_plots, "variants_in_range", lambda *given: asked.append(given) or [("s", 4.0), ("tiny", 2.0)]
+        costs_of_models, "variants_in_range", lambda *given: asked.append(given) or [("s", 4.0), ("tiny", 2.0)]
     )
-    assert pareto.variants_to_mark([*study_of_three(), trial(9, math.nan, 1.0)], BASE) == ["s", "tiny"]
+    assert costs_of_models.variants_to_mark([*study_of_three(), trial(9, math.nan, 1.0)], BASE) == ["s", "tiny"]
     assert asked == [(costs, "gmacs", [2.0, 1.0])]
 
 
@@ -518,13 +519,13 @@ def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
     drawn = []
     for name in ("interactive_page", "front_image", "search_progress"):
         monkeypatch.setattr(
-            pareto.pareto_plots, name, lambda *given, _name=name: drawn.append((_name, given)) or _name.encode()
+            pareto_plots, name, lambda *given, _name=name: drawn.append((_name, given)) or _name.encode()
         )
-    monkeypatch.setattr(report, "published_variant_costs", lambda recipe, latencies: (recipe, latencies))
     monkeypatch.setattr(report, "dimension_importance", lambda trials, metric: (len(trials), metric))
+    marked = {"s": {GMACS: 7.0}}
     trials, base = study_of_three(), load_recipe("demo", ["model.blocks=spatial"])
     plain = [replace(t, member={"width": 1.0}) for t in trials]
-    files = report.pareto_files({"one": trials, "two": plain[:2]}, base, "latency", {"s": 7.0})
+    files = report.pareto_files({"one": trials, "two": plain[:2]}, base, "latency", marked)
     assert {name: content for name, content in files.items() if not name.endswith("csv")} == {
         **{"front.html": b"interactive_page", "front.png": b"front_image"},
         **{"one-progress.png": b"search_progress", "two-progress.png": b"search_progress"},
@@ -538,13 +539,13 @@ def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
     every = {cost: [0] for cost in COSTS}  # the only member with a fresh seed
     assert fronts == {"one": every, "two": {"latency": [0], "gmacs": [1, 0], "params": [1, 0]}}
     assert title == "one: 2 trials; two: 2 trials, one seed each, not repeated"
-    assert variants == (base, {"s": 7.0})
+    assert variants == marked
     shares = {"top-1": (5, VAL_TOP1), "latency": (5, COSTS["latency"])}
     assert drawn[2] == ("search_progress", ([0.0], shares, "latency"))
     drawn.clear()
     files = report.pareto_files({"one": trials}, BASE, "gmacs")
     assert set(files) == {"front.html", "front.png", "trials.csv", "progress.png"}
-    assert drawn[0][1][2:] == ((BASE, {}), "one: 2 trials")
+    assert drawn[0][1][2:] == ({}, "one: 2 trials")
     unset = load_recipe("demo", ["model.blocks=null"])
     report.pareto_files({"one": plain}, unset, "gmacs")
     assert drawn[-3][1][0]["one"][0].blocks == ("parallel",)
@@ -554,7 +555,7 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
     """Of both studies the largest cost, 90; a folder that exists is used."""
     drawn = []
     for name in ("interactive_page", "front_image", "search_progress"):
-        monkeypatch.setattr(pareto.pareto_plots, name, lambda *given: drawn.append(given) or b"drawn")
+        monkeypatch.setattr(pareto_plots, name, lambda *given: drawn.append(given) or b"drawn")
     study = Study(name="look", recipe=BASE, space="speed_accuracy", against="gmacs")
     cheap = [trial(0, 0.5, 9.0), trial(1, 0.75, 45.0)]
     other = study.model_copy(update={"name": "other"})
@@ -564,7 +565,7 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
     ]
     out = tmp_path / "deep" / "out"
     for _ in range(2):
-        text = report.write_studies(logged, "gmacs", out)
+        text = logged_study.write_studies(logged, "gmacs", out)
     one, two = text.split("\n\nother: ")
     volume = (0.5 * 81 + 0.25 * 45) / 90
     assert one.startswith(f"look: 2 finished; hypervolume {volume:.3f} (top-1 against gmacs)\n\n  trial ")

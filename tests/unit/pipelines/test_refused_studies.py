@@ -22,6 +22,10 @@ from pipelines.cli import main
             "no member of space widths within the budgets: it has looked at all 6. The nearest is width 0.5: ",
         ),
         (["demo", "--space", "widths", "--prior", "nowhere"], "--prior nowhere: neither nowhere nor"),
+        (
+            ["demo", "--space", "widths", "--prior", "nowhere"],
+            "mlflow.db; give the right one with tracking.uri or MLFLOW_TRACKING_URI",
+        ),
         (["demo", "--space", "widths", "data.train.path=nowhere.csv"], "nowhere.csv"),
     ],
 )

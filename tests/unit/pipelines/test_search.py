@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.studies import study as records
+from pipelines.studies.costs import static_costs
 from pipelines.studies.study import Study, StudyError, Trial, TrialState, over_budget
 from pipelines.tuning.samplers import (
     Sampler,
@@ -15,7 +16,7 @@ from pipelines.tuning.samplers import (
     tell_trial,
     to_distribution,
 )
-from pipelines.tuning.search import Searcher, check_space, propose_trial, space_size, static_costs
+from pipelines.tuning.search import Searcher, check_space, space_size
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, VAL_TOP1
@@ -41,7 +42,7 @@ def search(study, count, space=FOUR, trials=()):
     """Propose trials one after the other, and finish each at once."""
     trials = list(trials)
     while len(trials) < count:
-        trial = propose_trial(study, space, trials)
+        trial = Searcher(study, space).propose(trials)
         metrics = {VAL_TOP1: score(trial.member), COSTS["gmacs"]: 5.0 - trial.member["a"], "epoch": 3.0}
         trials.append(replace(trial, state=TrialState.FINISHED, metrics=metrics))
     return trials
@@ -73,7 +74,7 @@ def test_an_interrupted_search_resumes_as_if_it_had_not_been(searcher, against, 
 def test_no_member_is_proposed_twice_and_a_space_ends(searcher, against):
     study, trials = study_of(searcher, against), []
     space = Space({"a": (1, 2, 3, 4), "b": ("x", "y", "z")}, FOUR.keys)
-    while (trial := propose_trial(study, space, trials)) is not None:
+    while (trial := Searcher(study, space).propose(trials)) is not None:
         trials.append(
             replace(trial, state=TrialState.FINISHED, metrics={VAL_TOP1: score(trial.member), COSTS["gmacs"]: 1.0})
         )
@@ -85,7 +86,7 @@ def test_no_member_is_proposed_twice_and_a_space_ends(searcher, against):
 def test_a_grid_is_every_combination_in_order():
     members = [tuple(trial.member.values()) for trial in search(study_of("grid"), 72)]
     assert members == [(a, b, c, d) for a in (1, 2, 3, 4) for b in "xyz" for c in (0.5, 1.0, 2.0) for d in (0, 1)]
-    assert propose_trial(study_of("grid"), FOUR, search(study_of("grid"), 72)) is None
+    assert Searcher(study_of("grid"), FOUR).propose(search(study_of("grid"), 72)) is None
 
 
 def test_tpe_finds_what_is_good_and_random_does_not():
@@ -133,7 +134,7 @@ def test_top1_is_maximised_and_the_cost_minimised(searcher, against, directions,
     member = {"a": 1, "b": "x", "c": 0.5, "d": 0}
     metrics = {VAL_TOP1: 0.7, COSTS["gmacs"]: 3.5, COSTS["params"]: 8.0, "epoch": 3.0}
     trial = Trial(0, member, state=TrialState.FINISHED, metrics=metrics)
-    propose_trial(study_of(searcher, against), FOUR, [trial])
+    Searcher(study_of(searcher, against), FOUR).propose([trial])
     (study,) = created
     assert [direction.name for direction in study.directions] == directions
     assert study.trials[0].values == [0.7, 3.5][: len(directions)]
@@ -148,7 +149,7 @@ def test_a_search_of_a_front_moves_to_cheap_and_to_accurate_members(searcher, be
     space = Space({name: tuple(range(12)) for name in "abcd"}, FOUR.keys)
     trials, study = [], study_of(searcher, "gmacs")
     while len(trials) < 48:
-        trial = propose_trial(study, space, trials)
+        trial = Searcher(study, space).propose(trials)
         a = float(trial.member["a"])
         cost, top1 = (a, 0.5) if better == "cost" else (1.0, a / 12)
         metrics = {VAL_TOP1: top1, COSTS["gmacs"]: cost, "epoch": 3.0}
@@ -160,7 +161,7 @@ def test_a_search_of_a_front_moves_to_cheap_and_to_accurate_members(searcher, be
 def test_concurrent_trials_differ():
     study, trials = study_of("tpe"), search(study_of("tpe"), 12)
     for _ in range(4):
-        trials.append(propose_trial(study, FOUR, trials))
+        trials.append(Searcher(study, FOUR).propose(trials))
         assert trials[-1].state == TrialState.RUNNING
     assert len({tuple(trial.member.items()) for trial in trials}) == 16
 
@@ -169,7 +170,7 @@ def test_members_over_a_budget_are_left_out():
     space = records.study_space(study_of("grid").model_copy(update={"space": "widths"}))
     study = study_of("grid", budget_gmacs=0.02).model_copy(update={"space": "widths"})
     trials = []
-    while (trial := propose_trial(study, space, trials)) is not None:
+    while (trial := Searcher(study, space).propose(trials)) is not None:
         trials.append(replace(trial, state=TrialState.FINISHED))
     costs = {width: static_costs(space.recipe(BASE, {"width": width}))[COSTS["gmacs"]] for width in (0.5, 0.75, 1.0)}
     assert costs[0.75] < 0.02 < costs[1.0]
@@ -329,10 +330,10 @@ def test_a_trial_has_the_next_numbers_and_the_seed_of_the_recipe():
     """Of the trials and of the suggestions; the searcher learns from the first seed of each member alone."""
     recipe = BASE.model_copy(update={"train": BASE.train.model_copy(update={"seed": 11})})
     study = study_of("grid").model_copy(update={"recipe": recipe})
-    first = propose_trial(study, FOUR, [])
+    first = Searcher(study, FOUR).propose([])
     assert (first.number, first.suggestion, first.seed, first.repeat_of) == (0, 0, 11, None)
     earlier = [Trial(4, {"a": 1, "b": "x", "c": 0.5, "d": 0}, suggestion=2), Trial(6, {"a": 9}, repeat_of=4)]
-    trial = propose_trial(study, FOUR, earlier)
+    trial = Searcher(study, FOUR).propose(earlier)
     assert (trial.number, trial.suggestion, trial.seed, trial.state) == (7, 3, 11, TrialState.RUNNING)
     assert trial.member == {"a": 1, "b": "x", "c": 1.0, "d": 1}
 
@@ -342,19 +343,19 @@ def test_the_searcher_does_not_see_repeats(searcher):
     """A repeat changes neither the member nor the suggestion that follow, whatever its result."""
     study = study_of(searcher)
     trials = search(study, 12)
-    following = propose_trial(study, FOUR, trials)
+    following = Searcher(study, FOUR).propose(trials)
     best = max(trials, key=lambda trial: trial.metrics[VAL_TOP1])
     repeat = Trial(12, best.member, 1, repeat_of=best.number, state=TrialState.FINISHED, metrics={VAL_TOP1: 0.0})
-    assert propose_trial(study, FOUR, [*trials, repeat]) == replace(following, number=13)
+    assert Searcher(study, FOUR).propose([*trials, repeat]) == replace(following, number=13)
 
 
 def test_members_that_are_known_or_cannot_be_built_are_skipped():
     """Of (width, groups) in order: the first is known, the second is refused, as 16 channels have no 3 groups."""
     space = Space({"dim": (16,), "groups": (4, 3, 8)}, lambda m: {"model.groups": [m["groups"], 8, 8, 16]})
     known = Trial(0, {"groups": 4, "dim": 16}, suggestion=0)  # in another order
-    trial = propose_trial(study_of("grid"), space, [known])
+    trial = Searcher(study_of("grid"), space).propose([known])
     assert (trial.number, trial.suggestion, trial.member) == (1, 2, {"dim": 16, "groups": 8})
-    assert propose_trial(study_of("grid"), space, [known, trial]) is None
+    assert Searcher(study_of("grid"), space).propose([known, trial]) is None
 
 
 def test_a_search_of_a_large_space_gives_up_after_2000_members():

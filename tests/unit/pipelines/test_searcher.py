@@ -18,7 +18,7 @@ from pipelines.studies import study as records
 from pipelines.studies.study import Study, StudyError, Trial, TrialState
 from pipelines.tuning import controller, samplers
 from pipelines.tuning.samplers import ACQUISITION, TPE_STARTUP_TRIALS
-from pipelines.tuning.search import Searcher, member_key, propose_trial, space_size
+from pipelines.tuning.search import Searcher, member_key, space_size
 from posmlp.config import load_recipe
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, VAL_TOP1
 from tune_spaces import Range, Space, load_space
@@ -139,12 +139,12 @@ def test_a_known_suggestion_of_a_large_space_is_replaced_by_its_best_neighbour()
     study = study_of("tpe", seed=1)
     trials = []
     for _ in range(15):
-        trial = propose_trial(study, space, trials)
+        trial = Searcher(study, space).propose(trials)
         trials.append(finish(trial, -sum(trial.member.values())))
     searcher = Searcher(study, space)
     suggestion = searcher.sampler.suggest(searcher.tell(trials), 15)
     known = Trial(15, suggestion.member, suggestion=14, state=TrialState.FAILED)  # the sampler learns nothing from it
-    trial = propose_trial(study, space, [*trials, known])
+    trial = Searcher(study, space).propose([*trials, known])
     different = [name for name in "abcdef" if trial.member[name] != suggestion.member[name]]
     assert trial.suggestion == 15 and len(different) == 1
     near = [suggestion.member | {name: value} for name in "abcdef" for value in range(6)]
@@ -205,7 +205,7 @@ def test_a_searcher_made_anew_proposes_the_same_at_each_point(searcher, against,
     """Trials run at the same time, end in any order and way, and are promoted."""
     study = study_of(searcher, against, budget_ms=60, seed=seed)
     for trials, proposed in events(study, BLOCKS, seed):
-        assert propose_trial(study, BLOCKS, trials) == proposed
+        assert Searcher(study, BLOCKS).propose(trials) == proposed
 
 
 @pytest.mark.parametrize(("searcher", "against"), [("tpe", None), ("nsga2", "gmacs")])
@@ -218,7 +218,7 @@ def test_refused_suggestions_are_recorded_so_that_a_resume_knows_them(searcher, 
     study = Study(name="s", recipe=recipe, space="depths", searcher=searcher, against=against, budget_gmacs=budget)
     living, trials = Searcher(study, space), []
     while (proposed := living.propose(trials)) and len(trials) < 9:
-        assert propose_trial(study, space, records.read_trials(study.folder)) == proposed
+        assert Searcher(study, space).propose(records.read_trials(study.folder)) == proposed
         assert costs.check(proposed.member).costs[COST_GMACS] <= budget
         trial = finish(proposed, sum(proposed.member.values()))
         trials.append(replace(trial, metrics=trial.metrics | costs.check(trial.member).costs))
@@ -324,7 +324,7 @@ def earlier_study(folder, score, count=40, name="earlier", space="block_types", 
     records.write_study(study, "run")
     trials = []
     for _ in range(count):
-        trial = propose_trial(study, BLOCKS, trials)
+        trial = Searcher(study, BLOCKS).propose(trials)
         trials.append(finish(trial, score(trial.member)))
         records.write_trial(study, replace(trials[-1], member=change(trial.member)))
     return study
@@ -438,7 +438,7 @@ def test_no_trial_starts_after_the_hours(repeats, search_s, tmp_path, monkeypatc
     now = [1000.0]
     monkeypatch.setattr(controller.time, "monotonic", lambda: now[0])
     study = with_prior(tmp_path, hours=2, repeats=repeats, trials=50)
-    running = propose_trial(study, BLOCKS, [])
+    running = Searcher(study, BLOCKS).propose([])
     search = controller.StudyController(study, BLOCKS, [running], MagicMock(run_id="run"), 2)
     now[0] += search_s - 1
     assert search.next_trial().number == 0 and search.next_trial().number == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.studies.study import Study, Trial, TrialState, find_study, read_trials, study_space, write_trial
-from pipelines.tuning.search import check_space, propose_trial
+from pipelines.tuning.search import Searcher, check_space
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp.config import load_recipe
 
@@ -140,7 +140,7 @@ def test_an_old_study_resumes(old_study):
     study, _ = find_study(str(old_study))
     space, trials = study_space(study), read_trials(study.folder)
     check_space(study, space, trials)
-    following = propose_trial(study, space, trials)
+    following = Searcher(study, space).propose(trials)
     assert (following.number, following.suggestion, following.state) == (3, 3, TrialState.RUNNING)
     assert list(following.member.values()) == ["parallel", "parallel", "parallel", "joint"]
 

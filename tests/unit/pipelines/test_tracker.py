@@ -15,12 +15,12 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from pipelines.tracking.delivery import DeliveryWorker, sync_journals
 from pipelines.tracking.journal import Journal, JournalInUse, JournalState, read_entries
-from pipelines.tracking.mlflow_client import PARENT, create_run, prepare_mlflow, shorten, source_tags
+from pipelines.tracking.mlflow_client import create_run, prepare_mlflow, refuse_foreign_server, source_tags
 from pipelines.tracking.operations import LogMetrics
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import (
+    PARENT,
     links_text,
-    refuse_foreign_server,
     run_link,
     runs_view,
     study_view,
@@ -30,6 +30,7 @@ from pipelines.tracking.uris import (
     without_secrets,
 )
 from posmlp.errors import UserError
+from posmlp.text import shorten
 from tests.helpers.tracker_runs import link, once, recipe, rows, start, write_linear
 from tests.helpers.waiting import until
 

@@ -105,7 +105,7 @@ class Assessment:
     Attributes:
         repeated: the study has fresh seeds. Without, intervals are those of the videos alone.
         top1: the reported values (``reported_top1``); without fresh seeds, of the members on a front.
-        low, high: the ends of their 95 % intervals.
+        low, high: the ends of their 95 % intervals; none of a single seed whose number of videos is not known.
         runs: the runs that report each member.
         deviation: of the seeds; None: not known.
         paired: per-video results of all these runs are known, so that members are compared on the same videos.
@@ -166,11 +166,12 @@ def assess(trials: Sequence[Trial], hits: Mapping[int, bytes] | None = None) -> 
         shares = confidence.on_front(draws[:, finite], costs[finite]).mean(0)
         numbers = [list(runs)[index] for index in finite]
         probability[cost] = dict(zip(numbers, shares.tolist(), strict=True))
+    spread = [repeated or member.videos is not None for member in members]  # else all draws are the mean
     return Assessment(
         repeated=repeated,
         top1={number: member.mean for number, member in zip(runs, members, strict=True)},
-        low={number: float(value) for number, value in zip(runs, low, strict=True)},
-        high={number: float(value) for number, value in zip(runs, high, strict=True)},
+        low={number: float(value) for number, value, known in zip(runs, low, spread, strict=True) if known},
+        high={number: float(value) for number, value, known in zip(runs, high, spread, strict=True) if known},
         runs=runs,
         deviation=deviation,
         paired=repeated and confidence.have_hits(members),

@@ -6,7 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
@@ -36,8 +38,16 @@ BLOCK_COLOURS = {
 FRONT_COLOURS = ("#222222", "#c23b75", "#3b77c2", "#7a9a01")  # by study
 STUDY_SYMBOLS = ("circle", "square", "triangle-up", "diamond")  # by study
 LOG_SCALE_RATIO = 5.0  # an axis is logarithmic if the largest cost is more than this multiple of the smallest
+FIRST, LAST = 1, 2000  # ranks in the page's legend, whose other entries are in the order in which they are drawn
 INTERVAL_COLOUR = "#8a8a8a"
+INTERVAL_OPACITY, INTERVAL_WIDTH = 0.6, 3.0  # in the image; wider than the front's line, which may run along them
 MINOR_COLOUR = "#b5b5b5"  # of members without fresh seeds, where others have some
+LEGEND_COLUMNS = 7  # at most, in the image
+LABEL_SIZE = 8  # of a number in the image, in points
+DISC_RADIUS = 5.0  # in points
+# Where a number may be, best first: horizontally and vertically from the point, in points. No other member of the front
+# is to the upper left of one.
+LABEL_OFFSETS = ((-6, 5), (6, 5), (6, -12), (-6, -12), (-6, 15), (6, 15))
 MIN_OPACITY = 0.25  # of a member that is certainly not on the front
 MARK_FACTOR = 3.0  # a published variant is marked if its cost is within this factor of the trials' costs
 
@@ -111,7 +121,6 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
             draw_points(axes, points, cost, "white" if len(studies) == 1 else colour)
             x, y = front_line(points, fronts[name][cost], cost)
             axes.plot(x, y, color=colour, drawstyle="steps-post", linewidth=1.2, zorder=1)
-            number_points(axes, points, fronts[name][cost], cost, colour)
         values = finite_costs(studies, cost)
         if axis_scale(values) == "log":
             axes.set_xscale("log")
@@ -127,6 +136,8 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
         axes.set_xlabel(COST_LABELS[cost])
         axes.grid(alpha=0.25, which="both")
     panels[0].set_ylabel("validation top-1, %")
+    for axes, cost in zip(panels, costs, strict=True):  # once all limits are known
+        number_points(axes, studies, fronts, cost)
     mixed = any(map(mixes_blocks, studies.values()))
     sectors = "; sectors: the stages' blocks, clockwise from the top" if mixed else ""
     figure.suptitle(title + sectors, fontsize=11)
@@ -140,16 +151,22 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
     if any(p.interval for p in drawn):
         repeated = any(p.fresh is not None for p in drawn)
         label = "95 % interval " + ("(seeds and videos)" if repeated else "(videos alone)")
-        handles.append(Line2D([], [], linestyle="", marker="|", markersize=11, color=INTERVAL_COLOUR, label=label))
+        handles.append(
+            Line2D(
+                [], [], linestyle="", marker="|", markersize=11, markeredgewidth=INTERVAL_WIDTH, color=INTERVAL_COLOUR,
+                alpha=INTERVAL_OPACITY, label=label,
+            )
+        )  # fmt: skip
+    if any(p.probability for p in drawn):
+        label = "pale: hardly on this front"
+        handles.append(Line2D([], [], linestyle="", marker="o", color="black", alpha=MIN_OPACITY, label=label))
     if any(p.minor for p in drawn):
-        handles.append(minor_handle())
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
+        label = "first seed alone"
+        handles.append(Line2D([], [], linestyle="", marker="o", markersize=4, color=MINOR_COLOUR, label=label))
+    rows = math.ceil(len(handles) / LEGEND_COLUMNS)
+    columns = math.ceil(len(handles) / rows) if handles else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     return to_png(figure)
-
-
-def minor_handle() -> Line2D:
-    """The legend's entry of members without fresh seeds."""
-    return Line2D([], [], linestyle="", marker="o", markersize=4, color=MINOR_COLOUR, label="first seed alone")
 
 
 def draw_points(axes: Axes, points: Sequence[TrialPoint], cost: str, edge: str) -> None:
@@ -165,7 +182,7 @@ def draw_points(axes: Axes, points: Sequence[TrialPoint], cost: str, edge: str) 
         place, share, opacity = (point.costs[cost], 100 * point.top1), 360 / len(point.blocks), point.opacity(cost)
         if point.interval is not None:
             lines.append([(place[0], 100 * end) for end in point.interval])
-            line_colours.append(to_rgba(INTERVAL_COLOUR, opacity))
+            line_colours.append(to_rgba(INTERVAL_COLOUR, INTERVAL_OPACITY * opacity))
         parts.append((Path.unit_circle(), 95, place, to_rgba(edge)))
         for stage, block in enumerate(point.blocks):
             sector = Path.wedge(90 - share * (stage + 1), 90 - share * stage)
@@ -174,7 +191,7 @@ def draw_points(axes: Axes, points: Sequence[TrialPoint], cost: str, edge: str) 
     if not parts:
         return
     # Two collections for all members: an artist for each sector takes minutes for a thousand members.
-    axes.add_collection(LineCollection(lines, colors=line_colours, linewidths=1.5, zorder=0.9))
+    axes.add_collection(LineCollection(lines, colors=line_colours, linewidths=INTERVAL_WIDTH, zorder=0.9))
     outlines, sizes, places, colours = zip(*parts, strict=True)
     scales = [size / 4 for size in sizes]  # as of ``scatter``: a circle's diameter is the root of its size
     discs = PathCollection(
@@ -185,15 +202,46 @@ def draw_points(axes: Axes, points: Sequence[TrialPoint], cost: str, edge: str) 
     axes.autoscale_view()
 
 
-def number_points(axes: Axes, points: Sequence[TrialPoint], numbers: Sequence[int], cost: str, colour: str) -> None:
-    """Write the numbers of a front's trials next to their points, and how likely each is on the front."""
-    for point in points:
-        if point.number in numbers:
+def number_points(axes: Axes, studies: StudyPoints, fronts: StudyFronts, cost: str) -> None:
+    """Write the numbers of the fronts' trials next to their points, and how likely each is on the front.
+
+    A number keeps off the edges, the other numbers and, if it can, the points. One without such a place is left out.
+    """
+    edges = np.array([*axes.get_xlim(), *axes.get_ylim()])  # this also brings the axes' transformation up to date
+    to_points = 72 / axes.get_figure(root=True).dpi
+    (left, bottom), (right, top) = axes.transData.transform(edges.reshape(2, 2).T) * to_points
+    major = [(p.costs[cost], 100 * p.top1) for points in studies.values() for p in points if not p.minor]
+    discs = axes.transData.transform([each for each in major if math.isfinite(each[0])] or np.empty((0, 2))) * to_points
+    taken: list[tuple[float, float, float, float]] = []  # left, bottom, right, top of the numbers so far
+    for index, (name, points) in enumerate(studies.items()):
+        by_number = {point.number: point for point in points}
+        for point in (by_number[number] for number in fronts[name][cost] if number in by_number):
             share = f", {point.probability[cost]:.0%}" if cost in point.probability else ""
+            text, place = f"{point.number}{share}", (point.costs[cost], 100 * point.top1)
+            x, y = axes.transData.transform(place) * to_points
+            width, free = 0.65 * LABEL_SIZE * len(text), []
+            for rank, (across, up) in enumerate(LABEL_OFFSETS):
+                start = x + across - (width if across < 0 else 0)
+                box = (start, y + up, start + width, y + up + LABEL_SIZE)
+                inside = left <= box[0] and box[2] <= right and bottom <= box[1] and box[3] <= top
+                if inside and not any(map(partial(overlap, box), taken)):
+                    near = np.abs(discs - ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+                    covered = (near < (width / 2 + DISC_RADIUS, LABEL_SIZE / 2 + DISC_RADIUS)).all(1).sum()
+                    free.append((int(covered), rank, box))
+            if not free:
+                continue
+            _, rank, box = min(free)
+            taken.append(box)
             axes.annotate(
-                f"{point.number}{share}", (point.costs[cost], 100 * point.top1), (6, 5), textcoords="offset points",
-                fontsize=8, color=colour, zorder=5, path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                text, place, LABEL_OFFSETS[rank], textcoords="offset points", fontsize=LABEL_SIZE,
+                ha="right" if LABEL_OFFSETS[rank][0] < 0 else "left", color=FRONT_COLOURS[index % 4], zorder=5,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")], in_layout=False,
             )  # fmt: skip
+
+
+def overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    """Return whether two boxes (left, bottom, right, top) overlap."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts, title: str) -> bytes:
@@ -203,20 +251,20 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
     for column, cost in enumerate(costs, start=1):
         values = finite_costs(studies, cost)
         for index, (name, points) in enumerate(studies.items()):
+            major = [point for point in points if not point.minor]
+            if minor := [point for point in points if point.minor]:
+                add_points(figure, minor, cost, name, index, column, "first seed alone")
+            add_intervals(figure, major, cost, column, name, index)
             x, y = front_line(points, fronts[name][cost], cost)
             line = {"shape": "hv", "color": FRONT_COLOURS[index % 4], "width": 1.5}
             figure.add_scatter(
                 x=x, y=y, mode="lines", line=line, name=f"Pareto front of {name}", legendgroup=name, hoverinfo="skip",
-                showlegend=column == 1, row=1, col=column,
+                showlegend=column == 1, legendrank=FIRST, row=1, col=column,
             )  # fmt: skip
-            major = [point for point in points if not point.minor]
-            add_intervals(figure, major, cost, column)
             for block in dict.fromkeys(point.main_block for point in major):
                 with_block = [point for point in major if point.main_block == block]
                 label = f"mostly {block}" if mixes_blocks(with_block) and block != "mixed" else block
                 add_points(figure, with_block, cost, name, index, column, label)
-            if minor := [point for point in points if point.minor]:
-                add_points(figure, minor, cost, name, index, column, "first seed alone")
         number = "" if column == 1 else str(column)
         for variant, value in variants_in_range(variants, cost, values):
             figure.add_vline(x=value, line={"dash": "dot", "color": "#999999"}, row=1, col=column)
@@ -233,11 +281,14 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
     return html.encode()
 
 
-def add_intervals(figure: go.Figure, points: Sequence[TrialPoint], cost: str, column: int) -> None:
-    """Add the intervals of members to one panel of the page, as one line with gaps.
+def add_intervals(
+    figure: go.Figure, points: Sequence[TrialPoint], cost: str, column: int, study: str, index: int
+) -> None:
+    """Add the intervals of a study's members to one panel of the page, as one line with gaps.
 
     Args:
         column: the panel, from 1.
+        index: the study's position among the studies, from 0.
     """
     x: list[float | None] = []
     y: list[float | None] = []
@@ -245,8 +296,11 @@ def add_intervals(figure: go.Figure, points: Sequence[TrialPoint], cost: str, co
         if point.interval is not None:
             x += [point.costs[cost], point.costs[cost], None]
             y += [100 * point.interval[0], 100 * point.interval[1], None]
-    line = {"color": INTERVAL_COLOUR, "width": 1}
-    figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False, row=1, col=column)
+    figure.add_scatter(
+        x=x, y=y, mode="lines", line={"color": INTERVAL_COLOUR, "width": 1}, hoverinfo="skip",
+        name="95 % interval" + f", {study}" * (index > 0), legendgroup=f"{study} interval",
+        showlegend=column == 1 and bool(x), legendrank=LAST, row=1, col=column,
+    )  # fmt: skip
 
 
 def add_points(
@@ -261,6 +315,7 @@ def add_points(
     """
     block, minor = points[0].main_block, points[0].minor
     colour = MINOR_COLOUR if minor else BLOCK_COLOURS.get(block, BLOCK_COLOURS["mixed"])
+    points = sorted(points, key=lambda p: -p.opacity(cost))  # the legend has the opacity of the first one
     marker = {"color": colour, "size": 6 if minor else 10, "symbol": STUDY_SYMBOLS[index % 4]}
     figure.add_scatter(
         x=[p.costs[cost] for p in points],
@@ -270,6 +325,7 @@ def add_points(
         name=label + f", {study}" * (index > 0),
         legendgroup=f"{study} {label}",
         showlegend=column == 1,
+        legendrank=LAST if minor else None,
         text=[hover_text(p, study) for p in points],
         hovertemplate="%{text}<extra></extra>",
         row=1,
@@ -304,7 +360,7 @@ def search_progress(volumes: Sequence[float], shares: Mapping[str, Mapping[str, 
     curve, *bars = figure.subplots(1, 1 + len(shares), squeeze=False)[0]
     curve.plot(range(1, len(volumes) + 1), volumes, marker="o", markersize=3, color=FRONT_COLOURS[0])
     curve.set_xlabel("finished trials")
-    curve.set_ylabel(f"hypervolume (top-1 against {against})")
+    curve.set_ylabel(f"hypervolume of the first seeds (top-1 against {against})")
     curve.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     curve.grid(alpha=0.25)
     for axes, (metric, values) in zip(bars, shares.items(), strict=True):

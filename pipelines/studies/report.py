@@ -146,7 +146,7 @@ def describe_study(
     shares = found.probability.get(against, {})
     for trial in front:
         number = trial.number
-        interval = f"{100 * found.low[number]:.1f} to {100 * found.high[number]:.1f}"
+        interval = f"{100 * found.low[number]:.1f} to {100 * found.high[number]:.1f}" if number in found.low else ""
         share = f"{shares[number]:.0%}" if number in shares else ""
         top1 = f"{found.top1[number]:>8.1%}{interval:>17}{len(found.runs[number]):>7}{share:>10}"
         costs = [trial.metrics.get(COSTS[key]) for key in ("latency", "gmacs", "params")]

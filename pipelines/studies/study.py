@@ -20,12 +20,16 @@ from pipelines.tracking.uris import without_secrets
 from posmlp import storage
 from posmlp.config import Config, Positive, Section, describe
 from posmlp.errors import UserError
-from posmlp.metrics import COSTS
+from posmlp.metrics import COST_LATENCY_MS, COSTS
 from tune_spaces import Member, Space, Value, load_space
 
 STUDY_FILE, TRIAL_FILE = "study.json", "trial.json"
 TRIAL_KEYS = {"suggestion": "ask", "repeat_of": "repeats", "sampler_attrs": "notes"}  # field -> key in trial.json
-OPTIONAL_KEYS = {"curve", "rejected"}  # of trial.json; left out if they are empty, as earlier versions did
+OPTIONAL_KEYS = {
+    "curve",
+    "rejected",
+    "first_latency_ms",
+}  # of trial.json; left out if they are empty, as earlier versions did
 
 Budget = Annotated[float, Field(gt=0)] | None
 
@@ -125,6 +129,7 @@ class Trial:
         reason: why it failed, was stopped, or was not trained.
         metrics: the metrics of its last epoch, and its costs.
         timed: its latency was measured in turns with the other trials' models, after the search.
+        first_latency_ms: of a timed trial, the latency that was measured before its training.
         curve: top-1 after each validated epoch, as far as it was recorded.
         rejected: what the searcher suggested before it and a budget refused without a measurement: for each, ``member``
             and ``sampler_attrs``. The searcher learns from these.
@@ -143,6 +148,16 @@ class Trial:
     timed: bool = False
     curve: dict[int, float] = field(default_factory=dict)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    first_latency_ms: float | None = None
+
+    @property
+    def search_metrics(self) -> dict[str, float]:
+        """The metrics by which a search compares trials: with the latency before training, the only one that all have.
+
+        After a search only fully trained trials are timed again. A study with more trials would compare the two kinds.
+        """
+        first = {} if self.first_latency_ms is None else {COST_LATENCY_MS: self.first_latency_ms}
+        return self.metrics | first
 
     def to_record(self) -> dict[str, Any]:
         """The trial as it is in ``trial.json``; JSON makes text of a curve's epochs."""

@@ -273,6 +273,14 @@ class StudyController:
         self.variants = published_variant_costs(self.study.recipe, latencies)
         write_json(storage.join(self.study.folder, VARIANT_LATENCIES_FILE), dict(latencies))
 
+    def record_latency(self, trial: Trial, latency: float) -> None:
+        """Record the latency in ms of a trial's model that was measured after the search, on disk and in MLflow."""
+        first = trial.first_latency_ms if trial.timed else trial.metrics.get(COST_LATENCY_MS)
+        measured = {COST_LATENCY_MS: latency}
+        self.save_trial(replace(trial, metrics=trial.metrics | measured, timed=True, first_latency_ms=first))
+        if trial.mlflow_run_id:
+            self.tracker.log_metrics(measured, self.study.recipe.train.epochs, trial.mlflow_run_id)
+
     def save_trial(self, trial: Trial) -> None:
         """Record a trial, in memory and on disk."""
         self.trials[trial.number] = trial
@@ -285,7 +293,7 @@ def successive_halving(study: Study, trials: Sequence[Trial]) -> SuccessiveHalvi
     halving = SuccessiveHalving([*goals.values()], study.recipe.train.epochs)
     for trial in trials:
         for epoch, top1 in sorted(trial.curve.items() if trial.repeat_of is None else ()):
-            metrics = trial.metrics | {VAL_TOP1: top1}
+            metrics = trial.search_metrics | {VAL_TOP1: top1}
             halving.add(trial.number, epoch, [metrics.get(name, math.nan) for name in goals])
     return halving
 

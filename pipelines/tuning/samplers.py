@@ -256,7 +256,7 @@ def tell_trial(
     Args:
         values: its objectives as the sampler shall see them; None if one is unknown.
     """
-    member, attrs, constraints = trial.member, trial.sampler_attrs, excess(study.budgets(), trial.metrics)
+    member, attrs, constraints = trial.member, trial.sampler_attrs, excess(study.budgets(), trial.search_metrics)
     if trial.state == TrialState.RUNNING:
         return create_trial(
             state=OptunaState.RUNNING, params=dict(member), distributions=distributions, system_attrs=dict(attrs)
@@ -323,5 +323,5 @@ def excess(budgets: Mapping[str, float], costs: Mapping[str, float]) -> dict[str
 def objectives(study: Study, trial: Trial) -> list[float] | None:
     """The values that the study optimises: top-1 and, if it has one, the cost; None if one is unknown or not finite."""
     names = [VAL_TOP1, COSTS[study.against]] if study.against else [VAL_TOP1]
-    values = [trial.metrics.get(name, math.nan) for name in names]
+    values = [trial.search_metrics.get(name, math.nan) for name in names]
     return values if all(map(math.isfinite, values)) else None

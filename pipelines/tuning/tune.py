@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import ray
@@ -58,7 +58,7 @@ from pipelines.tuning.search import Searcher, check_space
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
 from posmlp.config import Config, SplitSection
-from posmlp.metrics import COST_LATENCY_MS, PUBLISHED_LATENCY_MS
+from posmlp.metrics import PUBLISHED_LATENCY_MS
 
 # How the best member and the run of its model are chosen, as a tag of the registered model.
 FRESH_RULE = "highest mean val/top1 over fresh seeds, ties: fewest GMACs; the model is that of the first fresh seed"
@@ -271,10 +271,7 @@ def compare_latencies(controller: StudyController) -> None:
     metrics = {f"{PUBLISHED_LATENCY_MS}{name}": ms for name, ms in published.items()}
     tracker.log_metrics(metrics, step=len(trials))
     for trial, latency in zip(trials, latencies, strict=False):
-        measured = {COST_LATENCY_MS: latency}
-        controller.save_trial(replace(trial, metrics=trial.metrics | measured, timed=True))
-        if trial.mlflow_run_id:
-            tracker.log_metrics(measured, study.recipe.train.epochs, trial.mlflow_run_id)
+        controller.record_latency(trial, latency)
 
 
 def register_best(controller: StudyController, datasets: Sequence[Mapping[str, str]]) -> None:
@@ -309,7 +306,8 @@ def certainty_tags(found: pareto.Assessment, number: int) -> dict[str, str]:
         number: of the member's first trial.
     """
     tags = {"top1": f"{found.top1[number]:.4f}", "seeds": str(len(found.runs[number]))}
-    tags["top1.interval_95"] = f"{found.low[number]:.4f} to {found.high[number]:.4f}"
+    if number in found.low:
+        tags["top1.interval_95"] = f"{found.low[number]:.4f} to {found.high[number]:.4f}"
     if not found.repeated:
         return tags | {"top1.interval_of": "validation videos alone", "rule": SINGLE_RULE}
     luck = f"{found.luck_of_the_best():.4f}"

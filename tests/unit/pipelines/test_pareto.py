@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import random
 import re
@@ -23,7 +24,7 @@ from pipelines.studies.study import Study, StudyError, Trial, TrialState, standa
 from pipelines.tracking.uris import PARENT
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.metrics import COSTS, VAL_TOP1
+from posmlp.metrics import COSTS, VAL_TOP1, VAL_VIDEOS
 
 BASE = load_recipe("demo")
 GMACS = COSTS["gmacs"]
@@ -206,6 +207,40 @@ def test_trials_whose_latency_is_not_known_are_drawn_by_their_other_costs(recwar
     assert "nan" not in report.describe_study("look", trials, "gmacs")
     assert pareto.pareto_front(trials, "latency") == []
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_numbers_in_a_figure_neither_overlap_nor_leave_their_panel(seed, monkeypatch):
+    """Also where the members of a front are close to each other. The interactive page has those that are left out."""
+    figures = []
+    monkeypatch.setattr(pareto_plots, "to_png", lambda figure: figures.append(figure) or b"drawn")
+    dice = random.Random(seed)
+    trials = [trial(i, 0.5 + i / 400, 20.0 + i / dice.choice([1, 10])) for i in range(12)]
+    trials += [trial(20 + i, t.metrics[VAL_TOP1], 1.0, repeat_of=t.number, seed=1) for i, t in enumerate(trials)]
+    report.pareto_files({"look": trials}, BASE, "gmacs", importance=False)
+    figure = figures[0]
+    figure.draw_without_rendering()
+    count = 0
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        count += len(boxes)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+        assert all(axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 for box in boxes)
+    assert count >= 12
+
+
+def test_a_single_seed_on_unknown_videos_has_no_interval():
+    """Nothing is known of its noise; an interval without width would claim that there is none."""
+    trials = study_of_three()[:3]
+    bare = [replace(t, metrics={k: v for k, v in t.metrics.items() if k != VAL_VIDEOS}, repeat_of=None) for t in trials]
+    known = [replace(t, metrics=t.metrics | {VAL_VIDEOS: 40.0}) for t in bare]
+    assert pareto.assess(bare).low == pareto.assess(bare).high == {}
+    assert pareto.assess(known).low.keys() == pareto.assess(known).high.keys() != set()
+    assert " to " in report.describe_study("look", known, "gmacs", inherited=True)
+    assert " to " not in report.describe_study("look", bare, "gmacs", inherited=True)
+    found = pareto.assess(bare)
+    assert all(report.trial_point(t, found, "parallel").interval is None for t in bare)
 
 
 def test_two_studies_share_one_figure():

@@ -1,6 +1,7 @@
 """Early stopping in a study: what the controller hands out, records and rebuilds. Ray and the training are made up."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -12,8 +13,9 @@ from ray.tune.search import Searcher
 from pipelines.runs import checkpoints
 from pipelines.runs.checkpoints import CheckpointInfo
 from pipelines.studies.study import Study, Trial, TrialState, read_trials, study_space, trial_folder, write_trial
-from pipelines.tuning.controller import StudyController
+from pipelines.tuning.controller import StudyController, successive_halving
 from pipelines.tuning.ray_tune import SearcherAdapter, StudyScheduler
+from pipelines.tuning.samplers import objectives, tell_trial
 from pipelines.tuning.trial import TrialEvent
 from posmlp.config import load_recipe
 
@@ -271,6 +273,31 @@ def test_a_resumed_study_promotes_what_more_trials_let_pass(tmp_path):
         assert again.send(number, 1, 0.1) == STOP
     assert again.start() == 1
     assert again.controller.trials[1].curve == {1: 0.5}
+
+
+def test_latencies_that_are_measured_after_the_search_do_not_change_what_it_compares(tmp_path):
+    """They are of fully trained trials alone, and here of another order; then more trials follow."""
+    study = study_in(tmp_path, against="latency", budget_ms=8)
+    tops = {0: (0.4, 0.5), 1: (0.3, 0.6), 2: (0.2, 0.7)}
+    for number, (early, late) in tops.items():
+        metrics = {"epoch": 9.0, "val/top1": late, "cost/gmacs": 1.0, "cost/latency_ms": 5.0 - number}
+        curve = {1: early, 3: early, 9: late}
+        trial = Trial(number, {"block1": "joint"}, state=TrialState.FINISHED, metrics=metrics, curve=curve)
+        write_trial(study, trial)
+    before = read_trials(study.folder)
+    controller = Search(study, before).controller
+    for trial in before:
+        controller.record_latency(trial, 10.0 + trial.number)
+    for trial in controller.in_order():  # as after a resume with more trials
+        controller.record_latency(trial, 20.0 + trial.number)
+    after = read_trials(study.folder)
+    assert [trial.metrics["cost/latency_ms"] for trial in after] == [20.0, 21.0, 22.0]
+    halving, resumed = (successive_halving(study, trials) for trials in (before, after))
+    assert halving.continuing == resumed.continuing == {1: [0, 2, 1], 3: [0, 2, 1]}
+    for one, other in zip(before, after, strict=True):
+        assert objectives(study, one) == objectives(study, other) == [tops[one.number][1], 5.0 - one.number]
+        told = [tell_trial(study, replace(each, member={}), {}, [0.5, 1.0]).constraints for each in (one, other)]
+        assert told[0] == told[1] and told[0]["cost/latency_ms"] < 0
 
 
 def test_no_trial_is_promoted_once_the_search_is_over_or_stops(tmp_path):

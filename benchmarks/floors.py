@@ -32,6 +32,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from posmlp.model import backbone, cpu
@@ -181,8 +182,8 @@ def measure_parts(run: Callable[[], None], dims: tuple[int, ...], device: torch.
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
         microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        if event.name in PARTS and device.type == "cuda":
-            continue  # a mark, whose time is that of the operations inside it
+        if device.type == "cuda" and (event.name in PARTS or event.device_type != DeviceType.CPU):
+            continue  # a mark or a kernel: its time is that of operations inside it, or that started it
         part = enclosing_part(event, forward) or linear_part(event.input_shapes, dims) or "elementwise"
         found[part] += 1e-6 * microseconds
     return found

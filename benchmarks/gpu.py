@@ -1,0 +1,290 @@
+"""Measure everything that matters about a GPU with one command, within some minutes, the most important first.
+
+    python benchmarks/gpu.py [--minutes 8] [--out runs/gpu]
+
+It needs PyTorch (2.11 or newer) with Triton, NumPy, and a C compiler for Triton; the training loop also needs pydantic
+and PyYAML. This project need not be installed. Without an NVIDIA GPU it says so and ends with exit code 2.
+
+- gates: forward and backward against fp64, for all windows of ``s`` and ``b`` with 16 frames
+- step, compiled step: a training step of ``s16``, plain (``benchmarks/plain.py``) and ours; share of the floor
+  (``benchmarks/floors.py``)
+- loop: the training loop, from clips in the host's memory, against the bare step
+- parts of a step, joint, inference, fp8, compiled whole: what explains the rest
+
+``gpu_parts.py`` has the measurements. Each runs in a process of its own, which ends when its share of the time is used,
+so one that fails, hangs or breaks the state of the GPU costs no other one. After each row the results are in
+``gpu.json`` and, as tables, in ``gpu.md``. The exit code is 1 if a measurement failed or a gate is wrong.
+
+``--device cpu --tiny`` runs the smallest sizes on a CPU, to test these scripts. Its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[1:1] = [str(HERE), str(HERE.parent)]  # the other scripts, and the project, which may not be installed
+
+import gpu_parts  # noqa: E402
+from gpu_parts import Job, Row, SkippedError, ratio, short  # noqa: E402
+
+Record = dict[str, Any]
+OPTIONAL = ("pydantic", "pydantic_core", "yaml")  # packages that only the loop needs
+DONE, FAILED, SKIPPED, OUT_OF_TIME = "done", "failed", "skipped", "out of time"
+
+
+class Message(NamedTuple):
+    """What a measurement's process says: ``row`` and the row, or how it ended and why."""
+
+    kind: str
+    content: Any = None
+    trace: str | None = None
+
+
+def run_alone(measure: Callable[[Job], Iterator[Row]], job: Job, limit: float) -> Iterator[Message]:
+    """Run a measurement in a process of its own, and end that after ``limit`` seconds. The last message is its end.
+
+    The process is a fork: PyTorch is imported already, and this process never uses the GPU.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    sys.stdout.flush()
+    process = context.Process(target=send_rows, args=(measure, job, sender))
+    process.start()
+    sender.close()
+    end = time.monotonic() + limit
+    try:
+        while True:
+            if not receiver.poll(max(0.0, end - time.monotonic())):
+                yield Message(OUT_OF_TIME, f"stopped after {limit:.0f} s")
+                return
+            try:
+                message = receiver.recv()
+            except EOFError:
+                process.join(5)
+                yield Message(FAILED, f"its process ended with exit code {process.exitcode}")
+                return
+            yield message
+            if message.kind != "row":
+                return
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the compiler's helpers too
+        process.kill()  # if it has no group yet
+        process.join()
+        receiver.close()
+
+
+def send_rows(measure: Callable[[Job], Iterator[Row]], job: Job, sender: Connection) -> None:
+    """The process of a measurement."""
+    os.setsid()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    try:
+        for row in measure(job):
+            sender.send(Message("row", row))
+        sender.send(Message(DONE))
+    except SkippedError as error:
+        sender.send(Message(SKIPPED, str(error)))
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+            sender.send(Message(SKIPPED, f"needs the package {error.name}"))
+        else:
+            sender.send(Message(FAILED, short(error), traceback.format_exc()))
+
+
+def measure_all(record: Record, out: Path, device: torch.device, tiny: bool, seconds: float) -> None:
+    """Run all measurements, each within its share of the time left; the files are complete after each row."""
+    end = time.monotonic() + seconds
+    for name, (measure, share) in gpu_parts.MEASUREMENTS.items():
+        part: Record = {"status": "running", "rows": []}
+        record["parts"][name] = part
+        start = time.monotonic()
+        limit = share * max(0.0, end - start)
+        rows = {done: each["rows"] for done, each in record["parts"].items()}
+        for message in run_alone(measure, Job(device, tiny, start + limit, rows), limit):
+            if message.kind == "row":
+                put_row(part["rows"], message.content)
+            else:
+                part |= {"status": message.kind, "reason": message.content, "trace": message.trace}
+            part["seconds"] = time.monotonic() - start
+            write_results(record, out)
+        print("\n".join(part_lines(name, part)), flush=True)
+
+
+def put_row(rows: list[Row], row: Row) -> None:
+    """Append a row, or replace the one with the same name."""
+    for i, old in enumerate(rows):
+        if row_name(old) == row_name(row):
+            rows[i] = row
+            return
+    rows.append(row)
+
+
+def row_name(row: Row) -> Any:
+    """The name of a row: its first value."""
+    return next(iter(row.values()))
+
+
+def write_results(record: Record, out: Path) -> None:
+    """Write ``gpu.json`` and ``gpu.md``; each is replaced at once, so it is complete at any time."""
+    record["goals"] = [goal._asdict() for goal in judge(record)]
+    for name, text in (("gpu.json", json.dumps(finite(record), indent=1)), ("gpu.md", markdown(record))):
+        part = out / f"{name}.part"
+        part.write_text(text + "\n")
+        part.replace(out / name)
+
+
+def finite(content: Any) -> Any:
+    """Plain data with text in place of infinity and NaN, which JSON does not have."""
+    match content:
+        case dict():
+            return {key: finite(each) for key, each in content.items()}
+        case list():
+            return [finite(each) for each in content]
+        case float() if not math.isfinite(content):
+            return str(content)
+        case _:
+            return content
+
+
+# Goals
+
+
+class Goal(NamedTuple):
+    """A goal on an H100, and what was measured; ``met`` is None where nothing was."""
+
+    goal: str
+    wanted: float
+    measured: float | None
+    met: bool | None
+
+
+def judge(record: Record) -> list[Goal]:
+    """Compare the results with the goals."""
+
+    def at_least(goal: str, wanted: float, measured: float | None) -> Goal:
+        return Goal(f"{goal}, at least", wanted, measured, None if measured is None else measured >= wanted)
+
+    def at_most(goal: str, wanted: float, measured: float | None) -> Goal:
+        return Goal(f"{goal}, at most", wanted, measured, None if measured is None else measured <= wanted)
+
+    compiled = ("compiled step", "compiled whole")
+    plain_compiled = best(value(record, part, "plain", "ms") for part in compiled)
+    ours = [value(record, part, "ours", "ms") for part in ("step", *compiled)]
+    floor = value(record, "step", "ours", "floor ms")
+    memory = ratio(value(record, "step", "ours", "peak MB"), value(record, "step", "plain", "peak MB"))
+    loop = value(record, "loop", "loop", "of the bare step %")
+    of_floor = ratio(floor, best(ours))
+    checked = [row["within bounds"] for row in rows_of(record, "gates")]
+    return [
+        at_least("gates within their bounds, %", 100, 100 * sum(checked) / len(checked) if checked else None),
+        at_least("plain step / ours", 3, ratio(value(record, "step", "plain", "ms"), ours[0])),
+        at_least("compiled plain step / ours compiled", 1.5, ratio(plain_compiled, best(ours[1:]))),
+        at_least("floor / our fastest step, %", 40, of_floor and 100 * of_floor),
+        at_most("memory of our step / of the plain one, %", 60, memory and 100 * memory),
+        at_least("loop / bare step, clips/s, %", 95, loop),
+    ]
+
+
+def rows_of(record: Record, part: str) -> list[Row]:
+    """The rows of a measurement so far."""
+    return record["parts"].get(part, {}).get("rows", [])
+
+
+def value(record: Record, part: str, row: str, column: str) -> float | None:
+    """A value of a row of a measurement; None if it is not there."""
+    return next((each.get(column) for each in rows_of(record, part) if row_name(each) == row), None)
+
+
+def best(times: Iterator[float | None] | Sequence[float | None]) -> float | None:
+    """The least of those times that were measured."""
+    return min((ms for ms in times if ms), default=None)
+
+
+# Tables
+
+
+def markdown(record: Record) -> str:
+    """The results as text with tables."""
+    about = ", ".join(f"{name} {cell(content)}" for name, content in record["about"].items() if name != "device")
+    lines = [f"# {record['about']['device']}", "", f"{about}. Started {record['started']}."]
+    if record["tiny"]:
+        lines += ["", "The smallest sizes, to test the scripts: the times mean nothing."]
+    lines += ["", "Goals are for an H100.", "", *table([goal._asdict() for goal in judge(record)])]
+    for name, part in record["parts"].items():
+        lines += part_lines(name, part)
+    return "\n".join(lines)
+
+
+def part_lines(name: str, part: Record) -> list[str]:
+    """Title, table, and what went wrong, of one measurement."""
+    reason = f": {part['reason']}" if part.get("reason") else ""
+    lines = ["", f"## {name}", "", f"{part['status'].capitalize()}{reason}, {part.get('seconds', 0):.0f} s.", ""]
+    lines += table(part["rows"])
+    errors = [(row_name(row), *error) for row in part["rows"] for error in row.get("errors", {}).items()]
+    return lines + ([""] if errors else []) + [f"- {row}, {what}: {cell(error)}" for row, what, error in errors]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Rows as a Markdown table, with all their columns but dictionaries."""
+    columns = list(dict.fromkeys(key for row in rows for key, each in row.items() if not isinstance(each, dict)))
+    if not columns:
+        return []
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return lines + [f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in rows]
+
+
+def cell(content: Any) -> str:
+    """A value as text: three digits of a number with a fraction."""
+    match content:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if content else "no"
+        case float():
+            return f"{content:.0f}" if abs(content) >= 100 else f"{content:.3g}"
+        case _:
+            return str(content).replace("|", "/")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: 8)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default: runs/gpu)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to test the scripts")
+    options = parser.parse_args(arguments)
+    start, device = time.monotonic(), torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    first, *_ = run_alone(gpu_parts.about, Job(device), limit=120)
+    if first.kind != "row":
+        print(f"nothing measured: {first.content}", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    record: Record = {"about": first.content, "started": started, "tiny": options.tiny, "goals": [], "parts": {}}
+    print(f"{first.content['device']}: {options.minutes:g} minutes; results in {options.out}", flush=True)
+    measure_all(record, options.out, device, options.tiny, 60 * options.minutes - (time.monotonic() - start))
+    print("\n".join(["", "Goals, on an H100", "", *table(record["goals"])]))
+    wrong = any(part["status"] == FAILED for part in record["parts"].values())
+    return int(wrong or any(not row["within bounds"] for row in rows_of(record, "gates")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

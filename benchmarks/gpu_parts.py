@@ -32,7 +32,7 @@ from posmlp.model.backbone import Block, to_windows
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, count_macs, device_name, peak_flops, peak_mb, seconds, wait
 from posmlp.model.create import create_model
 from posmlp.model.gates import PositionGate
-from posmlp.model.spec import UNITS, Variant, Window, model_variant, unit_window
+from posmlp.model.spec import STAGES, UNITS, Variant, Window, model_variant, unit_window
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -238,40 +238,45 @@ def device_rates(job: Job) -> Iterator[Row]:
 
 
 def gates(job: Job) -> Iterator[Row]:
-    """Errors of each gate against fp64, forward and backward, with the kernels and with PyTorch's operators."""
+    """Errors of each gate against fp64, forward and backward; joint windows come last, as they take longest."""
+    for kind in UNITS:
+        for name in job.sizes.gates:
+            for stage in range(STAGES):
+                yield check_gate(name, stage, kind, job)
+                free_memory(job.device)
+
+
+def check_gate(name: str, stage: int, kind: str, job: Job) -> Row:
+    """Errors of the gate of a stage, from 0, with the kernels and with PyTorch's operators, in each type."""
+    variant = model_variant(name)
+    dim, groups, full = variant.dims[stage], variant.groups[stage], variant.full_windows()[stage]
+    window, side = unit_window(kind, full), variant.image_size >> (stage + 2)
+    windows = (variant.frames // full[0]) * (side // full[1]) * (side // full[2])
     paths = {"kernels": gpu.supports, "PyTorch": supports_nothing}
     if not gpu.has_kernels(job.device):
         del paths["kernels"]
-    variants = [(name, model_variant(name)) for name in job.sizes.gates]
-    for kind in UNITS:
-        for name, variant in variants:
-            stages = zip(variant.dims, variant.groups, variant.full_windows(), strict=True)
-            for i, (dim, groups, full) in enumerate(stages):
-                window, side = unit_window(kind, full), variant.image_size >> (i + 2)
-                windows = (variant.frames // full[0]) * (side // full[1]) * (side // full[2])
-                label = f"{name} stage {i + 1}, {kind} {' x '.join(map(str, window))}"
-                row: Row = {"gate": label, "channels": dim, "groups": groups}
-                row |= {f"{path} {type_name}": None for path in paths for type_name in BOUNDS}
-                row |= {"within bounds": True, "errors": {}, "by tensor": {}}
-                for dtype, type_name in NAMES.items():
-                    for path, supports in paths.items():
-                        cell = f"{path} {type_name}"
-                        torch.manual_seed(0)
-                        gate = PositionGate(groups, window).to(job.device)
-                        hidden = random_signs(2 * dim, job.sizes.checked, windows, full, job.device, dtype)
-                        grad = random_signs(dim, job.sizes.checked, windows, full, job.device, dtype)
-                        nn.init.normal_(gate.table)
-                        nn.init.normal_(gate.bias)
-                        try:
-                            with mock.patch.object(gpu, "supports", supports):
-                                found = gate_errors(gate, hidden, grad, full, kind)
-                        except Exception as error:  # a kernel that does not compile or run
-                            row["errors"][cell], row["within bounds"] = short(error), False
-                            continue
-                        row["by tensor"][cell], row[cell] = found, max(found.values())
-                        row["within bounds"] &= row[cell] <= BOUNDS[type_name]
-                free_memory(job.device)
-                yield row
+    label = f"{name} stage {stage + 1}, {kind} {' x '.join(map(str, window))}"
+    row: Row = {"gate": label, "channels": dim, "groups": groups}
+    row |= {f"{path} {type_name}": None for path in paths for type_name in BOUNDS}
+    row |= {"within bounds": True, "errors": {}, "by tensor": {}}
+    for dtype, type_name in NAMES.items():
+        torch.manual_seed(0)
+        gate = PositionGate(groups, window).to(job.device)
+        nn.init.normal_(gate.table)
+        nn.init.normal_(gate.bias)
+        hidden = random_signs(2 * dim, job.sizes.checked, windows, full, job.device, dtype)
+        grad = random_signs(dim, job.sizes.checked, windows, full, job.device, dtype)
+        for path, supports in paths.items():
+            cell = f"{path} {type_name}"
+            try:
+                with mock.patch.object(gpu, "supports", supports):
+                    found = gate_errors(gate, hidden, grad, full, kind)
+            except Exception as error:  # a kernel that does not compile or run
+                row["errors"][cell], row["within bounds"] = short(error), False
+                continue
+            row["by tensor"][cell], row[cell] = found, max(found.values())
+            row["within bounds"] &= row[cell] <= BOUNDS[type_name]
+    return row
 
 
 def random_signs(

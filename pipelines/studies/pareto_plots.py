@@ -208,7 +208,9 @@ def number_points(axes: Axes, studies: StudyPoints, fronts: StudyFronts, cost: s
     A number keeps off the edges, the other numbers and, if it can, the points. One without such a place is left out.
     """
     edges = np.array([*axes.get_xlim(), *axes.get_ylim()])  # this also brings the axes' transformation up to date
-    to_points = 72 / axes.get_figure(root=True).dpi
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    to_points = 72 / figure.dpi
     (left, bottom), (right, top) = axes.transData.transform(edges.reshape(2, 2).T) * to_points
     major = [(p.costs[cost], 100 * p.top1) for points in studies.values() for p in points if not p.minor]
     discs = axes.transData.transform([each for each in major if math.isfinite(each[0])] or np.empty((0, 2))) * to_points

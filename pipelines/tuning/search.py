@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -79,6 +79,8 @@ class Searcher:
         self.sampler = Sampler(study, space)
         self.learns = study.searcher in ("tpe", "nsga2")
         self.checks: dict[Key, Check] = {}
+        self.trial_keys: dict[int, tuple[dict[str, Value], list[dict[str, Any]], list[Key]]] = {}  # by trial number
+        self.positions: dict[Key, int] = {}
         self.grid: np.ndarray | None = None  # [members, dimensions]: index of each value
         if study.searcher != "grid" and self.size <= LARGEST_ENUMERATED:
             counts = [len(cast(tuple[Value, ...], values)) for values in space.dimensions.values()]
@@ -130,11 +132,11 @@ class Searcher:
         Returns:
             The suggestion, and the member that stands for it; None if the search is at its end.
         """
-        known = {member_key(member) for trial in trials for member in (trial.member, *rejected_members(trial))}
+        known = {key for trial in trials for key in self.keys_of(trial)}
         told = self.tell(trials)
         looks = 0
         for suggestion in self.suggestions(told, start):
-            for member in self.ranked(suggestion):
+            for member in self.ranked(suggestion, known):
                 looks += 1
                 key = member_key(member)
                 check = None if key in known else self.check(member)
@@ -195,13 +197,13 @@ class Searcher:
             member = dict(zip(self.space.dimensions, values, strict=True))
             yield Suggestion(number, member, {}, at_random=False, acquisition=None)
 
-    def ranked(self, suggestion: Suggestion) -> Iterator[dict[str, Value]]:
+    def ranked(self, suggestion: Suggestion, known: Iterable[Key]) -> Iterator[dict[str, Value]]:
         """Yield the members that may stand for a suggestion, best first.
 
-        In a space of at most ``LARGEST_ENUMERATED`` members these are all members, in a larger one the suggestion and
-        its neighbours, which differ in one dimension. TPE ranks them by its acquisition. For NSGA-II those that differ
-        in the fewest dimensions come first. A random suggestion is followed by all members in random order, or in a
-        large space by none: the next suggestion is random too. Ties are in random order.
+        In a space of at most ``LARGEST_ENUMERATED`` members these are all but the known ones, in a larger one the
+        suggestion and its neighbours, which differ in one dimension. TPE ranks them by its acquisition. For NSGA-II
+        those that differ in the fewest dimensions come first. A random suggestion is followed by all members in random
+        order, or in a large space by none: the next suggestion is random too. Ties are in random order.
         """
         if self.study.searcher == "grid":
             yield suggestion.member
@@ -218,14 +220,18 @@ class Searcher:
             yield from (members[index] for index in order)
             return
         order = rng.permutation(len(self.grid))
-        if suggestion.acquisition:
-            score = suggestion.acquisition(dict(zip(self.space.dimensions, self.grid.T, strict=True)))
+        unknown = np.ones(len(self.grid), dtype=bool)
+        unknown[[self.position(key) for key in known]] = False
+        order = order[unknown[order]]  # a score takes time
+        unseen = self.grid[order]
+        if suggestion.acquisition and len(unseen):
+            score = suggestion.acquisition(dict(zip(self.space.dimensions, unseen.T, strict=True)))
         elif suggestion.at_random:
             yield suggestion.member
-            score = np.zeros(len(self.grid))
+            score = np.zeros(len(unseen))
         else:
-            score = -(self.grid != self.indices(suggestion.member)).sum(axis=1)
-        for index in order[np.argsort(-score[order], kind="stable")]:
+            score = -(unseen != self.indices(suggestion.member)).sum(axis=1)
+        for index in order[np.argsort(-score, kind="stable")].tolist():
             yield self.member_at(index)
 
     def member_at(self, index: int) -> dict[str, Value]:
@@ -233,6 +239,21 @@ class Searcher:
         assert self.grid is not None
         choices = cast(dict[str, tuple[Value, ...]], self.space.dimensions)
         return {name: values[at] for (name, values), at in zip(choices.items(), self.grid[index], strict=True)}
+
+    def position(self, key: Key) -> int:
+        """The row of a member in ``grid``. The result is remembered."""
+        if key not in self.positions:
+            counts = [len(cast(tuple[Value, ...], values)) for values in self.space.dimensions.values()]
+            self.positions[key] = int(np.ravel_multi_index(tuple(self.indices(dict(key))), counts))
+        return self.positions[key]
+
+    def keys_of(self, trial: Trial) -> list[Key]:
+        """The keys of a trial's member and of those that were rejected before it. The result is remembered."""
+        found = self.trial_keys.get(trial.number)
+        if found is None or found[0] is not trial.member or found[1] is not trial.rejected:
+            keys = [member_key(member) for member in (trial.member, *rejected_members(trial))]
+            found = self.trial_keys[trial.number] = trial.member, trial.rejected, keys
+        return found[2]
 
     def indices(self, member: dict[str, Value]) -> np.ndarray:
         """Index of each value of a member: ``[dimensions]``."""

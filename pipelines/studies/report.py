@@ -176,9 +176,11 @@ def describe_certainty(found: Assessment, front: Sequence[int], against: str) ->
         against: its cost, a name in ``COSTS``.
     """
     if not found.repeated:
+        intervals = ["The intervals are those of the validation videos alone."] if found.low else []
         return [
-            "One seed each, not repeated: another seed may give another front, and the intervals are those of the",
-            "validation videos alone. --repeats N trains the members of the front with fresh seeds.",
+            "One seed each, not repeated: another seed may give another front.",
+            *intervals,
+            "--repeats N trains the members of the front with fresh seeds.",
         ]
     lines = ["Top-1 is the mean over fresh seeds; the seed that selected a member is not among them."]
     if found.deviation:

@@ -57,12 +57,16 @@ class Message(NamedTuple):
     trace: str | None = None
 
 
-def run_alone(measure: Callable[[Job], Iterator[Row]], job: Job, limit: float) -> Iterator[Message]:
+def run_alone(
+    measure: Callable[[Job], Iterator[Row]], job: Job, limit: float, start: str = "fork"
+) -> Iterator[Message]:
     """Run a measurement in a process of its own, and end that after ``limit`` seconds. The last message is its end.
 
-    The process is a fork: PyTorch is imported already, and this process never uses the GPU.
+    Args:
+        start: how the process starts (``multiprocessing``). ``fork`` saves the time to import PyTorch. It works as long
+            as this process has not used the GPU, and it does not, unless the import of a package does.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(start)
     receiver, sender = context.Pipe(duplex=False)
     sys.stdout.flush()
     process = context.Process(target=send_rows, args=(measure, job, sender))
@@ -108,7 +112,18 @@ def send_rows(measure: Callable[[Job], Iterator[Row]], job: Job, sender: Connect
             sender.send(Message(FAILED, short(error), traceback.format_exc()))
 
 
-def measure_all(record: Record, out: Path, device: torch.device, tiny: bool, seconds: float) -> None:
+def look_at(device: torch.device) -> tuple[str, Message]:
+    """How processes start here, and the first message of ``gpu_parts.about``: its row, or why there is none."""
+    for start in ("fork", "spawn"):
+        message = next(run_alone(gpu_parts.about, Job(device), 120, start))
+        if message.kind == "row":
+            break
+    return start, message
+
+
+def measure_all(
+    record: Record, out: Path, device: torch.device, tiny: bool, seconds: float, start_method: str = "fork"
+) -> None:
     """Run all measurements, each within its share of the time left; the files are complete after each row."""
     end = time.monotonic() + seconds
     for name, (measure, share) in gpu_parts.MEASUREMENTS.items():
@@ -117,7 +132,7 @@ def measure_all(record: Record, out: Path, device: torch.device, tiny: bool, sec
         start = time.monotonic()
         limit = share * max(0.0, end - start)
         rows = {done: each["rows"] for done, each in record["parts"].items()}
-        for message in run_alone(measure, Job(device, tiny, start + limit, rows), limit):
+        for message in run_alone(measure, Job(device, tiny, start + limit, rows), limit, start_method):
             if message.kind == "row":
                 put_row(part["rows"], message.content)
             else:
@@ -272,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to test the scripts")
     options = parser.parse_args(arguments)
     start, device = time.monotonic(), torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
-    first, *_ = run_alone(gpu_parts.about, Job(device), limit=120)
+    start_method, first = look_at(device)
     if first.kind != "row":
         print(f"nothing measured: {first.content}", file=sys.stderr)
         return 2
@@ -280,7 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     record: Record = {"about": first.content, "started": started, "tiny": options.tiny, "goals": [], "parts": {}}
     print(f"{first.content['device']}: {options.minutes:g} minutes; results in {options.out}", flush=True)
-    measure_all(record, options.out, device, options.tiny, 60 * options.minutes - (time.monotonic() - start))
+    left = 60 * options.minutes - (time.monotonic() - start)
+    measure_all(record, options.out, device, options.tiny, left, start_method)
     print("\n".join(["", "Goals, on an H100", "", *table(record["goals"])]))
     wrong = any(part["status"] == FAILED for part in record["parts"].values())
     return int(wrong or any(not row["within bounds"] for row in rows_of(record, "gates")))

@@ -115,6 +115,7 @@ def about(job: Job) -> Iterator[Row]:
         "commit": first_line("git", "rev-parse", "--short", "HEAD"),
     }
     if device.type == "cuda":
+        torch.zeros(1, device=device).item()  # the GPU works in this process
         properties = torch.cuda.get_device_properties(device)
         found |= {
             "compute capability": f"{properties.major}.{properties.minor}",

@@ -139,6 +139,12 @@ def read(out):
     return (out / "gpu.md").read_text()
 
 
+def test_processes_can_also_be_spawned():
+    (row, last) = gpu.run_alone(gpu_parts.about, gpu.Job(CPU), 600, "spawn")
+    assert (row.kind, last.kind) == ("row", "done")
+    assert row.content == next(gpu_parts.about(gpu.Job(CPU)))
+
+
 def test_each_row_is_in_the_file_before_the_next_is_measured(tmp_path, record, monkeypatch):
     def measure(job):
         yield {"row": "a"}

@@ -135,7 +135,7 @@ def download_hits(client: MlflowClient, run: Run) -> bytes | None:
 
 
 def trial_from_run(run: Run) -> Trial:
-    """A trial from its MLflow run. ``suggestion``, ``sampler_attrs`` and ``timed`` are not there."""
+    """A trial from its MLflow run, which has nothing of what only a resume of the study needs."""
     tags, params = run.data.tags, run.data.params
     return Trial(
         number=int(tags["trial"]),

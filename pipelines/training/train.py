@@ -41,9 +41,9 @@ from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo, RunError, StoppedError
 from pipelines.runs.record import HITS_FILE, check_writable, read_record, run_folder, write_files, write_record
 from pipelines.tracking import plots, prometheus
-from pipelines.tracking.mlflow_client import NOTE, source_tags
+from pipelines.tracking.mlflow_client import source_tags
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import journal_path, links_text, recipe_without_password
+from pipelines.tracking.uris import NOTE, journal_path, links_text, recipe_without_password
 from pipelines.training.channel import Channel, RunChannel, open_channel
 from pipelines.training.messages import (
     ArtifactFile,

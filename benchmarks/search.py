@@ -7,13 +7,15 @@ Both start with an empty clip cache and an empty MLflow store. The times include
 CPU-seconds are those of the command and of all processes that it starts; one that lives for less than half a second may
 be missed. "Memory of a trial" is the peak over time of the resident memory of all processes that serve one trial,
 without those that decode: a page that n processes share counts as 1/n, the object store does not count. It contains the
-model.
+model, whose own part (parameters, gradients, optimizer, activations) a process of its own measures for each trial: what
+training steps add to the resident memory of a process that has trained before.
 Runs on Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import subprocess
@@ -22,20 +24,29 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
+import torch
 from mlflow import MlflowClient
 
 from pipelines.studies.study import find_study, read_trials, study_space
-from posmlp.config import load_recipe
+from posmlp import create_model
+from posmlp.config import Config, load_recipe
+from posmlp.learn.learner import Learner
+from posmlp.learn.parallel import parallelise
 from posmlp.metrics import PERF_EPOCH_S
+from posmlp.model.cost import reset_resident_peak, resident_peak, trim_heap
+from posmlp.video.batch import Batch
 from posmlp.video.motion import make_motion_set
 
 POSMLP = [sys.executable, "-m", "pipelines.cli"]
 SAMPLE_S = 0.5
+MODEL_STEPS = 10  # of which the memory is measured
 # Actors that serve one trial, as Ray names their processes: our own, and those of Ray Train.
 TRIAL_ACTORS = ("TrialRun", "ResourceTrainable", "RayTrainWorker", "TrainController", "PlacementGroupCleaner")
 TRIAL_ACTORS += ("DatasetManager", "SynchronizationActor", "RunChannel")
@@ -125,6 +136,31 @@ def training_seconds(folder: Path) -> float:
     return sum(m.value for run in runs for m in client.get_metric_history(run.info.run_id, PERF_EPOCH_S))
 
 
+def model_mb(config: Config) -> float:
+    """The peak memory of training steps of a recipe's model in this process, which must be a new one, MB."""
+    torch.set_num_threads(config.scaling.threads_per_worker or 1)
+    first = config.train.model_copy(update={"global_batch": 2})
+    train_steps(config.model_copy(update={"train": first}))  # loads what PyTorch loads late
+    gc.collect()
+    trim_heap()
+    reset_resident_peak()
+    before = resident_peak()
+    train_steps(config)
+    return (resident_peak() - before) / 1e6
+
+
+def train_steps(config: Config) -> None:
+    """Take some training steps on random clips."""
+    model, batch = create_model(config.model.name, **config.model.overrides()), config.train.global_batch
+    variant = config.model.variant()
+    classes = tuple(map(str, range(variant.num_classes)))
+    learner = Learner(parallelise(model, config, torch.device("cpu")), config, MODEL_STEPS, classes)
+    shape = (batch, variant.frames, variant.image_size, variant.image_size, 3)
+    for _ in range(MODEL_STEPS):
+        clips = torch.randint(0, 256, shape, dtype=torch.uint8)
+        learner.train_step(Batch(clips, torch.arange(batch) % len(classes), torch.ones(batch), torch.arange(batch)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe demo")
@@ -146,21 +182,24 @@ def main() -> None:
         search = ["--space", "block_types", "--searcher", "random", "--name", "s", "--trials", str(args.trials)]
         search += ["--concurrent", str(args.concurrent)]
         found = {"study": run([*POSMLP, "tune", "demo", *search, *settings(study_folder)], study_folder)}
+        study, _ = find_study(str(study_folder / "s"))
+        base = load_recipe("demo", settings(runs_folder))
+        recipes = [study_space(study).recipe(base, trial.member) for trial in read_trials(study.folder)]
         if not args.study_only:
-            study, _ = find_study(str(study_folder / "s"))
             found["separate runs"] = Usage()
-            for trial in read_trials(study.folder):
-                config = study_space(study).recipe(load_recipe("demo", settings(runs_folder)), trial.member)
-                recipe = runs_folder / f"{trial.number}.yaml"
+            for number, config in enumerate(recipes):
+                recipe = runs_folder / f"{number}.yaml"
                 recipe.write_text(config.to_yaml())
-                one = run([*POSMLP, "train", str(recipe), f"name=run-{trial.number}"], runs_folder)
-                found["separate runs"].add(one)
+                found["separate runs"].add(run([*POSMLP, "train", str(recipe), f"name=run-{number}"], runs_folder))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            models = sorted(pool.map(model_mb, recipes))
         print(f"{args.trials} trials, {args.concurrent} at a time\n")
         print("| | wall-clock, s | training epochs, s | CPU-seconds | memory of a trial, MB |\n|---|---|---|---|---|")
         for name, usage in found.items():
             folder, at_a_time = (study_folder, args.concurrent) if name == "study" else (runs_folder, 1)
             cpu, memory = sum(usage.cpu.values()), usage.trial_mb / at_a_time
             print(f"| {name} | {usage.seconds:.0f} | {training_seconds(folder):.0f} | {cpu:.0f} | {memory:.0f} |")
+        print(f"\nof the memory, the model's own part: {models[0]:.0f} to {models[-1]:.0f} MB")
         if not args.study_only:
             runs, study_usage = found["separate runs"], found["study"]
             cpu_ratio = sum(runs.cpu.values()) / sum(study_usage.cpu.values())

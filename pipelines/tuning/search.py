@@ -49,12 +49,12 @@ class Check:
 
     Attributes:
         costs: the costs that need no measurement, by metric name; empty if no budget needs them.
-        refused: it cannot be built.
+        refused: why it cannot be built; None if it can.
         excess: how far it is over the budgets in all, relative to each; 0 if it is within them.
     """
 
     costs: dict[str, float]
-    refused: bool = False
+    refused: str | None = None
     excess: float = 0.0
 
 
@@ -140,7 +140,7 @@ class Searcher:
                 looks += 1
                 key = member_key(member)
                 check = None if key in known else self.check(member)
-                if check is None or check.refused:
+                if check is None or check.refused is not None:
                     continue
                 if not check.excess:
                     return suggestion, member
@@ -169,7 +169,9 @@ class Searcher:
         checked = [(check.excess, dict(key), check.costs) for key, check in self.checks.items() if check.excess]
         near = min(measured + checked, key=lambda each: each[0], default=None)
         if near is None:
-            self.why_none = f"space {name} has no member that can be built with this recipe: {reason}"
+            refused = ((dict(key), check.refused) for key, check in self.checks.items() if check.refused is not None)
+            example = next((f"; for example {report.describe_member(member)}: {why}" for member, why in refused), "")
+            self.why_none = f"space {name} has no member that can be built with this recipe: {reason}{example}"
             return
         _, member, costs = near
         over = {metric: budget for metric, budget in budgets.items() if costs.get(metric, 0) > budget}
@@ -335,8 +337,8 @@ class Searcher:
         """What is known of a member before it is trained."""
         try:
             config = self.space.recipe(self.study.recipe, member)
-        except RecipeError:
-            return Check({}, refused=True)
+        except RecipeError as error:
+            return Check({}, refused=str(error))
         budgets = self.study.budgets()
         costs = static_costs(config) if budgets.keys() - {COST_LATENCY_MS} else {}
         return Check(costs, excess=sum_over(excess(budgets, costs)))

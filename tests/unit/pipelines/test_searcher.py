@@ -1,6 +1,7 @@
 """What a searcher does over a whole study, simulated: its trials end as a known function of the member says."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 from unittest.mock import MagicMock
@@ -19,7 +20,7 @@ from pipelines.studies.study import Study, StudyError, Trial, TrialState
 from pipelines.tuning import controller, samplers
 from pipelines.tuning.samplers import ACQUISITION, TPE_STARTUP_TRIALS
 from pipelines.tuning.search import Searcher, member_key, space_size
-from posmlp.config import load_recipe
+from posmlp.config import RecipeError, load_recipe
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, VAL_TOP1
 from tune_spaces import Range, Space, load_space
 
@@ -299,6 +300,19 @@ def test_the_member_nearest_to_static_budgets_is_named(searcher):
     assert "The nearest is width 0.5: cost/gmacs" in searching.why_none
     assert "--budget-gmacs " in searching.why_none and " and --budget-params " in searching.why_none
     assert space_size(space) == 6 and "it has looked at all 6" in searching.why_none
+
+
+@pytest.mark.parametrize("searcher", ["grid", "random", "tpe"])
+def test_a_space_whose_members_cannot_be_built_says_why_of_one(searcher):
+    space = Space({"block1": ("joint",), "groups": (2, 4)}, lambda member: {"model.windws": member["groups"]})
+    searching = Searcher(study_of(searcher), space)
+    assert searching.propose([]) is None and searching.found_none
+    with pytest.raises(RecipeError) as refused:
+        space.recipe(BASE, {"block1": "joint", "groups": 2})
+    assert "windws" in str(refused.value)
+    groups = r"block joint; groups [24]"
+    expected = rf"no member that can be built .* all 2; for example {groups}: {re.escape(str(refused.value))}$"
+    assert re.search(expected, searching.why_none)
 
 
 # Ranges ----------------------------------------------------------------------------------------------------

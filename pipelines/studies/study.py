@@ -20,7 +20,7 @@ from pipelines.tracking.uris import without_secrets
 from posmlp import storage
 from posmlp.config import Config, Positive, Section, describe
 from posmlp.errors import UserError
-from posmlp.metrics import COST_LATENCY_MS, COSTS
+from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, COSTS
 from tune_spaces import Member, Space, Value, load_space
 
 STUDY_FILE, TRIAL_FILE = "study.json", "trial.json"
@@ -30,6 +30,13 @@ OPTIONAL_KEYS = {
     "rejected",
     "first_latency_ms",
 }  # of trial.json; left out if they are empty, as earlier versions did
+
+BUDGET_OPTIONS = {COST_GMACS: "--budget-gmacs", COST_LATENCY_MS: "--budget-ms", COST_PARAMS_M: "--budget-params"}
+OVER_WORDS = {  # metric -> its value, as in the message that it is over a budget
+    COST_GMACS: "{:.4g} GMACs are",
+    COST_LATENCY_MS: "latency {:.4g} ms is",
+    COST_PARAMS_M: "{:.4g} M parameters are",
+}
 
 Budget = Annotated[float, Field(gt=0)] | None
 
@@ -307,7 +314,7 @@ def over_budget(budgets: Mapping[str, float], costs: Mapping[str, float]) -> str
     """
     for name, budget in budgets.items():
         if costs.get(name, 0) > budget:
-            return f"{name} {costs[name]:.4g} is over the budget of {budget:g}"
+            return f"{OVER_WORDS[name].format(costs[name])} over {BUDGET_OPTIONS[name]} {budget:g}"
     return ""
 
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from pipelines.studies import report
 from pipelines.studies.costs import static_costs
 from pipelines.studies.prior import Prior, is_value_of
-from pipelines.studies.study import Study, StudyError, Trial, TrialState, over_budget
+from pipelines.studies.study import BUDGET_OPTIONS, Study, StudyError, Trial, TrialState, over_budget
 from pipelines.tuning.samplers import (
     Columns,
     Sampler,
@@ -32,15 +32,13 @@ from pipelines.tuning.samplers import (
     tell_trial,
 )
 from posmlp.config import RecipeError
-from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, COSTS, VAL_TOP1
+from posmlp.metrics import COST_LATENCY_MS, COSTS, VAL_TOP1
 from tune_spaces import Range, Space, Value
 
 LARGEST_ENUMERATED = 10_000  # members of a space: up to here, each suggestion is the best of all unseen members
 MOST_LOOKS = 2000  # members that one proposal looks at in a larger space before the search ends
 MOST_REJECTED = 20  # of a proposal: members over a budget that the sampler is told of
 MIN_OVER_BUDGET = 20  # trials in a row whose measured cost is over a budget: then the search ends, at the earliest
-
-BUDGET_OPTIONS = {COST_GMACS: "--budget-gmacs", COST_LATENCY_MS: "--budget-ms", COST_PARAMS_M: "--budget-params"}
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from mlflow.entities import Metric, Param
 from pipelines.cli import main
 from pipelines.studies import prior
 from pipelines.studies import study as records
+from pipelines.studies.costs import static_costs
 from pipelines.studies.study import Study, StudyError, Trial, TrialState
 from pipelines.tuning import controller, samplers
 from pipelines.tuning.samplers import ACQUISITION, TPE_STARTUP_TRIALS
 from pipelines.tuning.search import Searcher, member_key, space_size
 from posmlp.config import RecipeError, load_recipe
-from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, VAL_TOP1
+from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, VAL_TOP1
 from tune_spaces import Range, Space, load_space
 
 BASE = load_recipe("demo")
@@ -273,7 +274,7 @@ def test_a_search_without_any_member_within_a_measured_budget_ends_and_names_the
     nearest = min(trials, key=lambda trial: latency_of(trial.member))
     member = "; ".join(f"{name} {value}" for name, value in nearest.member.items())
     cost = latency_of(nearest.member)
-    assert f"The nearest is {member}: cost/latency_ms {cost:g} is over the budget of 0.5" in searcher.why_none
+    assert f"The nearest is {member}: latency {cost:g} ms is over --budget-ms 0.5" in searcher.why_none
     assert f"--budget-ms {cost:g} or more" in searcher.why_none
 
 
@@ -297,7 +298,10 @@ def test_the_member_nearest_to_static_budgets_is_named(searcher):
     study = Study(name="s", recipe=BASE, space="widths", searcher=searcher, budget_gmacs=1e-3, budget_params=1e-2)
     searching = Searcher(study, space)
     assert searching.propose([]) is None and searching.found_none
-    assert "The nearest is width 0.5: cost/gmacs" in searching.why_none
+    costs = static_costs(space.recipe(BASE, {"width": 0.5}))
+    gmacs, params = (f"{costs[name]:.4g}" for name in (COST_GMACS, COST_PARAMS_M))
+    values = f"{gmacs} GMACs are over --budget-gmacs 0.001; {params} M parameters are over --budget-params 0.01"
+    assert f"The nearest is width 0.5: {values}. Start" in searching.why_none
     assert "--budget-gmacs " in searching.why_none and " and --budget-params " in searching.why_none
     assert space_size(space) == 6 and "it has looked at all 6" in searching.why_none
 
@@ -488,5 +492,5 @@ def test_a_study_says_why_its_search_ended_early(tmp_path, caplog):
     search.trials = {t.number: replace(t, state=TrialState.OVER_BUDGET, metrics=costly) for t in trials}
     search.searcher = Searcher(with_prior(tmp_path, trials=300, budget_ms=2), BLOCKS)
     assert search.next_trial() is None
-    with pytest.raises(StudyError, match=r"The nearest is .* 3 is over the budget of 2.*--budget-ms 3 or more"):
+    with pytest.raises(StudyError, match=r"The nearest is .*: latency 3 ms is over --budget-ms 2\..*-ms 3 or more"):
         search.check_search()

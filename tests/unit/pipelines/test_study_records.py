@@ -169,7 +169,7 @@ def test_jobs_and_events_pass_as_text():
     config = study.trial_recipe(space, member, 3, 0)
     job = TrialJob(config, {"study": "s", "trial": "3"}, {"search.lr": 1e-3, "search.block": "joint"}, study.budgets())
     assert TrialJob.from_json(job.to_json()) == job
-    event = TrialEvent(TrialState.OVER_BUDGET, {"cost/latency_ms": 7.5}, "cost/latency_ms 7.5 is over the budget of 5")
+    event = TrialEvent(TrialState.OVER_BUDGET, {"cost/latency_ms": 7.5}, "latency 7.5 ms is over --budget-ms 5")
     assert TrialEvent.from_json(event.to_json()) == event
     exploded = TrialEvent.from_json(TrialEvent(TrialState.RUNNING, {"train/loss": math.nan}).to_json())
     assert math.isnan(exploded.metrics["train/loss"]) and exploded.state is TrialState.RUNNING

@@ -72,7 +72,7 @@ def describe_run(run: str) -> tuple[str, str, str] | None:
 
 def describe_study(folder: str) -> tuple[str, str, str] | None:
     """Return the name, the number of trials by state, and the best trial of a study; None if the folder is no study."""
-    from pipelines.studies.pareto import best_trial
+    from pipelines.studies.pareto import best_trial, reported_top1
     from pipelines.studies.study import TrialState, read_study, read_trials
 
     found = read_study(folder)
@@ -84,7 +84,7 @@ def describe_study(folder: str) -> tuple[str, str, str] | None:
     )
     states = ", ".join(f"{number} {state}" for state, number in counts.items())
     best = best_trial(trials)
-    result = "" if best is None else f"{best.metrics[names.VAL_TOP1]:.1%}, trial {best.number}"
+    result = "" if best is None else f"{reported_top1(trials)[best.number]:.1%}, trial {best.number}"
     return found[0].name, f"{'running ' * running}study, trials: {states or 'none'}", result
 
 

@@ -139,7 +139,7 @@ def run_tune(args: argparse.Namespace) -> None:
     result = tune(study, resume=bool(args.resume))
     seconds = time.perf_counter() - start
     against, hits = result.study.against or "gmacs", read_study_hits(result.study, result.trials)
-    print(f"\n{report.describe_study(result.study.name, result.trials, against, hits=hits)}\n")
+    print(f"\n{report.describe_study(result.study.name, result.trials, against, hits=hits, study=result.study)}\n")
     print(
         f"  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
     )
@@ -205,4 +205,3 @@ def run_front(args: argparse.Namespace) -> None:
     uri = args.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
     studies = [read_study_from_mlflow(name, uri) for name in args.studies]
     print(write_studies(studies, args.against, args.out))
-    print(f"\n{args.out} has front.html, front.png, trials.csv and the recipes of the fronts")

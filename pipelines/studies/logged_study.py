@@ -29,6 +29,7 @@ from pipelines.tracking.uris import PARENT, SEARCH_PARAM, without_secrets
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import PUBLISHED_LATENCY_MS, STUDY, SYSTEM
+from posmlp.text import quantity
 from tune_spaces import Value
 
 RECIPE_ARTIFACT = "config.yaml"  # of a trial's MLflow run
@@ -160,7 +161,7 @@ def parse_value(text: str) -> Value:
 
 
 def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> str:
-    """Write the figures, tables and recipes of studies into a folder; returns a description of the studies."""
+    """Write the figures, tables and recipes of studies into a folder; describe the studies and what was written."""
     out.mkdir(parents=True, exist_ok=True)
     trials_by_study = {logged.study.name: logged.trials for logged in studies}
     first = studies[0]
@@ -171,11 +172,13 @@ def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> st
         (out / name).write_bytes(content)
     for logged in studies:
         folder = out / "recipes"
-        folder.mkdir(exist_ok=True)
+        if logged.recipes:
+            folder.mkdir(exist_ok=True)
         for number, text in logged.recipes.items():
             (folder / f"{logged.study.name}-trial-{number:03d}.yaml").write_text(text)
     # One reference for all studies, so that their hypervolumes can be compared.
     reference = max(largest_cost(trials, against) for trials in trials_by_study.values())
-    return "\n\n".join(
-        report.describe_study(name, trials, against, reference, hits[name]) for name, trials in trials_by_study.items()
-    )
+    texts = [report.describe_study(s.study.name, s.trials, against, reference, s.hits, study=s.study) for s in studies]
+    recipes = sum(len(logged.recipes) for logged in studies)
+    written = ", ".join(files) + f" and {quantity(recipes, 'recipe')} of the fronts" * bool(recipes)
+    return "\n\n".join([*texts, f"{out} has {written}"])

@@ -145,6 +145,8 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
     used = [block for block in BLOCK_COLOURS if any(block in p.blocks for p in drawn if not p.minor)]
     handles = [Line2D([], [], linestyle="", marker="o", color=BLOCK_COLOURS[block], label=block) for block in used]
     for index, name in enumerate(studies):
+        if not any(fronts[name].values()):
+            continue
         label = "Pareto front" + f" of {name}" * (len(studies) > 1)
         label += " (trial, probability)" if any(p.probability for p in studies[name]) else " (trial)"
         handles.append(Line2D([], [], color=FRONT_COLOURS[index % 4], label=label))
@@ -250,6 +252,8 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
     """Draw the figure of ``front_image`` as one HTML page that describes each trial on hover. It needs no network."""
     costs = known_costs(studies)
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
+    # The first panel in which each study has a front: its entry in the legend is from there.
+    drawn = {name: next((cost for cost in costs if fronts[name][cost]), None) for name in studies}
     for column, cost in enumerate(costs, start=1):
         values = finite_costs(studies, cost)
         for index, (name, points) in enumerate(studies.items()):
@@ -261,7 +265,7 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
             line = {"shape": "hv", "color": FRONT_COLOURS[index % 4], "width": 1.5}
             figure.add_scatter(
                 x=x, y=y, mode="lines", line=line, name=f"Pareto front of {name}", legendgroup=name, hoverinfo="skip",
-                showlegend=column == 1, legendrank=FIRST, row=1, col=column,
+                showlegend=cost == drawn.get(name), legendrank=FIRST, row=1, col=column,
             )  # fmt: skip
             for block in dict.fromkeys(point.main_block for point in major):
                 with_block = [point for point in major if point.main_block == block]
@@ -362,7 +366,7 @@ def search_progress(volumes: Sequence[float], shares: Mapping[str, Mapping[str, 
     curve, *bars = figure.subplots(1, 1 + len(shares), squeeze=False)[0]
     curve.plot(range(1, len(volumes) + 1), volumes, marker="o", markersize=3, color=FRONT_COLOURS[0])
     curve.set_xlabel("finished trials")
-    curve.set_ylabel(f"hypervolume of the first seeds (top-1 against {against})")
+    curve.set_ylabel(f"hypervolume of the first seeds\n(top-1 against {against})")
     curve.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     curve.grid(alpha=0.25)
     for axes, (metric, values) in zip(bars, shares.items(), strict=True):

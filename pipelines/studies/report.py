@@ -24,7 +24,7 @@ from pipelines.studies.pareto import (
     reported_runs,
     reported_top1,
 )
-from pipelines.studies.study import Trial, TrialState
+from pipelines.studies.study import Study, Trial, TrialState
 from pipelines.tracking.uris import SEARCH_PARAM
 from posmlp.config import Config
 from posmlp.metrics import (
@@ -124,6 +124,7 @@ def describe_study(
     reference: float | None = None,
     hits: Mapping[int, bytes] | None = None,
     inherited: bool = False,
+    study: Study | None = None,
 ) -> str:
     """Describe a study and its Pareto front as text: a table, and what the seeds allow to say about it.
 
@@ -132,6 +133,7 @@ def describe_study(
         reference: the reference cost of the hypervolume, see ``hypervolume_curve``.
         hits: per-video results, as for ``assess``.
         inherited: the trials are members of a supernet, scored with its weights: none has a seed of its own.
+        study: its settings, for what to do if repeats were asked for and none was trained.
     """
     order = (TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED, TrialState.OVER_BUDGET, TrialState.RUNNING)
     counts = [(state, sum(t.state == state for t in trials)) for state in order]
@@ -148,13 +150,15 @@ def describe_study(
         number = trial.number
         interval = f"{100 * found.low[number]:.1f} to {100 * found.high[number]:.1f}" if number in found.low else ""
         share = f"{shares[number]:.0%}" if number in shares else ""
+        share = "-" if share and len(found.top1) == 1 else share  # nothing to compare it with
         top1 = f"{found.top1[number]:>8.1%}{interval:>17}{len(found.runs[number]):>7}{share:>10}"
         costs = [trial.metrics.get(COSTS[key]) for key in ("latency", "gmacs", "params")]
         shown = ["" if cost is None else f"{cost:.4g}" for cost in costs]
         numbers = f"{shown[0]:>9}{shown[1]:>10}{shown[2]:>10}"
         lines.append(f"{number:>7}{top1}{numbers}  {describe_member(trial.member)}")
     if not inherited:
-        lines += ["", *describe_certainty(found, [trial.number for trial in front], against)]
+        members = len(comparable_trials(trials, "gmacs"))
+        lines += ["", *describe_certainty(found, [t.number for t in front], against, members, study)]
     return "\n".join(lines)
 
 
@@ -168,24 +172,36 @@ def describe_best(trials: Sequence[Trial]) -> str:
     return f"best: {trial_name(best)}, val/top1 {reported_top1(trials)[best.number]:.1%} ({seeds})"
 
 
-def describe_certainty(found: Assessment, front: Sequence[int], against: str) -> list[str]:
+def describe_certainty(
+    found: Assessment, front: Sequence[int], against: str, members: int, study: Study | None = None
+) -> list[str]:
     """What the seeds and videos allow to say about a front, in sentences.
 
     Args:
         front: numbers of its members' first trials, cheapest first.
         against: its cost, a name in ``COSTS``.
+        members: number of all members that are trained to the end.
+        study: as for ``describe_study``.
     """
     if not found.repeated:
         intervals = ["The intervals are those of the validation videos alone."] if found.low else []
         return [
             "One seed each, not repeated: another seed may give another front.",
             *intervals,
-            "--repeats N trains the members of the front with fresh seeds.",
+            missing_repeats(study),
         ]
     lines = ["Top-1 is the mean over fresh seeds; the seed that selected a member is not among them."]
+    if len(found.top1) < members:
+        have = "has" if len(found.top1) == 1 else "have"
+        lines.append(f"{len(found.top1)} of {members} members {have} fresh seeds; the others are not compared.")
     if found.deviation:
-        spread = f"{100 * found.deviation.value:.1f} points"
-        lines.append(f"The standard deviation of one seed is {spread}; it is taken as equal for all members.")
+        spread, freedom = f"{100 * found.deviation.value:.1f} points", found.deviation.freedom
+        source = quantity(freedom, "difference") + " between seeds"
+        if freedom > sum(len(runs) - 1 for runs in found.runs.values()):  # fresh seeds alone are too few
+            source += ", selecting seeds included"
+        lines.append(
+            f"The standard deviation of one seed is {spread} (from {source}); it is taken as equal for all members."
+        )
     if not found.paired:
         lines.append("Per-video results are missing, so members count as scored on independent videos.")
     if len(found.top1) > 1:
@@ -197,7 +213,7 @@ def describe_certainty(found: Assessment, front: Sequence[int], against: str) ->
     close = [(one, other, share) for one, other, share in pairs if share < SURE]
     for one, other, share in close[:MAX_SENTENCES]:
         pair = f"Trials {one} and {other} cannot be told apart"
-        lines.append(f"{pair}: trial {other} is more accurate in {share:.0%} of resamples.")
+        lines.append(f"{pair}: trial {other} is more accurate in {below_sure(share)} of resamples.")
     if len(close) > MAX_SENTENCES:
         lines.append(f"Nor can {len(close) - MAX_SENTENCES} other pairs of neighbours on the front.")
     if pairs and not close:
@@ -208,6 +224,20 @@ def describe_certainty(found: Assessment, front: Sequence[int], against: str) ->
         names = ", ".join(f"trial {number} ({shares[number]:.0%})" for number in others)
         lines.append(f"Not on this front, but on it in the given share of resamples: {names}.")
     return lines
+
+
+def missing_repeats(study: Study | None) -> str:
+    """What to do about a front without fresh seeds, in a sentence."""
+    if study is None or not study.repeats:
+        return "--repeats N trains the members of the front with fresh seeds."
+    hours = " --hours H" if study.hours else ""
+    command = f"posmlp tune --resume {study.folder}{hours}"
+    return f"No repeat was trained, although the study has --repeats {study.repeats}: `{command}` trains them."
+
+
+def below_sure(share: float) -> str:
+    """A share below ``SURE`` as a percentage that is below it as well: ``94.6%`` instead of ``95%``."""
+    return f"{share:.0%}" if round(share, 2) < SURE else f"{math.floor(1000 * share + 1e-6) / 10:.1f}%"
 
 
 def describe_member(member: Member) -> str:

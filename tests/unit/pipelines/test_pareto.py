@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import math
 import random
 import re
@@ -18,9 +19,19 @@ from mlflow.entities import Metric, Param, Run, RunData, RunInfo, RunTag
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from PIL import Image
 
+from pipelines.commands.runs import describe_study
 from pipelines.studies import costs as costs_of_models
 from pipelines.studies import logged_study, pareto, pareto_plots, report
-from pipelines.studies.study import Study, StudyError, Trial, TrialState, standalone_recipe, study_space
+from pipelines.studies.study import (
+    Study,
+    StudyError,
+    Trial,
+    TrialState,
+    standalone_recipe,
+    study_space,
+    write_study,
+    write_trial,
+)
 from pipelines.tracking.uris import PARENT
 from posmlp import create_model
 from posmlp.config import load_recipe
@@ -312,7 +323,9 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
     assert logged.hits == {5: hits[5]}  # those of fresh seeds alone are read
     assert set(logged.recipes) == {t.number for cost in COSTS for t in pareto.pareto_front(trials, cost)}
     text = logged_study.write_studies([logged], "gmacs", tmp_path / "out")
-    assert text == report.describe_study("look", trials, "gmacs", hits=hits)
+    assert text.startswith(report.describe_study("look", trials, "gmacs", hits=hits))
+    written = "front.html, front.png, trials.csv, progress.png and 1 recipe of the fronts"
+    assert text.endswith(f"\n\n{tmp_path / 'out'} has {written}")
     for number in logged.recipes:
         config = load_recipe(tmp_path / "out" / "recipes" / f"look-trial-{number:03d}.yaml")
         assert config.name == f"look-trial-{number:03d}"
@@ -405,11 +418,13 @@ def test_a_study_in_words():
         *("trial", "top-1", "95", "%", "interval", "seeds", "on", "front", "ms", "GMACs", "M", "params", "member")
     ]
     number, top1, _, _, _, seeds, share, *costs = lines[3].split()[:10]
-    assert (number, top1, seeds, share, costs) == ("0", "70.0%", "1", "100%", ["20", "2", "1"])
+    assert (number, top1, seeds, share, costs) == ("0", "70.0%", "1", "-", ["20", "2", "1"])
     assert lines[3].endswith("  block parallel,joint; width 1.5")
     assert lines[5] == "Top-1 is the mean over fresh seeds; the seed that selected a member is not among them."
-    assert lines[6].startswith("The standard deviation of one seed is 14.1 points")  # of 0.5 and 0.7
-    assert len(lines) == 8
+    assert lines[6] == "1 of 2 members has fresh seeds; the others are not compared."
+    source = "from 1 difference between seeds, selecting seeds included"  # of 0.5 and 0.7
+    assert lines[7].startswith(f"The standard deviation of one seed is 14.1 points ({source})")
+    assert len(lines) == 9
     assert report.describe_study("look", [], "gmacs") == "look: no trials"
     waiting = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET), trial(1, 0.5, 1.0, TrialState.STOPPED)]
     assert report.describe_study("look", waiting, "gmacs") == "look: 1 stopped early, 1 over budget"
@@ -424,6 +439,7 @@ def test_sentences_name_no_more_pairs_than_are_read():
     ]
     text = report.describe_study("look", trials, "gmacs")
     assert text.count("cannot be told apart") == 5 and "Nor can 3 other pairs" in text
+    assert "(from 9 differences between seeds); it is" in text and "are not compared" not in text
     clear = [trial(i, i / 10, 1.0 + i) for i in range(4)]
     clear += [
         trial(20 + 2 * i + s, i / 10 + s / 1e3, 1.0 + i, repeat_of=i, seed=1 + s) for i in range(4) for s in (0, 1)
@@ -431,6 +447,40 @@ def test_sentences_name_no_more_pairs_than_are_read():
     text = report.describe_study("look", clear, "gmacs")
     assert "Each member is more accurate than the next cheaper one in at least 95% of resamples." in text
     assert "told apart" not in text
+
+
+@given(st.integers(0, 1899))
+def test_a_share_below_the_rule_is_below_it_as_printed(draws):
+    share = draws / 2000
+    printed = report.below_sure(share)
+    assert float(printed.rstrip("%")) < 95 and float(printed.rstrip("%")) / 100 == pytest.approx(share, abs=0.005001)
+
+
+def test_a_share_that_would_round_to_the_rule_has_a_decimal():
+    assert [report.below_sure(share) for share in (0.944, 0.946, 0.9495)] == ["94%", "94.6%", "94.9%"]
+
+
+def test_repeats_that_were_asked_for_and_not_trained_are_named():
+    study = Study(name="look", recipe=BASE, space="speed_accuracy", repeats=2, hours=1)
+    text = report.describe_study("look", many(), "gmacs", study=study)
+    assert text.endswith(
+        "No repeat was trained, although the study has --repeats 2: "
+        f"`posmlp tune --resume {study.folder} --hours H` trains them."
+    )
+    unlimited = report.describe_study("look", many(), "gmacs", study=study.model_copy(update={"hours": None}))
+    assert f"`posmlp tune --resume {study.folder}`" in unlimited
+    plain = report.describe_study("look", many(), "gmacs", study=study.model_copy(update={"repeats": 0}))
+    assert plain.endswith("--repeats N trains the members of the front with fresh seeds.")
+
+
+def test_the_list_of_studies_shows_the_reported_top1_of_the_best(tmp_path):
+    recipe = load_recipe("demo", [f"train.storage={tmp_path}"])
+    study = Study(name="look", recipe=recipe, space="speed_accuracy", repeats=2)
+    write_study(study, "parent")
+    fresh = [trial(3, 0.1, 1.0, repeat_of=1, seed=1), trial(4, 0.15, 1.0, repeat_of=1, seed=2)]
+    for each in [trial(0, 0.1, 1.0), trial(1, 0.175, 1.0), trial(2, 0.16, 2.0), *fresh]:
+        write_trial(study, each)
+    assert describe_study(study.folder) == ("look", "study, trials: 5 finished", "12.5%, trial 1")
 
 
 def test_a_trials_run_is_named_after_its_member():
@@ -601,6 +651,9 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
     out = tmp_path / "deep" / "out"
     for _ in range(2):
         text = logged_study.write_studies(logged, "gmacs", out)
+    text, _, written = text.rpartition("\n\n")
+    files = "front.html, front.png, look-trials.csv, look-progress.png, other-trials.csv, other-progress.png"
+    assert written == f"{out} has {files} and 2 recipes of the fronts"
     one, two = text.split("\n\nother: ")
     volume = (0.5 * 81 + 0.25 * 45) / 90
     assert one.startswith(f"look: 2 finished; hypervolume {volume:.3f} (top-1 against gmacs)\n\n  trial ")
@@ -616,6 +669,22 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
         "other-trial-000.yaml": "b",
     }
     assert (out / "other-trials.csv").read_bytes() == report.to_csv(report.trial_rows(logged[1].trials))
+
+
+def test_a_study_without_a_front_has_no_recipes_and_no_entry_in_a_legend(tmp_path):
+    study = Study(name="look", recipe=BASE, space="speed_accuracy")
+    over = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET)]
+    none = logged_study.LoggedStudy(study.model_copy(update={"name": "waits"}), "run", over, {}, {})
+    text = logged_study.write_studies([none], "gmacs", tmp_path / "alone")
+    assert text.endswith("alone has front.html, front.png, trials.csv, progress.png")
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {"front.html", "front.png", "trials.csv", "progress.png"}
+    some = logged_study.LoggedStudy(study, "run", many(), {}, {})
+    logged_study.write_studies([some, none], "gmacs", tmp_path / "both")
+    html = (tmp_path / "both" / "front.html").read_text()
+    traces = json.JSONDecoder().raw_decode(html, html.rindex("[{", 0, html.rindex('"Pareto front of look"')))[0]
+    shown = [trace["name"] for trace in traces if trace["showlegend"] and trace["name"].startswith("Pareto")]
+    assert shown == ["Pareto front of look"]
 
 
 def test_a_trials_recipe_is_one_to_run_alone():

@@ -41,6 +41,7 @@ class StudyController:
         variants: costs of the published variants by name and metric; figures mark those near the trials.
         searching: false once the search is over and the Pareto front is repeated with other seeds.
         stopping: set when the user has asked to stop.
+        prior: earlier studies from which the searcher learns.
         searcher: proposes the members.
         halving: the rungs at which trials are stopped early, with what earlier trials reached; None without ``asha``.
         saving: numbers of trials that were stopped early and whose runs still save their state.
@@ -70,7 +71,7 @@ class StudyController:
         self.searching = True
         self.settled: tuple[int, int] | None = None  # numbers of all and of running trials when no repeat was needed
         self.stopping = threading.Event()
-        self.searcher = Searcher(study, space, prior)
+        self.prior, self.searcher = prior, Searcher(study, space, prior)
         self.began = time.monotonic()
         self.late: set[bool] = set()  # values of ``searching`` for which the end of the time is logged
         self.halving = successive_halving(study, trials) if study.asha else None
@@ -94,10 +95,27 @@ class StudyController:
             finished = sum(trial.state == TrialState.FINISHED for trial in self.trials.values())
             logger.info("resuming; trials finished: %d, trials to resume: %d", finished, len(self.pending))
         if self.halving:
-            rungs = " and ".join(f"epoch {rung}" for rung in self.halving.rungs)
-            logger.info("trials may be stopped after %s", rungs or "no epoch, because they have too few")
+            if self.halving.rungs:
+                rungs = " and ".join(f"epoch {rung}" for rung in self.halving.rungs)
+                logger.info("trials may be stopped after %s", rungs)
+            else:
+                epochs = study.recipe.train.epochs
+                logger.warning("--asha stops no trial with train.epochs=%d; it needs at least 2 epochs", epochs)
+        self.log_priors()
         if not study.recipe.data.cache_dir:
             logger.info("every trial decodes all videos; with data.cache_dir=FOLDER each is decoded only once")
+
+    def log_priors(self) -> None:
+        """Log what the searcher learns from earlier studies."""
+        for prior in self.prior:
+            if self.searcher.learns:
+                told, trained = len(self.searcher.prior[prior.name]), len(prior.trials)
+                logger.info(
+                    "--prior %s: the searcher learns from %d of %d fully trained trials", prior.name, told, trained
+                )
+            else:
+                text = "--prior %s is not used: searcher %s does not learn from trials"
+                logger.warning(text, prior.name, self.study.searcher)
 
     # --- scheduling ----------------------------------------------------------------------------------------------
 

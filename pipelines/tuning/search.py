@@ -63,6 +63,7 @@ class Searcher:
     searcher that is made anew from the study's records proposes the same.
 
     Attributes:
+        prior: what the sampler is told of each earlier study, by its name; empty if it does not learn.
         why_none: why the last call of ``propose`` returned None; empty if it did not.
         found_none: it returned None although no trial is within the budgets.
     """
@@ -83,8 +84,7 @@ class Searcher:
         if study.searcher != "grid" and self.size <= LARGEST_ENUMERATED:
             counts = [len(cast(tuple[Value, ...], values)) for values in space.dimensions.values()]
             self.grid = np.indices(counts).reshape(len(counts), -1).T
-        self.prior = [told for each in prior for told in self.tell_prior(each)]
-        self.has_prior = bool(prior)
+        self.prior = {each.name: self.tell_prior(each) for each in prior if self.learns}
         self.scale: Scale = []
         self.told: dict[int, tuple[Trial, list[FrozenTrial]]] = {}  # by number of the trial
         self.why_none, self.found_none = "", False
@@ -273,11 +273,11 @@ class Searcher:
         """What the sampler knows, in the order of the trials: only new and changed ones are converted."""
         if not self.learns:
             return []
-        scale = own_scale(self.study, trials) if self.has_prior else []
+        scale = own_scale(self.study, trials) if self.prior else []
         if scale != self.scale:
             self.scale = scale
             self.told.clear()
-        told = list(self.prior)
+        told = list(itertools.chain.from_iterable(self.prior.values()))
         for trial in sorted(trials, key=lambda trial: trial.number):
             found = self.told.get(trial.number)
             if found is None or (found[0] is not trial and found[0] != trial):
@@ -288,7 +288,7 @@ class Searcher:
     def convert(self, trial: Trial) -> list[FrozenTrial]:
         """A trial as the sampler sees it, after the members that were rejected before it."""
         values = objectives(self.study, trial)
-        if self.has_prior and values:
+        if self.prior and values:
             values = standardise(values, self.scale) if self.scale else None
         told = tell_trial(self.study, trial, self.sampler.distributions, values)
         return [*map(self.tell_rejected, trial.rejected), *([told] if told else [])]

@@ -391,6 +391,32 @@ def test_what_an_earlier_study_knows_is_stored_with_the_new_one(tmp_path):
     assert prior.read_priors(with_prior(tmp_path)) == []
 
 
+def log_of_the_start(study, space, priors, caplog):
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        controller.StudyController(study, space, [], MagicMock(run_id="run"), 2, priors).log_start()
+    return [(record.levelname, record.message) for record in caplog.records]
+
+
+def test_a_study_logs_what_it_learns_from_each_earlier_study(tmp_path, caplog):
+    """One member of the second one cannot be built with the new recipe."""
+    for name, count in (("one", 3), ("two", 5)):
+        earlier_study(tmp_path, additive(0), count=count, name=name)
+    study = with_prior(tmp_path, "one", "two")
+    priors = prior.find_priors(study, BLOCKS)
+    bad = priors[1].trials[0].member
+    keys = BLOCKS.keys
+    refusing = Space(BLOCKS.dimensions, lambda member: {"model.windws": 1} if member == bad else keys(member))
+    priors[0].trials[:] = [trial for trial in priors[0].trials if trial.member != bad]
+    one = len(priors[0].trials)
+    lines = log_of_the_start(study, refusing, priors, caplog)
+    assert ("INFO", f"--prior one: the searcher learns from {one} of {one} fully trained trials") in lines
+    assert ("INFO", "--prior two: the searcher learns from 4 of 5 fully trained trials") in lines
+    lines = log_of_the_start(with_prior(tmp_path, "one", searcher="random"), BLOCKS, priors[:1], caplog)
+    assert ("WARNING", "--prior one is not used: searcher random does not learn from trials") in lines
+    assert not any("--prior" in text for _, text in log_of_the_start(with_prior(tmp_path), BLOCKS, [], caplog))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -28,6 +28,18 @@ def study_in(folder, epochs=9, **settings):
     return Study(name="look", recipe=recipe, **settings)
 
 
+@pytest.mark.parametrize(("epochs", "stops"), [(1, False), (2, True), (9, True)])
+def test_a_study_warns_if_it_has_too_few_epochs_to_stop_a_trial(epochs, stops, tmp_path, caplog):
+    search = Search(study_in(tmp_path, epochs))
+    with caplog.at_level("INFO"):
+        search.controller.log_start()
+    warnings = [
+        record.message for record in caplog.records if "--asha" in record.message and record.levelname == "WARNING"
+    ]
+    assert warnings == ([] if stops else ["--asha stops no trial with train.epochs=1; it needs at least 2 epochs"])
+    assert ("trials may be stopped after epoch" in caplog.text) == stops
+
+
 class Search:
     """A study as Ray Tune runs it, without Ray: each trial's epochs come from the test.
 

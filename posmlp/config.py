@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run or a study, which is the name of its folder too
 Label = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]  # of a Ray node
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51"]
@@ -321,7 +322,7 @@ class TrackingSection(Section):
 class Config(Section):
     """The whole recipe of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     model: ModelSection = ModelSection()
     data: DataSection
     augment: AugmentSection = AugmentSection()
@@ -709,6 +710,8 @@ def describe(problem: Any) -> str:
                 section = section_in(section.model_fields[part].annotation)
         return f"{key}: unknown key{suggest(str(problem['loc'][-1]), list(section.model_fields))}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == NAME:
+        message = "use letters, digits, '.', '_' and '-', with a letter or a digit first"
     if problem["type"] == "missing":
         return f"{key}: missing, and it has no default"
     return f"{key}: {message}, not {problem['input']!r}" if key else message

@@ -61,10 +61,15 @@ def add_recipe(command: argparse.ArgumentParser, example: str, *, required: bool
 def load_recipe_and_data(recipe: str, overrides: list[str]) -> Config:
     """Load a recipe. For the recipe ``demo`` the embedded motion set is drawn, unless there is a list already."""
     config = load_recipe(recipe, overrides)
+    draw_data_of_demo(recipe, config)
+    return config
+
+
+def draw_data_of_demo(recipe: str, config: Config) -> None:
+    """Draw the embedded motion set if the recipe is ``demo`` with its own data, unless there is a list already."""
     train_list = Path(config.data.train.path)
     if recipe == "demo" and config.data.train.path == load_recipe("demo").data.train.path and not train_list.exists():
         draw_motion_set(train_list.parent)
-    return config
 
 
 def draw_motion_set(folder: Path) -> None:

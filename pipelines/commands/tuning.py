@@ -12,11 +12,13 @@ from pipelines.commands.options import (
     Commands,
     add_command,
     add_recipe,
+    draw_data_of_demo,
     load_recipe_and_data,
     not_negative,
     positive,
     positive_float,
 )
+from posmlp.config import load_recipe
 from posmlp.metrics import COSTS
 from tune_spaces import list_spaces
 
@@ -108,7 +110,7 @@ def run_tune(args: argparse.Namespace) -> None:
     """Run a new study, or resume one; then print its Pareto front."""
     from pydantic import ValidationError
 
-    from pipelines.studies.study import Study, StudyError, explain_error, find_study, read_study_hits
+    from pipelines.studies.study import Study, StudyError, explain_error, find_study, read_study_hits, study_space
 
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     if args.resume:
@@ -124,12 +126,14 @@ def run_tune(args: argparse.Namespace) -> None:
     else:
         if not args.recipe or not args.space:
             raise StudyError("give a recipe and --space, or --resume STUDY; see posmlp tune --help")
-        recipe = load_recipe_and_data(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, args.overrides)
         name = args.name or f"{recipe.name}-{Path(args.space).stem}"
         try:
             study = Study(name=name, recipe=recipe, **given)
         except ValidationError as error:
             raise StudyError(f"study {name}: {explain_error(error)}") from error
+        study_space(study)  # what is wrong with it is said before data is drawn
+        draw_data_of_demo(args.recipe, recipe)
     from pipelines.studies import report
     from pipelines.tracking.uris import links_text, tracking_uri
     from pipelines.tuning.tune import tune

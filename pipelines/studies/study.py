@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipelines.runs.record import read_hits, read_json, write_json
 from pipelines.tracking.uris import without_secrets
 from posmlp import storage
-from posmlp.config import Config, Positive, Section, describe
+from posmlp.config import NAME, Config, Positive, Section, describe
 from posmlp.errors import UserError
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, COSTS
 from tune_spaces import Member, Space, Value, load_space
@@ -66,7 +66,7 @@ class Study(Section):
             clip on the training device, millions of parameters.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     recipe: Config
     space: str
     trials: Positive = 20

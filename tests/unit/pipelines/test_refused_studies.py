@@ -10,6 +10,10 @@ from pipelines.cli import main
     [
         (["demo"], "give a recipe and --space, or --resume STUDY"),
         (["demo", "--space", "block_type"], "no space 'block_type' (did you mean 'block_types'?)"),
+        (
+            ["demo", "--space", "widths", "--name", "a/b"],
+            "study a/b: name: use letters, digits, '.', '_' and '-', with a letter or a digit first, not 'a/b'",
+        ),
         (["demo", "--space", "learning", "--searcher", "grid"], "searcher grid needs values to choose from"),
         (["demo", "--space", "depths", "--searcher", "nsga2"], "nsga2 searches a Pareto front"),
         (["--resume", "nowhere"], "no study nowhere"),
@@ -39,4 +43,13 @@ def test_what_cannot_start_is_refused_in_one_line(motion_set, tmp_path, capsys, 
         ]
     assert main(["tune", *arguments]) == 1
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [["--space", "nonsense"], ["--space", "mine.py"], ["--space", "widths", "--name", "a/b"]]
+)
+def test_the_motion_set_is_not_drawn_for_a_study_that_is_refused(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    assert main(["tune", "demo", *options]) == 1
     assert list(tmp_path.iterdir()) == []

@@ -58,7 +58,7 @@ class Study(Section):
             epoch (ASHA) or, with ``against``, that others beat in both top-1 and the cost (MO-ASHA).
         seed: seed of the search; the seed of the trials' training is ``recipe.train.seed``.
         concurrent: number of trials that run at a time; None: as many as the cluster has room for.
-        hours: after so many hours since a call's start no trials start, and those that run are finished;
+        hours: once these have passed since a call's start no trials start, and those that run are finished;
             None: no limit.
         prior: earlier studies from which the searcher learns, by folder or name.
         repeats: the most fresh seeds that a member is trained with after the search. They alone report it.

@@ -43,7 +43,7 @@ def start_profiler(device: torch.device, on_trace: Callable[[bytes], None]) -> t
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start ``peak_memory_mb`` anew, where the system can: a run before in this process no longer counts."""
+    """Reset ``peak_memory_mb``, where the system can: an earlier run in this process no longer counts."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -60,7 +60,7 @@ class Searcher:
     """Proposes the members of a study, one at a time.
 
     It keeps what it has told Optuna's sampler, and adds what is new, so that a proposal stays fast in a long study. A
-    searcher that is made anew from the study's records proposes the same.
+    searcher that is made again from the study's records proposes the same.
 
     Attributes:
         prior: what the sampler is told of each earlier study, by its name; empty if it does not learn.

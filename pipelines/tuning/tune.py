@@ -194,11 +194,11 @@ def with_absolute_paths(recipe: Config) -> Config:
 
 
 def concurrent_trials(study: Study) -> int:
-    """Number of trials that run at a time: the user's, if the cluster has room for so many or may grow."""
+    """Number of trials that run at a time: the user's, if the cluster has room for them or may grow."""
     room = trials_that_fit(study.recipe)
     if study.concurrent and study.concurrent > room and not study.recipe.scaling.wait_s:
         # More would take the CPUs of the decoders, and all of them would wait for clips forever.
-        logger.warning("--concurrent %d: the cluster has room for %d, and so many run", study.concurrent, room)
+        logger.warning("--concurrent %d: the cluster has room for %d, so %d run", study.concurrent, room, room)
         return room
     return study.concurrent or max_concurrent_trials(study.recipe)
 

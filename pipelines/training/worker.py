@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import ray.train
@@ -29,6 +28,7 @@ from pipelines.data.loader import SplitLoader, global_order, local_order, object
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
 from pipelines.tracking import prometheus
+from pipelines.training.agreement import Action, on_first_worker
 from pipelines.training.channel import Registration
 from pipelines.training.messages import (
     ArtifactFile,
@@ -63,16 +63,6 @@ from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops, trim_heap
 from posmlp.video.batch import Batch
 from posmlp.video.draws import class_weights
-
-T = TypeVar("T")
-
-
-class Action(IntEnum):
-    """What a worker wants to do next. The workers do the largest of all requested actions."""
-
-    CONTINUE = 0
-    STOP = 1
-    FAIL = 2
 
 
 def train_worker(fields: dict[str, Any]) -> None:
@@ -410,15 +400,17 @@ class Worker:
         Raises:
             AgreedError: a worker has failed; on all workers.
         """
-        batch, error, action = None, None, Action.CONTINUE
-        if self.rank == 0 and self.channel.stop_requested():
-            action = Action.STOP
-        else:
+        batch, error, action = None, None, self.request()
+        if action != Action.STOP:
             try:
                 batch = next(batches)
             except UserError as problem:
                 error, action = problem, Action.FAIL
-        return batch if self.agree(action, error) == Action.CONTINUE else None
+        return batch if self.agree(action, error) < Action.STOP else None
+
+    def request(self) -> Action:
+        """What this worker wants to do before its next step. It waits for nothing."""
+        return Action.STOP if self.rank == 0 and self.channel.stop_requested() else Action.CONTINUE
 
     def agree(self, action: Action, error: UserError | None = None) -> Action:
         """Max-reduce the requested action over ranks, and return it.
@@ -454,7 +446,7 @@ class Worker:
                 batch = self.next_batch(batches)
                 if batch is None:
                     return None
-                scores = video_scores(learner.score(batch.to(learner.device)))
+                scores = video_scores(learner.score(batch.to(learner.device)), self.config.eval.fusion)
                 hits.append(result.add(scores, batch.labels[::views], batch.weights[::views]))
         result = result.sum_over_workers()
         if not result.videos:
@@ -556,7 +548,7 @@ class Worker:
             step = storage.join(folder, f"checkpoints/step-{self.learner.step:010d}")
             if self.rank == 0:
                 step = checkpoints.save(folder, self.checkpoint_info({}), weights, state)
-            content = save_safetensors({key: getattr(batch, key).contiguous() for key in Batch.__annotations__})
+            content = save_safetensors({key: tensor.contiguous() for key, tensor in batch.tensors().items()})
             storage.write_bytes(storage.join(step, f"batch-{self.rank}.safetensors"), content)
             where = f"the weights before it, and its batch, are in {step}"
         except (checkpoints.UnwritableError, OSError) as problem:
@@ -581,25 +573,6 @@ class Worker:
             self.send_line(f"a trace of {TRACED_STEPS} steps is in {TRACE_FILE}; open it in https://ui.perfetto.dev")
 
         return start_profiler(self.learner.device, send_trace)
-
-
-def on_first_worker(function: Callable[[], T]) -> T:
-    """Call a function on the first worker, and return its result on all workers.
-
-    Raises:
-        AgreedError: the function raised a ``UserError``; on all workers.
-    """
-    result: list[Any] = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            result[0] = function()
-        except UserError as error:
-            result[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if result[1]:
-        raise AgreedError(result[1])
-    return result[0]
 
 
 def hits_text(parts: Sequence[np.ndarray], rows: int, config: Config) -> bytes:

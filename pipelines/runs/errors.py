@@ -1,10 +1,10 @@
-"""Errors that end a run, and the record of a video that could not be decoded."""
+"""Errors that end a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from posmlp.errors import BadVideo, UserError
 
-from posmlp.errors import UserError
+__all__ = ["BadVideo"]
 
 
 class RunError(UserError):
@@ -35,16 +35,9 @@ class StoppedError(SignalInterrupt):
     """
 
 
-@dataclass(frozen=True)
-class BadVideo:
-    """A video that could not be decoded.
+class PreemptedError(StoppedError):
+    """The machine of the run's driver is about to be taken away, and the run has saved a checkpoint.
 
     Attributes:
-        sample_id: the video's id in the manifest.
-        uri: where its file is.
-        reason: the error of the decoder, as one line.
+        signum: SIGTERM, with which such a machine ends its processes.
     """
-
-    sample_id: str
-    uri: str
-    reason: str

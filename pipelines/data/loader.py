@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from posmlp.video.batch import Batch
 from posmlp.video.clip import load_clips, views_per_video
 from posmlp.video.decode import DecodeError
 from posmlp.video.draws import Draws, epoch_draws
+from posmlp.video.prefetch import in_background
 from posmlp.video.sampling import sample_seed
 
 SEGMENT_BLOCKS = 256
@@ -220,23 +221,23 @@ def collate(columns: dict[str, np.ndarray]) -> Batch:
 def chain_segments(segments: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
     """Yield the results of all segments in order.
 
-    A segment starts when three quarters of the results of the one before are used. A thread waits for its first result.
+    A segment starts when three quarters of the results of the one before are used. A thread waits for its first result;
+    neither a close nor the end of the process waits for that thread.
 
     Args:
         segments: the results of each segment, and their number.
     """
-    with ThreadPoolExecutor(1) as pool:
-        following = next(segments, None)
-        first = pool.submit(next, following[0]) if following else None
-        while following is not None and first is not None:
-            (results, length), here = following, first
-            following, first = None, None
-            for taken in range(1, length + 1):
-                result = here.result() if taken == 1 else next(results)
-                if taken == math.ceil(length * 3 / 4):
-                    following = next(segments, None)
-                    first = pool.submit(next, following[0]) if following else None
-                yield result
+    following = next(segments, None)
+    first = in_background(partial(next, following[0])) if following else None
+    while following is not None and first is not None:
+        (results, length), here = following, first
+        following, first = None, None
+        for taken in range(1, length + 1):
+            result = here.result() if taken == 1 else next(results)
+            if taken == math.ceil(length * 3 / 4):
+                following = next(segments, None)
+                first = in_background(partial(next, following[0])) if following else None
+            yield result
 
 
 def configure_ray_data(config: Config, train: bool, world: int, sharing: int = 1) -> None:

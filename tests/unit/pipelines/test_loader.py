@@ -1,5 +1,7 @@
 """The order of the data loader: the same rows for any number of workers, none lost."""
 
+import threading
+
 import numpy as np
 import pytest
 import ray
@@ -124,6 +126,23 @@ def test_trials_that_run_together_share_the_object_store_and_the_decoding_cpus(m
     configure_ray_data(config, True, world, sharing)
     assert (fresh.execution_options.resource_limits, fresh.target_max_block_size) == (limits, block)
     assert fresh.execution_options.preserve_order and context.execution_options.preserve_order
+
+
+def test_a_close_does_not_wait_for_a_segment_that_gives_nothing():
+    release = threading.Event()
+
+    def silent():
+        release.wait()
+        yield 3
+
+    results = chain_segments(iter([(iter([1, 2]), 2), (silent(), 1)]))
+    assert [next(results), next(results)] == [1, 2]
+    closing = threading.Thread(target=results.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    waited = closing.is_alive()
+    release.set()
+    assert not waited
 
 
 def test_no_segments_have_no_results():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -147,8 +147,8 @@ class SplitLoader:
             for order in self.segments(now, step if now == epoch else 0)
         )
         for columns in chain_segments(segments):
-            self.record_failures(columns)
-            yield collate(columns)
+            bad, decoded_by_pyav = self.record_failures(columns)
+            yield replace(collate(columns), bad=bad, decoded_by_pyav=decoded_by_pyav)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
         """Yield this worker's segments of an epoch from ``step`` on: row indices of batches, ``[batches, rows]``."""
@@ -182,19 +182,23 @@ class SplitLoader:
         )
         return iter(dataset.iter_batches(batch_size=rows_per_batch, batch_format="numpy", prefetch_batches=2))
 
-    def record_failures(self, columns: dict[str, np.ndarray]) -> None:
-        """Record the bad videos of a batch.
+    def record_failures(self, columns: dict[str, np.ndarray]) -> tuple[tuple[BadVideo, ...], int]:
+        """Record the bad videos of a batch, and return them and the number of videos that PyAV decoded for decord.
 
         Raises:
             UserError: a task met an error that affects every video, such as a cache folder that cannot be written.
         """
         for text in columns["fatal"][columns["fatal"] != ""]:
             raise UserError(str(text))
+        bad, decoded_by_pyav = [], 0
         for i in np.flatnonzero(columns["reason"] != ""):
             prometheus.increment(self.config.name, "decode_errors")
-            self.bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
+            bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
         if self.config.data.decoder == "decord":
-            self.decoded_by_pyav += int((columns["decoder"] == "pyav").sum())
+            decoded_by_pyav = int((columns["decoder"] == "pyav").sum())
+        self.bad += bad
+        self.decoded_by_pyav += decoded_by_pyav
+        return tuple(bad), decoded_by_pyav
 
     def take_bad(self) -> list[BadVideo]:
         """Return the bad videos since the last call, and reset the counts."""

@@ -53,6 +53,7 @@ Positive = Annotated[int, Field(gt=0)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run or a study, which is the name of its folder too
 Label = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]  # of a Ray node
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+Fusion = Literal["probabilities", "logits"]
 Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51"]
 
 
@@ -200,6 +201,8 @@ class DataSection(Section):
     # So that rare classes count as much as frequent ones; weights: in the loss; sampling: draw their videos more often.
     balance: Literal["none", "weights", "sampling"] = "none"
     modality: Literal["rgb", "rgb_difference"] = "rgb"  # rgb_difference: each frame minus the previous one
+    # Mean and standard deviation of the pixels (``posmlp.video.augment.NORMALISATIONS``); slowfast: published code
+    normalisation: Literal["imagenet", "slowfast"] = "imagenet"
     sampling: Literal["uniform", "dense"] = "uniform"
     stride: Positive = 1  # video frames from one sampled frame to the next; dense only
     fps: Annotated[float, Field(gt=0)] | None = None  # sample as if every video had this frame rate
@@ -287,11 +290,14 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    """Validation after each epoch."""
+    """Validation after each epoch, and the views of a video in any test or prediction."""
 
     every: Positive = 1  # epochs between validations; the last epoch is always validated
-    clips: Positive = 1  # clips per video, at different times; predictions average over all views
+    clips: Positive = 1  # clips per video, at different times
     crops: Literal[1, 3] = 1  # square crops per clip: the centre; 3: and both ends of the longer side
+    clip_positions: Literal["even", "slowfast"] = "even"  # where clips lie in a video, see ``posmlp.video.sampling``
+    short_side: Positive | None = None  # scale frames to it, and crop squares of the image size; None: largest squares
+    fusion: Fusion = "probabilities"  # what is averaged over the views of a video
 
 
 class ScalingSection(Section):
@@ -367,6 +373,17 @@ class Config(Section):
             problems.append("data.modality rgb_difference needs model.frames of at least 2")
         if self.data.full_frame and self.eval.crops > 1:
             problems.append(f"data.full_frame shows the whole frame, so eval.crops must be 1, not {self.eval.crops}")
+        if self.eval.short_side and self.data.full_frame:
+            problems.append(
+                f"eval.short_side {self.eval.short_side} is for square crops, but data.full_frame shows the whole frame"
+                "; leave one of them out"
+            )
+        size = self.model.variant().image_size
+        if self.eval.short_side and self.eval.short_side < size:
+            problems.append(
+                f"eval.short_side {self.eval.short_side} is less than the crop's side, model.image_size {size}; use at "
+                f"least {size}"
+            )
         for key in ("crop_scale", "crop_ratio"):
             low, high = getattr(self.data, key)
             if not 0 < low <= high:

@@ -102,7 +102,7 @@ def export(
 
     Args:
         model: on the CPU, in fp32 and eval mode; of a supernet, its own architecture is exported.
-        config: the recipe, for the clip's shape and ``data.modality``.
+        config: the recipe, for the clip's shape, ``data.normalisation`` and ``data.modality``.
         metadata: plain data to store in the file.
         suffix: a key of ``FORMATS``.
         int8: store the weights of the blocks' linear layers as int8; their inputs are quantised to 8 bits at run time.

@@ -84,7 +84,7 @@ def predict_files(
             good = [torch.from_numpy(clips) for clips in results if not isinstance(clips, str)]
             scores = iter(())
             if good:
-                scores = iter(video_scores(score(torch.cat(good))).exp().cpu())
+                scores = iter(video_scores(score(torch.cat(good)), config.eval.fusion).exp().cpu())
             for (file, _), result in zip(ready, results, strict=True):
                 if isinstance(result, str):
                     yield Prediction(file, error=result)

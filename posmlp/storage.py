@@ -17,9 +17,10 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from posmlp.errors import UserError
 
@@ -37,6 +38,7 @@ OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "memory")  # a file a
 PARQUET_ROW = re.compile(r"(.+\.parquet)#(\d+)$", re.DOTALL)
 MAX_REQUESTS = 32  # in flight at a time
 LOCAL_CHECKS_PER_TASK = 64  # a task of the thread pool costs ten times what checking one local file does
+COPY_BYTES = 8 * 2**20  # in memory at a time
 BYTES_COLUMN = "data"  # column of a Parquet file with the bytes of inline videos
 
 
@@ -202,25 +204,68 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    with output_stream(uri) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def output_stream(uri: str) -> Iterator[BinaryIO]:
+    """Open a file to write it piece by piece. It appears when the block ends; a block that raises leaves no file.
+
+    Missing folders are created. A killed process leaves no file of this name, at most a ``.tmp`` file beside it. In an
+    object store, a block that raises also removes an older file of this name: PyArrow can close a file there, and not
+    abandon it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     system, path = resolve(uri)
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     if is_remote(uri):
-        atomic = uri.partition("://")[0] in OBJECT_STORES
-        with system.open_output_stream(path if atomic else temporary, compression=None) as file:
-            file.write(content)
-        if not atomic:
-            system.move(temporary, path)
+        written = path if uri.partition("://")[0] in OBJECT_STORES else temporary
+        file = system.open_output_stream(written, compression=None)
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.close()
+                system.delete_file(written)
+            raise
+        file.close()
+        if written != path:
+            system.move(written, path)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):  # it was renamed, or never created
             os.unlink(temporary)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a file piece by piece, whatever its size. The copy appears only when it is complete.
+
+    Raises:
+        OSError: one cannot be read, or the other not written.
+    """
+    system, path = resolve(source)
+    with system.open_input_stream(path, compression=None) as file, output_stream(target) as copy:
+        shutil.copyfileobj(file, copy, COPY_BYTES)
+
+
+def file_size(uri: str) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: the store does not answer.
+    """
+    return int(version(uri).partition("|")[0])
 
 
 def remove(uri: str) -> None:

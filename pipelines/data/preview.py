@@ -13,7 +13,7 @@ from torch import Tensor
 from pipelines.data.loader import collate, decode_rows, global_order, rows_per_step
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.video.augment import MEAN, STD, flip_labels, to_input, to_train_input
+from posmlp.video.augment import NORMALISATIONS, flip_labels, to_input, to_train_input
 from posmlp.video.clip import views_per_video
 from posmlp.video.draws import epoch_draws
 from posmlp.video.manifest import read_split, training_classes
@@ -72,9 +72,10 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
 def to_pictures(x: Tensor, config: Config) -> Tensor:
     """Model input ``[B, 3, T, H, W]`` as colours in 0..1, ``[B, T, H, W, 3]``."""
     x = x.permute(0, 2, 3, 4, 1)
+    mean, std = map(torch.tensor, NORMALISATIONS[config.data.normalisation])
     if config.data.modality == "rgb_difference":
-        return (0.5 + x * torch.tensor(STD)).clamp(0, 1)
-    return (x * torch.tensor(STD) + torch.tensor(MEAN)).clamp(0, 1)
+        return (0.5 + x * std).clamp(0, 1)
+    return (x * std + mean).clamp(0, 1)
 
 
 def sheet(clips: Tensor, titles: list[str], head: str, out: Path) -> None:

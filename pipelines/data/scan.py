@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray.data import DataContext, ExecutionOptions
+from ray.exceptions import RayError
 
 from pipelines.cluster.ray_internals import DATA_LOGGERS
 from pipelines.data.loader import SEGMENT_BLOCKS, chain_segments
@@ -23,6 +25,7 @@ from posmlp.errors import UserError
 logger = logging.getLogger(__name__)
 
 PROGRESS_S = 5.0  # between two lines of progress
+ROW_GROUP_BYTES = 16 * 2**20  # of a Parquet file that is written as its rows come
 ROW_FIELDS = [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32())]
 VIDEO_FIELDS = [  # what is known of a good video
     ("num_frames", pa.int32()),
@@ -113,6 +116,49 @@ def to_parquet(table: pa.Table, **options: Any) -> bytes:
     file = io.BytesIO()
     pq.write_table(table, file, **options)
     return file.getvalue()
+
+
+class ParquetStream:
+    """Collects tables and writes them to an open Parquet file, in row groups of about ``ROW_GROUP_BYTES``."""
+
+    def __init__(self, writer: pq.ParquetWriter):
+        self.writer, self.tables, self.bytes = writer, list[pa.Table](), 0
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows."""
+        self.tables.append(table)
+        self.bytes += table.nbytes
+        if self.bytes >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the collected rows as a row group."""
+        if self.tables:
+            self.writer.write_table(pa.concat_tables(self.tables))
+        self.tables, self.bytes = [], 0
+
+
+@contextlib.contextmanager
+def open_parquet(uri: str, schema: pa.Schema, **options: Any) -> Iterator[ParquetStream]:
+    """Write a Parquet file that need not fit in memory.
+
+    It appears when the block ends; a block that raises leaves none.
+
+    Args:
+        options: of ``pyarrow.parquet.ParquetWriter``.
+
+    Raises:
+        ScanError: it cannot be written.
+    """
+    try:
+        with storage.output_stream(uri) as file, pq.ParquetWriter(file, schema, **options) as writer:
+            stream = ParquetStream(writer)
+            yield stream
+            stream.flush()
+    except RayError:  # one that wraps an OSError of a task is an OSError too
+        raise
+    except OSError as error:
+        raise ScanError(f"{uri} cannot be written ({error}); see --out") from error
 
 
 def write_output(uri: str, content: bytes | memoryview) -> None:

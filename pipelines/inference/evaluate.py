@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +28,8 @@ from pydantic import ValidationError
 from pipelines.cluster.capacity import choose_device, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
-from pipelines.data.scan import to_parquet
-from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, SplitScores, score_split
+from pipelines.data.scan import ROW_FIELDS, open_parquet
+from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, score_good_videos
 from pipelines.registry.datasets import list_digest, list_name
 from pipelines.registry.logged_models import CheckpointLink, checkpoint_model, link_to
 from pipelines.runs import checkpoints
@@ -66,12 +66,24 @@ from posmlp.video.views import with_views
 
 logger = logging.getLogger(__name__)
 
+SCORES = "scores.parquet"
+SCORED_FIELDS = [*ROW_FIELDS, ("view", pa.int32()), ("clip", pa.int32()), ("crop", pa.int32())]
+LARGEST_ARTIFACT = 2**30  # bytes; MLflow and its server are not made for larger files
 FOLDER = "evaluations"  # in the run's folder
 ARTIFACTS = "evaluation"  # among the artifacts of the MLflow run
 KEYS_OVERRIDABLE = ("data.", "eval.", "scaling.", "tracking.", "train.precision")
 # Overrides of these do not change the scores, or are part of the evaluation's name anyway.
 KEYS_NOT_IN_NAME = (
-    *("eval.", "scaling.", "tracking.", "data.cache_dir", "data.rows_per_block", "data.decode_timeout_s"),
+    *(
+        "eval.every",
+        "eval.clips",
+        "eval.crops",
+        "scaling.",
+        "tracking.",
+        "data.cache_dir",
+        "data.rows_per_block",
+        "data.decode_timeout_s",
+    ),
     "data.max_bad_fraction",
 )
 PREFIXES = {"val": TEST, "train": TEST_TRAIN, "test": HELD_OUT}  # of the metrics, by split
@@ -178,20 +190,17 @@ def evaluate(
     clips, crops = config.eval.clips, config.eval.crops
     what = f"{split}, {len(manifest.rows)} videos x {clips}x{crops} views, workers: {config.scaling.workers}"
     logger.info(f"{checkpoint} (step {info.step}, epoch {info.epoch}): {what}")
-    scores = score_split(manifest, config, contents[checkpoints.WEIGHTS])
-
-    names = output_names(info.classes, config.model.variant().num_classes)
-    counts, classes = count_predictions(scores, manifest.rows["label"].to_numpy(), names)
+    names, bad = output_names(info.classes, config.model.variant().num_classes), list[BadVideo]()
+    blocks = score_good_videos(manifest, config, contents[checkpoints.WEIGHTS], bad)
+    counts = write_scores(storage.join(folder, SCORES), blocks, manifest, names, config)
+    classes = class_results(counts.confusion, counts.top5, names)
     metrics = {key.removeprefix(VAL): value for key, value in counts.metrics().items()}
     metrics["videos"] = metrics.pop("clips")
-    result = Evaluation(
-        name, folder, checkpoint, info.step, info.epoch, split, (clips, crops), metrics, classes, scores.bad
-    )
+    result = Evaluation(name, folder, checkpoint, info.step, info.epoch, split, (clips, crops), metrics, classes, bad)
     files = {
-        "summary.json": summary_json(result, recipe_without_password(config)),
         "per_class.csv": per_class_csv(classes),
         "confusion.png": plots.confusion_matrix(counts.confusion.numpy(), names),
-        "scores.parquet": scores_parquet(scores, manifest, names, crops),
+        "summary.json": summary_json(result, recipe_without_password(config)),  # the last: with it, all are there
     }
     with hold_signals() as held:
         write_results(folder, files)
@@ -199,7 +208,9 @@ def evaluate(
         dataset = list_name(path), list_digest(list_fingerprint(manifest))
         run_id = record["mlflow_run_id"] if record else None
         link = link_to(checkpoint, info, run_id, {}) if run_id else None
-        result.mlflow_run_id = log_evaluation(result, files, config, run_id, link, dataset)
+        result.mlflow_run_id = log_evaluation(
+            result, files, config, run_id, link, dataset, storage.join(folder, SCORES)
+        )
     raise_held(held)
     return result
 
@@ -254,22 +265,6 @@ def evaluation_name(split: str, config: Config, info: checkpoints.CheckpointInfo
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def count_predictions(
-    scores: SplitScores, labels: np.ndarray, names: Sequence[str]
-) -> tuple[ClassificationMetrics, list[ClassResult]]:
-    """Count right and wrong predictions over all scored videos, and class by class.
-
-    Args:
-        labels: int ``[videos]``.
-        names: of the classes, by label.
-    """
-    predicted = video_scores(torch.from_numpy(scores.views))  # [videos, classes]
-    truth, scored = torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(scores.scored)
-    counts = ClassificationMetrics.empty(len(names))
-    counts.add(predicted, truth, scored)
-    return counts, class_results(counts.confusion, counts.top5, names)
-
-
 def summary_json(result: Evaluation, config: Config) -> bytes:
     """Return ``summary.json``: the evaluation without the figures of its classes, and its recipe without secrets."""
     tree = asdict(result)
@@ -279,20 +274,40 @@ def summary_json(result: Evaluation, config: Config) -> bytes:
     return scrub(json.dumps(tree, indent=1), tracking_uri(config)).encode()
 
 
-def scores_parquet(scores: SplitScores, manifest: Manifest, names: Sequence[str], crops: int) -> bytes:
-    """Return ``scores.parquet``: one row per view of each scored video.
+def write_scores(
+    uri: str,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    manifest: Manifest,
+    names: Sequence[str],
+    config: Config,
+) -> ClassificationMetrics:
+    """Write ``scores.parquet`` block by block, and count right and wrong predictions.
 
-    The column ``scores`` has the log-probabilities by label; ``classes`` in the schema's metadata has their names.
+    The file has one row per view of each scored video. The column ``scores`` has the log-probabilities by label;
+    ``classes`` in the schema's metadata has their names. It appears when all blocks are there.
+
+    Args:
+        blocks: as of ``score_good_videos``: rows, and their scores, float32 ``[videos, views, classes]``.
+        names: of the classes, by label.
+        config: the recipe, for ``eval.crops`` and ``eval.fusion``.
+
+    Raises:
+        UserError: the file cannot be written.
     """
-    rows = manifest.rows.filter(pa.array(scores.scored))
-    kept = scores.views[scores.scored]  # [videos, views, classes]
-    videos, views, classes = kept.shape
-    view = np.tile(np.arange(views, dtype=np.int32), videos)
-    table = rows.select(["sample_id", "uri", "label"]).take(np.repeat(np.arange(videos), views))
-    for name, column in (("view", view), ("clip", view // crops), ("crop", view % crops)):
-        table = table.append_column(name, pa.array(column))
-    table = table.append_column("scores", pa.FixedSizeListArray.from_arrays(pa.array(kept.reshape(-1)), classes))
-    return to_parquet(table.replace_schema_metadata({"classes": json.dumps(list(names))}), compression="zstd")
+    crops = config.eval.crops
+    labels, counts = manifest.rows["label"].to_numpy(), ClassificationMetrics.empty(len(names))
+    fields = [*SCORED_FIELDS, ("scores", pa.list_(pa.float32(), len(names)))]
+    schema = pa.schema(fields, metadata={"classes": json.dumps(list(names))})
+    with open_parquet(uri, schema, compression="zstd") as file:
+        for rows, scores in blocks:
+            truth = torch.from_numpy(labels[rows].astype(np.int64))
+            counts.add(video_scores(torch.from_numpy(scores), config.eval.fusion), truth, torch.ones(len(rows)))
+            view = np.tile(np.arange(scores.shape[1], dtype=np.int32), len(rows))
+            about = manifest.rows.select(["sample_id", "uri", "label"]).take(np.repeat(rows, scores.shape[1]))
+            columns = [view, view // crops, view % crops]
+            values = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), len(names))
+            file.write(pa.Table.from_arrays([*about.columns, *map(pa.array, columns), values], schema=schema))
+    return counts
 
 
 def write_results(folder: str, files: Mapping[str, bytes]) -> None:
@@ -315,6 +330,7 @@ def log_evaluation(
     run_id: str | None,
     checkpoint: CheckpointLink | None = None,
     dataset: tuple[str, str] | None = None,
+    scores: str | None = None,
 ) -> str | None:
     """Add an evaluation to an MLflow run, whose status does not change.
 
@@ -325,6 +341,7 @@ def log_evaluation(
         run_id: None, or one that MLflow does not know: the evaluation gets a new run.
         checkpoint: whose logged model in the run gets the metrics too.
         dataset: name and digest of the list of videos.
+        scores: path or URI of ``scores.parquet``, which becomes an artifact too unless it is large.
 
     Returns:
         The id of the MLflow run; None if MLflow did not accept the evaluation.
@@ -353,6 +370,8 @@ def log_evaluation(
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
             client.log_artifacts(target, folder, f"{ARTIFACTS}/{result.name}")
+        if scores:
+            log_scores(client, target, scores, f"{ARTIFACTS}/{result.name}")
         if not known:
             client.set_terminated(target)
         link = run_link(uri, client.get_run(target).info.experiment_id, target)
@@ -362,6 +381,25 @@ def log_evaluation(
         logger.warning(f"{server} does not accept the evaluation ({problem}); its files are in {result.path}")
         return None
     return target
+
+
+def log_scores(client: MlflowClient, run_id: str, uri: str, artifacts: str) -> None:
+    """Add a file to the artifacts of a run, piece by piece, unless it is larger than ``LARGEST_ARTIFACT``.
+
+    Args:
+        uri: the file.
+        artifacts: folder among the run's artifacts.
+    """
+    size = storage.file_size(uri)
+    if size > LARGEST_ARTIFACT:
+        logger.info(f"{uri} has {size / 2**30:.1f} GiB, more than MLflow takes well, so it is not among the artifacts")
+    elif storage.is_remote(uri):
+        with tempfile.TemporaryDirectory() as folder:
+            copy = os.path.join(folder, SCORES)
+            storage.copy_file(uri, copy)
+            client.log_artifact(run_id, copy, artifacts)
+    else:
+        client.log_artifact(run_id, uri, artifacts)
 
 
 def find_logged_model(client: MlflowClient, run_id: str, link: CheckpointLink, server: str) -> str | None:

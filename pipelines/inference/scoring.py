@@ -1,9 +1,9 @@
 """Score the videos of a split on Ray actors.
 
 Ray tasks anywhere in the cluster decode one block of videos each, as in training (``pipelines.data.loader``). Actors
-score the blocks, and the driver collects the scores. The actors are independent: when one dies, Ray scores its block
-again. Every video is in exactly one block, so nothing is padded. (A pool of actors of Ray Data would do the same, but
-it restarts a dying actor for ever.)
+score the blocks, and the driver gets the scores in order. The actors are independent: when one dies, Ray scores its
+block again. Every video is in exactly one block, so nothing is padded. (A pool of actors of Ray Data would do the same,
+but it restarts a dying actor for ever.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,33 +42,7 @@ from posmlp.video.views import videos_per_pass
 logger = logging.getLogger(__name__)
 
 BAD_VIDEOS_SHOWN = 5  # in an error
-
-
-@dataclass
-class SplitScores:
-    """The scores of a split's videos; rows as in the manifest.
-
-    Attributes:
-        views: float32 ``[videos, views, classes]``, log-probabilities.
-        scored: bool ``[videos]``, False for the videos in ``bad``.
-    """
-
-    views: np.ndarray
-    scored: np.ndarray
-    bad: list[BadVideo] = field(default_factory=list)
-
-
-def score_split(manifest: Manifest, config: Config, weights: Mapping[str, Tensor]) -> SplitScores:
-    """Score all views of a split's videos.
-
-    Raises:
-        UserError: too many videos are bad (raised as soon as that is certain), or the workers fail.
-    """
-    shape = (len(manifest.rows), views_per_video(config, False), config.model.variant().num_classes)
-    scores = SplitScores(np.zeros(shape, np.float32), np.zeros(len(manifest.rows), bool))
-    for rows, block in score_good_videos(manifest, config, weights, scores.bad):
-        scores.views[rows], scores.scored[rows] = block, True
-    return scores
+EARLY_BYTES = 128 * 2**20  # of scores that wait on the driver for a slower block
 
 
 def score_good_videos(
@@ -80,45 +53,45 @@ def score_good_videos(
     scorer: type[Scorer] | None = None,
     *args: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield row indices of the manifest and the scores of these videos, one block at a time, in any order.
+    """Yield row indices of the manifest and the scores of these videos, one block at a time, in the manifest's order.
 
     Args:
-        bad: receives the videos that could not be decoded; in the manifest's order once all blocks are done.
+        bad: receives the videos that could not be decoded, in the manifest's order.
         scorer: class of the actor; None: ``Scorer``.
         args: further arguments of its constructor, after the recipe.
 
     Raises:
         UserError: too many videos are bad (raised as soon as that is certain), or the workers fail.
     """
-    row_of = {sample: i for i, sample in enumerate(manifest.rows["sample_id"].to_pylist())}
-    progress: ScanProgress | None = None
-    for block in score_blocks(manifest, config, weights, scorer or Scorer, *args):
+    videos, progress = len(manifest.rows), None
+    for first, block in score_blocks(manifest, config, weights, scorer or Scorer, *args):
         # The clock starts with the first block: the start of the workers is not part of the rate.
-        progress = progress or ScanProgress(len(row_of), "scored")
+        progress = progress or ScanProgress(videos, "scored")
         for text in block["fatal"][block["fatal"] != ""]:
             raise UserError(str(text))
         good = block["reason"] == ""
         for i in np.flatnonzero(~good):
             bad.append(BadVideo(*(str(block[k][i]) for k in ("sample_id", "uri", "reason"))))
-        refuse_many_bad(bad, len(row_of), config.data.max_bad_fraction)
+        refuse_many_bad(bad, videos, config.data.max_bad_fraction)
         if good.any():
-            yield np.array([row_of[sample] for sample in block["sample_id"][good]]), block["scores"]
+            yield first + np.flatnonzero(good), block["scores"]
         progress.add(len(good))
-    bad.sort(key=lambda video: row_of[video.sample_id])
-    if len(bad) == len(row_of):
+    if len(bad) == videos:
         raise UserError(f"no video could be decoded; the first one, {bad[0].uri}: {bad[0].reason}")
 
 
 def score_blocks(
     manifest: Manifest, config: Config, weights: Mapping[str, Tensor], scorer: type[Scorer], *args: Any
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the result of ``Scorer.score`` for every block of the manifest, in the order in which blocks finish.
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yield the first row and the result of ``Scorer.score`` for every block of the manifest, in order.
+
+    A result that is early waits for those before it. If too many wait, no further block starts.
 
     Raises:
         UserError: the workers fail more often than ``scaling.max_failures``.
     """
     scaling, size = config.scaling, rows_per_block(config, False)
-    blocks = (manifest.rows.slice(first, size) for first in range(0, len(manifest.rows), size))
+    starts = range(0, len(manifest.rows), size)
     recipe, shared_weights = config.model_dump(), ray.put(dict(weights))
     decoder = ray.remote(decode).options(max_retries=scaling.max_failures, **decoding_options(scaling))
     resources = worker_resources(scaling)
@@ -127,23 +100,28 @@ def score_blocks(
     options |= {"max_restarts": scaling.max_failures, "max_task_retries": scaling.max_failures}
     actor: Any = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
     scorers = [actor.remote(recipe, *args) for _ in range(scaling.workers)]
-    decoding: list[ray.ObjectRef] = []
-    scoring: dict[ray.ObjectRef, int] = {}  # and the index of the scorer
-    following, limit = next(blocks, None), max_blocks_in_flight(config)
+    decoding: dict[ray.ObjectRef, int] = {}  # and the number of the block
+    scoring: dict[ray.ObjectRef, tuple[int, int]] = {}  # and the number of the block and that of the scorer
+    early: dict[int, dict[str, np.ndarray]] = {}  # results of blocks, by number
+    started, yielded = 0, 0  # numbers of blocks
+    limit = max_blocks_in_flight(config)
+    span = max(limit, max_early_blocks(config))
     try:
-        while following is not None or decoding or scoring:
-            while following is not None and len(decoding) + len(scoring) < limit:
-                decoding.append(decoder.remote(following, recipe))
-                following = next(blocks, None)
+        while yielded < len(starts):
+            while started < min(len(starts), yielded + span) and len(decoding) + len(scoring) < limit:
+                decoding[decoder.remote(manifest.rows.slice(starts[started], size), recipe)] = started
+                started += 1
             (done,), _ = ray.wait([*scoring, *decoding], fetch_local=False)  # the driver does not need the clips
             if done in scoring:
-                del scoring[done]
-                yield ray.get(done)
+                number, _ = scoring.pop(done)
+                early[number] = ray.get(done)
             else:
-                decoding.remove(done)
-                busy = list(scoring.values())
+                number, busy = decoding.pop(done), [each for _, each in scoring.values()]
                 least_busy = min(range(len(scorers)), key=busy.count)
-                scoring[scorers[least_busy].score.remote(done, [shared_weights])] = least_busy
+                scoring[scorers[least_busy].score.remote(done, [shared_weights])] = number, least_busy
+            while yielded in early:
+                yield starts[yielded], early.pop(yielded)
+                yielded += 1
     except RayError as error:
         cause = getattr(error, "cause", None) or error
         hint = "; if memory ran out, lower scaling.micro_batch"
@@ -153,6 +131,12 @@ def score_blocks(
     finally:
         for scorer_actor in scorers:
             ray.kill(scorer_actor)
+
+
+def max_early_blocks(config: Config) -> int:
+    """Return how many blocks may be ahead of the first one that is not done, so that their scores fit in memory."""
+    videos, variant = rows_per_block(config, False), config.model.variant()
+    return EARLY_BYTES // (videos * views_per_video(config, False) * variant.num_classes * 4)
 
 
 def max_blocks_in_flight(config: Config) -> int:

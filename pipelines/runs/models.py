@@ -14,7 +14,7 @@ from posmlp import create_model, storage
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
-from posmlp.video.augment import MEAN, STD
+from posmlp.video.augment import NORMALISATIONS
 from posmlp.video.classes import KnownClasses
 
 
@@ -82,6 +82,8 @@ def describe_model(info: checkpoints.CheckpointInfo) -> dict[str, Any]:
     """Return what a user of an exported model must know, as plain data: classes, input, output, sampling."""
     config = info.recipe()
     variant, data = config.model.variant(), config.data
+    mean, std = NORMALISATIONS[data.normalisation]
+    square = f"centre, at a short side of {config.eval.short_side}" if config.eval.short_side else "centre"
     return {
         "run": config.name,
         "step": info.step,
@@ -94,13 +96,14 @@ def describe_model(info: checkpoints.CheckpointInfo) -> dict[str, Any]:
             "type": "uint8, RGB",
         },
         "output": {"name": "logits", "shape": [None, variant.num_classes], "type": "float32, before softmax"},
-        "done_inside": {"mean": MEAN, "std": STD, "modality": data.modality},
+        "done_inside": {"mean": mean, "std": std, "modality": data.modality},
         "sampling": {
             "frames": data.sampling,
             "stride": data.stride if data.sampling == "dense" else None,
             "fps": data.fps,
             "frame_order": data.frame_order,
             "short_side": data.short_side or -(-variant.image_size * 8 // 7),
-            "square": "whole frame, squeezed" if data.full_frame else "centre",
+            "clip_positions": config.eval.clip_positions,
+            "square": "whole frame, squeezed" if data.full_frame else square,
         },
     }

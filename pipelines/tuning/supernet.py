@@ -331,7 +331,8 @@ class MemberScorer(Scorer):
     def score_clips(self, model: nn.Module, clips: Tensor) -> Tensor:
         if not self.members:
             self.members = [cast(Supernet, model).member(architecture) for architecture in self.architectures]
-        predicted = [video_scores(score_views(member, clips, self.config)).argmax(1) for member in self.members]
+        fusion = self.config.eval.fusion
+        predicted = [video_scores(score_views(member, clips, self.config), fusion).argmax(1) for member in self.members]
         return torch.stack(predicted, 1)
 
 

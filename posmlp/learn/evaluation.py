@@ -13,18 +13,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from posmlp.config import Fusion
 from posmlp.metrics import VAL_CLASS_MEAN, VAL_LOSS, VAL_TOP1, VAL_TOP5, VAL_VIDEOS
 
 
-def video_scores(view_scores: Tensor) -> Tensor:
-    """Average the probabilities of each video's views.
+def video_scores(view_scores: Tensor, fusion: Fusion) -> Tensor:
+    """Average the probabilities, or the logits, of each video's views.
+
+    The classes are in the order of the sum of the views' logits, if these are averaged: log-probabilities are logits
+    but for a constant of each view.
 
     Args:
         view_scores: float ``[videos, views, classes]``, log-probabilities.
+        fusion: ``eval.fusion``.
 
     Returns:
         float ``[videos, classes]``, log-probabilities, in which small probabilities keep their order.
     """
+    if fusion == "logits":
+        return view_scores.mean(1).log_softmax(1)
     return view_scores.logsumexp(1) - math.log(view_scores.shape[1])
 
 

@@ -365,8 +365,8 @@ def score_views(model: nn.Module, clips: Tensor, config: Config) -> Tensor:
     Args:
         model: in eval mode.
         clips: uint8 ``[videos * views, T, H, W, 3]`` on the model's device; the views of a video are adjacent.
-        config: the recipe, for ``train.precision``, ``data.modality`` and the number of views, ``eval.clips`` x
-            ``eval.crops``.
+        config: the recipe, for ``train.precision``, ``data.normalisation``, ``data.modality`` and the number of
+            views, ``eval.clips`` x ``eval.crops``.
     """
     with torch.no_grad(), autocast(clips.device, config):
         logits = cast(Tensor, model(to_input(clips, config)))

@@ -27,8 +27,11 @@ from posmlp.video.randaugment import NUMBERS_PER_LAYER, Pass, draw_operations, p
 from posmlp.video.random_bits import normals, random_bits, uniforms
 from posmlp.video.sampling import Box, random_resized_crop
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1; the release uses 0.45 and 0.225 for all three channels
-STD = (0.229, 0.224, 0.225)
+# data.normalisation -> mean and standard deviation of the pixels, RGB in 0..1
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "slowfast": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),  # defaults of PySlowFast and of the published code
+}
 ERASED_AREA = (0.02, 1 / 3)  # as a share of the frame
 ERASED_RATIO = (0.3, 1 / 0.3)  # width : height
 
@@ -40,13 +43,13 @@ def to_input(clips: Tensor, config: Config) -> Tensor:
 
     Args:
         clips: uint8 ``[B, T, H, W, 3]``, on the device that does the work.
-        config: the recipe, for ``data.modality``.
+        config: the recipe, for ``data.normalisation`` and ``data.modality``.
 
     Returns:
         float32 ``[B, 3, T, H, W]``, normalised. For modality ``rgb_difference`` (TSN, arXiv:1608.00859, section 3.2)
         each frame minus the one before; the first difference is repeated to keep T frames.
     """
-    mean, std = (torch.tensor(v, device=clips.device) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=clips.device) for v in NORMALISATIONS[config.data.normalisation])
     return normalise(channels_first(clips).float().div_(255), mean, std, config)
 
 
@@ -91,7 +94,7 @@ def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tenso
     settings, device = config.augment, batch.clips.device
     height, width = batch.clips.shape[2:4]
     host = draw_parameters(batch.seeds, settings, height, width, config.data.repeats)
-    constants = [np.array(v, np.float32) for v in (MEAN, STD)]
+    constants = [np.array(v, np.float32) for v in NORMALISATIONS[config.data.normalisation]]
     sent = iter(send([*constants, *host.arrays.values(), *(a for p in host.passes for a in p[1:])], device))
     mean, std = next(sent), next(sent)
     on_device = {name: next(sent) for name in host.arrays}

@@ -23,9 +23,13 @@ from posmlp.video.isolated import IsolatedVideo, call_isolated, open_isolated
 from posmlp.video.sampling import (
     Box,
     dense_indices,
+    fixed_crop,
     fps_indices,
     random_resized_crop,
     sample_rng,
+    scaled_to_short_side,
+    slowfast_dense_indices,
+    slowfast_uniform_indices,
     square_crop,
     uniform_indices,
 )
@@ -83,13 +87,18 @@ def load_clips(
         wanted, positions = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
         pictures = read(wanted.tolist())
         clips = np.empty((len(views), variant.frames, size, size, 3), np.uint8)
+        height, width = pictures.shape[1:3]
+        if not train and config.eval.short_side:
+            height, width = scaled_to_short_side(height, width, config.eval.short_side)
         for number, (view, order) in enumerate(zip(views, np.split(positions, len(views)), strict=True)):
-            box = choose_box(pictures.shape[1], pictures.shape[2], view, data)
+            box = choose_box(height, width, view, config)
             if data.frame_order == "shuffled":  # drawn last, so that frames and box are those of the ordered clip
                 order = order[(view.rng or sample_rng(0, 0, sample_id, number)).permutation(len(order))]
             used, inverse = np.unique(order, return_inverse=True)  # short videos repeat frames: resize each once
-            boxed = pictures[used, box.top : box.top + box.height, box.left : box.left + box.width]
-            clips[number] = resize(boxed, size)[inverse]
+            if (height, width) == pictures.shape[1:3]:
+                clips[number] = resize(crop_frames(pictures, box)[used], size)[inverse]
+            else:
+                clips[number] = crop_frames(scale(pictures[used], height, width), box)[inverse]
         return clips, video.info.decoder  # known only now, because PyAV takes over where decord fails
 
 
@@ -110,8 +119,13 @@ def choose_views(
         numbers = fps_indices(info.times, data.fps)
 
     def pick(rng: np.random.Generator | None, clip: int = 0, clips: int = 1) -> NDArray[np.int64]:
+        slowfast = rng is None and config.eval.clip_positions == "slowfast"
+        if data.sampling == "dense" and slowfast:  # among the video's own frames: the target rate sets the span
+            return slowfast_dense_indices(info.frames, count, count * data.stride * rate_ratio(info, data), clip, clips)
         if data.sampling == "dense":
             return numbers[dense_indices(len(numbers), count, data.stride, rng, clip, clips)]
+        if slowfast:
+            return numbers[slowfast_uniform_indices(len(numbers), count, clip, clips)]
         return numbers[uniform_indices(len(numbers), count, rng, clip, clips)]
 
     if train:
@@ -123,13 +137,40 @@ def choose_views(
             yield View(pick(None, clip, config.eval.clips), None, crop, config.eval.crops)
 
 
-def choose_box(height: int, width: int, view: View, data: DataSection) -> Box:
-    """The box of the frames that a view shows."""
-    if view.rng is None and data.full_frame:
+def rate_ratio(info: VideoInfo, data: DataSection) -> float:
+    """A video's mean frame rate over ``data.fps``; 1 without it."""
+    if data.fps is None or info.times is None or len(info.times) == 1:
+        return 1.0
+    return (len(info.times) - 1) / float(info.times[-1]) / data.fps
+
+
+def choose_box(height: int, width: int, view: View, config: Config) -> Box:
+    """The box of the frames that a view shows.
+
+    Args:
+        height, width: of the frames; with ``eval.short_side``, of the scaled ones.
+    """
+    data = config.data
+    if view.rng is not None:
+        return random_resized_crop(height, width, data.crop_scale, data.crop_ratio, view.rng)
+    if data.full_frame:
         return Box(0, 0, height, width)
-    if view.rng is None:
-        return square_crop(height, width, view.crop, view.crops)
-    return random_resized_crop(height, width, data.crop_scale, data.crop_ratio, view.rng)
+    if config.eval.short_side:
+        return fixed_crop(height, width, config.model.variant().image_size, view.crop, view.crops)
+    return square_crop(height, width, view.crop, view.crops)
+
+
+def crop_frames(frames: Frames, box: Box) -> Frames:
+    """A view of the box in all frames: ``[T, h, w, 3]`` of ``[T, H, W, 3]``."""
+    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def scale(frames: Frames, height: int, width: int) -> Frames:
+    """uint8 ``[T, H, W, 3]`` to ``[T, height, width, 3]``, bilinear without antialiasing, as in PySlowFast."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear")
+    scaled: Frames = pixels.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return scaled
 
 
 def resize(frames: Frames, size: int) -> Frames:

@@ -1,4 +1,9 @@
-"""Choice of the frames and the rectangle of a clip: pure functions of sizes and a random generator."""
+"""Choice of the frames and the rectangle of a clip: pure functions of sizes and a random generator.
+
+``uniform_indices``, ``dense_indices`` and ``square_crop`` are this project's rules. ``slowfast_uniform_indices``,
+``slowfast_dense_indices`` and ``fixed_crop`` are those of the published code, for tests alone (``eval.clip_positions``,
+``eval.short_side``).
+"""
 
 import hashlib
 import math
@@ -83,6 +88,56 @@ def dense_indices(
     return np.minimum(start + stride * np.arange(count, dtype=np.int64), num_frames - 1)
 
 
+def slowfast_uniform_indices(num_frames: int, count: int, clip: int = 0, clips: int = 1) -> NDArray[np.int64]:
+    """The frames of a test clip with ``uniform`` sampling, as the published code chooses them.
+
+    This is the rule of its loader for Something-Something, which UniFormer and MorphMLP have too. With segments of
+    ``s = (num_frames - 1) / count`` frames, frame ``i`` is ``round(i s)``, a half to the even number, plus
+    ``s (clip + 1) / (clips + 1)``, rounded down.
+
+    Returns:
+        int64 ``[T]`` with ``T = count``, non-decreasing, each in ``[0, num_frames)``.
+
+    Raises:
+        ValueError: ``num_frames`` or ``count`` is below 1, or ``clip`` is not one of ``clips``.
+    """
+    _check_positive(num_frames=num_frames, count=count)
+    _check_clip(clip, clips)
+    segment = (num_frames - 1) / count
+    starts = np.rint(segment * np.arange(count)).astype(np.int64)
+    return starts + int(segment / (clips + 1) * (clip + 1))
+
+
+def slowfast_dense_indices(
+    num_frames: int, count: int, span: float, clip: int = 0, clips: int = 1
+) -> NDArray[np.int64]:
+    """The frames of a test clip with ``dense`` sampling, as in PySlowFast and the published code.
+
+    The clips begin at multiples of ``spare / (clips - 1)``, rounded down, where ``spare`` is the number of frames that
+    a clip does not cover; a single clip begins at ``spare / 2`` (``DATA.USE_OFFSET_SAMPLING``, which the published
+    recipes set). The frames are spread evenly from the first to the last that the clip covers, so that their distance
+    is ``(span - 1) / (count - 1)`` and not the stride, and rounded down. Beyond the video's end its last frame repeats.
+
+    Args:
+        span: video frames that a clip covers: ``count`` times the stride, times the video's frame rate over the target.
+
+    Returns:
+        int64 ``[T]`` with ``T = count``, non-decreasing, each in ``[0, num_frames)``.
+
+    Raises:
+        ValueError: ``num_frames`` or ``count`` is below 1, ``span`` is not positive, or ``clip`` is not one of
+            ``clips``.
+    """
+    _check_positive(num_frames=num_frames, count=count)
+    _check_clip(clip, clips)
+    if not span > 0:
+        raise ValueError(f"span must be positive, not {span}")
+    spare = max(num_frames - span, 0.0)
+    start = math.floor(spare / 2) if clips == 1 else clip * math.floor(spare / (clips - 1))
+    offsets = (max(span, 1.0) - 1) * np.arange(count) / max(count - 1, 1)
+    return np.minimum(start + np.floor(offsets).astype(np.int64), num_frames - 1)
+
+
 def fps_indices(times: NDArray[np.float64], fps: float) -> NDArray[np.int64]:
     """The frame numbers of a video resampled to ``fps`` frames per second (SlowFast's target fps, arXiv:1812.03982).
 
@@ -149,12 +204,39 @@ def square_crop(height: int, width: int, crop: int = 0, crops: int = 1) -> Box:
         ValueError: ``height`` or ``width`` is below 1, ``crops`` is neither 1 nor 3, or ``crop`` is not one of them.
     """
     _check_positive(height=height, width=width)
-    if crops not in (1, 3) or not 0 <= crop < crops:
-        raise ValueError(f"crops must be 1 or 3 and crop must be less, not crop {crop} of {crops}")
+    _check_crop(crop, crops)
     side = min(height, width)
     if crops == 1 or crop == 1:
         return _centred(height, width, side, side)
     return Box((height - side) * crop // 2, (width - side) * crop // 2, side, side)
+
+
+def fixed_crop(height: int, width: int, size: int, crop: int = 0, crops: int = 1) -> Box:
+    """A square of ``size`` pixels in a frame (``uniform_crop`` of PySlowFast, arXiv:1812.03982).
+
+    With one crop it is in the middle, rounded up to whole pixels. With three, the ``crop``-th is at the start, middle
+    or end of the longer side.
+
+    Raises:
+        ValueError: the square is larger than the frame, a size is below 1, ``crops`` is neither 1 nor 3, or ``crop`` is
+            not one of them.
+    """
+    _check_positive(height=height, width=width, size=size)
+    _check_crop(crop, crops)
+    if size > min(height, width):
+        raise ValueError(f"size {size} must be at most the frame's short side, {min(height, width)}")
+    top, left = ((side - size + 1) // 2 for side in (height, width))
+    if crops == 3 and crop != 1:
+        top, left = ((height - size) * crop // 2, left) if height > width else (top, (width - size) * crop // 2)
+    return Box(top, left, size, size)
+
+
+def scaled_to_short_side(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width of a frame that is scaled to a short side; the longer one is rounded down, as in PySlowFast."""
+    _check_positive(height=height, width=width, short_side=short_side)
+    if width < height:
+        return math.floor(height / width * short_side), short_side
+    return short_side, math.floor(width / height * short_side)
 
 
 def _centred(height: int, width: int, h: int, w: int) -> Box:
@@ -164,6 +246,11 @@ def _centred(height: int, width: int, h: int, w: int) -> Box:
 def _check_clip(clip: int, clips: int) -> None:
     if not 0 <= clip < clips:
         raise ValueError(f"clip must be from 0 to clips - 1, not {clip} of {clips}")
+
+
+def _check_crop(crop: int, crops: int) -> None:
+    if crops not in (1, 3) or not 0 <= crop < crops:
+        raise ValueError(f"crops must be 1 or 3 and crop must be less, not crop {crop} of {crops}")
 
 
 def _check_positive(**sizes: int) -> None:

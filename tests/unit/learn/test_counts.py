@@ -78,7 +78,14 @@ def test_the_sum_over_workers_is_of_every_count(monkeypatch):
 
 def test_the_views_of_a_video_are_averaged_as_probabilities():
     views = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.7, 0.2]]]).log()
-    torch.testing.assert_close(video_scores(views).exp(), torch.tensor([[0.3, 0.5, 0.2]]))
+    torch.testing.assert_close(video_scores(views, "probabilities").exp(), torch.tensor([[0.3, 0.5, 0.2]]))
+
+
+def test_the_logits_of_a_videos_views_are_averaged_on_request():
+    logits = torch.randn(5, 3, 7, generator=torch.manual_seed(0))
+    found = video_scores(logits.log_softmax(2), "logits")
+    torch.testing.assert_close(found, logits.sum(1).div(3).log_softmax(1))
+    assert found.argmax(1).tolist() == logits.numpy().sum(1).argmax(1).tolist()
 
 
 # --- per class --------------------------------------------------------------------------------------------------

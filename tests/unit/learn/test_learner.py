@@ -88,7 +88,7 @@ def metrics_of(learner, batch):
     """The ``val/*`` metrics of one batch."""
     views = learner.config.eval.clips * learner.config.eval.crops
     counts = ClassificationMetrics.empty(8)
-    counts.add(video_scores(learner.score(batch)), batch.labels[::views], batch.weights[::views])
+    counts.add(video_scores(learner.score(batch), "probabilities"), batch.labels[::views], batch.weights[::views])
     return counts.metrics()
 
 

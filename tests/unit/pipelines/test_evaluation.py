@@ -1,19 +1,22 @@
 """What an evaluation refuses and how it counts, without Ray."""
 
+import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
 
 from pipelines.inference import evaluate as module
 from pipelines.inference import scoring
-from pipelines.inference.evaluate import Evaluation, count_predictions, evaluate, log_evaluation
-from pipelines.inference.scoring import SplitScores, score_split
+from pipelines.inference.evaluate import Evaluation, evaluate, log_evaluation, write_scores
+from pipelines.inference.scoring import score_good_videos
 from pipelines.runs.record import read_record
 from pipelines.tracking.uris import tracking_uri
 from posmlp.errors import UserError
+from posmlp.learn.evaluation import ClassificationMetrics, class_results
 from posmlp.video.manifest import read_split
 from tests.helpers.log_lines import log_lines
 from tests.helpers.random_models import write_checkpoint
@@ -21,24 +24,24 @@ from tests.helpers.untrained_run import CLASSES
 
 
 def blocks_of(manifest, bad=()):
-    """What scorers would deliver, two videos a block, the last first: a guess for each but the bad ones."""
+    """What scorers would deliver, two videos a block: a guess for each but the bad ones."""
     rows = manifest.rows.to_pylist()
-    for first in range(len(rows) - 2, -1, -2):
+    for first in range(0, len(rows), 2):
         two = rows[first : first + 2]
         reasons = ["cut short" if first + i in bad else "" for i in range(2)]
         ids, uris = ([row[key] for row in two] for key in ("sample_id", "uri"))
         columns = {"sample_id": ids, "uri": uris, "reason": reasons, "fatal": ["", ""]}
         scores = np.zeros((reasons.count(""), 1, 8), np.float32)
-        yield {k: np.array(v, dtype=object) for k, v in columns.items()} | {"scores": scores}
+        yield first, {k: np.array(v, dtype=object) for k, v in columns.items()} | {"scores": scores}
 
 
-def test_scores_find_their_rows_in_whatever_order_blocks_come(untrained_run, monkeypatch):
-    config = untrained_run["config"]
+def test_bad_videos_have_no_scores(untrained_run, monkeypatch):
+    config, bad = untrained_run["config"], []
     manifest = read_split(config.data, "val")
     monkeypatch.setattr(scoring, "score_blocks", lambda *_: blocks_of(manifest, bad=(3,)))
-    scores = score_split(manifest, config, {})
-    assert list(np.flatnonzero(~scores.scored)) == [3]
-    assert [video.uri for video in scores.bad] == [manifest.rows["uri"][3].as_py()]
+    rows = [row for rows, _ in score_good_videos(manifest, config, {}, bad) for row in rows.tolist()]
+    assert rows == [0, 1, 2, *range(4, 14)]
+    assert [video.uri for video in bad] == [manifest.rows["uri"][3].as_py()]
 
 
 def test_too_many_bad_videos_end_it_as_soon_as_that_is_certain(untrained_run, monkeypatch):
@@ -47,8 +50,8 @@ def test_too_many_bad_videos_end_it_as_soon_as_that_is_certain(untrained_run, mo
     blocks = blocks_of(manifest, bad=(0, 1, 10, 11))
     monkeypatch.setattr(scoring, "score_blocks", lambda *_: blocks)
     with pytest.raises(UserError, match=r"2 of 14 videos .*data\.max_bad_fraction 10\.0% .*\n.*cut short\n.*cut short"):
-        score_split(manifest, config, {})
-    assert len(list(blocks)) == 5
+        list(score_good_videos(manifest, config, {}, []))
+    assert len(list(blocks)) == 6
 
 
 def test_a_split_without_a_good_video_is_refused(untrained_run, monkeypatch):
@@ -57,7 +60,7 @@ def test_a_split_without_a_good_video_is_refused(untrained_run, monkeypatch):
     manifest = read_split(config.data, "val")
     monkeypatch.setattr(scoring, "score_blocks", lambda *_: blocks_of(manifest, bad=range(14)))
     with pytest.raises(UserError, match=r"no video could be decoded; the first one, .*cut short"):
-        score_split(manifest, lenient, {})
+        list(score_good_videos(manifest, lenient, {}, []))
 
 
 def test_an_mlflow_that_is_away_costs_only_itself(untrained_run):
@@ -167,11 +170,47 @@ def test_the_summary_tells_no_password(untrained_run):
     assert "geheim" not in text
 
 
+def write_two_blocks(folder, manifest, config, fail=False):
+    """Scores of the first five rows but the second, two views each, in two blocks. Returns them with the counts."""
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"clips": 2})})
+    scores = torch.randn(4, 2, 8, generator=torch.manual_seed(0)).log_softmax(2).numpy()
+
+    def blocks():
+        yield np.array([0, 2]), scores[:2]
+        if fail:
+            raise UserError("a worker is lost")
+        yield np.array([3, 4]), scores[2:]
+
+    return scores, write_scores(f"{folder}/scores.parquet", blocks(), manifest, CLASSES, config)
+
+
+def test_scores_are_written_view_by_view_and_counted(untrained_run, tmp_path):
+    manifest = read_split(untrained_run["config"].data, "val")
+    scores, counts = write_two_blocks(tmp_path, manifest, untrained_run["config"])
+    table = pq.read_table(tmp_path / "scores.parquet")
+    rows = manifest.rows.to_pylist()
+    assert table["sample_id"].to_pylist() == [rows[i]["sample_id"] for i in (0, 2, 3, 4) for _ in range(2)]
+    assert list(zip(table["view"].to_pylist(), table["clip"].to_pylist(), strict=True)) == [(0, 0), (1, 1)] * 4
+    np.testing.assert_array_equal(np.stack(table["scores"].to_pylist()), scores.reshape(8, 8))
+    assert tuple(json.loads(table.schema.metadata[b"classes"])) == tuple(CLASSES)
+    labels, predicted = [rows[i]["label"] for i in (0, 2, 3, 4)], np.exp(scores).mean(1).argmax(1)
+    expected = np.zeros((8, 8))
+    np.add.at(expected, (labels, predicted), 1)
+    np.testing.assert_array_equal(counts.confusion, expected)
+
+
+def test_an_evaluation_that_fails_half_way_leaves_no_scores(untrained_run, tmp_path):
+    manifest = read_split(untrained_run["config"].data, "val")
+    with pytest.raises(UserError, match="a worker is lost"):
+        write_two_blocks(tmp_path, manifest, untrained_run["config"], fail=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_most_frequent_confusion_of_each_class():
-    shares = torch.eye(4)[[0, 1, 1, 2, 1]] * 0.8 + 0.05  # predicted: 0 1 1 2 1
-    views = shares.log()[:, None].numpy()
-    scored = np.array([True, True, True, True, False])
-    _, classes = count_predictions(SplitScores(views, scored), np.array([0, 0, 0, 2, 3]), ["a", "b", "c", "d"])
+    shares = torch.eye(4)[[0, 1, 1, 2]] * 0.8 + 0.05  # predicted: 0 1 1 2
+    counts = ClassificationMetrics.empty(4)
+    counts.add(shares.log(), torch.tensor([0, 0, 0, 2]), torch.ones(4))
+    classes = class_results(counts.confusion, counts.top5, ["a", "b", "c", "d"])
     assert [(c.videos, c.top1, c.confused_with, c.confused) for c in classes] == [
         (3, pytest.approx(1 / 3), "b", 2),
         (0, None, "", 0),

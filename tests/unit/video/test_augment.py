@@ -90,6 +90,14 @@ def test_input_is_normalised_and_laid_out():
     np.testing.assert_allclose(x.numpy(), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
 
 
+def test_the_normalisation_of_the_published_code():
+    config = recipe("data.normalisation=slowfast")
+    batch = make_batch()
+    expected = (batch.clips.numpy().transpose(0, 4, 1, 2, 3) / 255.0 - 0.45) / 0.225
+    np.testing.assert_allclose(to_input(batch.clips, config).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(to_train_input(batch, config, CLASSES)[0].numpy(), expected, atol=1e-5)
+
+
 def test_known_pixels_have_the_values_that_published_models_expect():
     """Black and white, with the numbers by channel that (pixel - mean) / deviation gives."""
     clips = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1, 1).expand(2, 2, 3, 3, 3)

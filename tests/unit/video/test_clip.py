@@ -418,13 +418,13 @@ def test_more_frames_than_the_limit_are_refused_after_resampling(monkeypatch):
 
 
 def test_the_box_of_a_view():
-    data, view = make_config(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 2)).data, chosen(make_config(), train=False)[0]
-    assert clip.choose_box(30, 50, view, data) == Box(0, 10, 30, 30)
-    assert [clip.choose_box(30, 50, replace(view, crop=crop, crops=3), data).left for crop in range(3)] == [0, 10, 20]
-    assert clip.choose_box(30, 50, view, make_config(full_frame=True).data) == Box(0, 0, 30, 50)
+    config, view = make_config(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 2)), chosen(make_config(), train=False)[0]
+    assert clip.choose_box(30, 50, view, config) == Box(0, 10, 30, 30)
+    assert [clip.choose_box(30, 50, replace(view, crop=crop, crops=3), config).left for crop in range(3)] == [0, 10, 20]
+    assert clip.choose_box(30, 50, view, make_config(full_frame=True)) == Box(0, 0, 30, 50)
     boxes = [
         clip.choose_box(30, 50, replace(view, rng=np.random.default_rng(5)), settings)
-        for settings in (data, make_config(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 2), full_frame=True).data)
+        for settings in (config, make_config(crop_scale=(0.3, 0.5), crop_ratio=(0.5, 2), full_frame=True))
     ]
     assert boxes == [random_resized_crop(30, 50, (0.3, 0.5), (0.5, 2), np.random.default_rng(5))] * 2
 

@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from posmlp.video.sampling import (
     Box,
     dense_indices,
+    fixed_crop,
     fps_indices,
     random_resized_crop,
     sample_rng,
     sample_seed,
+    scaled_to_short_side,
+    slowfast_dense_indices,
+    slowfast_uniform_indices,
     square_crop,
     uniform_indices,
 )
@@ -372,3 +376,42 @@ def test_the_generator_stays_the_same_over_releases():
 def test_impossible_sizes_are_refused(call):
     with pytest.raises(ValueError, match="must be"):
         call()
+
+
+# The published code's rules --------------------------------------------------------------------------------------
+
+
+@given(SIZE, SIZE, st.integers(1, 300), st.integers(0, 2))
+def test_crops_of_the_published_code(height, width, size, crop):
+    """PySlowFast's rule, written as its documentation says: centred, rounded up, and moved along the longer side."""
+    size = min(size, height, width)
+    top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
+    assert fixed_crop(height, width, size) == Box(top, left, size, size)
+    if height > width:
+        top = (0, top, height - size)[crop]
+    else:
+        left = (0, left, width - size)[crop]
+    assert fixed_crop(height, width, size, crop, 3) == Box(top, left, size, size)
+
+
+def test_the_short_side_of_the_published_code():
+    assert scaled_to_short_side(240, 320, 256) == (256, 341)
+    assert scaled_to_short_side(320, 240, 256) == (341, 256)
+    assert scaled_to_short_side(100, 100, 224) == (224, 224)
+
+
+def test_frames_of_the_published_code():
+    """Worked out by hand: 33 frames in 16 segments of 2; a clip of 64 of 300 frames, four positions."""
+    assert slowfast_uniform_indices(33, 16).tolist() == [2 * i + 1 for i in range(16)]
+    assert slowfast_uniform_indices(33, 16, 0, 2).tolist() == [2 * i for i in range(16)]
+    starts = [slowfast_dense_indices(300, 16, 64.0, clip, 4)[0] for clip in range(4)]
+    assert starts == [0, 78, 156, 234]
+    assert slowfast_dense_indices(300, 16, 64.0)[0] == 118
+    assert slowfast_dense_indices(300, 4, 64.0, 0, 4).tolist() == [0, 21, 42, 63]
+    assert slowfast_dense_indices(10, 4, 64.0).tolist() == [0, 9, 9, 9]
+
+
+@given(st.integers(1, 500), st.integers(1, 64), CLIPS)
+def test_frames_of_the_published_code_are_in_the_video(frames, count, clip_of):
+    check_indices(slowfast_uniform_indices(frames, count, *clip_of), frames, count)
+    check_indices(slowfast_dense_indices(frames, count, count * 4.0, *clip_of), frames, count)

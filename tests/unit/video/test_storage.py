@@ -3,8 +3,11 @@
 import contextlib
 import io
 import os
+import signal
 import socket
 import string
+import subprocess
+import sys
 import time
 import uuid
 
@@ -175,6 +178,43 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         storage.write_bytes(str(path), b"never seen")
     assert path.read_bytes() == b"new"
     assert os.listdir(path.parent) == ["v.mp4"]
+
+
+@pytest.mark.parametrize("place", ["local", "memory", "s3"])
+def test_a_file_written_in_pieces_appears_whole_or_not_at_all(tmp_path, request, place):
+    folder = {"local": str(tmp_path), "memory": f"memory://{uuid.uuid4().hex}", "s3": f"s3://videos/{uuid.uuid4().hex}"}
+    if place == "s3":
+        request.getfixturevalue("s3")
+    uri, pieces = f"{folder[place]}/new/a.bin", [os.urandom(3 * 2**20) for _ in range(5)]
+    with pytest.raises(KeyboardInterrupt), storage.output_stream(uri) as file:
+        file.write(pieces[0])
+        raise KeyboardInterrupt
+    assert storage.are_files([uri]) == [False]
+    with storage.output_stream(uri) as file:
+        for piece in pieces:
+            file.write(piece)
+            assert place == "memory" or storage.are_files([uri]) == [False]  # fsspec's files in memory appear at once
+    storage.copy_file(uri, f"{folder[place]}/copy/b.bin")
+    for each in (uri, f"{folder[place]}/copy/b.bin"):
+        assert storage.read_bytes(each) == b"".join(pieces)
+        assert storage.file_size(each) == 15 * 2**20
+    if place == "local":
+        assert {file.name for file in tmp_path.rglob("*.*")} == {"a.bin", "b.bin"}
+
+
+def test_a_killed_process_leaves_no_file_of_the_name(tmp_path):
+    code = """if True:
+        import os, signal, sys
+        from posmlp import storage
+        with storage.output_stream(sys.argv[1]) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.bin")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("a.bin.") and left.suffix == ".tmp"
 
 
 def test_a_file_that_changes_has_another_version(tmp_path):

@@ -283,7 +283,9 @@ class TrainSection(Section):
     recompute: bool = False  # activation checkpointing: compute activations again in the backward pass; saves memory
     sync_batch_norm: bool = True  # the stem's batch statistics are over the clips of all workers
     deterministic: bool = False  # fail on operations that may differ between two runs
-    checkpoint_every_steps: Positive | None = None  # within an epoch; each epoch ends with one anyway
+    # Checkpoints within an epoch; each epoch ends with one anyway. Each of the two keys adds its own.
+    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    checkpoint_every_steps: Positive | None = None
     keep_last: Positive = 2  # number of newest checkpoints to keep
     keep_best: Annotated[int, Field(ge=0)] = 1  # number of checkpoints with the highest val/top1 to keep
     storage: str = "runs"  # the run's folder is storage/name; a path or URI that all nodes share

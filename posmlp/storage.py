@@ -268,6 +268,20 @@ def file_size(uri: str) -> int:
     return int(version(uri).partition("|")[0])
 
 
+def modified_at(uri: str) -> float | None:
+    """When a file was written, by the storage's clock, in seconds of UNIX time; None if it keeps no times.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: the store does not answer.
+    """
+    system, path = resolve(uri)
+    info = system.get_file_info(path)
+    if not info.is_file:
+        raise FileNotFoundError(uri)
+    return None if info.mtime_ns is None else info.mtime_ns / 1e9
+
+
 def remove(uri: str) -> None:
     """Remove a file, or a folder with its content. A missing one is no error.
 

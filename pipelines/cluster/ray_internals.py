@@ -30,6 +30,7 @@ WITHOUT = {
     "ray._private.services.ConsolePopen": "a signal to the command's process group ends Ray before a run is saved",
     "ray._private.utils.set_sigterm_handler": "SIGTERM while Ray starts ends the command with exit code 15",
     "ray._private.state.available_resources_per_node": "MLflow gets no system metrics of the cluster's other nodes",
+    "ray._private.state.state": "a run learns that a machine is taken away only when it is gone",
     "ray._private.internal_api.get_state_from_address": "data/object_store_mb and data/spilled_mb are NaN",
     "ray._private.internal_api.get_memory_info_reply": "data/object_store_mb and data/spilled_mb are NaN",
     "ray.data._internal.stats.get_or_create_stats_actor": "Ray Data's stats actor may keep an autoscaled node alive",
@@ -140,6 +141,16 @@ def available_resources_per_node() -> dict[str, dict[str, float]] | None:
     """The unused resources of each node, by node id. None if this Ray does not report them."""
     function = private_name("ray._private.state.available_resources_per_node")
     return None if function is None else function()
+
+
+def draining_nodes() -> dict[str, int]:
+    """The nodes that are about to be taken away, by node id, with their deadlines.
+
+    Ray calls this draining: it starts nothing on these nodes any more. A deadline is UNIX time in milliseconds, 0 if it
+    is not known.
+    """
+    state = private_name("ray._private.state.state")
+    return {} if state is None else state.get_draining_nodes()
 
 
 def object_store_stats() -> Any | None:

@@ -14,8 +14,9 @@ the current one ends, also across epochs, so the device does not wait in between
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ SEGMENT_BLOCKS = 256
 DECODE_TASKS_PER_CPU = 2  # one that runs, and one that waits, so that the CPU is never idle
 # Share of the object store for one segment of every worker. Up to three segments are open: two of training, one other.
 OBJECT_STORE_SHARE = 0.25
+RAY_DATA_SETTINGS = threading.Lock()  # a data set copies the process's settings; training and validation have threads
 
 
 def global_order(
@@ -102,8 +104,6 @@ class SplitLoader:
 
     Attributes:
         rows: the whole split's manifest rows (``posmlp.video.manifest.Manifest.rows``), or a reference to them.
-        bad: videos of this worker's share that could not be decoded, since the last ``take_bad``.
-        decoded_by_pyav: number of videos that PyAV had to decode in place of decord, since the last ``take_bad``.
         num_rows: of the whole split.
         draws: of training rows, if an epoch does not have each of them once.
         rows_per_step: rows in a global batch.
@@ -115,8 +115,6 @@ class SplitLoader:
     train: bool
     rank: int = 0
     world: int = 1
-    bad: list[BadVideo] = field(default_factory=list)
-    decoded_by_pyav: int = 0
     sharing: int = 1
 
     def __post_init__(self) -> None:
@@ -147,7 +145,7 @@ class SplitLoader:
             for order in self.segments(now, step if now == epoch else 0)
         )
         for columns in chain_segments(segments):
-            bad, decoded_by_pyav = self.record_failures(columns)
+            bad, decoded_by_pyav = self.failures(columns)
             yield replace(collate(columns), bad=bad, decoded_by_pyav=decoded_by_pyav)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
@@ -165,25 +163,26 @@ class SplitLoader:
         Args:
             order: row indices, ``[batches, rows]``.
         """
-        configure_ray_data(self.config, self.train, self.world, self.sharing)
         rows_per_batch, order = order.shape[1], order.reshape(-1)
         blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
-        dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-            decode_block,  # type: ignore[arg-type]  # Ray's type knows no fn_kwargs
-            batch_size=None,
-            fn_kwargs={
-                "rows": self.reference,
-                "order": order,
-                "config": self.config.model_dump(),
-                "epoch": epoch,
-                "train": self.train,
-            },
-            **decoding_options(self.config.scaling),
-        )
+        with RAY_DATA_SETTINGS:
+            configure_ray_data(self.config, self.train, self.world, self.sharing)
+            dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
+                decode_block,  # type: ignore[arg-type]  # Ray's type knows no fn_kwargs
+                batch_size=None,
+                fn_kwargs={
+                    "rows": self.reference,
+                    "order": order,
+                    "config": self.config.model_dump(),
+                    "epoch": epoch,
+                    "train": self.train,
+                },
+                **decoding_options(self.config.scaling),
+            )
         return iter(dataset.iter_batches(batch_size=rows_per_batch, batch_format="numpy", prefetch_batches=2))
 
-    def record_failures(self, columns: dict[str, np.ndarray]) -> tuple[tuple[BadVideo, ...], int]:
-        """Record the bad videos of a batch, and return them and the number of videos that PyAV decoded for decord.
+    def failures(self, columns: dict[str, np.ndarray]) -> tuple[tuple[BadVideo, ...], int]:
+        """The bad videos of a batch, and the number of videos that PyAV decoded in place of decord.
 
         Raises:
             UserError: a task met an error that affects every video, such as a cache folder that cannot be written.
@@ -196,14 +195,7 @@ class SplitLoader:
             bad.append(BadVideo(*(str(columns[k][i]) for k in ("sample_id", "uri", "reason"))))
         if self.config.data.decoder == "decord":
             decoded_by_pyav = int((columns["decoder"] == "pyav").sum())
-        self.bad += bad
-        self.decoded_by_pyav += decoded_by_pyav
         return tuple(bad), decoded_by_pyav
-
-    def take_bad(self) -> list[BadVideo]:
-        """Return the bad videos since the last call, and reset the counts."""
-        bad, self.bad, self.decoded_by_pyav = self.bad, [], 0
-        return bad
 
 
 def collate(columns: dict[str, np.ndarray]) -> Batch:

@@ -314,9 +314,10 @@ class RunPlan:
     @property
     def checkpoints_per_epoch(self) -> float:
         """Return the mean number of checkpoints written in an epoch: one at its end, and those within it."""
-        every, steps, epochs = self.config.train.checkpoint_every_steps, self.steps_per_epoch, self.config.train.epochs
+        train, steps, epochs = self.config.train, self.steps_per_epoch, self.config.train.epochs
+        every, minutes = train.checkpoint_every_steps, train.checkpoint_every_minutes
         if not every:
-            return 1.0
+            return 1.0 + (int(self.train_epoch_s / (60 * minutes)) if minutes else 0)
         return 1 + (epochs * steps // every - epochs * steps // math.lcm(every, steps)) / epochs
 
     @property

@@ -6,8 +6,10 @@ driver's own process shares the object.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,9 +17,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.runs.errors import RunError
 from pipelines.training.messages import WorkerEvent
 
 STOP_POLL_S = 0.5  # between two questions of a worker to another process, whether a stop is requested
+START_LIMIT_S = 300.0  # for the channel's process on the driver's node, which starts in seconds
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,33 @@ class Registration:
         previous_world_size: of the worker group before it; 0 for the first group.
         losses: the number of restarts after a loss of workers.
         ended: the run has failed or was asked to stop, so the group must not train.
+        preempted: the group before it has ended because a machine of its workers was to be taken away.
     """
 
     previous_world_size: int
     losses: int
     ended: bool
+    preempted: bool = False
+
+
+@dataclass(frozen=True)
+class WorkersState:
+    """What the driver asks of its workers.
+
+    Attributes:
+        failure: why the run has failed; empty if it has not.
+        preempted: the workers were asked to save and end because a machine is taken away, and no group has started
+            since.
+        losses: as in ``Registration``.
+        started: a worker group has started.
+        silent_s: seconds since the first worker was last heard of, or since the run began.
+    """
+
+    failure: str
+    preempted: bool
+    losses: int
+    started: bool
+    silent_s: float
 
 
 class RunChannel:
@@ -44,18 +70,41 @@ class RunChannel:
     def __init__(self) -> None:
         self.events: deque[WorkerEvent] = deque()
         self.stopping = False
+        self.preempted = False
         self.reason = ""
         self.losses = 0
         self.world_size = 0
+        self.nodes: frozenset[str] = frozenset()
+        self.heard_at = time.monotonic()
 
-    def register_workers(self, world_size: int) -> Registration:
+    def register_workers(self, world_size: int, nodes: Iterable[str] = ()) -> Registration:
         """Register a new worker group, and count a loss if it is not larger than the previous one.
 
-        Ray does not report why it restarts workers. A larger group means that the cluster has grown.
+        Ray does not report why it restarts workers. A larger group means that the cluster has grown. A group that was
+        asked to end because a machine is taken away is no loss.
+
+        Args:
+            nodes: ids of the workers' nodes.
         """
         previous, self.world_size = self.world_size, world_size
-        self.losses += 0 < world_size <= previous
-        return Registration(previous, self.losses, self.stopping or bool(self.reason))
+        preempted, self.preempted = self.preempted, False
+        self.losses += 0 < world_size <= previous and not preempted
+        self.nodes, self.heard_at = frozenset(nodes), time.monotonic()
+        return Registration(previous, self.losses, self.stopping or bool(self.reason), preempted)
+
+    def preempt(self, nodes: Iterable[str]) -> list[str]:
+        """Ask the workers to save a checkpoint and end if one of them is on a node that is about to be taken away.
+
+        Args:
+            nodes: ids of such nodes.
+
+        Returns:
+            those that have workers; empty if the workers were asked before.
+        """
+        losing = sorted(self.nodes.intersection(nodes))
+        if losing:
+            self.preempted, self.nodes = True, frozenset()
+        return losing
 
     def send(self, event: WorkerEvent) -> None:
         """Queue an event for the driver."""
@@ -69,17 +118,19 @@ class RunChannel:
         """Mark the run as failed for good: no restart would help. The first reason is kept."""
         self.reason = self.reason or reason
 
-    def failure(self) -> str:
-        """The reason why the run has failed; empty if it has not."""
-        return self.reason
+    def state(self) -> WorkersState:
+        """How the workers are, for the driver."""
+        silent_s = time.monotonic() - self.heard_at
+        return WorkersState(self.reason, self.preempted, self.losses, self.world_size > 0, silent_s)
 
     def request_stop(self) -> None:
         """Ask the workers to save a checkpoint and stop."""
         self.stopping = True
 
     def stop_requested(self) -> bool:
-        """Return whether the workers should save a checkpoint and stop."""
-        return self.stopping
+        """Return whether the workers should save a checkpoint and end."""
+        self.heard_at = time.monotonic()
+        return self.stopping or self.preempted
 
     def close(self) -> None:
         """End the channel: nothing is left to end."""
@@ -90,14 +141,34 @@ class RemoteChannel:
 
     def __init__(self, actor: ActorHandle):
         self.actor = actor
-        self.stop_reply: ray.ObjectRef | None = None  # of the question that is not answered yet
-        self.stop_asked_at = 0.0
+        self.stopping = False  # the last answer to ``listen``
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteChannel, (self.actor,)
 
-    def register_workers(self, world_size: int) -> Registration:
-        return cast(Registration, ray.get(self.actor.register_workers.remote(world_size)))
+    def register_workers(self, world_size: int, nodes: Iterable[str] = ()) -> Registration:
+        registration = cast(Registration, ray.get(self.actor.register_workers.remote(world_size, list(nodes))))
+        threading.Thread(target=self.listen, daemon=True).start()
+        return registration
+
+    def listen(self) -> None:
+        """Ask the driver again and again whether to stop, in a thread of the first worker.
+
+        That also tells the driver that this process lives, whatever the training thread does. If the driver is gone,
+        the workers save and end, as far as Ray lets them.
+        """
+        while True:
+            try:
+                self.stopping = bool(ray.get(self.actor.stop_requested.remote()))
+            except ray.exceptions.ActorUnavailableError:
+                pass  # the network; Ray says when the driver is gone
+            except ray.exceptions.RayError:
+                self.stopping = True
+                return
+            time.sleep(STOP_POLL_S)
+
+    def preempt(self, nodes: Iterable[str]) -> list[str]:
+        return cast(list[str], ray.get(self.actor.preempt.remote(list(nodes))))
 
     def send(self, event: WorkerEvent) -> None:
         ray.get(self.actor.send.remote(event))
@@ -108,20 +179,15 @@ class RemoteChannel:
     def fail(self, reason: str) -> None:
         ray.get(self.actor.fail.remote(reason))
 
-    def failure(self) -> str:
-        return str(ray.get(self.actor.failure.remote()))
+    def state(self) -> WorkersState:
+        return cast(WorkersState, ray.get(self.actor.state.remote()))
 
     def request_stop(self) -> None:
         self.actor.request_stop.remote()  # a signal's handler calls this, so it does not wait
 
     def stop_requested(self) -> bool:
-        """As ``RunChannel.stop_requested``. Asks the actor now and then, and does not wait for the answer."""
-        if self.stop_reply is None and time.perf_counter() - self.stop_asked_at > STOP_POLL_S:
-            self.stop_reply, self.stop_asked_at = self.actor.stop_requested.remote(), time.perf_counter()
-        if self.stop_reply is None or not ray.wait([self.stop_reply], timeout=0)[0]:
-            return False
-        answer, self.stop_reply = ray.get(self.stop_reply), None
-        return bool(answer)
+        """As ``RunChannel.stop_requested``, at most ``STOP_POLL_S`` old; does not wait."""
+        return self.stopping
 
     def close(self) -> None:
         ray.kill(self.actor)
@@ -131,7 +197,19 @@ Channel = RunChannel | RemoteChannel
 
 
 def open_channel() -> RemoteChannel:
-    """Start a ``RunChannel`` actor on this node."""
+    """Start a ``RunChannel`` actor on this node.
+
+    Raises:
+        RunError: its process does not start.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(RunChannel)
-    return RemoteChannel(actor.options(num_cpus=0, scheduling_strategy=here).remote())
+    channel = RemoteChannel(actor.options(num_cpus=0, scheduling_strategy=here).remote())
+    try:
+        ray.get(channel.actor.state.remote(), timeout=START_LIMIT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        raise RunError(
+            f"Ray has started no process on this machine for {START_LIMIT_S:g} s; its logs say why "
+            "(`ray logs raylet.out`). Start Ray again, or free memory"
+        ) from error
+    return channel

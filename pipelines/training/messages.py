@@ -32,6 +32,7 @@ class WorkerJob:
         profile: trace some steps of the first epoch.
         measure_cost: measure the model's cost before the first step.
         sharing: number of runs that share the cluster's object store and decoding CPUs.
+        lease: id of the driver's lease (``pipelines.runs.lease``); empty if the run needs none.
     """
 
     config: Mapping[str, Any]
@@ -44,6 +45,7 @@ class WorkerJob:
     profile: bool
     measure_cost: bool
     sharing: int = 1
+    lease: str = ""
 
 
 # --- from the first worker to the driver -------------------------------------------------------------------------

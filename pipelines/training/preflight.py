@@ -38,6 +38,7 @@ KEYS_FREE_ON_RESUME = (
     "data.train.root",
     "data.val.root",
     "data.test",
+    "train.checkpoint_every_minutes",
     "train.checkpoint_every_steps",
     "train.keep_last",
     "train.keep_best",

@@ -31,6 +31,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from pipelines.cluster.capacity import choose_device, wait_for_room, worker_resources
+from pipelines.cluster.preemption import PreemptionWatch
 from pipelines.cluster.ray_internals import warn_about_worker_features
 from pipelines.cluster.session import CUBLAS_ENV, WORKER_ENV, start_ray
 from pipelines.cluster.signals import exit_despite, hold_signals, raise_held, stop_on_signal
@@ -38,7 +39,8 @@ from pipelines.registry.datasets import datasets_of_metrics, describe_splits
 from pipelines.registry.logged_models import link_to
 from pipelines.registry.model_files import save_model_files
 from pipelines.runs import checkpoints
-from pipelines.runs.errors import BadVideo, RunError, StoppedError
+from pipelines.runs.errors import BadVideo, PreemptedError, RunError, StoppedError
+from pipelines.runs.lease import Lease, leased
 from pipelines.runs.record import HITS_FILE, check_writable, read_record, run_folder, write_files, write_record
 from pipelines.tracking import plots, prometheus
 from pipelines.tracking.mlflow_client import source_tags
@@ -156,70 +158,75 @@ def train(
     config = choose_device(config)
     wait_for_room(config.scaling)
     check_writable(run)
-    run_id = record["mlflow_run_id"] if record else None
-    about = describe_run(config, train_set, val_set)
-    tags = {**source_tags(), "run": run, "overrides": describe_overrides(config), NOTE: about, **trial.tags}
-    with hold_signals() as held:  # it makes MLflow's tables and run
-        tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=trial.params)
-    logger.info("MLflow: %s", tracker.place)
-    if not trial.tags:
-        logger.info("%s", links_text(tracker.uri, tracker.links()))
-    reporter = RunReporter(config.name, tracker, trial.on_epoch, folder=run, about=about, epochs=config.train.epochs)
-    if trial.costs and not saved:
-        tracker.log_metrics(trial.costs, step=0)  # not only params: a study measures latency again at its end
-        tracker.log_params({name: f"{trial.costs[name]:.6g}" for name in (COST_GMACS, COST_PARAMS_M)})
+    with leased(run) as lease:
+        if lease:  # another driver may have gone on with the run until now
+            record, saved = read_record(run), [entry.info for entry in checkpoints.find(run) if entry.info]
+        run_id = record["mlflow_run_id"] if record else None
+        about = describe_run(config, train_set, val_set)
+        tags = {**source_tags(), "run": run, "overrides": describe_overrides(config), NOTE: about, **trial.tags}
+        with hold_signals() as held:  # it makes MLflow's tables and run
+            tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=trial.params)
+        logger.info("MLflow: %s", tracker.place)
+        if not trial.tags:
+            logger.info("%s", links_text(tracker.uri, tracker.links()))
+        epochs = config.train.epochs
+        reporter = RunReporter(config.name, tracker, trial.on_epoch, folder=run, about=about, epochs=epochs)
+        if trial.costs and not saved:
+            tracker.log_metrics(trial.costs, step=0)  # not only params: a study measures latency again at its end
+            tracker.log_params({name: f"{trial.costs[name]:.6g}" for name in (COST_GMACS, COST_PARAMS_M)})
 
-    status = "FAILED"
-    try:
-        config = recipe_without_password(config)  # the recipe is stored and sent from here on
-        if changed:
-            tracker.log_tags({f"changed.{key}": change for key, change in changed.items()})
-            tracker.log_file("config.yaml", config.to_yaml().encode())
-        write_record(run, config, lists, tracker.run_id, None)
-        tracker.log_inputs(datasets)
-        raise_held(held)
+        status = "FAILED"
+        try:
+            config = recipe_without_password(config)  # the recipe is stored and sent from here on
+            if changed:
+                tracker.log_tags({f"changed.{key}": change for key, change in changed.items()})
+                tracker.log_file("config.yaml", config.to_yaml().encode())
+            write_record(run, config, lists, tracker.run_id, None)
+            tracker.log_inputs(datasets)
+            raise_held(held)
 
-        # Fit.
-        channel = RunChannel() if trial.here else open_channel()
-        job = WorkerJob(
-            config=config.model_dump(),
-            run=run,
-            weights=weights,
-            train_rows=ray.put(train_set.rows),
-            val_rows=ray.put(val_set.rows),
-            classes=train_set.classes,
-            channel=channel,
-            profile=profile,
-            measure_cost=not trial.costs,
-            sharing=trial.sharing,
-        )
-        fit(job, config, reporter, trial)
+            # Fit.
+            channel = RunChannel() if trial.here else open_channel()
+            job = WorkerJob(
+                config=config.model_dump(),
+                run=run,
+                weights=weights,
+                train_rows=ray.put(train_set.rows),
+                val_rows=ray.put(val_set.rows),
+                classes=train_set.classes,
+                channel=channel,
+                profile=profile,
+                measure_cost=not trial.costs,
+                sharing=trial.sharing,
+                lease=lease.holder.id if lease else "",
+            )
+            fit(job, config, reporter, trial, lease)
 
-        # Record the result.
-        metrics = reporter.history[-1]
-        reporter.log_plots(train_set.classes)
-        ended_early = early_stop(reporter.history, config) if len(reporter.history) < config.train.epochs else ""
-        if ended_early:
-            tracker.log_tags({"ended_early": ended_early})
-        write_record(run, config, lists, tracker.run_id, metrics)
-        status = "FINISHED"
-        if config.tracking.log_model:
-            log_model(run, tracker, datasets_of_metrics(datasets))
-    except KeyboardInterrupt:
-        status = "KILLED" if status == "FAILED" else status  # a finished run is not trained again
-        raise
-    finally:
-        reporter.describe_result(status)
-        link_checkpoints(run, tracker, datasets_of_metrics(datasets), finished=status == "FINISHED")
-        undelivered = tracker.close(status)
-        if undelivered:
-            logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
-    bad, classes = list(reporter.bad.values()), reporter.class_results(train_set.classes)
-    links = tracker.links()
-    return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, links, classes, ended_early)
+            # Record the result.
+            metrics = reporter.history[-1]
+            reporter.log_plots(train_set.classes)
+            ended_early = early_stop(reporter.history, config) if len(reporter.history) < config.train.epochs else ""
+            if ended_early:
+                tracker.log_tags({"ended_early": ended_early})
+            write_record(run, config, lists, tracker.run_id, metrics)
+            status = "FINISHED"
+            if config.tracking.log_model:
+                log_model(run, tracker, datasets_of_metrics(datasets))
+        except KeyboardInterrupt:
+            status = "KILLED" if status == "FAILED" else status  # a finished run is not trained again
+            raise
+        finally:
+            reporter.describe_result(status)
+            link_checkpoints(run, tracker, datasets_of_metrics(datasets), finished=status == "FINISHED")
+            undelivered = tracker.close(status)
+            if undelivered:
+                logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
+        bad, classes = list(reporter.bad.values()), reporter.class_results(train_set.classes)
+        links = tracker.links()
+        return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, links, classes, ended_early)
 
 
-def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialContext) -> None:
+def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialContext, lease: Lease | None) -> None:
     """Run the workers and report their events, until they have finished, or have stopped because the trial ends.
 
     Raises:
@@ -227,10 +234,34 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialConte
         StoppedError, KeyboardInterrupt: as ``train``.
         Exception: of training in this process; it is not known whether a repetition would help.
     """
+    try:
+        while True:
+            received = fit_group(job, config, reporter, trial, lease)
+            if len(reporter.history) == config.train.epochs or early_stop(reporter.history, config):
+                return
+            if received or trial.stop.is_set() or not job.channel.state().preempted:
+                raise StoppedError(received or signal.SIGTERM)
+            logger.info("%s: starting again on the machines that are left, or when there are new ones", config.name)
+    finally:
+        with suppress(ray.exceptions.RayError):
+            job.channel.close()
+
+
+def fit_group(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialContext, lease: Lease | None) -> int:
+    """Run workers until they end, and report their events. They end early if one of their machines is taken away.
+
+    Returns:
+        The signal that asked to stop; 0 if there was none.
+
+    Raises:
+        PreemptedError: the machine of this process is taken away.
+        RunError, KeyboardInterrupt, Exception: as ``fit``.
+    """
     channel = job.channel
     own = tempfile.mkdtemp(prefix="ray-train-")  # for Ray Train's own records, which nothing reads
-    work = partial(train_here, job) if trial.here else worker_group(job, config, own).fit
     failures: list[Exception] = []
+    losses, watch, leaving = channel.state().losses, PreemptionWatch(), False
+    work = partial(train_here, job) if trial.here else worker_group(job, config, own, losses).fit
     # In a thread, because Ray Train would otherwise handle Ctrl-C itself and exit without a checkpoint.
     fitting = threading.Thread(target=run_until_end, args=(work, failures), daemon=True)
     try:
@@ -241,9 +272,18 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialConte
                 reporter.receive(channel)
                 if trial.stop.is_set():
                     channel.request_stop()
+                if lease and lease.lost:
+                    channel.fail(lease.lost)
+                    channel.request_stop()
+                notices = watch.poll()
+                if watch.own in notices and not leaving:
+                    leaving = True
+                    logger.warning("%s, and it drives the run; the run saves a checkpoint and ends", notices[watch.own])
+                    channel.request_stop()
+                elif notices and (losing := channel.preempt(notices)):
+                    logger.warning("%s; the workers save a checkpoint and end", "; ".join(notices[n] for n in losing))
             reporter.receive(channel)  # events that came just before the end
-        failure = channel.failure()
-        channel.close()
+        failure = channel.state().failure
     except KeyboardInterrupt as interrupt:  # the second signal
         exit_despite(fitting, interrupt)
         raise
@@ -257,12 +297,18 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialConte
         raise failures[0]
     if failures:
         raise RunError(f"training failed: {failures[0]}") from failures[0]
-    if len(reporter.history) < config.train.epochs and not early_stop(reporter.history, config):
-        raise StoppedError(received[0] if received else signal.SIGTERM)
+    if leaving and len(reporter.history) < config.train.epochs:
+        raise PreemptedError(signal.SIGTERM)
+    return received[0] if received else 0
 
 
-def worker_group(job: WorkerJob, config: Config, folder: str) -> TorchTrainer:
-    """Ray Train's worker group for a run; ``folder`` is for Ray Train's own records."""
+def worker_group(job: WorkerJob, config: Config, folder: str, losses: int) -> TorchTrainer:
+    """Ray Train's worker group for a run.
+
+    Args:
+        folder: for Ray Train's own records.
+        losses: of workers so far, in groups before this one.
+    """
     scaling = config.scaling
     workers = (scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers
     return TorchTrainer(
@@ -279,7 +325,7 @@ def worker_group(job: WorkerJob, config: Config, folder: str) -> TorchTrainer:
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(max_failures=max(0, scaling.max_failures - losses)),
             worker_runtime_env={"env_vars": WORKER_ENV | (CUBLAS_ENV if config.train.deterministic else {})},
         ),
     )

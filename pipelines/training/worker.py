@@ -1,8 +1,8 @@
 """A training worker: training steps, validation and checkpoints, from the run's newest checkpoint on.
 
-All workers do the same thing at the same step. Before each step the workers agree on stops and failures that only one
-of them knows of, so that none blocks in a collective. The first worker writes the checkpoints and sends the driver
-events through the channel.
+All workers do the same thing at the same step: they agree on stops, checkpoints and failures that only one of them
+knows of (``pipelines.training.agreement``). The result of a step is read when the next one has started, so the device
+always has work. The first worker writes the checkpoints and sends the driver events through the channel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,8 +28,9 @@ from safetensors.torch import save as save_safetensors
 from pipelines.data.loader import SplitLoader, global_order, local_order, object_store_usage, rows_per_step
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
+from pipelines.runs.lease import LeaseLost, check_lease
 from pipelines.tracking import prometheus
-from pipelines.training.agreement import Action, on_first_worker
+from pipelines.training.agreement import Action, AgreedBatches, Vote, on_first_worker
 from pipelines.training.channel import Registration
 from pipelines.training.messages import (
     ArtifactFile,
@@ -58,11 +60,15 @@ from posmlp import metrics as names
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
-from posmlp.learn.learner import ExplodedError, Learner
+from posmlp.learn.learner import ExplodedError, Learner, StartedStep
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops, trim_heap
 from posmlp.video.batch import Batch
 from posmlp.video.draws import class_weights
+from posmlp.video.prefetch import POLL_S, prefetch
+
+SECONDS_WITHOUT_BATCH = (60, 300, 900)  # after which the user is told
+BATCH_LIMIT_S = 1800  # for the next batch; gloo ends a collective of several workers after as long
 
 
 def train_worker(fields: dict[str, Any]) -> None:
@@ -138,6 +144,20 @@ class WorkerPlace:
     report: Callable[[dict[str, float]], None] = lambda metrics: None
 
 
+@dataclass(frozen=True)
+class PendingStep:
+    """A training step that has started and whose result was not read yet.
+
+    Attributes:
+        batch: of the step, on the device.
+        rate: its learning rate.
+    """
+
+    batch: Batch
+    started: StartedStep
+    rate: float
+
+
 class Worker:
     """One of a run's training workers."""
 
@@ -149,6 +169,9 @@ class Worker:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        self.bad: list[BadVideo] = []  # of the batches since the last ``collect_bad_videos``
+        self.decoded_by_pyav = 0  # likewise
+        self.saved_at = time.monotonic()  # when the last checkpoint was saved or requested
 
     def send(self, event: WorkerEvent) -> None:
         """Send the driver an event, if this is the first worker."""
@@ -161,7 +184,8 @@ class Worker:
 
     def work(self) -> None:
         """Train from the newest checkpoint to the end of the run, or until a stop is requested."""
-        registration = on_first_worker(self.register)
+        nodes = self.nodes()
+        registration = on_first_worker(lambda: self.channel.register_workers(self.world_size, nodes))
         if registration.ended:  # there is nothing to save, and a restart would fail for the same reason
             return
         config, rows = self.config, {"train": self.job.train_rows, "val": self.job.val_rows}
@@ -173,8 +197,13 @@ class Worker:
         self.saved_step = self.learner.step
         self.first_epoch = len(self.progress.history)
         self.series = StepSeries.for_run(self.train_split.steps * config.train.epochs, config.train.global_batch)
-        advised: set[str] = set()
-        batches = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
+        decoded = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
+        with closing(prefetch(decoded, self.learner.device, waiting=self.explain_wait)) as ahead:
+            self.run_epochs(AgreedBatches(ahead, self.request, self.channel.fail))
+
+    def run_epochs(self, batches: AgreedBatches) -> None:
+        """Run the remaining epochs, or those until a stop is requested."""
+        config, advised = self.config, set[str]()
         for epoch in range(self.first_epoch, config.train.epochs):
             if reason := early_stop(self.progress.history, config):
                 self.send_line(f"ended early after epoch {epoch}: {reason}")
@@ -194,9 +223,13 @@ class Worker:
 
     # --- start ---------------------------------------------------------------------------------------------------
 
-    def register(self) -> Registration:
-        """Register this worker group with the driver."""
-        return self.channel.register_workers(self.world_size)
+    def nodes(self) -> list[str]:
+        """Ids of the nodes of all workers. Collective: call it on every rank."""
+        own = ray.get_runtime_context().get_node_id()
+        nodes = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(nodes, own)
+        return nodes
 
     def set_up(self, registration: Registration) -> None:
         """Create the learner and the progress, new or from the run's newest intact checkpoint."""
@@ -258,6 +291,8 @@ class Worker:
             text = f"resuming after epoch {epoch}" + (f", step {step}" if step else "")
         if self.world_size > previous > 0:
             text = f"the cluster has room for {self.world_size} workers instead of {previous}; {text}"
+        elif registration.preempted:
+            text = f"a machine was taken away; {text}"
         elif previous:
             limit = self.config.scaling.max_failures
             text = f"workers were lost ({registration.losses} of {limit} times); {text}"
@@ -265,7 +300,7 @@ class Worker:
 
     # --- an epoch ------------------------------------------------------------------------------------------------
 
-    def run_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
+    def run_epoch(self, batches: AgreedBatches, epoch: int) -> dict[str, float] | None:
         """Finish an epoch: the remaining training steps, validation and checkpoints.
 
         Returns the metrics, or None if a stop was requested (the checkpoint is saved).
@@ -301,7 +336,7 @@ class Worker:
         self.finish_epoch(metrics)
         return metrics
 
-    def train_epoch(self, batches: Iterator[Batch], epoch: int) -> dict[str, float] | None:
+    def train_epoch(self, batches: AgreedBatches, epoch: int) -> dict[str, float] | None:
         """Do the remaining training steps of an epoch.
 
         Returns the training metrics, or None if a stop was requested (no checkpoint is saved yet).
@@ -313,25 +348,28 @@ class Worker:
         traced = self.job.profile and epoch == self.first_epoch
         profiler = self.start_profiler(steps - progress.steps) if traced else None
         self.series.start()
-        while progress.steps < steps:
+        first, pending = progress.steps, None
+        for number in range(first, steps):  # of the step in its epoch
             with meter.waiting():
-                batch = self.next_batch(batches)
+                action = batches.action()
+                batch = batches.take() if action < Action.STOP else None
+            if pending and (batch is None or action == Action.SAVE or (every and learner.step % every == 0)):
+                self.finish_step(pending, meter)
+                pending = None
+                if batch is not None:
+                    self.save()
             if batch is None:
                 self.send_steps(at_once=True)
                 return None
-            try:
-                step = learner.train_step(batch.to(learner.device))
-            except ExplodedError as error:
-                self.send_steps(at_once=True)
-                raise self.save_explosion(batch, error) from error
-            progress.add_step(step.loss, step.grad_norm)
-            meter.add_step()
-            self.series.add(learner.step, step.loss, self.learning_rate())
-            self.send_steps()
+            following = PendingStep(batch, learner.start_step(batch), self.learning_rate())
+            if pending:
+                self.finish_step(pending, meter)
+            pending = following
+            if number in (first, steps - 1):  # the first one is slow, and timed apart
+                self.finish_step(pending, meter)
+                pending = None
             if profiler:
                 profiler.step()
-            if every and learner.step % every == 0 and progress.steps < steps:
-                self.save()
             if meter.line_is_due():
                 meter.max_store_mib = max(meter.max_store_mib, self.store_usage()[0])
                 self.send(ProgressLine(describe_steps(progress, meter, epoch, steps, config), live=True))
@@ -343,6 +381,23 @@ class Worker:
         if not meter.lines:  # a short epoch
             self.publish_throughput(throughput, meter)
         return self.training_metrics(meter)
+
+    def finish_step(self, step: PendingStep, meter: EpochMeter) -> None:
+        """Read the result of a step, and count it.
+
+        Raises:
+            AgreedError: it has exploded; on all workers.
+        """
+        try:
+            result = step.started.result()
+        except ExplodedError as error:
+            self.send_steps(at_once=True)
+            raise self.save_explosion(step.batch, error) from error
+        self.note_bad_videos(step.batch)
+        self.progress.add_step(result.loss, result.grad_norm)
+        meter.add_step()
+        self.series.add(step.started.step + 1, result.loss, step.rate)
+        self.send_steps()
 
     def training_metrics(self, meter: EpochMeter) -> dict[str, float]:
         """The metrics of an epoch's training steps. Collective: call it on every rank."""
@@ -394,23 +449,30 @@ class Worker:
             metrics[names.PERF_MFU] = flops / self.world_size / peak
         return metrics
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch, or None if a stop was requested, on all workers at the same step.
-
-        Raises:
-            AgreedError: a worker has failed; on all workers.
-        """
-        batch, error, action = None, None, self.request()
-        if action != Action.STOP:
-            try:
-                batch = next(batches)
-            except UserError as problem:
-                error, action = problem, Action.FAIL
-        return batch if self.agree(action, error) < Action.STOP else None
+    def stop_request(self) -> Action:
+        """What this worker wants to do before its next batch of any kind. It waits for nothing."""
+        return Action.STOP if self.rank == 0 and self.channel.stop_requested() else Action.CONTINUE
 
     def request(self) -> Action:
-        """What this worker wants to do before its next step. It waits for nothing."""
-        return Action.STOP if self.rank == 0 and self.channel.stop_requested() else Action.CONTINUE
+        """What this worker wants to do before its next training step. It waits for nothing."""
+        now, minutes = time.monotonic(), self.config.train.checkpoint_every_minutes
+        if self.rank == 0 and minutes is not None and now - self.saved_at >= 60 * minutes:
+            self.saved_at = now
+            return max(Action.SAVE, self.stop_request())
+        return self.stop_request()
+
+    def explain_wait(self, seconds: float) -> None:
+        """Tell the user that no batch comes.
+
+        Raises:
+            RunError: it has not come for ``BATCH_LIMIT_S`` seconds.
+        """
+        what = f"no batch of decoded clips for {seconds:.0f} s"
+        where = "`ray status` shows whether the decoding tasks have CPUs, and the Ray dashboard what they do"
+        if seconds >= BATCH_LIMIT_S:
+            raise RunError(f"{what}; {where}. The same command resumes the run from its last checkpoint")
+        if any(limit <= seconds < limit + POLL_S for limit in SECONDS_WITHOUT_BATCH):
+            self.send_line(f"{what}; {where}", logging.WARNING)
 
     def agree(self, action: Action, error: UserError | None = None) -> Action:
         """Max-reduce the requested action over ranks, and return it.
@@ -424,13 +486,7 @@ class Worker:
         """
         if error:
             self.channel.fail(str(error))  # first, as the other workers do not know the reason
-        if self.world_size > 1:
-            largest = torch.tensor(int(action))
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            action = Action(int(largest))
-        if action == Action.FAIL:
-            raise AgreedError(str(error) if error else "another worker failed") from error
-        return action
+        return Vote(action, error).result()
 
     def validate(self) -> dict[str, float] | None:
         """Score every good video of the validation split once, with the evaluation weights (EMA if enabled).
@@ -438,16 +494,26 @@ class Worker:
         Returns the metrics, or None if a stop was requested.
         """
         learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
-        result, batches = ClassificationMetrics.empty(learner.num_classes), self.val_split.batches(0)
+        result, decoded = ClassificationMetrics.empty(learner.num_classes), self.val_split.batches(0)
         hits: list[torch.Tensor] = []
-        with learner.evaluation_weights():
+        pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # counted when the next one is queued
+        with (
+            closing(prefetch(decoded, learner.device, waiting=self.explain_wait)) as ahead,
+            learner.evaluation_weights(),
+        ):
             broadcast_buffers(learner.module)
+            batches = AgreedBatches(ahead, self.stop_request, self.channel.fail)
             for _ in range(self.val_split.steps):
-                batch = self.next_batch(batches)
-                if batch is None:
+                if batches.action() == Action.STOP:
                     return None
-                scores = video_scores(learner.score(batch.to(learner.device)), self.config.eval.fusion)
-                hits.append(result.add(scores, batch.labels[::views], batch.weights[::views]))
+                batch = batches.take()
+                self.note_bad_videos(batch)
+                scores = video_scores(learner.score(batch), self.config.eval.fusion)
+                if pending:
+                    hits.append(result.add(*pending))
+                pending = scores, batch.labels[::views], batch.weights[::views]
+            if pending:
+                hits.append(result.add(*pending))
         result = result.sum_over_workers()
         if not result.videos:
             raise AgreedError("no validation video could be decoded")
@@ -470,10 +536,15 @@ class Worker:
             text = hits_text([part.numpy() for part in parts], self.val_split.num_rows, self.config)
             self.send(ValidationHits(text))
 
+    def note_bad_videos(self, batch: Batch) -> None:
+        """Note the bad videos of a batch that a step has used."""
+        self.bad += batch.bad
+        self.decoded_by_pyav += batch.decoded_by_pyav
+
     def collect_bad_videos(self) -> None:
-        """Add the bad videos that any worker found since the last call to the progress, each video once."""
-        decoded_by_pyav = self.train_split.decoded_by_pyav + self.val_split.decoded_by_pyav
-        own = [asdict(video) for video in self.train_split.take_bad() + self.val_split.take_bad()]
+        """Add the bad videos that any worker noted since the last call to the progress, each video once."""
+        own, decoded_by_pyav = [asdict(video) for video in self.bad], self.decoded_by_pyav
+        self.bad, self.decoded_by_pyav = [], 0
         gathered: list[tuple[list[dict[str, str]], int]] = [(own, decoded_by_pyav)] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, (own, decoded_by_pyav))
@@ -494,7 +565,7 @@ class Worker:
         self.collect_bad_videos()
         weights, state = self.learner.weights(), self.learner.state_dict()
         self.write(lambda: checkpoints.save(self.run, self.checkpoint_info({}), weights, state))
-        self.saved_step = self.learner.step
+        self.saved_step, self.saved_at = self.learner.step, time.monotonic()
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Record in the checkpoint of this step that the epoch is finished, with its metrics.
@@ -519,10 +590,13 @@ class Worker:
         error: UserError | None = None
         if self.rank == 0:
             try:
+                check_lease(self.run, self.job.lease)
                 function()
                 checkpoints.prune(self.run, self.config.train.keep_last, self.config.train.keep_best)
             except checkpoints.UnwritableError as problem:
                 error = RunError(f"{problem}. Checkpoints before it are intact: free space and start the run again")
+            except LeaseLost as problem:
+                error = problem
             except OSError as problem:
                 self.send_line(f"an old checkpoint cannot be removed: {problem}", logging.WARNING)
         self.agree(Action.FAIL if error else Action.CONTINUE, error)

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelines.cluster.capacity import worker_resources
 from pipelines.cluster.session import CUBLAS_ENV, start_ray
-from pipelines.runs.errors import StoppedError
+from pipelines.runs.errors import PreemptedError, StoppedError
 from pipelines.runs.models import example_input
 from pipelines.runs.record import read_record, run_folder
 from pipelines.studies.study import TrialState, over_budget
@@ -40,6 +40,7 @@ from posmlp.model.cost import cost, seconds
 from tune_spaces import Value
 
 POLL_S = 0.2
+MACHINE_LIMIT_S = 300.0  # from the notice that a machine is taken away to its end
 S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 TIMED_PASSES = 9  # per model, when latencies are compared
 WARM_UP_PASSES = 2
@@ -172,6 +173,11 @@ class TrialRun(ray.tune.Trainable):
         """
         try:
             event = self.run_trial(TrialJob.from_json(text))
+        except PreemptedError as error:
+            # Ray counts no failure if this process ends together with its machine.
+            if not self.ending.wait(MACHINE_LIMIT_S):
+                self.events.put(error)
+            return
         except StoppedError:  # the trial is to be resumed; if Tune has ended it, nothing reads this
             event = TrialEvent(TrialState.RUNNING)
         except UserError as error:

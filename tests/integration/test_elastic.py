@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.runs import checkpoints
 from posmlp.video.motion import make_motion_set
-from tests.helpers.ray_nodes import RayNodes
+from tests.helpers.ray_nodes import RAY, RayNodes
 from tests.helpers.small_runs import QUICK, recipe_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -106,6 +106,36 @@ def test_a_run_grows_with_the_cluster_and_resumes_when_a_node_is_lost(nodes, mot
     lines = log.read_text()
     assert "the cluster has room for 3 workers instead of 2; resuming after epoch" in lines
     assert "workers were lost (1 of 3 times); resuming after epoch" in lines
+    assert Counter(re.findall(r"^epoch (\d+)/500  loss", lines, re.M)).most_common(1)[0][1] == 1, lines
+
+
+def test_a_run_moves_from_a_machine_that_is_taken_away(nodes, motion_set, tmp_path):
+    """Ray announces it, as on spot machines. The run saves at once, in the middle of an epoch, and loses no worker."""
+    cluster = nodes()
+    cluster.add("decode", "--num-cpus=1")
+    for name in ("a", "b"):
+        cluster.add(name, "--num-cpus=2", group="train")
+    cluster.wait()
+    overrides = ["scaling.workers=1", "scaling.cpus_per_worker=2", "scaling.max_failures=0", "train.epochs=500"]
+    overrides += ["scaling.train_on={group: train}", "scaling.decode_on={group: decode}"]
+    overrides += ["train.checkpoint_every_steps=100000", "train.global_batch=2"]
+    with running(cluster, tmp_path, motion_set, *overrides) as (process, log, run):
+        wait_for(lambda: len(history(run)) >= 1, process, log)
+        (used,) = {row["node_id"] for row in cluster.listing("actors") if row["class_name"] == "RayTrainWorker"}
+        before = len(history(run))
+        command = [RAY, "drain-node", "--address", cluster.address, "--node-id", used]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run([*command, "--deadline-remaining-seconds", "60"], env=cluster.env, check=True)
+        wait_for(lambda: "a machine was taken away; resuming" in log.read_text(), process, log)
+        cluster.kill(cluster.names()[used])
+        wait_for(lambda: len(history(run)) >= before + 2, process, log)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + 15
+    found, lines = history(run), log.read_text()
+    assert [metrics["epoch"] for metrics in found] == list(range(1, len(found) + 1))
+    assert re.search(r"the machine \S+ is taken away in \d+ s; the workers save a checkpoint and end", lines), lines
+    assert re.search(r"a machine was taken away; resuming after epoch \d+", lines), lines
+    assert "workers were lost" not in lines
     assert Counter(re.findall(r"^epoch (\d+)/500  loss", lines, re.M)).most_common(1)[0][1] == 1, lines
 
 

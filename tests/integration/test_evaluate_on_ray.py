@@ -164,4 +164,4 @@ def test_a_scorer_that_always_dies_ends_it_plainly(local_ray, untrained_run, tmp
     overrides = ["scaling.max_failures=1"]
     with pytest.raises(UserError, match="scoring failed: ActorDiedError"):
         evaluate(untrained_run["run"], overrides=overrides, out=str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []

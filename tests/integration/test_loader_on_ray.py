@@ -29,7 +29,7 @@ def clip_hash(clip):
 def epoch_of(rows, config, world, epoch=1, train=True, step=0, until=None):
     """Global batches as lists of (label, pixels, seed, weight), put together from all workers; and the bad videos."""
     splits = [SplitLoader(rows, config, train, rank, world) for rank in range(world)]
-    steps = []
+    steps, bad = [], []
     for parts in zip(*(split.batches(epoch, step, until) for split in splits), strict=True):
         steps.append(
             [
@@ -38,7 +38,8 @@ def epoch_of(rows, config, world, epoch=1, train=True, step=0, until=None):
                 for clip, label, seed, weight in zip(b.clips, b.labels, b.seeds, b.weights, strict=True)
             ]
         )
-    return steps, [video for split in splits for video in split.bad]
+        bad += [video for part in parts for video in part.bad]
+    return steps, bad
 
 
 @pytest.mark.ray

@@ -62,7 +62,18 @@ def test_the_channel_tells_growth_from_loss():
     channel.fail("first")
     channel.fail("second")
     assert channel.register_workers(1) == Registration(3, 2, True)  # it ends before it trains
-    assert channel.failure() == "first"
+    assert channel.state().failure == "first"
+
+
+def test_a_machine_that_is_taken_away_is_no_loss():
+    channel = RunChannel()
+    channel.register_workers(2, ["a", "b"])
+    assert channel.preempt(["c"]) == [] and not channel.stop_requested()
+    assert channel.preempt(["c", "b"]) == ["b"] and channel.stop_requested() and channel.state().preempted
+    assert channel.preempt(["b"]) == []  # asked before
+    assert channel.register_workers(2, ["a", "c"]) == Registration(2, 0, False, preempted=True)
+    assert not channel.stop_requested() and not channel.state().preempted
+    assert channel.register_workers(2, ["a", "c"]).losses == 1
 
 
 def test_a_worker_group_that_starts_after_a_stop_request_ends():
@@ -70,7 +81,7 @@ def test_a_worker_group_that_starts_after_a_stop_request_ends():
     assert not channel.register_workers(1).ended
     channel.request_stop()
     assert channel.register_workers(1).ended
-    assert channel.stop_requested() and channel.failure() == ""
+    assert channel.stop_requested() and channel.state().failure == ""
 
 
 def test_the_channel_carries_events_once_and_a_stop_request():

@@ -1,19 +1,29 @@
-"""The host's time of a training step before the model: random parameters, augmentation, noise, and copying the batch.
+"""The host's time of a training step before the model, and how fast the loop keeps a device busy.
 
 With PyTorch on a CPU, launching an operation is computing it. So the host's own work (drawing and packing random
 parameters, copying clips) is measured as it is. The launches of the augmentation are measured on clips of one frame of
 8x8 pixels, where computing takes next to nothing: the same operators, on the same path through Python. The augmentation
 of whole clips is work of the device; it is shown for the CPU. The former ways of drawing random numbers run between the
 others.
+
+The loop (``--device-ms``) has the real prefetching of batches, agreement of workers, host's part of the augmentation
+and late reading of results. A stand-in for the device takes a fixed time for each step and works through its queue in
+order, as a CUDA stream does. Decoded clips come from memory, read-only as from Ray's object store; a second copy stands
+in for the one into pinned memory. What launching the model costs the host needs a GPU (``benchmarks/gpu.py``).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -21,12 +31,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipelines.data.loader import collate
+from pipelines.training.agreement import Action, AgreedBatches
 from posmlp.config import Config, load_recipe
 from posmlp.video import augment
 from posmlp.video.batch import Batch
+from posmlp.video.prefetch import prefetch
 from posmlp.video.random_bits import normals
 
 SMALL_FRAME = 8  # pixels
+LOOP_STEPS = 100  # of which the first ten do not count
+BATCHES_IN_MEMORY = 4
 RUNS = 5  # of each part for one batch; their median counts
 CPU = torch.device("cpu")
 
@@ -84,6 +99,100 @@ def numpy_noise(rngs: list[np.random.Generator], counts: list[int]) -> list[Tens
     ]
 
 
+class StandInDevice:
+    """Works through a queue of steps, each of which takes a fixed time."""
+
+    def __init__(self, step_s: float):
+        self.step_s, self.queue = step_s, SimpleQueue[Event | None]()
+        self.thread = Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def work(self) -> None:
+        free_at = 0.0
+        while (done := self.queue.get()) is not None:
+            free_at = max(free_at, time.perf_counter()) + self.step_s
+            time.sleep(max(0.0, free_at - time.perf_counter()))
+            done.set()
+
+    def start_step(self) -> Event:
+        """Queue a step; the event is set when it is done."""
+        done = Event()
+        self.queue.put(done)
+        return done
+
+
+def decoded(config: Config, clips: int, rank: int) -> Iterator[Batch]:
+    """Batches without end, as the loader makes them from decoded clips in Ray's object store."""
+    variant, columns = config.model.variant(), []
+    for number in range(BATCHES_IN_MEMORY):
+        batch = random_batch(clips, variant.frames, variant.image_size, 1000 * rank + number)
+        pixels = batch.clips.numpy()[:, None].view()
+        pixels.flags.writeable = False
+        text = np.full(clips, "", object)
+        columns.append(
+            {
+                "clip": pixels,
+                "label": np.zeros(clips, np.int32),
+                "real": np.ones(clips, bool),
+                "seeds": list(batch.seeds.numpy()[:, None]),
+                "reason": text,
+            }
+        )
+    for number in itertools.count():
+        batch = collate(columns[number % BATCHES_IN_MEMORY])
+        yield replace(batch, clips=batch.clips.clone())
+
+
+def run_loop(config: Config, clips: int, rank: int, device_s: float) -> dict[str, float]:
+    """The loop of a training worker.
+
+    Returns:
+        Milliseconds of each part on the training thread, and of a whole step, by name; means over the steps.
+    """
+    small = random_batch(clips, 1, SMALL_FRAME, rank)
+    flipped = torch.arange(config.model.variant().num_classes)
+    device, pending = StandInDevice(device_s), None
+    spent = dict.fromkeys(("batch and agreement", "augmentation", "start the step", "wait for the device"), 0.0)
+    with closing(prefetch(decoded(config, clips, rank), CPU)) as ahead:
+        batches = AgreedBatches(ahead, lambda: Action.CONTINUE, lambda reason: None)
+        for step in range(LOOP_STEPS):
+            if step == LOOP_STEPS // 10:
+                begin, spent = time.perf_counter(), dict.fromkeys(spent, 0.0)
+            times = [time.perf_counter()]
+            batches.action()
+            batch = batches.take()
+            times.append(time.perf_counter())
+            augment.to_train_input(replace(small, seeds=batch.seeds), config, flipped)
+            times.append(time.perf_counter())
+            started = device.start_step()
+            times.append(time.perf_counter())
+            if pending:
+                pending.wait()
+            pending = started
+            times.append(time.perf_counter())
+            for name, (before, after) in zip(spent, itertools.pairwise(times), strict=True):
+                spent[name] += after - before
+    counted = LOOP_STEPS - LOOP_STEPS // 10
+    device.queue.put(None)
+    whole = {"a step": time.perf_counter() - begin, "device": device_s * counted}
+    return {name: 1e3 * total / counted for name, total in (spent | whole).items()}
+
+
+def print_loop(config: Config, clips: int, ranks: int, device_ms: float) -> None:
+    """Run the loop with the clips of each of several workers, one after another, and print the slowest."""
+    results = [run_loop(config, clips, rank, device_ms / 1e3) for rank in range(ranks)]
+    slowest = max(results, key=lambda found: found["a step"])
+    host = sum(v for k, v in slowest.items() if k not in ("a step", "device", "wait for the device"))
+    print(f"\nThe loop, a device of {device_ms:g} ms a step, the slowest of {ranks} workers' clips:\n")
+    print("| on the training thread | mean ms |\n|---|---|")
+    for name, value in slowest.items():
+        if name != "device":
+            print(f"| {name} | {value:.2f} |")
+    print(f"| host in all, without waiting for the device | {host:.2f} |")
+    share = slowest["device"] / slowest["a step"]
+    print(f"\nThe loop has {share:.1%} of the device's rate, {1e3 * clips / slowest['a step']:.0f} clips/s a worker.")
+
+
 def seconds(function: Callable[[], object]) -> float:
     """The time of one call."""
     start = time.perf_counter()
@@ -99,6 +208,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="different batches that are timed (default: 10)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--host-only", action="store_true", help="leave out the augmentation of whole clips")
+    parser.add_argument("--device-ms", type=float, default=26.0, help="a step of the stand-in device (default: 26)")
+    parser.add_argument("--ranks", type=int, default=8, help="workers whose clips go through the loop (default: 8)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = load_recipe(options.recipe, [])
@@ -120,6 +231,7 @@ def main() -> None:
     for name, values in times.items():
         print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
     print(f"\nThe last batch's augmentation runs {operators.count.total()} operators that are not views.")
+    print_loop(config, options.clips, options.ranks, options.device_ms)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,22 @@ def why_run_cannot_fit(scaling: ScalingSection) -> str:
     return ""
 
 
+def explain_start_wait(scaling: ScalingSection, seconds: float) -> str:
+    """Say what a run waits for whose workers fit on the cluster, but do not start.
+
+    Args:
+        seconds: since it waits.
+    """
+    total, free = ray.cluster_resources(), ray.available_resources()
+    left = " and ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s" for kind in ("CPU", "GPU") if kind in total)
+    each = " and ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(scaling).items())
+    need = f"{quantity(scaling.min_workers or scaling.workers, 'worker')} of {each}" + " each" * (scaling.workers > 1)
+    return (
+        f"waiting for {seconds:.0f} s to start {need}: {left} are free, and other runs hold the rest. `ray status` and "
+        "`ray list actors --detail` tell which. The run starts when there is room; Ctrl-C ends the wait"
+    )
+
+
 def workers_that_fit(
     nodes: Iterable[tuple[Mapping[str, float], Mapping[str, str]]],
     scaling: ScalingSection,

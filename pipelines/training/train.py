@@ -17,6 +17,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +31,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines.cluster.capacity import choose_device, wait_for_room, worker_resources
+from pipelines.cluster.capacity import choose_device, explain_start_wait, wait_for_room, worker_resources
 from pipelines.cluster.preemption import PreemptionWatch
 from pipelines.cluster.ray_internals import warn_about_worker_features
 from pipelines.cluster.session import CUBLAS_ENV, WORKER_ENV, start_ray
@@ -70,6 +71,7 @@ from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, VAL_TOP1
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2  # seconds between two polls for events of the workers
+START_WAITS_S = (30, 300, 1800, 7200)  # without workers, after which the user is told
 # Seconds between two checks whether an elastic run can grow. Growing restarts the run, and nodes join one by one.
 GROW_S = 60.0
 
@@ -261,6 +263,7 @@ def fit_group(job: WorkerJob, config: Config, reporter: RunReporter, trial: Tria
     own = tempfile.mkdtemp(prefix="ray-train-")  # for Ray Train's own records, which nothing reads
     failures: list[Exception] = []
     losses, watch, leaving = channel.state().losses, PreemptionWatch(), False
+    begun, waits = time.monotonic(), [] if trial.here else list(START_WAITS_S)
     work = partial(train_here, job) if trial.here else worker_group(job, config, own, losses).fit
     # In a thread, because Ray Train would otherwise handle Ctrl-C itself and exit without a checkpoint.
     fitting = threading.Thread(target=run_until_end, args=(work, failures), daemon=True)
@@ -275,6 +278,8 @@ def fit_group(job: WorkerJob, config: Config, reporter: RunReporter, trial: Tria
                 if lease and lease.lost:
                     channel.fail(lease.lost)
                     channel.request_stop()
+                if waits and not has_started(channel) and time.monotonic() - begun >= waits[0]:
+                    logger.warning("%s: %s", config.name, explain_start_wait(config.scaling, waits.pop(0)))
                 notices = watch.poll()
                 if watch.own in notices and not leaving:
                     leaving = True
@@ -300,6 +305,12 @@ def fit_group(job: WorkerJob, config: Config, reporter: RunReporter, trial: Tria
     if leaving and len(reporter.history) < config.train.epochs:
         raise PreemptedError(signal.SIGTERM)
     return received[0] if received else 0
+
+
+def has_started(channel: Channel) -> bool:
+    """Whether a group of workers has started since the run began, or since a machine was taken away."""
+    state = channel.state()
+    return state.started and not state.preempted
 
 
 def worker_group(job: WorkerJob, config: Config, folder: str, losses: int) -> TorchTrainer:

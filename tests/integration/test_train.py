@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import threading
+import time
 
 import mlflow
 import numpy as np
@@ -15,6 +17,7 @@ from pipelines.runs.errors import RunError
 from pipelines.runs.models import load_trained_model
 from pipelines.runs.record import read_hits
 from pipelines.tracking.uris import tracking_uri
+from pipelines.training import train as train_module
 from pipelines.training.preflight import read_splits
 from pipelines.training.train import train
 from posmlp.errors import UserError
@@ -22,7 +25,7 @@ from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
 from posmlp.video.motion import MOTION_CLASSES
 from tests.helpers.log_lines import log_lines
-from tests.helpers.small_runs import active_uri, recipe_for, run_of, with_broken
+from tests.helpers.small_runs import QUICK, active_uri, recipe_for, run_of, with_broken
 
 pytestmark = pytest.mark.ray
 
@@ -290,3 +293,39 @@ def test_a_run_on_videos_starts_from_the_weights_of_an_image_model(local_ray, mo
 def test_missing_weights_are_refused(local_ray, motion_set, tmp_path):
     with pytest.raises(UserError, match=r"model\.weights is neither .*runs/in1k_s holds no .*model\.weights=null"):
         train(recipe_for(tmp_path, motion_set, "model.weights=runs/in1k_s"))
+
+
+def test_checkpoints_by_time_change_nothing_else(local_ray, motion_set, tmp_path):
+    """A checkpoint as often as the clock allows: the weights are those of a run with one per epoch."""
+    weights = {}
+    for minutes in ("null", "1e-9"):
+        keys = [*QUICK[:-1], f"train.checkpoint_every_minutes={minutes}", "train.keep_last=100"]
+        run = train(recipe_for(tmp_path / minutes, motion_set, *keys)).path
+        steps = [found.info.step for found in checkpoints.find(run)]
+        assert (steps == [4, 8]) == (minutes == "null") and {4, 8} <= set(steps)
+        _, contents = checkpoints.load(checkpoints.find(run)[-1].uri)
+        weights[minutes] = contents[checkpoints.WEIGHTS]
+    assert all(torch.equal(weights["null"][name], tensor) for name, tensor in weights["1e-9"].items())
+
+
+def test_a_run_says_that_a_busy_cluster_keeps_it_waiting(local_ray, motion_set, tmp_path, monkeypatch):
+    """Another job holds all CPUs but one half, and ends once the run has said that it waits."""
+    monkeypatch.setattr(train_module, "START_WAITS_S", (1,))
+
+    @local_ray.remote(num_cpus=3.5)
+    class Other:
+        pass
+
+    other = Other.remote()
+    local_ray.get(other.__ray_ready__.remote())
+    with log_lines() as lines:
+        threading.Thread(target=lambda: (wait_for_line(lines, "waiting for 1 s"), local_ray.kill(other))).start()
+        train(recipe_for(tmp_path, motion_set, *QUICK, "train.epochs=1", "scaling.cpus_per_worker=2"))
+    (line,) = (line for line in lines if "waiting for 1 s" in line)
+    assert "to start 1 worker of 2 CPU: 0.5 of 4 CPUs are free, and other runs hold the rest" in line
+
+
+def wait_for_line(lines, text):
+    deadline = time.monotonic() + 120
+    while not any(text in line for line in lines) and time.monotonic() < deadline:
+        time.sleep(0.1)

@@ -1,0 +1,118 @@
+"""The steps of an epoch on a training worker, without Ray: what is read when, and what belongs to which step."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.runs import checkpoints
+from pipelines.runs.errors import AgreedError
+from pipelines.training.agreement import Action, AgreedBatches
+from pipelines.training.channel import RunChannel
+from pipelines.training.messages import WorkerJob
+from pipelines.training.progress import RunProgress, StepSeries
+from pipelines.training.worker import Worker, WorkerPlace
+from posmlp import create_model
+from posmlp.config import load_recipe
+from posmlp.errors import BadVideo
+from posmlp.learn.learner import Learner, StartedStep
+from tests.helpers.batches import make_batch
+
+STEPS = 6
+SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
+
+
+class Split:
+    """What the loop asks of the loader of the training split."""
+
+    steps = STEPS
+
+
+def make_worker(folder, monkeypatch, *overrides):
+    config = load_recipe("demo", [*SMALL, *overrides])
+    monkeypatch.setattr(Worker, "store_usage", lambda self: (math.nan, math.nan))
+    monkeypatch.setattr(Worker, "publish_throughput", lambda *_: None)
+    job = WorkerJob(config.model_dump(), str(folder), None, None, None, (), RunChannel(), False, False)
+    worker = Worker(job, WorkerPlace(torch.device("cpu")))
+    torch.manual_seed(0)
+    model = create_model(config.model.name, **config.model.overrides())
+    worker.learner, worker.progress, worker.macs = Learner(model, config, STEPS), RunProgress(), 1
+    worker.train_split, worker.first_epoch, worker.saved_step = Split(), 0, 0
+    worker.series = StepSeries.for_run(STEPS, 8)
+    return worker
+
+
+def batches(nan=None):
+    """Each batch has a bad video of its own; the weights of one may be NaN, so that its step explodes."""
+    for number in range(STEPS):
+        batch = replace(make_batch(seed=number), bad=(BadVideo(str(number), "uri", "cut short"),))
+        yield replace(batch, weights=batch.weights * math.nan) if number == nan else batch
+
+
+def agreed(worker, *args):
+    return AgreedBatches(batches(*args), worker.request, worker.channel.fail)
+
+
+def test_the_result_of_a_step_is_read_when_the_next_one_has_started(tmp_path, monkeypatch):
+    """But for the first, which is timed apart, and the last."""
+    worker, events = make_worker(tmp_path, monkeypatch), []
+    start_step, result = Learner.start_step, StartedStep.result
+
+    def start(learner, batch):
+        events.append(f"start {learner.step}")
+        return start_step(learner, batch)
+
+    def read(started):
+        events.append(f"read {started.step}")
+        return result(started)
+
+    monkeypatch.setattr(Learner, "start_step", start)
+    monkeypatch.setattr(StartedStep, "result", read)
+    metrics = worker.train_epoch(agreed(worker), 0)
+    expected = "start 0, read 0, start 1, start 2, read 1, start 3, read 2, start 4, read 3, start 5, read 4, read 5"
+    assert ", ".join(events) == expected
+    assert worker.progress.steps == STEPS and metrics["train/loss"] == worker.progress.loss / STEPS
+
+
+def test_the_loop_trains_as_steps_that_are_read_at_once(tmp_path, monkeypatch):
+    worker, twin = make_worker(tmp_path, monkeypatch), make_worker(tmp_path, monkeypatch)
+    worker.train_epoch(agreed(worker), 0)
+    results = [twin.learner.train_step(batch) for batch in batches()]
+    assert worker.progress.loss == sum(result.loss for result in results)
+    ours, theirs = worker.learner.weights(), twin.learner.weights()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("exploding", range(STEPS))
+def test_a_step_that_explodes_is_saved_with_its_own_batch(tmp_path, monkeypatch, exploding):
+    worker, twin = make_worker(tmp_path, monkeypatch), make_worker(tmp_path, monkeypatch)
+    with pytest.raises(AgreedError, match=rf"step {exploding} exploded: loss nan"):
+        worker.train_epoch(agreed(worker, exploding), 0)
+    for batch in list(batches())[:exploding]:
+        twin.learner.train_step(batch)
+    step = f"{tmp_path}/exploded/checkpoints/step-{exploding:010d}"
+    saved, expected = load_file(f"{step}/batch-0.safetensors"), list(batches())[exploding]
+    assert torch.equal(saved["seeds"], expected.seeds) and saved["weights"].isnan().all()
+    _, contents = checkpoints.load(step)
+    assert all(torch.equal(contents[checkpoints.WEIGHTS][k], v) for k, v in twin.learner.weights().items())
+
+
+def test_a_checkpoint_has_the_steps_and_bad_videos_up_to_it(tmp_path, monkeypatch):
+    """Later batches are there already, and count for later checkpoints."""
+    worker = make_worker(tmp_path, monkeypatch, "train.checkpoint_every_steps=2", "train.keep_last=9")
+    worker.train_epoch(agreed(worker), 0)
+    found = {each.info.step: each.info.progress for each in checkpoints.find(str(tmp_path))}
+    assert {step: (p["steps"], sorted(v["sample_id"] for v in p["bad"])) for step, p in found.items()} == {
+        2: (2, ["0", "1"]),
+        4: (4, ["0", "1", "2", "3"]),
+    }
+
+
+def test_a_stop_request_ends_the_epoch_with_all_started_steps_counted(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch)
+    worker.request = lambda: Action.STOP if worker.learner.step >= 2 else Action.CONTINUE
+    assert worker.train_epoch(agreed(worker), 0) is None
+    assert worker.progress.steps == worker.learner.step == 3  # the request is heard a step ahead
+    worker.learner.check_all_read()

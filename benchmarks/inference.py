@@ -1,5 +1,7 @@
 """Measure the latency and throughput of a model on the CPU: eager, compiled, and from its exported files.
 
+The ONNX files run in ONNX Runtime, and in OpenVINO if it is installed (`pip install openvino`).
+
     python benchmarks/inference.py s16 [b16 tiny] [--repeats 7 --batches 1 2 4]
 
 Weights are random. Clips are uint8 noise, and the time includes their normalisation. All runners run in turn, round by
@@ -10,6 +12,7 @@ fails is left out, and its error is printed.
 from __future__ import annotations
 
 import argparse
+import io
 import statistics
 import sys
 import time
@@ -51,10 +54,49 @@ def make_runners(config: Config, compiled: bool) -> dict[str, tuple[Runner, floa
     if compiled:
         found["torch.compile fp32"] = torch.compile(eager, dynamic=False), None
         found["torch.compile bf16"] = torch.compile(in_bf16(eager), dynamic=False), None
+    onnx_files: dict[bool, bytes] = {}
     for label, suffix, int8 in ((".pt2", ".pt2", False), ("ONNX Runtime", ".onnx", False), ("", ".onnx", True)):
         content = export(model, config, {}, suffix, int8=int8).content
         run = load_exported(content, suffix)
         found["ONNX Runtime int8" if int8 else f"{label} fp32"] = run, len(content) / 1e6
+        if suffix == ".onnx":
+            onnx_files[int8] = content
+    return found | openvino_runners(onnx_files, torch.get_num_threads())
+
+
+def openvino_runners(files: dict[bool, bytes], threads: int) -> dict[str, tuple[Runner, float | None]]:
+    """Return functions that run ONNX files in OpenVINO, by name; none if it is not installed.
+
+    Args:
+        files: the content of the file, by whether its weights are int8.
+        threads: of OpenVINO.
+    """
+    try:
+        import openvino
+    except ImportError:
+        print("OpenVINO is not installed", file=sys.stderr)
+        return {}
+
+    def runner(content: bytes, precision: str) -> Runner:
+        options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+        options["PERFORMANCE_HINT"] = "LATENCY"
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", options)
+        request = compiled.create_infer_request()
+
+        def run(clips: Tensor) -> Tensor:
+            found = request.infer({0: clips.numpy()}, share_inputs=True)
+            return torch.from_numpy(found[compiled.output(0)].copy())
+
+        return run
+
+    found: dict[str, tuple[Runner, float | None]] = {}
+    for label, int8, precision in (("fp32", False, "f32"), ("bf16", False, "bf16"), ("int8", True, "f32")):
+        name = f"OpenVINO {openvino.__version__.split('-')[0]} {label}"
+        try:
+            found[name] = runner(files[int8], precision), len(files[int8]) / 1e6
+        except RuntimeError as error:
+            print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
     return found
 
 

@@ -311,20 +311,6 @@ def list_folders(uri: str) -> list[str]:
     return sorted(join(uri, entry.base_name) for entry in entries if entry.type == pafs.FileType.Directory)
 
 
-def list_files(uri: str) -> list[str]:
-    """The files in a folder and its subfolders, as sorted paths below it; empty if the folder does not exist.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    import pyarrow.fs as pafs
-
-    system, path = resolve(uri)
-    entries = system.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-    folder = path.rstrip("/") + "/"
-    return sorted(entry.path.removeprefix(folder) for entry in entries if entry.type == pafs.FileType.File)
-
-
 def are_files(uris: Sequence[str]) -> list[bool]:
     """Return whether each URI is an existing file; for ``FILE.parquet#ROW``, whether the Parquet file exists.
 
@@ -369,20 +355,6 @@ def version(uri: str) -> str:
     if info.type == pafs.FileType.NotFound:
         raise FileNotFoundError(uri)
     return f"{info.size}|{info.mtime_ns}"
-
-
-def modified_at(uri: str) -> float | None:
-    """When a file was written last, in seconds since 1970 by the clock of its storage.
-
-    Returns:
-        None if there is no such file, or the storage keeps no times.
-
-    Raises:
-        OSError: the storage does not answer.
-    """
-    system, path = resolve(uri)
-    written = system.get_file_info(path).mtime_ns
-    return None if written is None else written / 1e9
 
 
 @functools.lru_cache(maxsize=16)  # reading a footer costs more than reading a row

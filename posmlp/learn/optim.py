@@ -16,7 +16,10 @@ RATE_SCALE = "rate_scale"  # of a parameter group with layer decay: its share of
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
-    """Create AdamW without weight decay on 1-D parameters: biases, norms and token biases (the published recipe).
+    """Create AdamW without weight decay on 1-D parameters: biases, norms and token biases.
+
+    The published code decays the token biases, which start at 0 there. Here they start at 1, a gate that lets its input
+    through, and a decay would pull them away from it.
 
     It is the fused one, which skips a step on the device where ``found_inf`` is 1 (``posmlp.learn.learner``).
 

@@ -60,7 +60,8 @@ def test_the_published_values(name):
     assert config.model.num_classes == classes
     assert config.model.weights == f"runs/in1k_{model[0]}"
     assert (config.optim.lr, config.optim.min_lr, config.optim.warmup_epochs) == (lr, 1e-6, warmup)
-    assert config.optim.lr_batch == config.train.global_batch == 64 * config.data.repeats
+    videos = 32 if name == "ssv1_s16" else 64  # a step
+    assert config.optim.lr_batch == config.train.global_batch == videos * config.data.repeats
     assert (config.optim.weight_decay, config.optim.label_smoothing) == (0.05, 0.1)
     assert (config.train.epochs, config.data.repeats) == (60, 2)
     assert (config.augment.mixup, config.augment.cutmix, config.augment.erasing) == (0.8, 1.0, 0.25)
@@ -69,6 +70,9 @@ def test_the_published_values(name):
     assert config.augment.flip == (0.5 if data == "k400" else 0)
     assert (config.data.sampling, config.data.stride) == (("dense", 4) if data == "k400" else ("uniform", 1))
     assert (config.model.variant().frames, config.model.variant().image_size) == (int(model[1:]), 224)
+
+
+OWN_BATCH = {"optim.lr_batch", "train.global_batch", "scaling.workers"}  # of ssv1_s16
 
 
 def differing(one, other):
@@ -81,6 +85,7 @@ def test_recipes_of_a_data_set_differ_in_the_model_alone(data):
     """And in what fits on a GPU. Values that a family shares are then right in all of it, or in none."""
     for other in ("s32", "b16", "b32"):
         model = {"name", "model.name", "model.drop_path", "scaling.micro_batch"}
+        model |= OWN_BATCH if data == "ssv1" else set()
         assert differing(f"{data}_s16", f"{data}_{other}") <= model | ({"model.weights"} if other[0] == "b" else set())
     assert differing("in1k_s", "in1k_b") == {"name", "model.name"}
 
@@ -89,7 +94,8 @@ def test_recipes_of_a_data_set_differ_in_the_model_alone(data):
 def test_recipes_of_a_model_differ_in_the_data_and_the_rate(model):
     v1, v2, kinetics = (f"{data}_{model}" for data in ("ssv1", "ssv2", "k400"))
     places = {f"data.{split}.{key}" for split in ("train", "val") for key in ("path", "root")}
-    assert differing(v1, v2) <= {"name", "model.drop_path", "data.format", "data.classes"} | places
+    batch = OWN_BATCH if model == "s16" else set()
+    assert differing(v1, v2) <= {"name", "model.drop_path", "data.format", "data.classes"} | places | batch
     allowed = {"data.sampling", "data.stride", "data.fps", "augment.flip", "optim.lr", "optim.warmup_epochs"}
     allowed |= {"name", "model.drop_path", "model.num_classes", "data.format", "data.classes"} | places
     assert differing(v2, kinetics) <= allowed | {"eval.clips", "eval.crops"}

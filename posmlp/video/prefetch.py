@@ -59,9 +59,8 @@ def prefetch(
             slots.release()
             if found.event is not None:
                 hand_over(found.batch, found.event, device)
-            batch, found = found.batch, None
-            yield batch
-            del batch
+            last, found = [found.batch], None
+            yield last.pop()  # so that its memory is free as soon as the consumer drops it
     finally:
         closed.set()
         slots.release()

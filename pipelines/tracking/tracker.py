@@ -296,6 +296,11 @@ class Tracker:
         self.delivery.flush(wait_s)
         return self.delivery.stop()
 
+    def abandon(self) -> None:
+        """Send nothing more: another process has taken the run over, and goes on with its MLflow run."""
+        self.system_metrics.stop()
+        self.delivery.stop()
+
 
 def as_floats(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics with plain floats for NumPy's and torch's."""

@@ -162,7 +162,10 @@ def train(
     check_writable(run)
     with leased(run) as lease:
         if lease:  # another driver may have gone on with the run until now
-            record, saved = read_record(run), [entry.info for entry in checkpoints.find(run) if entry.info]
+            if read_record(run) != record:
+                raise RunError(f"another process has changed {run} while this one waited; the same command resumes it")
+            saved = [entry.info for entry in checkpoints.find(run) if entry.info]
+            weights = None if saved else weights
         run_id = record["mlflow_run_id"] if record else None
         about = describe_run(config, train_set, val_set)
         tags = {**source_tags(), "run": run, "overrides": describe_overrides(config), NOTE: about, **trial.tags}
@@ -177,7 +180,7 @@ def train(
             tracker.log_metrics(trial.costs, step=0)  # not only params: a study measures latency again at its end
             tracker.log_params({name: f"{trial.costs[name]:.6g}" for name in (COST_GMACS, COST_PARAMS_M)})
 
-        status = "FAILED"
+        status, undelivered = "FAILED", 0
         try:
             config = recipe_without_password(config)  # the recipe is stored and sent from here on
             if changed:
@@ -205,6 +208,8 @@ def train(
             fit(job, config, reporter, trial, lease)
 
             # Record the result.
+            if lease:
+                lease.check()
             metrics = reporter.history[-1]
             reporter.log_plots(train_set.classes)
             ended_early = early_stop(reporter.history, config) if len(reporter.history) < config.train.epochs else ""
@@ -218,11 +223,14 @@ def train(
             status = "KILLED" if status == "FAILED" else status  # a finished run is not trained again
             raise
         finally:
-            reporter.describe_result(status)
-            link_checkpoints(run, tracker, datasets_of_metrics(datasets), finished=status == "FINISHED")
-            undelivered = tracker.close(status)
-            if undelivered:
-                logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
+            if lease and lease.lost:
+                tracker.abandon()
+            else:
+                reporter.describe_result(status)
+                link_checkpoints(run, tracker, datasets_of_metrics(datasets), finished=status == "FINISHED")
+                undelivered = tracker.close(status)
+                if undelivered:
+                    logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
         bad, classes = list(reporter.bad.values()), reporter.class_results(train_set.classes)
         links = tracker.links()
         return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, links, classes, ended_early)

@@ -327,6 +327,40 @@ def test_a_run_on_an_object_store_is_resumed(straight, s3, motion_set, tmp_path)
     assert same(contents[checkpoints.WEIGHTS], straight)
 
 
+@pytest.mark.slow
+def test_a_second_driver_of_a_run_on_an_object_store_is_refused(s3, motion_set, tmp_path):
+    storage, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    recipe = tmp_path / "recipe.yaml"
+    keys = [*EXACT, "train.epochs=5000", f"train.storage={storage}", uri]
+    recipe.write_text(recipe_for(tmp_path, motion_set, *keys).to_yaml())
+    env = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe)]
+    with open(tmp_path / "log.txt", "a") as log:
+        first = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not any(f.info and f.info.step >= 5 for f in checkpoints.find(f"{storage}/small")):
+                assert first.poll() is None and time.monotonic() < deadline, log_of(tmp_path)
+                time.sleep(0.2)
+            second = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+            assert second.returncode == 1
+            assert f"{storage}/small is in use by another process: host " in second.stderr
+            assert f"process {first.pid}" in second.stderr and "Traceback" not in second.stderr
+            assert first.poll() is None
+            first.terminate()
+            assert first.wait(timeout=60) == 128 + 15
+        finally:
+            first.kill()
+            first.wait()
+    assert len(mlflow_runs(tmp_path)) == 1
+
+
+def mlflow_runs(folder):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"])
+
+
 def free_port():
     import socket
 

@@ -15,6 +15,7 @@ from posmlp.text import quantity
 
 logger = logging.getLogger(__name__)
 
+RUN_ACTOR = "posmlp-run-"  # how the name of the actor begins that each run has while it trains
 MIN_DECODING_CPUS = 1.0  # that training must leave free; with less, Ray Data waits forever and reports nothing
 
 
@@ -149,6 +150,12 @@ def workers_that_fit(
         for resources, present in nodes
         if matches_labels(present, wanted)
     )
+
+
+def live_runs() -> int:
+    """The number of runs of all jobs that train on this cluster now. Trials in a study's own processes do not count."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sum(actor["name"].startswith(RUN_ACTOR) for actor in actors)
 
 
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -107,7 +107,8 @@ class SplitLoader:
         num_rows: of the whole split.
         draws: of training rows, if an epoch does not have each of them once.
         rows_per_step: rows in a global batch.
-        sharing: number of runs that share the cluster's object store and decoding CPUs.
+        sharing: returns the number of runs that share the cluster's object store and decoding CPUs now; each segment
+            asks it.
     """
 
     rows: pa.Table | ray.ObjectRef
@@ -115,7 +116,7 @@ class SplitLoader:
     train: bool
     rank: int = 0
     world: int = 1
-    sharing: int = 1
+    sharing: Callable[[], int] = lambda: 1
 
     def __post_init__(self) -> None:
         self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
@@ -165,8 +166,9 @@ class SplitLoader:
         """
         rows_per_batch, order = order.shape[1], order.reshape(-1)
         blocks = math.ceil(len(order) / rows_per_block(self.config, self.train))
+        sharing = self.sharing()
         with RAY_DATA_SETTINGS:
-            configure_ray_data(self.config, self.train, self.world, self.sharing)
+            configure_ray_data(self.config, self.train, self.world, sharing)
             dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
                 decode_block,  # type: ignore[arg-type]  # Ray's type knows no fn_kwargs
                 batch_size=None,

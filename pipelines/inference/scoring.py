@@ -20,7 +20,7 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor, nn
 
-from pipelines.cluster.capacity import worker_resources
+from pipelines.cluster.capacity import live_runs, worker_resources
 from pipelines.cluster.session import WORKER_ENV
 from pipelines.data.loader import (
     DECODE_TASKS_PER_CPU,
@@ -149,8 +149,9 @@ def max_blocks_in_flight(config: Config) -> int:
     free = max(1.0, cluster.get("CPU", 1) - scaling.workers * scaling.cpus_per_worker)
     clips = rows_per_block(config, False) * views_per_video(config, False)
     block_bytes = clips * variant.frames * variant.image_size**2 * 3
-    fitting = int(OBJECT_STORE_SHARE * cluster.get("object_store_memory", 2**30) / block_bytes)
-    return max(1, min(fitting, int(DECODE_TASKS_PER_CPU * free) + scaling.workers))
+    runs = 1 + live_runs()  # that share the cluster, this evaluation included
+    fitting = int(OBJECT_STORE_SHARE * cluster.get("object_store_memory", 2**30) / block_bytes / runs)
+    return max(1, min(fitting, int(DECODE_TASKS_PER_CPU * free / runs) + scaling.workers))
 
 
 def decode(rows: pa.Table, config: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.cluster.capacity import RUN_ACTOR
 from pipelines.runs.errors import RunError
 from pipelines.training.messages import WorkerEvent
 
@@ -204,7 +206,8 @@ def open_channel() -> RemoteChannel:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(RunChannel)
-    channel = RemoteChannel(actor.options(num_cpus=0, scheduling_strategy=here).remote())
+    name = f"{RUN_ACTOR}{uuid.uuid4().hex}"
+    channel = RemoteChannel(actor.options(name=name, num_cpus=0, scheduling_strategy=here).remote())
     try:
         ray.get(channel.actor.state.remote(), timeout=START_LIMIT_S)
     except ray.exceptions.GetTimeoutError as error:

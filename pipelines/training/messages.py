@@ -31,7 +31,7 @@ class WorkerJob:
         channel: carries events to the driver, and its stop requests to the worker.
         profile: trace some steps of the first epoch.
         measure_cost: measure the model's cost before the first step.
-        sharing: number of runs that share the cluster's object store and decoding CPUs.
+        sharing: number of trials that train at the same time, this one included.
         lease: id of the driver's lease (``pipelines.runs.lease``); empty if the run needs none.
     """
 

@@ -25,13 +25,14 @@ import torch.distributed as dist
 from ray.train.torch import get_device
 from safetensors.torch import save as save_safetensors
 
+from pipelines.cluster.capacity import live_runs
 from pipelines.data.loader import SplitLoader, global_order, local_order, object_store_usage, rows_per_step
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
 from pipelines.runs.lease import LeaseLost, check_lease
 from pipelines.tracking import prometheus
 from pipelines.training.agreement import Action, AgreedBatches, Vote, on_first_worker
-from pipelines.training.channel import Registration
+from pipelines.training.channel import Registration, RunChannel
 from pipelines.training.messages import (
     ArtifactFile,
     BadVideosFound,
@@ -190,7 +191,7 @@ class Worker:
             return
         config, rows = self.config, {"train": self.job.train_rows, "val": self.job.val_rows}
         self.train_split, self.val_split = (
-            SplitLoader(rows[name], config, name == "train", self.rank, self.world_size, sharing=self.job.sharing)
+            SplitLoader(rows[name], config, name == "train", self.rank, self.world_size, self.sharing)
             for name in ("train", "val")
         )
         self.set_up(registration)
@@ -222,6 +223,11 @@ class Worker:
             self.place.report(metrics)
 
     # --- start ---------------------------------------------------------------------------------------------------
+
+    def sharing(self) -> int:
+        """The number of runs that share the cluster's object store and decoding CPUs now."""
+        own = self.job.sharing
+        return own + live_runs() if isinstance(self.channel, RunChannel) else max(own, live_runs())
 
     def nodes(self) -> list[str]:
         """Ids of the nodes of all workers. Collective: call it on every rank."""

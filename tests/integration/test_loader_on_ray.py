@@ -4,15 +4,19 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+from ray.data import DataContext
 
+from pipelines.cluster.capacity import live_runs
 from pipelines.data import loader as ingest
 from pipelines.data.loader import SplitLoader, global_order, rows_per_step
+from pipelines.training.channel import open_channel
 from posmlp.config import load_recipe
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
@@ -193,3 +197,28 @@ def test_a_video_that_hangs_costs_itself_alone(local_ray, motion_set, tmp_path):
     assert [(v.uri, "not decoded within 2 s" in v.reason) for v in bad] == [(rows[5]["uri"], True)]
     good = [clip for step in steps for clip in step if clip[3] == 1]
     assert [label for label, *_ in good] == [r["label"] for i, r in enumerate(rows) if i != 5]
+
+
+@pytest.mark.ray
+def test_runs_on_a_cluster_share_it(local_ray, motion_set):
+    """Each run that trains has a channel. A segment that begins gets its part of the store and of the CPUs."""
+    rows, config = read_manifest(motion_set / "train.csv").rows, recipe("data.rows_per_block=4")
+    split = SplitLoader(rows, config, True, sharing=lambda: max(1, live_runs()))
+    limits = []
+
+    def limit():
+        next(split.batches(0))
+        options = DataContext.get_current().execution_options.resource_limits
+        limits.append(options.object_store_memory)
+
+    limit()
+    channels = [open_channel() for _ in range(3)]
+    limit()
+    for channel in channels[1:]:
+        channel.close()
+    deadline = time.monotonic() + 30
+    while live_runs() > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    limit()
+    channels[0].close()
+    assert limits == [limits[0], pytest.approx(limits[0] / 3), limits[0]]

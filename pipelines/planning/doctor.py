@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.cluster.capacity import device_for, matches_labels, worker_resources, workers_that_fit
 from pipelines.cluster.session import start_ray
 from pipelines.data.loader import OBJECT_STORE_SHARE, decode_rows, rows_per_block
+from pipelines.runs.lease import submission_id
 from pipelines.runs.record import JOB_FOLDER
 from pipelines.tracking.mlflow_client import (
     explain_store_error,
@@ -105,6 +106,7 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         advice = "see RAY_ADDRESS and RAY_AUTH_MODE, and `ray status` on the head"
         yield Finding("fail", f"Ray: {error}", advice)
         return
+    yield from check_job(submission_id())
     yield from check_upload(Path.cwd())
     marker = storage.join(config.train.storage, f".doctor-{uuid.uuid4().hex}") if config else None
     if marker:
@@ -122,6 +124,16 @@ def doctor(config: Config | None, address: str | None = None) -> Iterator[Findin
         yield from check_room(nodes, config)
     yield from check_stores(nodes, config)
     yield from check_mlflow(config)
+
+
+def check_job(submission: str) -> Iterator[Finding]:
+    """Tell how a job that ends early is repeated; outside a job there is nothing to tell.
+
+    Args:
+        submission: id of the job.
+    """
+    if submission:
+        yield Finding("ok", f"Ray job {submission}; Ray takes an id once, so a repeat needs another --submission-id")
 
 
 def check_upload(folder: Path) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from pipelines.planning.doctor import (
     Finding,
     Node,
     check_mlflow,
+    check_job,
     check_nodes,
     check_room,
     check_stores,
@@ -95,6 +96,12 @@ def test_what_a_job_has_uploaded_is_counted(tmp_path):
         big.truncate(60 * 2**20)
     (found,) = check_upload(folder)
     assert found.level == "warn" and "2 files, 61.0 MiB" in found.what and "data/big.mp4" in found.advice
+
+
+def test_a_job_is_told_that_its_id_is_used_up():
+    assert list(check_job("")) == []
+    (found,) = check_job("my-run")
+    assert found.level == "ok" and "my-run" in found.what and "another --submission-id" in found.what
 
 
 def test_a_store_on_disk_and_one_that_is_too_small_are_told():

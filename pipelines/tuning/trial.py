@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelines.cluster.capacity import worker_resources
 from pipelines.cluster.session import CUBLAS_ENV, start_ray
-from pipelines.runs.errors import PreemptedError, StoppedError
+from pipelines.runs.errors import PreemptedError, RunError, StoppedError
 from pipelines.runs.models import example_input
 from pipelines.runs.record import read_record, run_folder
 from pipelines.studies.study import TrialState, over_budget
@@ -40,6 +40,7 @@ from posmlp.model.cost import cost, seconds
 from tune_spaces import Value
 
 POLL_S = 0.2
+END_LIMIT_S = 600.0  # for the last step, its checkpoint, and what MLflow has yet to get
 MACHINE_LIMIT_S = 300.0  # from the notice that a machine is taken away to its end
 S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 TIMED_PASSES = 9  # per model, when latencies are compared
@@ -149,7 +150,9 @@ class TrialRun(ray.tune.Trainable):
 
     def cleanup(self) -> None:
         self.ending.set()
-        self.thread.join()
+        self.thread.join(END_LIMIT_S)
+        if self.thread.is_alive():  # Tune then ends this process, and no other trial gets it
+            raise RunError(f"a trial's run has not ended {END_LIMIT_S:g} s after it was asked to; its process ends")
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()

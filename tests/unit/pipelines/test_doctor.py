@@ -9,8 +9,8 @@ from pipelines.planning import doctor as module
 from pipelines.planning.doctor import (
     Finding,
     Node,
-    check_mlflow,
     check_job,
+    check_mlflow,
     check_nodes,
     check_room,
     check_stores,

@@ -1,10 +1,12 @@
 """What a trial of a study reports of its run; Ray and the training itself are made up."""
 
+import signal
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from pipelines.runs.errors import PreemptedError, RunError
 from pipelines.studies.study import TrialState
 from pipelines.training.train import RunResult
 from pipelines.tuning import trial
@@ -93,3 +95,27 @@ def test_after_an_unknown_error_the_trial_resumes_in_a_new_process(motion_set, t
     run = run_that_ends(monkeypatch, motion_set, tmp_path, RuntimeError("an illegal memory access"))
     with pytest.raises(RuntimeError, match="illegal"):
         run.step()
+
+
+def test_a_trial_whose_machine_is_taken_away_waits_for_its_end(motion_set, tmp_path, monkeypatch):
+    """Ray does not count the loss of a process that ends with such a machine; an error it would count."""
+    monkeypatch.setattr(trial, "MACHINE_LIMIT_S", 0.1)
+    error = PreemptedError(signal.SIGTERM)
+    run = run_that_ends(monkeypatch, motion_set, tmp_path, error)
+    with pytest.raises(PreemptedError):  # the machine is still there
+        run.step()
+    run.ending.set()  # Tune ends the trial, or the machine ends the process
+    run.run_job(TrialJob(recipe_for(tmp_path, motion_set), {}, {}, {}).to_json())
+    assert run.events.empty()
+
+
+def test_a_run_that_does_not_end_does_not_hold_up_the_study(monkeypatch):
+    monkeypatch.setattr(trial, "END_LIMIT_S", 0.1)
+    run, never = TrialRun.__new__(TrialRun), trial.threading.Event()
+    run.ending, run.thread = trial.threading.Event(), trial.threading.Thread(target=never.wait, daemon=True)
+    run.thread.start()
+    with pytest.raises(RunError, match=r"has not ended 0\.1 s"):
+        run.cleanup()
+    never.set()
+    run.thread.join()
+    run.cleanup()

@@ -88,11 +88,10 @@ class ClassificationMetrics:
         counted = weights.cpu() > 0
         scores, labels = scores.cpu()[counted].double(), labels.cpu()[counted]
         ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
-        classes = scores.shape[1]
-        pairs = torch.bincount(labels * classes + ranked[:, 0], minlength=classes**2)
-        self.confusion += pairs.view(classes, classes)
+        ones = torch.ones(len(labels), dtype=torch.float64)
+        self.confusion.index_put_((labels, ranked[:, 0]), ones, accumulate=True)
         self.loss += F.nll_loss(scores, labels, reduction="sum")
-        self.top5 += torch.bincount(labels[(ranked == labels[:, None]).any(1)], minlength=classes)
+        self.top5.index_add_(0, labels, (ranked == labels[:, None]).any(1).double())
         hits = torch.full(counted.shape, -1, dtype=torch.int8)
         hits[counted] = (ranked[:, 0] == labels).to(torch.int8)
         return hits

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,13 @@ class Block(nn.Module):
         self.steps = BLOCKS[kind]
         self.units = nn.ModuleDict({unit: Unit(dim, groups, unit_window(unit, window)) for unit in block_units(kind)})
         self.drop_path = drop_path
+        self.frozen: dict[tuple[Any, ...], cpu.Operands] | None = None  # once computed, see ``PosMLPVideo.freeze``
+
+    def train(self, mode: bool = True) -> Self:
+        """As in PyTorch; training ends what ``PosMLPVideo.freeze`` began."""
+        if mode:
+            self.frozen = None
+        return super().train(mode)
 
     def forward(self, x: Tensor, extent: Window, mask: Tensor | None) -> Tensor:
         """Run all steps; x and the result are ``[C, B, W, T, N]``.
@@ -77,11 +84,16 @@ class Block(nn.Module):
             keep_scale: ``[B]``, factor of the units' outputs for each clip (drop path); None: 1.
         """
         units = [cast(Unit, self.units[unit]) for unit in step]
-        weight1, bias1, weight2, bias2 = self.linears(step)
         if cpu.supports(x):
             dtype = cpu.compute_dtype(x)
-            gates = [each for u in units for each in (u.gate.mixing_weights(extent, dtype), u.gate.token_bias(extent))]
-            return cpu.run_step(x, weight1, bias1, weight2, bias2, mask, keep_scale, *gates)
+            if self.frozen is None or (torch.is_grad_enabled() and x.requires_grad):
+                return cpu.run_step(x, mask, keep_scale, *self.cpu_parameters(step, extent, dtype))
+            key = tuple(step), extent, dtype
+            if key not in self.frozen:
+                with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                    self.frozen[key] = cpu.make_operands(dtype, *self.cpu_parameters(step, extent, dtype))
+            return cpu.run_operands(x, mask, keep_scale, self.frozen[key])
+        weight1, bias1, weight2, bias2 = self.linears(step)
         hidden = weight1 @ channel_norm(x).flatten(1)  # [2C * units, tokens]
         hidden = F.gelu(hidden.add_(bias1[:, None].to(hidden.dtype)))  # adding another dtype would copy
         halves = hidden.view(2 * len(units), *x.shape)
@@ -93,6 +105,12 @@ class Block(nn.Module):
         if keep_scale is not None:
             residual = residual * keep_scale.to(residual.dtype).view(-1, 1, 1, 1)
         return x + residual if x.requires_grad or residual.requires_grad else x.add_(residual)
+
+    def cpu_parameters(self, step: Sequence[str], extent: Window, dtype: torch.dtype) -> list[Tensor]:
+        """What ``cpu.run_step`` needs of the units of a step."""
+        gates = [cast(Unit, self.units[unit]).gate for unit in step]
+        of_gates = [each for gate in gates for each in (gate.mixing_weights(extent, dtype), gate.token_bias(extent))]
+        return [*self.linears(step), *of_gates]
 
     def linears(self, step: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Merge the linear layers of a step's units: all fc1 with the norms' affines folded in, and all fc2.
@@ -137,8 +155,9 @@ class Stem(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """``[B, 3, T, H, W]`` -> ``[B, C, T, H/4, W/4]``."""
-        x = frame_conv(self.proj1, clip)
-        return self.norm2(frame_conv(self.proj2, F.gelu(self.norm1(x))))
+        x = conv_norm(self.proj1, self.norm1, clip)
+        x = torch.ops.aten.gelu_(x) if cpu.supports(x) and not x.requires_grad else F.gelu(x)
+        return conv_norm(self.proj2, self.norm2, x)
 
 
 class Stage(nn.Module):
@@ -181,14 +200,25 @@ class Stage(nn.Module):
         return from_windows(x, extent, size)
 
 
-def frame_conv(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def conv_norm(conv: nn.Conv3d, norm: nn.BatchNorm3d, x: Tensor) -> Tensor:
+    """``norm(frame_conv(conv, x))``; in eval mode, where the norm is a scale and a shift, as one convolution."""
+    if norm.training:
+        return norm(frame_conv(conv, x))
+    mean, var, bias = (cast(Tensor, each) for each in (norm.running_mean, norm.running_var, conv.bias))
+    scale = norm.weight * torch.rsqrt(var + norm.eps)
+    return frame_conv(conv, x, (conv.weight * scale.view(-1, 1, 1, 1, 1), (bias - mean) * scale + norm.bias))
+
+
+def frame_conv(conv: nn.Conv3d, x: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Convolve each frame, ``[B, C_in, T, H_in, W_in]`` -> ``[B, C, T, H, W]``, channels last in memory.
 
-    It runs as a 2D convolution on channels-last frames, the form with the fastest kernels, on CPUs by far.
+    It runs as a 2D convolution on channels-last frames, the form with the fastest kernels, on CPUs by far. ``weights``
+    are the weight and bias to use in place of the convolution's own.
     """
+    weight, bias = (conv.weight, conv.bias) if weights is None else weights
     frames = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     (_, *stride), (_, *padding) = conv.stride, cast(tuple[int, ...], conv.padding)
-    frames = F.conv2d(frames, conv.weight[:, :, 0], conv.bias, stride, padding)
+    frames = F.conv2d(frames, weight[:, :, 0], bias, stride, padding)
     # Not len(x), which is a plain number: an exported model would then accept this batch size only.
     return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
@@ -283,6 +313,22 @@ class PosMLPVideo(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(dims[-1], num_classes)
         self.apply(init_linear)
+
+    def freeze(self) -> PosMLPVideo:
+        """Prepare for inference: eval mode, no gradients of parameters, and results of parameters alone are kept.
+
+        On CPUs in eager mode, blocks then merge their linear layers, expand their position tables and convert both to
+        the dtype of the products only once. Changes of parameters have no effect until the next call of ``freeze``, or
+        until ``train``, which ends it.
+
+        Returns:
+            The model to run: this one; for a supernet that of its own architecture, which shares its weights.
+        """
+        self.eval().requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.frozen = {}
+        return self
 
     def features(self, clip: Tensor) -> list[Tensor]:
         """Feature maps of the four stages, ``[B, C_i, T, H_i, W_i]`` with strides 4, 8, 16, 32 in space, 1 in time.

@@ -9,6 +9,8 @@ Most of the time goes into memory traffic. So this path works on a few windows a
 - The norm over channels is the batch-norm kernel on the transposed view: one pass for the statistics and one for the
   result, where operations on whole tensors take six.
 - Whatever one pass over a chunk can compute again (GELU, the product with v) is not kept for the backward pass.
+- A gate's bias and the residual are added by the matrix product itself (``baddbmm``), into memory that exists already.
+- What depends on parameters alone (``Operands``) is computed once for a model whose weights are frozen.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,9 @@ from posmlp.model.gates import joint_backward, joint_product
 TYPES = (torch.float32, torch.bfloat16)
 CHUNK_BYTES = 4 * 2**20  # of hidden activations at once; a chunk is at least one window
 JOINT_CHUNK_BYTES = 64 * 2**20  # the same for joint windows, whose maps are computed again for each chunk
+
+
+WINDOW_ELEMENTS = 2**17  # activations of a window from which a call for each window is faster than a copy of them all
 
 
 def on_amd() -> bool:
@@ -56,61 +61,78 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def run_step(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    *gates: Tensor,
-) -> Tensor:
+class Operands(NamedTuple):
+    """What a step multiplies activations with, in the dtype of the matrix products.
+
+    Attributes:
+        w1, w2: fc1 and fc2 of all units, ``[units * 2C, C + 1]`` and ``[C, units * C + 1]``; biases are the last
+            columns.
+        weights, biases: ``PositionGate.mixing_weights`` and bias, ``[T or 1, N or 1]``, of each unit.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+
+def make_operands(dtype: torch.dtype, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *gates: Tensor) -> Operands:
+    """Combine the parameters of a step, as in ``run_step``."""
+    w1, w2 = (torch.cat([w, b[:, None]], 1).to(dtype) for w, b in ((w1, b1), (w2, b2)))
+    return Operands(w1, w2, gates[::2], tuple(bias.to(dtype) for bias in gates[1::2]))
+
+
+def run_step(x: Tensor, mask: Tensor | None, keep_scale: Tensor | None, *parameters: Tensor) -> Tensor:
     """Add the outputs of a step's units to ``x``; in place unless an input requires gradients.
 
     Args:
         x: ``[C, B, W, T, N]``, best stored as ``[B, W, C, T, N]``, as the result is.
-        w1, b1: fc1 of all units with the norms folded in, ``[units * 2C, C]`` and ``[units * 2C]``: u and v of the
-            first unit, then of the second.
-        w2, b2: fc2 of all units next to each other, ``[C, units * C]``, and the sum of their biases, ``[C]``.
         mask: ``[W, T, N]``, 0 at padded tokens; None if there are none.
         keep_scale: ``[B]``, factor of the units' outputs for each clip; None: 1.
-        gates: for each unit its ``PositionGate.mixing_weights``, in the dtype of the matrix products, and its bias,
-            ``[T or 1, N or 1]``.
+        parameters: weight and bias of fc1 of all units with the norms folded in, ``[units * 2C, C]`` and
+            ``[units * 2C]``: u and v of the first unit, then of the second. Weight of fc2 of all units next to each
+            other, ``[C, units * C]``, and the sum of their biases, ``[C]``. Then for each unit its
+            ``PositionGate.mixing_weights``, in the dtype of the matrix products, and its bias, ``[T or 1, N or 1]``.
     """
     dtype = compute_dtype(x)
-    _, clips, windows, *_ = x.shape
-    if mask is not None:
-        mask = mask.to(dtype).repeat(clips, 1, 1)
-    if keep_scale is not None:
-        keep_scale = keep_scale.to(dtype).repeat_interleave(windows)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *parameters)):
+        mask, keep_scale = by_window_of_clips(x, mask, keep_scale)
+        with torch.autocast("cpu", enabled=False):
+            return StepFunction.apply(dtype, x, mask, keep_scale, *parameters)
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled() and any(each.requires_grad for each in (x, w1, b1, w2, b2, *gates)):
-            return StepFunction.apply(dtype, x, w1, b1, w2, b2, mask, keep_scale, *gates)
-        return forward(dtype, x, w1, b1, w2, b2, mask, keep_scale, *gates, train=False)[0]
+        operands = make_operands(dtype, *parameters)
+    return run_operands(x, mask, keep_scale, operands)
+
+
+def run_operands(x: Tensor, mask: Tensor | None, keep_scale: Tensor | None, operands: Operands) -> Tensor:
+    """``run_step`` without gradients."""
+    mask, keep_scale = by_window_of_clips(x, mask, keep_scale)
+    with torch.autocast("cpu", enabled=False):
+        return forward(x, mask, keep_scale, operands, train=False)[0]
+
+
+def by_window_of_clips(
+    x: Tensor, mask: Tensor | None, keep_scale: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Repeat ``mask`` and ``keep_scale`` for each window of each clip, in the dtype of the matrix products."""
+    dtype, (_, clips, windows, *_) = compute_dtype(x), x.shape
+    return (
+        None if mask is None else mask.to(dtype).repeat(clips, 1, 1),
+        None if keep_scale is None else keep_scale.to(dtype).repeat_interleave(windows),
+    )
 
 
 def forward(
-    dtype: torch.dtype,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    mask: Tensor | None,
-    keep_scale: Tensor | None,
-    *gates: Tensor,
-    train: bool,
+    x: Tensor, mask: Tensor | None, keep_scale: Tensor | None, operands: Operands, train: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """``run_step`` in the given dtype, with ``mask`` and ``keep_scale`` per window of each clip.
+    """``run_step`` with ``mask`` and ``keep_scale`` of ``by_window_of_clips``.
 
     Returns:
         The result, and the tensors that the backward pass needs (empty unless ``train``).
     """
-    w1, w2 = (torch.cat([w, b[:, None]], 1).to(dtype) for w, b in ((w1, b1), (w2, b2)))
-    weights, biases = gates[::2], [bias.to(dtype) for bias in gates[1::2]]
-    tokens = by_window(x)
-    out = torch.empty_like(tokens, memory_format=torch.contiguous_format) if train else tokens
+    w1, w2, weights, biases = operands
+    dtype, tokens = w1.dtype, by_window(x).contiguous()
+    out = torch.empty_like(tokens) if train else tokens
     saved = []
     for chunk in chunks(tokens, len(w1), weights):
         normed, rstd = channel_norm(tokens[chunk].flatten(2), dtype)
@@ -123,10 +145,14 @@ def forward(
         for (u, v), unit_gated, unit_weights, bias in of_units:
             if mask is not None:
                 u.mul_(mask[chunk, None])
-            mixed = mix(unit_weights, u).add_(bias)
+            mixed = torch.empty_like(unit_gated) if train else unit_gated
+            mix(unit_weights, u, bias, mixed)
             torch.mul(mixed, v, out=unit_gated)
             if train:
                 saved.append(mixed)
+        if keep_scale is None and tokens.dtype == dtype:
+            add_product(tokens[chunk].flatten(2), w2.expand(len(gated), -1, -1), gated, out[chunk].flatten(2))
+            continue
         residual = product(w2, gated).view(tokens[chunk].shape)
         if keep_scale is not None:
             residual.mul_(keep_scale[chunk, None, None, None])
@@ -139,7 +165,8 @@ class StepFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *inputs: Any) -> Tensor:
-        out, saved = forward(dtype, *inputs, train=True)
+        x, mask, keep_scale, *parameters = inputs
+        out, saved = forward(x, mask, keep_scale, make_operands(dtype, *parameters), train=True)
         ctx.inputs = len(inputs)
         ctx.save_for_backward(None, *inputs[1:], *saved)  # all but x
         return out
@@ -148,7 +175,7 @@ class StepFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # read once only: activation checkpointing allows no second read
-        _, _, _, _, _, mask, keep_scale, *gates = tensors[: ctx.inputs]
+        _, mask, keep_scale, _, _, _, _, *gates = tensors[: ctx.inputs]
         w1, w2, *saved = tensors[ctx.inputs :]
         dtype, next_saved, weights = w1.dtype, iter(saved), gates[::2]
         d_w1, d_w2, *d_gates = (torch.zeros_like(each, dtype=torch.float32) for each in (w1, w2, *gates))
@@ -191,7 +218,7 @@ class StepFunction(torch.autograd.Function):
             d_normed = channel_norm_backward(product(w1_transposed, d_z), normed, rstd)
             torch.add(d_out[chunk], d_normed.view(d_out[chunk].shape), out=d_x[chunk])
         d_x = from_windows(d_x, grad)
-        return None, d_x, d_w1[:, :-1], d_w1[:, -1], d_w2[:, :-1], d_w2[:, -1], None, None, *d_gates
+        return None, d_x, None, None, d_w1[:, :-1], d_w1[:, -1], d_w2[:, :-1], d_w2[:, -1], *d_gates
 
 
 def by_window(x: Tensor) -> Tensor:
@@ -237,8 +264,26 @@ def with_ones(weight: Tensor, z: Tensor) -> Tensor:
     return gated
 
 
-def mix(weights: Tensor, u: Tensor) -> Tensor:
-    """Mix tokens by mixing weights; a new tensor of the shape of ``u``, ``[windows, C, T, N]``."""
+def mix(weights: Tensor, u: Tensor, bias: Tensor, out: Tensor) -> None:
+    """Mix tokens by mixing weights, and add a bias.
+
+    Args:
+        weights: one of ``Operands.weights``.
+        u: ``[windows, C, T, N]``.
+        bias: ``[T or 1, N or 1]``.
+        out: gets the result; shaped as ``u``, each window contiguous.
+    """
+    if weights.ndim != 5 and u[0].numel() >= WINDOW_ELEMENTS:
+        maps = weights
+        if weights.ndim == 4:
+            maps = weights.expand(-1, u.shape[1] // len(weights), -1, -1).flatten(0, 1)  # one for each channel
+        for window, window_out in zip(u, out, strict=True):
+            if weights.ndim == 4:
+                add_product(bias, maps, window, window_out)
+            else:
+                of_groups = window_out.view(len(maps), -1, maps.shape[-1])
+                add_product(bias, window.reshape(of_groups.shape), maps.mT, of_groups)
+        return
     x = by_group(u, weights)
     if weights.ndim == 3:
         mixed = product(x, weights.mT)
@@ -246,7 +291,7 @@ def mix(weights: Tensor, u: Tensor) -> Tensor:
         mixed = product(weights, x)
     else:
         mixed = joint_product(weights, x)
-    return from_groups(mixed, u, weights)
+    torch.add(from_groups(mixed, u, weights), bias, out=out)
 
 
 def mix_backward(weights: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,12 +336,18 @@ def channel_norm(x: Tensor, dtype: torch.dtype, eps: float = 1e-5) -> tuple[Tens
         ``[windows * tokens]``.
     """
     windows, channels, tokens = x.shape
-    ones = torch.ones(windows * tokens)  # a weight in fp32 keeps the statistics in fp32
-    # Batch norm of [C, windows * tokens] takes its statistics over C, the axis of a batch.
-    result, _, rstd = torch.native_batch_norm(columns(x), ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
     normed = torch.empty(windows, channels + 1, tokens, dtype=dtype)
-    normed[:, :-1] = result.view(channels, windows, tokens).transpose(0, 1)
     normed[:, -1] = 1
+    # Batch norm of [C, tokens] takes its statistics over C, the axis of a batch. A weight in fp32 keeps them in fp32.
+    if x.dtype == dtype and x[0].numel() >= WINDOW_ELEMENTS:
+        ones, (mean, rstd) = torch.ones(tokens), torch.empty(2, windows, tokens)
+        for i in range(windows):
+            found = normed[i, :-1], mean[i], rstd[i]
+            torch.native_batch_norm(x[i], ones, torch.zeros_like(ones), None, None, True, 0.0, eps, out=found)
+        return normed, rstd.flatten()
+    ones = torch.ones(windows * tokens)
+    result, _, rstd = torch.native_batch_norm(columns(x), ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
+    normed[:, :-1] = result.view(channels, windows, tokens).transpose(0, 1)
     return normed, rstd
 
 
@@ -321,9 +372,22 @@ def columns(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1)
 
 
+def add_product(addend: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write ``addend + a @ b`` into ``out``, ``[batch, rows, columns]``; the addend broadcasts, or is ``out``."""
+    if uses_onednn(a, b):
+        torch.add(addend, product(a, b), out=out)
+    else:
+        torch.baddbmm(addend, a, b, out=out)
+
+
+def uses_onednn(a: Tensor, b: Tensor) -> bool:
+    """Return whether ``product`` calls oneDNN's linear kernel."""
+    return ONEDNN and a.dtype == torch.float32 and a.shape[-2:].numel() * b.shape[-1] >= ONEDNN_MIN_MACS
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices, or for batches of matrices that broadcast."""
-    if not ONEDNN or a.dtype != torch.float32 or a.shape[-2:].numel() * b.shape[-1] < ONEDNN_MIN_MACS:
+    if not uses_onednn(a, b):
         return a @ b
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = a.expand(*batch, -1, -1), b.expand(*batch, -1, -1)

@@ -38,7 +38,7 @@ def run(block, x, extent, real, weight, dtype=None):
     return [out, *torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])]
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(sorted(BLOCKS)),
     groups=st.integers(1, 3),
@@ -49,12 +49,13 @@ def run(block, x, extent, real, weight, dtype=None):
     chunk=st.sampled_from([1, 3000, 2**22]),
     drop_path=st.sampled_from([0.0, 0.5]),
     large=st.sampled_from([1, 2**20]),
+    large_window=st.sampled_from([1, 2**20]),
     onednn=st.booleans(),
     window_order=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_a_block_and_its_gradients_equal_the_reference(
-    kind, groups, window, size, batch, dtype, chunk, drop_path, large, onednn, window_order, seed
+    kind, groups, window, size, batch, dtype, chunk, drop_path, large, large_window, onednn, window_order, seed
 ):
     torch.manual_seed(seed)
     block, x, extent, real = make(kind, groups, window, size, batch, drop_path)
@@ -64,6 +65,7 @@ def test_a_block_and_its_gradients_equal_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "CHUNK_BYTES", chunk)
         patch.setattr(cpu, "ONEDNN_MIN_MACS", large)
+        patch.setattr(cpu, "WINDOW_ELEMENTS", large_window)
         patch.setattr(cpu, "ONEDNN", onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
         served = []
         patch.setattr(cpu, "forward", lambda *a, whole=cpu.forward, **k: served.append(1) or whole(*a, **k))

@@ -1,7 +1,10 @@
 """What an evaluation refuses and how it counts, without Ray."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -204,6 +207,37 @@ def test_an_evaluation_that_fails_half_way_leaves_no_scores(untrained_run, tmp_p
     with pytest.raises(UserError, match="a worker is lost"):
         write_two_blocks(tmp_path, manifest, untrained_run["config"], fail=True)
     assert list(tmp_path.iterdir()) == []
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, pyarrow as pa
+from pipelines.inference.evaluate import write_scores
+from posmlp.config import load_recipe
+from posmlp.video.manifest import SCHEMA, Manifest
+
+classes, config = [f"class {i}" for i in range(400)], load_recipe("k400_s16", ["eval.clips=4", "eval.crops=1"])
+scores = np.random.default_rng(0).standard_normal((4, 4, 400), dtype=np.float32)
+
+def grow(rows):
+    names = [f"video-{i:08d}" for i in range(rows)]
+    columns = {"sample_id": names, "uri": names, "label": [i % 400 for i in range(rows)], "frames": [None] * rows}
+    manifest = Manifest(pa.table(columns, schema=SCHEMA), tuple(classes))
+    blocks = ((np.arange(first, first + 4), scores) for first in range(0, rows, 4))
+    assert write_scores(f"{sys.argv[1]}/{rows}.parquet", blocks, manifest, classes, config).videos == rows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+few, many = grow(6_000), grow(24_000)
+print((many - few) / 1024)
+"""
+
+
+def test_the_memory_of_an_evaluation_does_not_grow_with_the_videos(tmp_path):
+    """Scores of 18,000 further videos with 4 views have 115 MB; all in memory would be seen."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 40
 
 
 def test_the_most_frequent_confusion_of_each_class():

@@ -23,6 +23,7 @@ COORDINATOR = "ray.data._internal.cluster_autoscaler.get_or_create_autoscaling_c
 USAGE_DISABLED = "ray.data._internal.usage.collector.usage_collection_disabled"
 USAGE = "ray.data._internal.usage.actor.get_or_create_usage_collection_actor"
 RECORDED = "ray._private.utils.read_ray_address"
+STATE = "ray._private.state.state"
 AVAILABLE = "ray._private.state.available_resources_per_node"
 POPEN = "ray._private.services.ConsolePopen"
 SIGTERM = "ray._private.utils.set_sigterm_handler"
@@ -84,6 +85,7 @@ def test_a_missing_name_costs_only_its_feature(monkeypatch, mocked, path):
             assert (getattr(utils, "set_sigterm_handler", None) in (None, mocked[SIGTERM])) == (path == SIGTERM)
         assert (ray_internals.recorded_address() is None) == (path == RECORDED)
         assert (ray_internals.available_resources_per_node() is None) == (path == AVAILABLE)
+        assert (ray_internals.draining_nodes() == {}) == (path == STATE)
         assert (ray_internals.object_store_stats() is None) == (path in WORKER_NAMES)
     assert len(lines) == 1 and path in lines[0]
     assert getattr(ray_constants, "ENABLE_RAY_CLUSTER", None) is (None if path == LOOPBACK else False)

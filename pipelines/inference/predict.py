@@ -34,7 +34,7 @@ def predict(uri: str, files: Sequence[str], top: int = 5, views: tuple[int, int]
     config = with_views(info.recipe(), views)
     config = config.model_copy(update={"data": config.data.model_copy(update={"cache_dir": None})})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    model = model.to(device).freeze()
     names = output_names(info.classes, config.model.variant().num_classes)
 
     def score(clips: Tensor) -> Tensor:

@@ -174,11 +174,11 @@ class Scorer:
         self.model: nn.Module | None = None
 
     def load(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return the model with these weights, in eval mode."""
+        """Return the model with these weights, frozen."""
         section = self.config.model
         model = create_model(section.name, **section.overrides())
         model.load_state_dict(weights)
-        return model.eval().to(self.device)
+        return model.to(self.device).freeze()
 
     def score(self, columns: dict[str, np.ndarray], weights: Sequence[ray.ObjectRef]) -> dict[str, np.ndarray]:
         """Score one block.

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.ema import WeightEMA
 from posmlp.learn.finetune import freeze_parts
@@ -38,6 +37,9 @@ from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import flip_labels, to_input, to_train_input
 from posmlp.video.batch import Batch
+
+if TYPE_CHECKING:  # it needs pydantic
+    from posmlp.config import Config
 
 MAX_LOSS_RATIO = 10  # training does not recover from a loss above this multiple of a random guess's loss
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision; fp32 has no autocast

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.optim import AdamW
 
-from posmlp.config import OptimSection, TrainSection
 from posmlp.learn.finetune import rate_scales
 from posmlp.model.backbone import PosMLPVideo
+
+if TYPE_CHECKING:  # it needs pydantic
+    from posmlp.config import OptimSection, TrainSection
 
 RATE_SCALE = "rate_scale"  # of a parameter group with layer decay: its share of the learning rate
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from posmlp.config import Config
 from posmlp.learn.finetune import freeze_parts
 from posmlp.model.backbone import PosMLPVideo, Stage
 from posmlp.model.supernet import Supernet
+
+if TYPE_CHECKING:  # it needs pydantic
+    from posmlp.config import Config
 
 
 def world_size() -> int:

@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.steps = BLOCKS[kind]
         self.units = nn.ModuleDict({unit: Unit(dim, groups, unit_window(unit, window)) for unit in block_units(kind)})
         self.drop_path = drop_path
-        self.frozen: dict[tuple[Any, ...], cpu.Operands] | None = None  # once computed, see ``PosMLPVideo.freeze``
+        self.frozen: dict[tuple[Any, ...], cpu.Operands] | None = None  # not None: ``PosMLPVideo.freeze`` was called
 
     def train(self, mode: bool = True) -> Self:
         """As in PyTorch; training ends what ``PosMLPVideo.freeze`` began."""

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +65,8 @@ class Supernet(PosMLPVideo):
 
     def draw(self, *seed: int) -> None:
         """Draw the architecture of the next training steps; equal seeds draw equal architectures, on every worker."""
+        import numpy as np  # the other models do without NumPy
+
         self.drawn = self.choices.draw(np.random.default_rng(seed))
 
     def member(self, architecture: Architecture) -> PosMLPVideo:
@@ -82,6 +83,10 @@ class Supernet(PosMLPVideo):
                 for kind, unit in cast(Block, block).units.items():
                     share(cast(Unit, unit), cast(Unit, cast(Block, shared).units[kind]), architecture.groups[i])
         return model.train(self.training)
+
+    def freeze(self) -> PosMLPVideo:
+        """As of ``PosMLPVideo``; returns the model of the supernet's own architecture."""
+        return self.member(self.own).freeze()
 
     def stage_pairs(self, model: PosMLPVideo) -> Iterator[tuple[Stage, Stage]]:
         """Yield each stage of the supernet with the same stage of a member."""

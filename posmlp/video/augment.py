@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from posmlp.config import AugmentSection, Config
 from posmlp.errors import UserError
 from posmlp.model.spec import suggest
 from posmlp.video.batch import Batch
@@ -26,6 +25,9 @@ from posmlp.video.classes import ClassIndex
 from posmlp.video.randaugment import NUMBERS_PER_LAYER, Pass, draw_operations, plan_passes, randaugment
 from posmlp.video.random_bits import normals, random_bits, uniforms
 from posmlp.video.sampling import Box, random_resized_crop
+
+if TYPE_CHECKING:  # it needs pydantic
+    from posmlp.config import AugmentSection, Config
 
 # data.normalisation -> mean and standard deviation of the pixels, RGB in 0..1
 NORMALISATIONS = {
@@ -49,8 +51,13 @@ def to_input(clips: Tensor, config: Config) -> Tensor:
         float32 ``[B, 3, T, H, W]``, normalised. For modality ``rgb_difference`` (TSN, arXiv:1608.00859, section 3.2)
         each frame minus the one before; the first difference is repeated to keep T frames.
     """
-    mean, std = (torch.tensor(v, device=clips.device) for v in NORMALISATIONS[config.data.normalisation])
+    mean, std = (filled(values, clips.device) for values in NORMALISATIONS[config.data.normalisation])
     return normalise(channels_first(clips).float().div_(255), mean, std, config)
+
+
+def filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers as a float32 tensor that the device itself fills: ``torch.tensor`` makes the host wait for a copy."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
 class Erasure(NamedTuple):

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from posmlp import create_model
 from posmlp.model import cpu
 from posmlp.model.backbone import Block, grid, padding_mask
 from posmlp.model.spec import BLOCKS
+from posmlp.model.supernet import Supernet
 
 side = st.integers(1, 5)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -82,6 +84,66 @@ def test_a_block_and_its_gradients_equal_the_reference(
     for actual, truth in zip(fast, exact, strict=True):
         assert actual.shape == truth.shape
         assert (actual.double() - truth).norm() <= TOLERANCE[dtype] * (truth.norm() + 0.1 * largest)
+
+
+@settings(max_examples=20)
+@given(
+    kind=st.sampled_from(sorted(BLOCKS)), dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 9)
+)
+def test_a_frozen_model_computes_the_same_until_it_is_frozen_again_or_trained(kind, dtype, seed):
+    torch.manual_seed(seed)
+    sizes = {"frames": 4, "image_size": 32, "num_classes": 3, "depths": (1, 1, 1, 1)}
+    model = create_model("tiny", blocks=kind, **sizes).eval()
+    clips = torch.randn(2, 3, 4, 32, 32), torch.randn(1, 3, 3, 24, 40)
+
+    def logits(model):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return [model(clip) for clip in clips]
+
+    def equal(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    before = logits(model)
+    frozen = model.freeze()
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+    for _ in range(2):
+        assert equal(logits(frozen), before)
+    units = [unit for module in model.modules() if isinstance(module, Block) for unit in module.units.values()]
+    with torch.no_grad():
+        for unit in units:
+            for parameter in unit.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert equal(logits(frozen), before)
+    after = logits(copy.deepcopy(frozen).freeze())
+    assert not equal(after, before)
+    assert equal(logits(frozen), before)
+    assert equal(logits(frozen.train().eval()), after)
+
+
+def test_a_frozen_model_still_has_the_gradient_of_its_input():
+    torch.manual_seed(0)
+    model, clip = create_model("tiny", frames=4, image_size=32).eval(), torch.randn(1, 3, 4, 32, 32).requires_grad_()
+    (expected,) = torch.autograd.grad(model(clip).square().sum(), clip)
+    frozen = model.freeze()
+    frozen(clip.detach())
+    (found,) = torch.autograd.grad(frozen(clip).square().sum(), clip)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_frozen_supernet_is_its_own_architecture():
+    torch.manual_seed(0)
+    choices = {"blocks": (("parallel", "joint"),) * 4, "depths": ((1,),) * 4}
+    sizes = {"frames": 4, "image_size": 32, "num_classes": 3, "depths": (1, 1, 1, 1)}
+    model, clip = create_model("tiny", choices=choices, blocks="joint", **sizes).eval(), torch.randn(1, 3, 4, 32, 32)
+    with torch.no_grad():
+        expected = model(clip)
+        frozen = model.freeze()
+        assert not isinstance(frozen, Supernet)
+        torch.testing.assert_close(frozen(clip), expected, rtol=0, atol=0)
+        for parameter in model.stages.parameters():
+            parameter.zero_()
+        blocks = [module for module in frozen.modules() if isinstance(module, Block)]
+        assert all(block.frozen for block in blocks)
 
 
 def test_frozen_parameters_get_no_gradient_and_what_is_compiled_or_in_fp64_is_not_served():

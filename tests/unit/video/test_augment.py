@@ -335,6 +335,7 @@ def test_no_constant_is_made_on_the_device_from_values_of_the_host():
     with Constants():
         for batch in batches:
             to_train_input(batch, config, CLASSES)
+            to_input(batch.clips, config)
         assert made == []
         torch.tensor(1.0)
     assert len(made) == 1

@@ -6,6 +6,7 @@ Read from top to bottom: ``Unit`` (norm, fc1, gate, fc2), ``Block`` (combines un
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Self, cast
@@ -90,8 +91,9 @@ class Block(nn.Module):
                 return cpu.run_step(x, mask, keep_scale, *self.cpu_parameters(step, extent, dtype))
             key = tuple(step), extent, dtype
             if key not in self.frozen:
-                with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                    self.frozen[key] = cpu.make_operands(dtype, *self.cpu_parameters(step, extent, dtype))
+                with torch.no_grad():
+                    parameters = (each.clone() for each in self.cpu_parameters(step, extent, dtype))
+                    self.frozen[key] = cpu.make_operands(dtype, *parameters)
             return cpu.run_operands(x, mask, keep_scale, self.frozen[key])
         weight1, bias1, weight2, bias2 = self.linears(step)
         hidden = weight1 @ channel_norm(x).flatten(1)  # [2C * units, tokens]
@@ -109,8 +111,9 @@ class Block(nn.Module):
     def cpu_parameters(self, step: Sequence[str], extent: Window, dtype: torch.dtype) -> list[Tensor]:
         """What ``cpu.run_step`` needs of the units of a step."""
         gates = [cast(Unit, self.units[unit]).gate for unit in step]
-        of_gates = [each for gate in gates for each in (gate.mixing_weights(extent, dtype), gate.token_bias(extent))]
-        return [*self.linears(step), *of_gates]
+        with torch.autocast("cpu", enabled=False):
+            of_gates = [(gate.mixing_weights(extent, dtype), gate.token_bias(extent)) for gate in gates]
+            return [*self.linears(step), *itertools.chain.from_iterable(of_gates)]
 
     def linears(self, step: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Merge the linear layers of a step's units: all fc1 with the norms' affines folded in, and all fc2.

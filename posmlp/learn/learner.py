@@ -9,6 +9,7 @@ exploded, and then leaves all state as it was. ``StartedStep.result`` waits and 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -67,19 +68,35 @@ class StepResult:
     grad_norm: float
 
 
+class HostCopy:
+    """A tensor's copy to the CPU, queued on its device now. A later read waits for no work that is queued after it."""
+
+    def __init__(self, values: Tensor):
+        on_gpu = values.device.type == "cuda"
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
+        self.values = copy.copy_(values, non_blocking=True)
+        self.copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
+
+    def read(self) -> Tensor:
+        """Wait for the copy, and return it."""
+        if self.copied:
+            self.copied.synchronize()
+        return self.values
+
+
 class StartedStep:
     """A training step whose work is queued on the device.
 
     Attributes:
         step: number of optimizer steps before it.
+        ended: when it was known to have ended, in seconds of ``time.perf_counter``. On a GPU ``result`` sets it.
     """
 
     def __init__(self, learner: Learner, numbers: Tensor):
         """Queue the copy of the step's numbers to the CPU: loss, gradient norm, 1 if the step was refused."""
         self.learner, self.step, self.ema_updates = learner, learner.step, learner.ema_updates
-        on_gpu = numbers.device.type == "cuda"
-        self.numbers = torch.empty(3, dtype=torch.float64, pin_memory=on_gpu).copy_(numbers, non_blocking=True)
-        self.copied = torch.cuda.current_stream(numbers.device).record_event() if on_gpu else None
+        self.numbers = HostCopy(numbers)
+        self.ended = time.perf_counter()
 
     def result(self) -> StepResult:
         """Wait for the step, and return its loss and gradient norm. Call it once, and for all steps in their order.
@@ -90,9 +107,9 @@ class StartedStep:
         """
         if self.learner.unread[:1] != [self]:
             raise RuntimeError(f"step {self.step} has no result now: read each once, in order, up to one that exploded")
-        if self.copied:
-            self.copied.synchronize()
-        loss, norm, refused = self.numbers.tolist()
+        loss, norm, refused = self.numbers.read().tolist()
+        if self.numbers.copied:
+            self.ended = time.perf_counter()
         if refused:
             self.learner.return_to(self)
             guess = math.log(self.learner.num_classes)  # loss of uniform probabilities

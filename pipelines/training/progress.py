@@ -175,24 +175,29 @@ class StepSeries:
         """An empty series for a run of this many optimizer steps."""
         return cls(-(-steps // MAX_STEP_POINTS), global_batch)
 
-    def start(self) -> None:
-        """Begin an epoch: what is before it, such as validation, does not count as time of a step."""
-        self.loss, self.count, self.since = 0.0, 0, time.perf_counter()
+    def start(self, now: float | None = None) -> None:
+        """Begin an epoch, or the steps of the next point: what is before, such as validation, is no time of a step.
 
-    def add(self, step: int, loss: float, rate: float) -> None:
+        Args:
+            now: when, in seconds of ``time.perf_counter``; None: now.
+        """
+        self.loss, self.count, self.since = 0.0, 0, time.perf_counter() if now is None else now
+
+    def add(self, step: int, loss: float, rate: float, ended: float) -> None:
         """Add a finished step.
 
         Args:
             step: number of the optimizer step.
             rate: its learning rate.
+            ended: when it ended, in seconds of ``time.perf_counter``.
         """
         self.loss += loss
         self.count += 1
         if step % self.every == 0:
-            seconds = max(time.perf_counter() - self.since, 1e-9)
+            seconds = max(ended - self.since, 1e-9)
             clips_per_s = self.count * self.global_batch / seconds
             self.rows.append([int(time.time() * 1000), step, self.loss / self.count, rate, clips_per_s])
-            self.start()
+            self.start(ended)
 
     def take(self, at_once: bool) -> list[list[float]]:
         """Return and remove the points to send: all, if ``at_once`` or if the last time was ``SEND_STEPS_S`` ago."""

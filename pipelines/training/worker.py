@@ -61,7 +61,7 @@ from posmlp import metrics as names
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, video_scores
-from posmlp.learn.learner import ExplodedError, Learner, StartedStep
+from posmlp.learn.learner import ExplodedError, HostCopy, Learner, StartedStep
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops, trim_heap
 from posmlp.video.batch import Batch
@@ -356,15 +356,18 @@ class Worker:
         self.series.start()
         first, pending = progress.steps, None
         for number in range(first, steps):  # of the step in its epoch
+            if every and learner.step % every == 0:  # before the vote, which may end the run
+                self.save_steps(pending, meter)
+                pending = None
             with meter.waiting():
                 action = batches.action()
                 batch = batches.take() if action < Action.STOP else None
-            if pending and (batch is None or action == Action.SAVE or (every and learner.step % every == 0)):
-                self.finish_step(pending, meter)
+            if action == Action.SAVE:
+                self.save_steps(pending, meter)
                 pending = None
-                if batch is not None:
-                    self.save()
             if batch is None:
+                if pending:
+                    self.finish_step(pending, meter)
                 self.send_steps(at_once=True)
                 return None
             following = PendingStep(batch, learner.start_step(batch), self.learning_rate())
@@ -388,6 +391,17 @@ class Worker:
             self.publish_throughput(throughput, meter)
         return self.training_metrics(meter)
 
+    def save_steps(self, pending: PendingStep | None, meter: EpochMeter) -> None:
+        """Save a checkpoint of all started steps, if there are any since the last one.
+
+        Args:
+            pending: the step that is not finished yet.
+        """
+        if pending:
+            self.finish_step(pending, meter)
+        if self.learner.step > self.saved_step:
+            self.save()
+
     def finish_step(self, step: PendingStep, meter: EpochMeter) -> None:
         """Read the result of a step, and count it.
 
@@ -402,7 +416,7 @@ class Worker:
         self.note_bad_videos(step.batch)
         self.progress.add_step(result.loss, result.grad_norm)
         meter.add_step()
-        self.series.add(step.started.step + 1, result.loss, step.rate)
+        self.series.add(step.started.step + 1, result.loss, step.rate, step.started.ended)
         self.send_steps()
 
     def training_metrics(self, meter: EpochMeter) -> dict[str, float]:
@@ -502,7 +516,7 @@ class Worker:
         learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
         result, decoded = ClassificationMetrics.empty(learner.num_classes), self.val_split.batches(0)
         hits: list[torch.Tensor] = []
-        pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # counted when the next one is queued
+        pending: list[HostCopy] = []  # of a batch, counted when the next one is queued
         with (
             closing(prefetch(decoded, learner.device, waiting=self.explain_wait)) as ahead,
             learner.evaluation_weights(),
@@ -516,10 +530,10 @@ class Worker:
                 self.note_bad_videos(batch)
                 scores = video_scores(learner.score(batch), self.config.eval.fusion)
                 if pending:
-                    hits.append(result.add(*pending))
-                pending = scores, batch.labels[::views], batch.weights[::views]
+                    hits.append(result.add(*(copy.read() for copy in pending)))
+                pending = [HostCopy(x) for x in (scores, batch.labels[::views], batch.weights[::views])]
             if pending:
-                hits.append(result.add(*pending))
+                hits.append(result.add(*(copy.read() for copy in pending)))
         result = result.sum_over_workers()
         if not result.videos:
             raise AgreedError("no validation video could be decoded")

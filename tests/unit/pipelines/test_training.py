@@ -230,12 +230,12 @@ def test_points_by_step_are_means_since_the_last_point(monkeypatch):
         series.start()
         for step in epoch:
             now += 2
-            series.add(step, float(step), step / 100)
+            series.add(step, float(step), step / 100, now)
     times, steps, losses, rates, speeds = zip(*series.rows, strict=True)
     assert (steps, losses, rates, speeds) == ((2, 4, 6), (1.5, 4.0, 5.5), (0.02, 0.04, 0.06), (4.0, 4.0, 4.0))
     assert set(times) == {1_700_000_000_500}
     assert len(series.take(at_once=False)) == 3 and series.take(at_once=True) == []
-    series.add(8, 1.0, 0.1)
+    series.add(8, 1.0, 0.1, now)
     assert series.take(at_once=False) == []  # three seconds have not passed
     assert len(series.take(at_once=True)) == 1
 

@@ -1,5 +1,6 @@
 """The steps of an epoch on a training worker, without Ray: what is read when, and what belongs to which step."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from pipelines.training.progress import RunProgress, StepSeries
 from pipelines.training.worker import Worker, WorkerPlace
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.errors import BadVideo
+from posmlp.errors import BadVideo, UserError
 from posmlp.learn.learner import Learner, StartedStep
 from tests.helpers.batches import make_batch
 
@@ -108,6 +109,54 @@ def test_a_checkpoint_has_the_steps_and_bad_videos_up_to_it(tmp_path, monkeypatc
         2: (2, ["0", "1"]),
         4: (4, ["0", "1", "2", "3"]),
     }
+
+
+def saved_steps(folder):
+    return [each.info.step for each in checkpoints.find(str(folder))]
+
+
+def test_every_step_can_have_its_checkpoint(tmp_path, monkeypatch):
+    """The last one's is saved with the end of the epoch."""
+    worker = make_worker(tmp_path, monkeypatch, "train.checkpoint_every_steps=1", "train.keep_last=9")
+    worker.train_epoch(agreed(worker), 0)
+    assert saved_steps(tmp_path) == list(range(1, STEPS))
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_requested_checkpoint_is_saved_before_its_step(tmp_path, monkeypatch, step):
+    worker, votes = make_worker(tmp_path, monkeypatch, "train.keep_last=9"), iter(range(STEPS))
+    worker.request = lambda: Action.SAVE if next(votes) == step else Action.CONTINUE
+    worker.train_epoch(agreed(worker), 0)
+    assert saved_steps(tmp_path) == [step]
+
+
+def test_a_checkpoint_that_is_due_is_saved_before_a_failure_ends_the_run(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, "train.checkpoint_every_steps=4", "train.keep_last=9")
+
+    def broken():
+        yield from itertools.islice(batches(), 4)
+        raise UserError("the loader has failed")
+
+    with pytest.raises(AgreedError, match="the loader has failed"):
+        worker.train_epoch(AgreedBatches(broken(), worker.request, worker.channel.fail), 0)
+    assert saved_steps(tmp_path) == [4]
+
+
+def test_the_time_of_a_step_is_its_own(tmp_path, monkeypatch):
+    """Not the time from one read to the next: the last two results of an epoch are read one after the other."""
+    worker, rows, ends = make_worker(tmp_path, monkeypatch), [], []
+    monkeypatch.setattr(worker, "send", lambda event: rows.extend(event.rows))
+    result = StartedStep.result
+
+    def read(started):
+        found = result(started)
+        ends.append(started.ended)
+        return found
+
+    monkeypatch.setattr(StartedStep, "result", read)
+    worker.train_epoch(agreed(worker), 0)
+    speeds = [row[-1] for row in rows]
+    assert speeds[1:] == [pytest.approx(8 / (after - before)) for before, after in itertools.pairwise(ends)]
 
 
 def test_a_stop_request_ends_the_epoch_with_all_started_steps_counted(tmp_path, monkeypatch):

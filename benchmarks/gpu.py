@@ -2,18 +2,19 @@
 
     python benchmarks/gpu.py [--minutes 8] [--out runs/gpu]
 
-It needs PyTorch (2.11 or newer) with Triton, NumPy, and a C compiler for Triton; the training loop also needs pydantic
-and PyYAML. This project need not be installed. Without an NVIDIA GPU it says so and ends with exit code 2.
+It needs PyTorch (2.11 or newer) with Triton, and a C compiler for Triton; the training loop also needs NumPy. This
+project need not be installed. Without an NVIDIA GPU it says so and ends with exit code 2.
 
-- gates: forward and backward against fp64, for all windows of ``s`` and ``b`` with 16 frames
+- gates: forward and backward against fp64, for all windows of ``s`` and ``b``
 - step, compiled step: a training step of ``s16``, plain (``benchmarks/plain.py``) and ours; share of the floor
   (``benchmarks/floors.py``)
 - loop: the training loop, from clips in the host's memory, against the bare step
-- parts of a step, joint, inference, fp8, compiled whole: what explains the rest
+- parts of a step, joint, inference, fp8, compiled loop, compiled whole: what explains the rest
 
 ``gpu_parts.py`` has the measurements. Each runs in a process of its own, which ends when its share of the time is used,
-so one that fails, hangs or breaks the state of the GPU costs no other one. After each row the results are in
-``gpu.json`` and, as tables, in ``gpu.md``. The exit code is 1 if a measurement failed or a gate is wrong.
+so one that fails, hangs or breaks the state of the GPU costs no other one. If the kernels of the gates fail, the rest
+is measured without them. After each row the results are in ``gpu.json`` and in ``gpu.md``, whose first table has all
+that matters. The exit code is 1 if a measurement failed or a gate is wrong.
 
 ``--device cpu --tiny`` runs the smallest sizes on a CPU, to test these scripts. Its times mean nothing.
 """
@@ -21,6 +22,7 @@ so one that fails, hangs or breaks the state of the GPU costs no other one. Afte
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -36,16 +38,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+START = time.monotonic()  # the import of PyTorch counts
+
+import torch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path[1:1] = [str(HERE), str(HERE.parent)]  # the other scripts, and the project, which may not be installed
 
 import gpu_parts  # noqa: E402
 from gpu_parts import Job, Row, SkippedError, ratio, short  # noqa: E402
+from model import supports_nothing  # noqa: E402
+
+from posmlp.model import gpu as gates  # noqa: E402
 
 Record = dict[str, Any]
-OPTIONAL = ("pydantic", "pydantic_core", "yaml")  # packages that only the loop needs
+OPTIONAL = ("numpy",)  # packages that only the loop needs
 DONE, FAILED, SKIPPED, OUT_OF_TIME = "done", "failed", "skipped", "out of time"
 
 
@@ -80,7 +87,7 @@ def run_alone(
                 return
             try:
                 message = receiver.recv()
-            except EOFError:
+            except (EOFError, OSError):  # OSError: in the middle of a message
                 process.join(5)
                 yield Message(FAILED, f"its process ended with exit code {process.exitcode}")
                 return
@@ -99,6 +106,8 @@ def send_rows(measure: Callable[[Job], Iterator[Row]], job: Job, sender: Connect
     """The process of a measurement."""
     os.setsid()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    if not job.kernels:
+        gates.supports = supports_nothing
     try:
         for row in measure(job):
             sender.send(Message("row", row))
@@ -132,7 +141,8 @@ def measure_all(
         start = time.monotonic()
         limit = share * max(0.0, end - start)
         rows = {done: each["rows"] for done, each in record["parts"].items()}
-        for message in run_alone(measure, Job(device, tiny, start + limit, rows), limit, start_method):
+        part["kernels"] = kernels = kernels_work(record)
+        for message in run_alone(measure, Job(device, tiny, start + limit, rows, kernels), limit, start_method):
             if message.kind == "row":
                 put_row(part["rows"], message.content)
             else:
@@ -140,6 +150,13 @@ def measure_all(
             part["seconds"] = time.monotonic() - start
             write_results(record, out)
         print("\n".join(part_lines(name, part)), flush=True)
+
+
+def kernels_work(record: Record) -> bool:
+    """Whether no kernel of a gate has failed to compile or run, as far as is known. Wrong results are no failure."""
+    failed = record["parts"].get("gates", {}).get("status") == FAILED
+    errors = (cell for row in rows_of(record, "gates") for cell in row.get("errors", {}))
+    return not failed and not any(cell.startswith("kernels") for cell in errors)
 
 
 def put_row(rows: list[Row], row: Row) -> None:
@@ -158,7 +175,7 @@ def row_name(row: Row) -> Any:
 
 def write_results(record: Record, out: Path) -> None:
     """Write ``gpu.json`` and ``gpu.md``; each is replaced at once, so it is complete at any time."""
-    record["goals"] = [goal._asdict() for goal in judge(record)]
+    record["summary"] = [figure._asdict() for figure in summary(record)]
     for name, text in (("gpu.json", json.dumps(finite(record), indent=1)), ("gpu.md", markdown(record))):
         part = out / f"{name}.part"
         part.write_text(text + "\n")
@@ -178,43 +195,57 @@ def finite(content: Any) -> Any:
             return content
 
 
-# Goals
+# What matters
 
 
-class Goal(NamedTuple):
-    """A goal on an H100, and what was measured; ``met`` is None where nothing was."""
+class Figure(NamedTuple):
+    """A figure, its goal on an H100, and whether it is met; None where nothing was measured, or there is no goal."""
 
-    goal: str
-    wanted: float
+    figure: str
     measured: float | None
-    met: bool | None
+    goal: str | None = None
+    met: bool | None = None
 
 
-def judge(record: Record) -> list[Goal]:
-    """Compare the results with the goals."""
+def summary(record: Record) -> list[Figure]:
+    """The figures that matter, those with a goal first."""
 
-    def at_least(goal: str, wanted: float, measured: float | None) -> Goal:
-        return Goal(f"{goal}, at least", wanted, measured, None if measured is None else measured >= wanted)
+    def at_least(figure: str, wanted: float, measured: float | None) -> Figure:
+        return Figure(figure, measured, f"at least {wanted:g}", None if measured is None else measured >= wanted)
 
-    def at_most(goal: str, wanted: float, measured: float | None) -> Goal:
-        return Goal(f"{goal}, at most", wanted, measured, None if measured is None else measured <= wanted)
+    def at_most(figure: str, wanted: float, measured: float | None) -> Figure:
+        return Figure(figure, measured, f"at most {wanted:g}", None if measured is None else measured <= wanted)
 
     compiled = ("compiled step", "compiled whole")
     plain_compiled = best(value(record, part, "plain", "ms") for part in compiled)
     ours = [value(record, part, "ours", "ms") for part in ("step", *compiled)]
     floor = value(record, "step", "ours", "floor ms")
     memory = ratio(value(record, "step", "ours", "peak MB"), value(record, "step", "plain", "peak MB"))
-    loop = value(record, "loop", "loop", "of the bare step %")
     of_floor = ratio(floor, best(ours))
+    utilisations = [value(record, part, "ours", "MFU %") for part in ("step", *compiled)]
     checked = [row["within bounds"] for row in rows_of(record, "gates")]
-    return [
+    found = [
         at_least("gates within their bounds, %", 100, 100 * sum(checked) / len(checked) if checked else None),
         at_least("plain step / ours", 3, ratio(value(record, "step", "plain", "ms"), ours[0])),
         at_least("compiled plain step / ours compiled", 1.5, ratio(plain_compiled, best(ours[1:]))),
         at_least("floor / our fastest step, %", 40, of_floor and 100 * of_floor),
         at_most("memory of our step / of the plain one, %", 60, memory and 100 * memory),
-        at_least("loop / bare step, clips/s, %", 95, loop),
+        at_least("loop / bare step, clips/s, %", 95, value(record, "loop", "loop", "of the bare step %")),
+        Figure("our fastest step, ms", best(ours)),
+        Figure("clips of a step", value(record, "step", "ours", "clips")),
+        Figure("MFU of our fastest step, %", most(utilisations)),
+        Figure("loop, clips/s", value(record, "loop", "loop", "clips/s")),
+        Figure("compiled loop, clips/s", value(record, "compiled loop", "loop", "clips/s")),
+        Figure("the host's own time of a step, ms", value(record, "loop", gpu_parts.LAUNCHES, "ms")),
+        Figure("copy from pinned memory, GB/s", value(record, "device", gpu_parts.PINNED_COPY, "GB/s")),
     ]
+    for row in rows_of(record, "joint")[4:]:  # all of the model
+        found += [Figure(f"joint / parallel, {mode}", row[f"joint / parallel {mode}"]) for mode in ("forward", "step")]
+    found += [
+        Figure(f"inference in {row_name(row)}, clips/s", row["most clips/s"]) for row in rows_of(record, "inference")
+    ]
+    gains = [row["bf16 / fp8 with conversion"] for row in rows_of(record, "fp8") if "fp8 ms" in row]
+    return [*found, *([Figure("bf16 / fp8 with conversion, best product", most(gains))] if gains else [])]
 
 
 def rows_of(record: Record, part: str) -> list[Row]:
@@ -232,6 +263,11 @@ def best(times: Iterator[float | None] | Sequence[float | None]) -> float | None
     return min((ms for ms in times if ms), default=None)
 
 
+def most(values: Iterator[float | None] | Sequence[float | None]) -> float | None:
+    """The largest of those values that were measured."""
+    return max((each for each in values if each), default=None)
+
+
 # Tables
 
 
@@ -241,7 +277,7 @@ def markdown(record: Record) -> str:
     lines = [f"# {record['about']['device']}", "", f"{about}. Started {record['started']}."]
     if record["tiny"]:
         lines += ["", "The smallest sizes, to test the scripts: the times mean nothing."]
-    lines += ["", "Goals are for an H100.", "", *table([goal._asdict() for goal in judge(record)])]
+    lines += ["", "Goals are for an H100.", "", *table([figure._asdict() for figure in summary(record)])]
     for name, part in record["parts"].items():
         lines += part_lines(name, part)
     return "\n".join(lines)
@@ -250,7 +286,9 @@ def markdown(record: Record) -> str:
 def part_lines(name: str, part: Record) -> list[str]:
     """Title, table, and what went wrong, of one measurement."""
     reason = f": {part['reason']}" if part.get("reason") else ""
-    lines = ["", f"## {name}", "", f"{part['status'].capitalize()}{reason}, {part.get('seconds', 0):.0f} s.", ""]
+    without = "" if part.get("kernels", True) else " Without the kernels of the gates, which have failed."
+    end = f"{part['status'].capitalize()}{reason}, {part.get('seconds', 0):.0f} s.{without}"
+    lines = ["", f"## {name}", "", end, ""]
     lines += table(part["rows"])
     errors = [(row_name(row), *error) for row in part["rows"] for error in row.get("errors", {}).items()]
     return lines + ([""] if errors else []) + [f"- {row}, {what}: {cell(error)}" for row, what, error in errors]
@@ -286,18 +324,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to test the scripts")
     options = parser.parse_args(arguments)
-    start, device = time.monotonic(), torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    start = START if arguments is None else time.monotonic()
     start_method, first = look_at(device)
     if first.kind != "row":
         print(f"nothing measured: {first.content}", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    record: Record = {"about": first.content, "started": started, "tiny": options.tiny, "goals": [], "parts": {}}
+    record: Record = {"about": first.content, "started": started, "tiny": options.tiny, "summary": [], "parts": {}}
     print(f"{first.content['device']}: {options.minutes:g} minutes; results in {options.out}", flush=True)
+    for package in OPTIONAL:
+        if importlib.util.find_spec(package) is None:
+            print(f"without {package} the training loop is left out; pip install {package} adds it", flush=True)
     left = 60 * options.minutes - (time.monotonic() - start)
     measure_all(record, options.out, device, options.tiny, left, start_method)
-    print("\n".join(["", "Goals, on an H100", "", *table(record["goals"])]))
+    print("\n".join(["", "Goals are for an H100.", "", *table(record["summary"])]))
     wrong = any(part["status"] == FAILED for part in record["parts"].values())
     return int(wrong or any(not row["within bounds"] for row in rows_of(record, "gates")))
 

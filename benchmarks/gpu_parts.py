@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -43,6 +44,8 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 BOUNDS = {"fp32": 1e-4, "bf16": 1e-1}
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
 FP8_LARGEST = 448.0  # of float8_e4m3fn
+PINNED_COPY = "copy from pinned memory"  # a row of the device's rates
+LAUNCHES = "host alone, clips of 32 x 32"  # a row of the loop
 
 
 class SkippedError(Exception):
@@ -59,7 +62,7 @@ class Sizes(NamedTuple):
     checked: int
 
 
-FULL = Sizes("s16", ("s16", "b16"), 16, (1, 32), 2)
+FULL = Sizes("s16", ("s16", "b16", "s32", "b32"), 16, (1, 32), 2)
 TINY = Sizes("tiny", ("tiny",), 4, (1, 2), 1)
 
 
@@ -72,12 +75,14 @@ class Job:
         tiny: use the smallest sizes.
         end: when the measurement will be stopped, by ``time.monotonic()``.
         rows: the rows of the measurements before, by their names.
+        kernels: whether the gates may use their kernels; False if those have failed.
     """
 
     device: torch.device
     tiny: bool = False
     end: float = math.inf
     rows: Mapping[str, list[Row]] = field(default_factory=dict)
+    kernels: bool = True
 
     @property
     def sizes(self) -> Sizes:
@@ -220,7 +225,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def device_rates(job: Job) -> Iterator[Row]:
-    """Rates of a large product and a large copy."""
+    """Rates of a large product and a large copy, and of a copy from the host's pinned memory."""
     for dtype, name in NAMES.items():
         if job.tiny:
             yield {"type": name, "TFLOP/s": H100[dtype].flops / 1e12, "GB/s": H100[dtype].bandwidth / 1e9}
@@ -233,6 +238,11 @@ def device_rates(job: Job) -> Iterator[Row]:
             "by data sheet": sheet and sheet / 1e12,
             "GB/s": peak.bandwidth / 1e9,
         }
+    if job.device.type == "cuda":
+        source, target = torch.empty(2**26, dtype=torch.uint8).pin_memory(), torch.empty(2**26, dtype=torch.uint8)
+        target = target.to(job.device)
+        copies = [milliseconds(lambda: target.copy_(source, non_blocking=True), 5, job.device) for _ in range(5)]
+        yield {"type": PINNED_COPY, "GB/s": source.nbytes / min(copies) / 1e6}
 
 
 # Gates
@@ -240,9 +250,15 @@ def device_rates(job: Job) -> Iterator[Row]:
 
 def gates(job: Job) -> Iterator[Row]:
     """Errors of each gate against fp64, forward and backward; joint windows come last, as they take longest."""
+    done = set()
     for kind in UNITS:
         for name in job.sizes.gates:
+            variant = model_variant(name)
             for stage in range(STAGES):
+                window = unit_window(kind, variant.full_windows()[stage])
+                if (same := (kind, window, variant.dims[stage], stage)) in done:
+                    continue  # 32 frames have the spatial windows of 16
+                done.add(same)
                 yield check_gate(name, stage, kind, job)
                 free_memory(job.device)
 
@@ -415,7 +431,7 @@ def step(job: Job) -> Iterator[Row]:
         yield {"step": "equal logits and gradients", "errors": {"plain / ours": short(error)}}
     ours = make_step(models.ours, models.clip, models.labels)
     runs = {"plain": make_step(models.plain, models.clip, models.labels), "ours": ours}
-    if gpu.has_kernels(job.device):
+    if job.kernels and gpu.has_kernels(job.device):
         runs["ours, PyTorch gates"] = without_fast_paths(ours)
     yield from compared_steps(runs, job, clips, reason)
 
@@ -493,39 +509,92 @@ def parts_of_a_step(job: Job) -> Iterator[Row]:
 
 # The training loop
 
+# The values of the recipe k400_s16 that the loop reads. The recipe itself needs pydantic and PyYAML.
+RECIPE: dict[str, dict[str, Any]] = {
+    "data": {"repeats": 2, "modality": "rgb", "normalisation": "imagenet"},
+    "augment": {
+        "flip": 0.5,
+        "flip_classes": {},
+        "randaug_layers": 4,
+        "randaug_magnitude": 7.0,
+        "brightness": 0.0,
+        "contrast": 0.0,
+        "saturation": 0.0,
+        "erasing": 0.25,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+    },
+    "optim": {
+        "lr": 2e-4,
+        "min_lr": 1e-6,
+        "lr_batch": 128,
+        "warmup_epochs": 10.0,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.05,
+        "label_smoothing": 0.1,
+        "clip_grad": 20.0,
+        "ema": None,
+        "layer_decay": None,
+        "freeze": None,
+    },
+    "train": {"epochs": 60, "precision": "bf16", "seed": 0},
+}
+DROP_PATH = 0.1  # of that recipe
+CLIPS_TOGETHER = 4  # mixing needs pairs of videos, each of two clips
+
+
+def recipe(variant: Variant, clips: int) -> Any:
+    """``RECIPE`` with the attributes of a ``posmlp.config.Config``, for one worker with a batch of ``clips``."""
+    sections = {name: SimpleNamespace(**values) for name, values in RECIPE.items()}
+    sections["train"].global_batch = clips
+    model = SimpleNamespace(variant=lambda: variant)
+    scaling = SimpleNamespace(micro_batch=None)
+    return SimpleNamespace(model=model, scaling=scaling, clips_together=CLIPS_TOGETHER, **sections)
+
 
 def loop(job: Job) -> Iterator[Row]:
-    """The training loop: decoded clips in pinned memory of the host, with the whole Kinetics augmentation.
+    """The training loop: decoded clips in the host's memory, with the whole Kinetics augmentation.
 
-    The bare step has its normalised batch on the device. Another step also augments the batch there. The loop copies
-    each batch two steps ahead, on a stream of its own. Both read a step's result when the next has started.
+    The bare step has its normalised batch on the device. Another step also augments the batch there. The loop's batches
+    are pinned and copied two steps ahead (``posmlp.video.prefetch``). Both read a step's result when the next has
+    started. A step of clips so small that the device has next to nothing to do shows the host's own time.
     """
-    from posmlp.config import load_recipe  # these alone need pydantic and PyYAML
-    from posmlp.learn.learner import Learner, StartedStep
+    model = create_model(job.sizes.model, drop_path=DROP_PATH).to(job.device)
+    yield from looped(model, job)
+
+
+def compiled_loop(job: Job) -> Iterator[Row]:
+    """The same with compiled blocks. Without drop path, whose rate would make each block a program of its own."""
+    model = create_model(job.sizes.model).to(job.device)
+    compile_blocks(model, job.device)
+    yield from looped(model, job, small_clips=False)
+
+
+def looped(model: nn.Module, job: Job, small_clips: bool = True) -> Iterator[Row]:
+    """Time the loop of a model and its parts; ``small_clips``: also the host alone."""
+    from posmlp.learn.learner import Learner, StartedStep  # these alone need NumPy
     from posmlp.video.augment import to_train_input
     from posmlp.video.batch import Batch
+    from posmlp.video.prefetch import prefetch
 
-    overrides = ["model.name=tiny", "model.frames=4", "model.image_size=64"] if job.tiny else []
-    config = load_recipe("k400_s16", [*overrides, "model.weights=null", "scaling.micro_batch=null"])
-    clips = max(1, job.clips // config.clips_together) * config.clips_together
-    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": clips})})
-    variant, device = config.model.variant(), job.device
+    variant, device = model_variant(job.sizes.model), job.device
+    clips = max(1, job.clips // CLIPS_TOGETHER) * CLIPS_TOGETHER
     torch.manual_seed(0)
-    model = create_model(config.model.name, **config.model.overrides()).to(device)
+    config = recipe(variant, clips)
     learner = Learner(model, config, steps_per_epoch=1000)
-    shape = (clips, variant.frames, variant.image_size, variant.image_size, 3)
+
+    def random_batch(side: int) -> Batch:
+        pixels = torch.randint(256, (clips, variant.frames, side, side, 3), dtype=torch.uint8)
+        return Batch(pixels, torch.randint(variant.num_classes, (clips,)), torch.ones(clips), new_seeds())
+
+    def new_seeds() -> Tensor:
+        return torch.randint(2**63 - 1, (clips,))
 
     def on_host() -> Iterator[Batch]:
-        held = []
-        for _ in range(4):
-            pixels = torch.randint(256, shape, dtype=torch.uint8)
-            columns = [pixels, torch.randint(variant.num_classes, (clips,)), torch.ones(clips)]
-            if device.type == "cuda":
-                columns = [column.pin_memory() for column in columns]
-            held.append(Batch(*columns, seeds=torch.zeros(clips, dtype=torch.int64)))
+        held = [random_batch(variant.image_size) for _ in range(4)]
         while True:
             for batch in held:
-                yield replace(batch, seeds=torch.randint(2**63 - 1, (clips,)))
+                yield replace(batch, seeds=new_seeds())
 
     started: list[StartedStep] = []
 
@@ -535,48 +604,28 @@ def loop(job: Job) -> Iterator[Row]:
         if len(started) > 1:
             started.pop(0).result()
 
-    host = on_host()
-    here = next(host).to(device)
+    here = random_batch(variant.image_size).to(device)
     inputs, targets = to_train_input(here, config, learner.flipped)
-    ahead = copied_ahead(host, device)
+    ahead = prefetch(on_host(), device)
     runs: dict[str, Run] = {
         "bare step": make_step(model, inputs, targets),
-        "with the augmentation, batch on the device": lambda: start(
-            replace(here, seeds=torch.randint(2**63 - 1, (clips,)))
-        ),
         "loop": lambda: start(next(ahead)),
+        "with the augmentation, batch on the device": lambda: start(replace(here, seeds=new_seeds())),
     }
+    if small_clips:
+        small = random_batch(32).to(device)
+        runs[LAUNCHES] = lambda: start(replace(small, seeds=new_seeds()))
     rows: dict[str, Row] = {name: {"loop": name, "clips": clips} for name in runs}
     for name, found in compare(runs, job, share=0.8, span=1.0):
         row = rows[name]
         if "error" in found:
             row["errors"] = {name: found["error"]}
         else:
-            row |= found | {"clips/s": 1e3 * clips / found["ms"]}
-            share = ratio(rows["bare step"].get("ms"), found["ms"])
-            row["of the bare step %"] = share and 100 * share
+            row |= found
+            if name != LAUNCHES:
+                share = ratio(rows["bare step"].get("ms"), found["ms"])
+                row |= {"clips/s": 1e3 * clips / found["ms"], "of the bare step %": share and 100 * share}
         yield row
-
-
-def copied_ahead(batches: Iterator[Any], device: torch.device, ahead: int = 2) -> Iterator[Any]:
-    """Copy batches to the device on a stream of their own, while up to ``ahead`` later ones are under way."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    waiting: list[tuple[Any, torch.cuda.Event | None]] = []
-    for batch in batches:
-        if stream is None:
-            waiting.append((batch.to(device), None))
-        else:
-            with torch.cuda.stream(stream):
-                waiting.append((batch.to(device), stream.record_event()))
-        if len(waiting) <= ahead:
-            continue
-        there, copied = waiting.pop(0)
-        if copied is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(copied)
-            for column in (there.clips, there.labels, there.weights):
-                column.record_stream(current)  # its memory is used again only after this stream's work
-        yield there
 
 
 # Joint blocks
@@ -737,6 +786,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Job], Iterator[Row]], float]] = {
     "parts of a step": (parts_of_a_step, 0.3),
     "joint": (joint, 0.4),
     "inference": (inference, 0.7),
-    "fp8": (fp8_products, 0.6),
+    "fp8": (fp8_products, 0.4),
+    "compiled loop": (compiled_loop, 0.5),
     "compiled whole": (compiled_model_step, 1.0),
 }

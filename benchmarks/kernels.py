@@ -34,7 +34,9 @@ WINDOWS = {
     "joint": ((16, 14, 14), (16, 14, 14)),
 }
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHARED_MEMORY_KB = {80: 164, 90: 228}  # of a multiprocessor; each program uses 1 KB more than it requests
+# Of a multiprocessor, by compute capability (CUDA C++ Programming Guide). Each program uses 1 KB more than it requests.
+SHARED_MEMORY_KB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+MOST_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -50,7 +52,8 @@ class KernelResources(NamedTuple):
     def programs_at_once(self, capability: int) -> int:
         """Return the number of programs that a multiprocessor holds at once."""
         registers = math.ceil(self.registers / 8) * 8 * 32 * self.warps
-        return min(65536 // registers, SHARED_MEMORY_KB[capability] * 1024 // (self.shared + 1024), 64 // self.warps)
+        by_memory = SHARED_MEMORY_KB[capability] * 1024 // (self.shared + 1024)
+        return min(65536 // registers, by_memory, MOST_WARPS[capability] // self.warps)
 
 
 def record_launches(window: tuple[int, ...], extent: tuple[int, ...], dtype: torch.dtype) -> list[tuple[Any, ...]]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks import gpu
+from posmlp.config import load_recipe
 from posmlp.model import cost
 from posmlp.model import gpu as model_gpu
 from posmlp.model.gates import PositionGate
@@ -24,7 +25,20 @@ gpu_parts = gpu.gpu_parts
 ROOT = Path(gpu.__file__).parents[1]
 CPU = torch.device("cpu")
 EXTENT = (3, 2, 4)
-UNNEEDED = ("ray", "mlflow", "decord", "av", "pyarrow", "pandas", "scipy", "optuna", "matplotlib", "safetensors")
+UNNEEDED = (
+    "pydantic",
+    "yaml",
+    "ray",
+    "mlflow",
+    "decord",
+    "av",
+    "pyarrow",
+    "pandas",
+    "scipy",
+    "optuna",
+    "matplotlib",
+    "safetensors",
+)
 
 
 def test_all_parts_run_in_small_on_a_cpu_and_leave_their_files(tmp_path):
@@ -44,8 +58,9 @@ def test_all_parts_run_in_small_on_a_cpu_and_leave_their_files(tmp_path):
         assert part["rows"] and not any(row.get("errors") for row in part["rows"]), (name, part)
         assert f"## {name}\n" in tables and f"## {name}\n" in result.stdout
     assert len(record["parts"]["gates"]["rows"]) == 4 * len(UNITS)
-    assert all(goal["measured"] > 0 for goal in record["goals"])
-    assert all(goal["goal"] in tables for goal in record["goals"])
+    unmeasured = {figure["figure"] for figure in record["summary"] if not figure["measured"]}
+    assert unmeasured == {"copy from pinned memory, GB/s"}
+    assert all(figure["figure"] in tables for figure in record["summary"])
     step, loop = ({gpu.row_name(row): row for row in record["parts"][name]["rows"]} for name in ("step", "loop"))
     assert {"plain", "ours"} <= set(step)
     assert loop["loop"]["clips/s"] == pytest.approx(1e3 * loop["loop"]["clips"] / loop["loop"]["ms"])
@@ -86,8 +101,8 @@ def fail():
     raise ValueError("first line\nsecond line")
 
 
-def need_yaml():
-    raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
+def need_numpy():
+    raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
 
 
 def need_a_module_of_ours():
@@ -100,7 +115,7 @@ def skip():
 
 @pytest.fixture
 def record():
-    return {"about": {"device": "some"}, "started": "now", "tiny": True, "goals": [], "parts": {}}
+    return {"about": {"device": "some"}, "started": "now", "tiny": True, "summary": [], "parts": {}}
 
 
 def test_a_part_that_fails_dies_or_hangs_costs_no_other_part(tmp_path, record, monkeypatch, capsys):
@@ -109,7 +124,7 @@ def test_a_part_that_fails_dies_or_hangs_costs_no_other_part(tmp_path, record, m
         "dies": one_row_then(lambda: os.kill(os.getpid(), signal.SIGKILL)),
         "hangs": one_row_then(lambda: time.sleep(3600)),
         "skips": one_row_then(skip),
-        "lacks a package": one_row_then(need_yaml),
+        "lacks a package": one_row_then(need_numpy),
         "is broken": one_row_then(need_a_module_of_ours),
         "works": two_rows,
     }
@@ -123,7 +138,7 @@ def test_a_part_that_fails_dies_or_hangs_costs_no_other_part(tmp_path, record, m
     assert ends["dies"] == ("failed", "its process ended with exit code -9")
     assert ends["hangs"][0] == "out of time"
     assert ends["skips"] == ("skipped", "no such device")
-    assert ends["lacks a package"] == ("skipped", "needs the package yaml")
+    assert ends["lacks a package"] == ("skipped", "needs the package numpy")
     assert ends["is broken"][0] == "failed"
     assert ends["works"] == ("done", None)
     assert parts["works"]["rows"] == [{"row": "a", "ms": 2.0}, {"row": "b"}]
@@ -187,7 +202,7 @@ def test_numbers_that_json_lacks_are_text(tmp_path, record):
 
 
 def test_goals_by_hand(record):
-    assert {goal.met for goal in gpu.judge(record)} == {None}
+    assert {figure.met for figure in gpu.summary(record)} == {None}
 
     def part(*rows):
         return {"rows": list(rows), "status": "done"}
@@ -202,8 +217,11 @@ def test_goals_by_hand(record):
         "compiled whole": part({"step": "plain", "ms": 40.0}, {"step": "ours", "ms": 20.0}),
         "loop": part({"loop": "bare step"}, {"loop": "loop", "of the bare step %": 94.0}),
     }
-    found = [(round(goal.measured, 9), goal.met) for goal in gpu.judge(record)]
+    figures = gpu.summary(record)
+    found = [(round(figure.measured, 9), figure.met) for figure in figures if figure.goal]
     assert found == [(50, False), (3, True), (2, True), (30, False), (55, True), (94, False)]
+    assert {figure.figure: figure.measured for figure in figures}["our fastest step, ms"] == 20
+    assert not any(figure.met is not None for figure in figures if not figure.goal)
 
 
 def test_a_table_has_all_columns_and_shows_three_digits():
@@ -232,21 +250,58 @@ def test_runs_are_timed_in_turn_and_a_failing_one_is_left_out():
     assert found[-1][1]["rounds"] == gpu_parts.FEWEST_ROUNDS
 
 
-def test_batches_are_copied_two_ahead_and_come_in_order():
-    taken = []
+def test_the_loop_has_the_values_of_the_recipe():
+    config = load_recipe("k400_s16", ["model.weights=null"])
+    for section, values in gpu_parts.RECIPE.items():
+        for name, value in values.items():
+            assert getattr(getattr(config, section), name) == value, (section, name)
+    assert (config.model.drop_path, config.clips_together) == (gpu_parts.DROP_PATH, gpu_parts.CLIPS_TOGETHER)
+    assert config.model.name == gpu_parts.FULL.model
 
-    class Held:
-        def __init__(self, number):
-            self.number = number
 
-        def to(self, device):
-            taken.append(self.number)
-            return self.number
+def test_every_window_of_the_released_models_is_checked_once(monkeypatch):
+    checked = []
+    monkeypatch.setattr(gpu_parts, "check_gate", lambda name, stage, kind, job: checked.append((name, stage, kind)))
+    list(gpu_parts.gates(gpu.Job(CPU)))
+    gates = set()
+    for name, stage, kind in checked:
+        variant = gpu_parts.model_variant(name)
+        window = unit_window(kind, variant.full_windows()[stage])
+        gates.add((window, variant.dims[stage], variant.image_size >> (stage + 2)))
+    expected = set()
+    for name in ("s16", "b16", "s32", "b32"):
+        variant = gpu_parts.model_variant(name)
+        for stage, window in enumerate(variant.full_windows()):
+            side = variant.image_size >> (stage + 2)
+            expected |= {(unit_window(kind, window), variant.dims[stage], side) for kind in UNITS}
+    assert gates == expected and len(checked) == len(expected)
 
-    ahead = gpu_parts.copied_ahead(map(Held, itertools.count()), CPU)
-    for number in range(4):
-        assert next(ahead) == number
-        assert taken == list(range(number + 3))
+
+def gate_row(*failed):
+    """A row of a gate of which some cells failed."""
+    return {"gate": str(failed), "within bounds": not failed, "errors": dict.fromkeys(failed, "E")}
+
+
+@pytest.mark.parametrize(
+    ("part", "work"),
+    [
+        ({"status": "done", "rows": [gate_row(), gate_row("PyTorch fp32")]}, True),
+        ({"status": "done", "rows": [gate_row(), gate_row("kernels bf16")]}, False),
+        ({"status": "failed", "rows": []}, False),
+        ({"status": "out of time", "rows": []}, True),
+    ],
+)
+def test_kernels_that_fail_are_not_used_in_what_follows(record, tmp_path, monkeypatch, capsys, part, work):
+    def measure(job):
+        yield {"gates": "kernels" if model_gpu.supports is supports else "PyTorch"}
+
+    supports = model_gpu.supports
+    record["parts"] = {"gates": part}
+    monkeypatch.setattr(gpu_parts, "MEASUREMENTS", {"step": (measure, 0.9)})
+    gpu.measure_all(record, tmp_path, CPU, True, 100)
+    assert record["parts"]["step"]["rows"] == [{"gates": "kernels" if work else "PyTorch"}]
+    assert ("Without the kernels" in capsys.readouterr().out) == (not work)
+    assert model_gpu.supports is supports
 
 
 def make_gate(kind, dtype, cls=PositionGate):

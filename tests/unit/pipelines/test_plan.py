@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import sys
+import time
 from dataclasses import astuple, replace
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -194,7 +195,7 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
 def test_points_by_step_are_counted_as_they_are_made(steps):
     series = StepSeries.for_run(steps, 8)
     for step in range(1, steps + 1):
-        series.add(step, 1.0, 0.1)
+        series.add(step, 1.0, 0.1, time.perf_counter())
     found = k400("train.epochs=1", "optim.warmup_epochs=1")
     found = replace(found, videos=steps * found.config.train.global_batch // found.config.data.repeats)
     assert (found.steps_per_epoch, found.step_points) == (steps, len(series.rows))

@@ -100,6 +100,7 @@ class ModelSection(Section):
     blocks: str | tuple[str, ...] | None = None
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the classifier
+    stage4_stride: Literal[16, 32] = 32  # pixels from one token of stage 4 to the next; 16: as large as stage 3
     choices: ChoicesSection | None = None  # train a supernet: all of these with shared weights (`posmlp supernet`)
     weights: str | None = None  # initial weights: a run, a checkpoint, a file, or posmlp:motion
 

@@ -36,7 +36,8 @@ def published_variant_costs(recipe: Config, latencies: Mapping[str, float]) -> d
 def published_variant_recipe(recipe: Config, name: str) -> Config:
     """A recipe with a published variant as its model, for the same clips and classes."""
     own = recipe.model.variant()
-    model = ModelSection(name=name, frames=own.frames, image_size=own.image_size, num_classes=own.num_classes)
+    same = {key: getattr(own, key) for key in ("frames", "image_size", "num_classes", "stage4_stride")}
+    model = ModelSection(name=name, **same)
     return recipe.model_copy(update={"model": model})
 
 

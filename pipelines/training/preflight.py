@@ -57,6 +57,7 @@ KEYS_FIXED_ON_RESUME = (
     "model.groups",
     "model.windows",
     "model.blocks",
+    "model.stage4_stride",
     "model.choices",
     "optim.freeze",
     "optim.layer_decay",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from posmlp.detection.roi_align import roi_align
 from posmlp.model import cpu
 from posmlp.model.gates import PositionGate
 from posmlp.model.spec import BLOCKS, Window, block_units, unit_window
@@ -132,15 +133,15 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Conv(1,3,3) with stride (1,2,2), then LayerNorm."""
+    """Conv(1,3,3) with a stride in space, then LayerNorm."""
 
-    def __init__(self, dim_in: int, dim: int):
+    def __init__(self, dim_in: int, dim: int, stride: int = 2):
         super().__init__()
-        self.proj = nn.Conv3d(dim_in, dim, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        self.proj = nn.Conv3d(dim_in, dim, (1, 3, 3), (1, stride, stride), (0, 1, 1))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C_in, T, H, W]`` -> ``[B, C, T, H/2, W/2]``."""
+        """``[B, C_in, T, H, W]`` -> ``[B, C, T, H/stride, W/stride]``."""
         x = frame_conv(self.proj, x).permute(0, 2, 3, 4, 1)  # the memory order, so this is a view
         normed = F.layer_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
         return normed.to(x.dtype).permute(0, 4, 1, 2, 3)
@@ -170,6 +171,7 @@ class Stage(nn.Module):
         dim_in: channels of the previous stage; None for the first stage, which follows the stem without downsampling.
         dim, kind, depth, groups, window: channels, block type, number of blocks, channel groups and window (t, h, w).
         drop_path: stochastic-depth rate of each block.
+        stride: of the downsampling, in space.
 
     Attributes:
         recompute: activation checkpointing; blocks compute their activations again in the backward pass, which takes
@@ -179,11 +181,19 @@ class Stage(nn.Module):
     recompute = False
 
     def __init__(
-        self, dim_in: int | None, dim: int, kind: str, depth: int, groups: int, window: Window, drop_path: list[float]
+        self,
+        dim_in: int | None,
+        dim: int,
+        kind: str,
+        depth: int,
+        groups: int,
+        window: Window,
+        drop_path: list[float],
+        stride: int = 2,
     ):
         super().__init__()
         self.window = window
-        self.downsample = Downsample(dim_in, dim) if dim_in else None
+        self.downsample = Downsample(dim_in, dim, stride) if dim_in else None
         self.blocks = nn.ModuleList(Block(kind, dim, groups, window, drop_path[i]) for i in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,6 +299,7 @@ class PosMLPVideo(nn.Module):
         num_classes: length of the logits.
         drop_path: stochastic-depth rate of the last block; the rates rise linearly from 0 at the first.
         dropout: dropout rate before the classifier.
+        stage4_stride: pixels of the clip from one token of the last stage to the next, 32 or 16.
     """
 
     def __init__(
@@ -301,17 +312,18 @@ class PosMLPVideo(nn.Module):
         num_classes: int,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        stage4_stride: int = 32,
     ):
         super().__init__()
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
+        strides = (1, 2, 2, stage4_stride // 16)
         self.stem = Stem(dims[0])
         self.stages = nn.ModuleList()
         for i, depth in enumerate(depths):
             first = sum(depths[:i])
             dim_in = dims[i - 1] if i else None
-            self.stages.append(
-                Stage(dim_in, dims[i], blocks[i], depth, groups[i], windows[i], rates[first : first + depth])
-            )
+            drop_paths = rates[first : first + depth]
+            self.stages.append(Stage(dim_in, dims[i], blocks[i], depth, groups[i], windows[i], drop_paths, strides[i]))
         self.norm = nn.LayerNorm(dims[-1])
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(dims[-1], num_classes)
@@ -336,6 +348,8 @@ class PosMLPVideo(nn.Module):
     def features(self, clip: Tensor) -> list[Tensor]:
         """Feature maps of the four stages, ``[B, C_i, T, H_i, W_i]`` with strides 4, 8, 16, 32 in space, 1 in time.
 
+        With ``stage4_stride`` 16, the last one has the size of the third.
+
         Args:
             clip: ``[B, 3, T, H, W]``, normalised; any T, H and W.
         """
@@ -346,8 +360,29 @@ class PosMLPVideo(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, clip: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` of normalised clips ``[B, 3, T, H, W]``; any T, H and W."""
-        x = self.features(clip)[-1].flatten(2)  # [B, C, tokens]
-        x = F.layer_norm(x.mT, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
-        return self.head(self.dropout(x.mean(1)))
+    def forward(self, clip: Tensor, boxes: Tensor | None = None, box_clip: Tensor | None = None) -> Tensor:
+        """Logits of clips, or with boxes those of each box in them (action detection).
+
+        A clip's logits are of the mean of its last feature map. A box's are of the map's mean over time, in the box:
+        RoIAlign, then the largest value of its bins. Both use the same norm, dropout and linear layer.
+
+        Args:
+            clip: ``[B, 3, T, H, W]``, normalised; any T, H and W.
+            boxes: ``[N, 4]``, x1 y1 x2 y2 as fractions of the clip's frames.
+            box_clip: int64 ``[N]``, the clip of each box; required with boxes.
+
+        Returns:
+            ``[B, num_classes]``, or ``[N, num_classes]`` with boxes.
+
+        Raises:
+            ValueError: boxes without ``box_clip``.
+        """
+        x = self.features(clip)[-1]
+        tokens = x.flatten(2).mT  # [B, tokens, C]
+        tokens = F.layer_norm(tokens, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+        if boxes is None:
+            return self.head(self.dropout(tokens.mean(1)))
+        if box_clip is None:
+            raise ValueError("boxes need box_clip, the number of each box's clip")
+        maps = tokens.unflatten(1, x.shape[2:]).mean(1).permute(0, 3, 1, 2)  # [B, C, H, W]
+        return self.head(self.dropout(roi_align(maps, boxes, box_clip).amax((2, 3))))

@@ -161,10 +161,10 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
     frames = frames or variant.frames
     blocks = (variant.blocks,) * len(variant.dims) if isinstance(variant.blocks, str) else variant.blocks
 
-    def conv(dim_in: int, dim: int) -> int:
-        """Count a convolution (1,3,3) with stride (1,2,2), and set height and width to those of its output."""
+    def conv(dim_in: int, dim: int, stride: int = 2) -> int:
+        """Count a convolution (1,3,3) with a stride in space, and set height and width to those of its output."""
         nonlocal height, width
-        height, width = (height + 1) // 2, (width + 1) // 2
+        height, width = -(-height // stride), -(-width // stride)
         return 9 * dim_in * dim * frames * height * width
 
     macs = conv(3, variant.dims[0] // 2) + conv(variant.dims[0] // 2, variant.dims[0])
@@ -172,7 +172,7 @@ def count_macs(variant: Variant, frames: int | None = None, size: int | tuple[in
         zip(variant.dims, variant.depths, variant.groups, variant.full_windows(), blocks, strict=True)
     ):
         if i:
-            macs += conv(variant.dims[i - 1], dim)
+            macs += conv(variant.dims[i - 1], dim, variant.stage4_stride // 16 if i == 3 else 2)
         t, h, w = window
         extent = min(t, frames), min(h, height), min(w, width)  # as in Stage: a small input fills part of a window
         tokens = math.prod(extent) * math.prod(grid((frames, height, width), extent))

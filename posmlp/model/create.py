@@ -18,14 +18,15 @@ def create_model(name: str, **overrides: Any) -> PosMLPVideo:
         overrides: fields of ``posmlp.model.spec.Variant`` that differ from the named model, as plain data.
 
     Returns:
-        A module that maps clips ``[B, 3, T, H, W]`` to logits ``[B, num_classes]``; its ``features`` method returns
-        the feature maps of the stages. With ``choices`` it is a ``Supernet``.
+        A module that maps clips ``[B, 3, T, H, W]`` to logits ``[B, num_classes]``, or with boxes ``[N, 4]`` and the
+        clip of each to ``[N, num_classes]``; its ``features`` method returns the feature maps of the stages. With
+        ``choices`` it is a ``Supernet``.
 
     Raises:
         UserError: a ValueError; the name or an override is unknown, or the combination cannot be built.
     """
     variant = model_variant(name, **overrides)
-    keys = ("dims", "num_classes", "drop_path", "dropout")
+    keys = ("dims", "num_classes", "drop_path", "dropout", "stage4_stride")
     same = {key: getattr(variant, key) for key in keys} | {"windows": variant.full_windows()}
     own = variant.architecture()
     if variant.choices:

@@ -103,6 +103,8 @@ class Variant:
         windows: an int or a pair (h, w) is a window over all frames of the clip; a triple is (t, h, w).
         blocks: block types, keys of ``BLOCKS``; a single string applies to all stages.
         frames, image_size: the clip size that the windows and the cost refer to; the model accepts other sizes too.
+        stage4_stride: pixels of the clip from one token of the last stage to the next. 16: the last stage has the
+            resolution of the third, as detectors want it; the weights are the same.
         choices: if given, the model is a supernet: all architectures of these choices with shared weights
             (``posmlp.model.supernet``). In eval mode it runs as the variant's own blocks, groups and depths.
     """
@@ -117,6 +119,7 @@ class Variant:
     num_classes: int = 400
     drop_path: float = 0.0
     dropout: float = 0.0
+    stage4_stride: int = 32
     choices: Choices | None = None
 
     def architecture(self) -> Architecture:
@@ -219,6 +222,8 @@ def find_problems(variant: Variant) -> list[str]:
         value = getattr(variant, key)
         if not isinstance(value, int | float) or not 0 <= value < 1:
             problems.append(f"{key} {value!r} must be at least 0 and less than 1")
+    if variant.stage4_stride not in (16, 32):
+        problems.append(f"stage4_stride {variant.stage4_stride!r} must be 32 or 16")
     if not problems:
         for i, (dim, groups) in enumerate(zip(variant.dims, variant.groups, strict=True), start=1):
             if dim % groups:

@@ -28,7 +28,8 @@ class Supernet(PosMLPVideo):
     Args:
         choices: candidate values for each of the four stages, none of them empty.
         own: the architecture that runs in eval mode.
-        dims, windows, num_classes, drop_path, dropout: as for ``PosMLPVideo``, the same for all architectures.
+        dims, windows, num_classes, drop_path, dropout, stage4_stride: as for ``PosMLPVideo``, the same for all
+            architectures.
 
     Attributes:
         drawn: the architecture of the next training step, see ``draw``.
@@ -43,9 +44,10 @@ class Supernet(PosMLPVideo):
         num_classes: int,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        stage4_stride: int = 32,
     ):
         deepest = [max(depths) for depths in choices.depths]
-        super().__init__(dims, deepest, own.groups, windows, own.blocks, num_classes, drop_path, dropout)
+        super().__init__(dims, deepest, own.groups, windows, own.blocks, num_classes, drop_path, dropout, stage4_stride)
         self.choices, self.own, self.drawn = choices, own, own
         self.shared_args: dict[str, Any] = {
             "dims": dims,

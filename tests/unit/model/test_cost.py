@@ -38,9 +38,9 @@ blocks = st.sampled_from(sorted(BLOCKS))
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.tuples(blocks, blocks, blocks, blocks), st.integers(1, 9), sides, sides)
-def test_macs_equal_the_flop_counter_at_any_size(blocks, frames, height, width):
-    overrides = {"blocks": blocks, "windows": (8, (3, 5), (2, 4, 4), 2)}
+@given(st.tuples(blocks, blocks, blocks, blocks), st.integers(1, 9), sides, sides, st.sampled_from([16, 32]))
+def test_macs_equal_the_flop_counter_at_any_size(blocks, frames, height, width, stage4_stride):
+    overrides = {"blocks": blocks, "windows": (8, (3, 5), (2, 4, 4), 2), "stage4_stride": stage4_stride}
     macs = count_macs(model_variant("tiny", **overrides), frames, (height, width))
     assert macs == counted_macs(posmlp.create_model("tiny", **overrides), frames, height, width)
 

@@ -90,6 +90,7 @@ def test_the_published_parameter_count():
         ("tiny", {"num_classes": 2.5}, ["num_classes 2.5"]),
         ("tiny", {"drop_path": 1.0}, ["drop_path 1.0"]),
         ("tiny", {"dropout": -0.1}, ["dropout -0.1"]),
+        ("tiny", {"stage4_stride": 8}, ["stage4_stride 8", "32 or 16"]),
         ("tiny", {"dims": (16, 32, 64), "blocks": "x", "frames": 0}, ["dims", "'x'", "frames 0"]),  # all at once
     ],
 )

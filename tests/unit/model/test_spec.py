@@ -179,7 +179,8 @@ def test_the_limits_are_allowed():
 
 def test_unknown_names_are_answered_with_a_likely_one():
     known = f"known: tiny, s, b, l, {ANY}"
-    keys = "dims, depths, groups, windows, blocks, frames, image_size, num_classes, drop_path, dropout, choices"
+    keys = "dims, depths, groups, windows, blocks, frames, image_size, num_classes, drop_path, dropout, "
+    keys += "stage4_stride, choices"
     with pytest.raises(UserError) as error:
         model_variant("s61")
     assert str(error.value) == f"unknown model 's61' (did you mean 's16'?); {known}"

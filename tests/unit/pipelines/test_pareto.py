@@ -575,10 +575,12 @@ def test_the_curve_of_the_hypervolume_by_hand():
 
 def test_published_variants_have_the_clips_and_classes_of_the_recipe():
     """Parameters of s: 13,509,537 - here with 5 classes - are those of a model that is built, not counted."""
-    recipe = load_recipe("demo", ["model.num_classes=5", "model.frames=6", "model.image_size=96"])
+    overrides = ["model.num_classes=5", "model.frames=6", "model.image_size=96", "model.stage4_stride=16"]
+    recipe = load_recipe("demo", overrides)
     made = costs_of_models.published_variant_recipe(recipe, "s")
     assert made.model.model_dump(exclude_none=True) == {
-        **{"name": "s", "num_classes": 5, "frames": 6, "image_size": 96, "drop_path": 0.0, "dropout": 0.0}
+        **{"name": "s", "num_classes": 5, "frames": 6, "image_size": 96, "drop_path": 0.0, "dropout": 0.0},
+        "stage4_stride": 16,
     }
     assert made.data == recipe.data and made.train == recipe.train
     costs = costs_of_models.published_variant_costs(recipe, {"tiny": 4.5, "unknown": 1.0})

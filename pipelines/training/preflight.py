@@ -24,7 +24,7 @@ from posmlp.model.checkpoint import CheckpointError, fit_published
 from posmlp.video.augment import flip_labels
 from posmlp.video.draws import epoch_length
 from posmlp.video.manifest import Manifest, ManifestError, read_split, training_classes
-from posmlp.weights import is_packaged, packaged_file
+from posmlp.weights import NORMALISATION, is_packaged, packaged_file
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
 KEYS_FREE_ON_RESUME = (
@@ -150,6 +150,11 @@ def check_record(
     Raises:
         RunError: the run is finished, or its recipe has changed; the message lists the changes.
     """
+    if record["metrics"] == {}:
+        raise RunError(
+            f"{run} holds an imported model, not a run to resume. Choose another name (name=...), and start from the "
+            f"model with model.weights={run}"
+        )
     if record["metrics"] is not None:
         raise RunError(
             f"run {config.name!r} is finished (val/top1 {record['metrics'].get(VAL_TOP1, float('nan')):.1%}, "
@@ -207,40 +212,61 @@ def find_weights(config: Config) -> str | None:
         The file's path or URI; None if the recipe starts from random weights.
 
     Raises:
-        UserError: it names neither a file nor a run with a checkpoint, or the weights do not fit the recipe's model.
+        UserError: it names neither a file nor a run with a checkpoint, the weights do not fit the recipe's model, or
+            they are of a video model that was trained with another ``data.normalisation``.
     """
     if config.model.weights is None:
         return None
-    file = find_weight_file(config.model.weights)
+    file, normalisation = find_weight_file(config.model.weights)
     with torch.device("meta"):  # the model itself takes no memory
         model = create_model(config.model.name, **config.model.overrides())
     try:
-        fit_published(model, file)
+        _, report = fit_published(model, file)
     except (CheckpointError, FileNotFoundError) as error:
         separator = "\n" if "\n" in str(error) else "; "
         raise UserError(f"model.weights: {error}{separator}model.weights=null starts from random weights") from error
+    trained, own = normalisation or report.normalisation, config.data.normalisation
+    if trained not in (None, own):
+        raise UserError(
+            f"data.normalisation is {own}, but the model of model.weights ({storage.without_password(file)}) was "
+            f"trained with {trained}: its first layer expects such pixels; set data.normalisation={trained}"
+        )
     return file
 
 
-def find_weight_file(weights: str) -> str:
+def find_weight_file(weights: str) -> tuple[str, str | None]:
     """Resolve weights of the package, a file of weights, a run or a checkpoint to a file of weights.
+
+    Returns:
+        The file, and the ``data.normalisation`` of the run that trained a video model. None: only the file itself may
+        tell, or it is an image model, which published code too trains on videos of another normalisation.
 
     Raises:
         UserError: it is none of them.
     """
     if is_packaged(weights):
-        return packaged_file(weights)
+        return packaged_file(weights), NORMALISATION
     try:
         if storage.are_files([weights])[0]:
-            return weights
+            return weights, None
     except OSError as error:
         raise UserError(f"model.weights: {weights} cannot be read: {' '.join(str(error).split())}") from error
     try:
         checkpoint = checkpoints.choose(weights)
-        checkpoints.read_verified(checkpoint, checkpoints.WEIGHTS, checkpoints.read_info(checkpoint))
+        info = checkpoints.read_info(checkpoint)
+        checkpoints.read_verified(checkpoint, checkpoints.WEIGHTS, info)
     except UserError as error:
         raise UserError(
             f"model.weights is neither a file of weights nor a run: {error}. Train that run first, or start from "
             "random weights with model.weights=null"
         ) from error
-    return storage.join(checkpoint, checkpoints.WEIGHTS)
+    return storage.join(checkpoint, checkpoints.WEIGHTS), run_normalisation(info)
+
+
+def run_normalisation(info: checkpoints.CheckpointInfo) -> str | None:
+    """``data.normalisation`` of a checkpoint's run; None for an image model, and for recipes of other versions."""
+    try:
+        recipe = info.recipe()
+    except UserError:
+        return None
+    return None if recipe.model.variant().frames == 1 else recipe.data.normalisation

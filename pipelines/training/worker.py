@@ -247,7 +247,7 @@ class Worker:
         notes: list[str] = []
         if found is None and self.job.weights:
             report = load_published(model, self.job.weights)
-            notes = [f"start from {self.job.weights}: {report.loaded} tensors", *report.adapted]
+            notes = [f"start from {self.job.weights}: {report.loaded} tensors", report.choice, *report.adapted]
         weights = None
         if config.data.balance == "weights":
             weights = class_weights(ray.get(self.job.train_rows), config.model.variant().num_classes)
@@ -268,7 +268,7 @@ class Worker:
         params = sum(p.numel() for p in model.parameters())
         what = f"{config.model.name}, {params / 1e6:.2f} M parameters, {self.macs / 1e9:.2f} GMACs"
         self.send_line(f"{config.name}: {what}; {self.describe_workers()}; {self.describe_start(registration)}")
-        for note in notes:
+        for note in filter(None, notes):
             self.send_line(f"  {note}", logging.WARNING if found else logging.INFO)
 
     def find_checkpoint(self) -> tuple[str, list[str]] | None:

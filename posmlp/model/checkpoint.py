@@ -54,11 +54,16 @@ class LoadReport:
 
     Attributes:
         loaded: number of tensors taken from the checkpoint.
-        adapted: one sentence for each adaptation.
+        adapted: one sentence for each adaptation. Without any, the model is the checkpoint's.
+        choice: which of several equally fitting models of the checkpoint was taken; empty if there was one.
+        normalisation: the value of ``data.normalisation`` that the model was trained with, ``slowfast`` for a video
+            model of the published release; None if the tensors do not tell.
     """
 
     loaded: int
     adapted: tuple[str, ...]
+    choice: str = ""
+    normalisation: str | None = None
 
 
 class Fit(NamedTuple):
@@ -134,8 +139,8 @@ def fit_content(model: PosMLPVideo, content: object) -> tuple[State, LoadReport]
     """Adapt the content of a checkpoint to ``model``. The messages of errors continue after the checkpoint's name."""
     target = model.state_dict()
     expected = {k for k in target if not k.endswith(COUNTER)}
-    found, adapted = find_state({k: x for k, x in target.items() if k in expected}, content)
-    source = canonical(found)
+    found, choice = find_state({k: x for k, x in target.items() if k in expected}, content)
+    source, adapted = canonical(found), list[str]()
     loaded = len(source)
     loaded -= extend_to_time(model, source, adapted)
     resize_windows(model, source, adapted)
@@ -154,7 +159,7 @@ def fit_content(model: PosMLPVideo, content: object) -> tuple[State, LoadReport]
             f"does not fit the model ({count}); expected a checkpoint of the same variant:\n  "
             + "\n  ".join(problems[:MAX_LISTED] + more)
         )
-    return source, LoadReport(loaded=loaded, adapted=tuple(adapted))
+    return source, LoadReport(loaded, tuple(adapted), choice, trained_normalisation(found))
 
 
 def read_file(uri: str) -> object:
@@ -184,7 +189,7 @@ def read_file(uri: str) -> object:
 # --- the model's tensors in a checkpoint -------------------------------------------------------------------------
 
 
-def find_state(target: Mapping[str, Tensor], content: object) -> tuple[State, list[str]]:
+def find_state(target: Mapping[str, Tensor], content: object) -> tuple[State, str]:
     """Find the tensors of a model in the content of a checkpoint.
 
     The prefix is chosen, with all keys that lead to the tensors, under which most tensors have the names and sizes of
@@ -195,7 +200,7 @@ def find_state(target: Mapping[str, Tensor], content: object) -> tuple[State, li
         content: nested containers with tensors.
 
     Returns:
-        The tensors by name, in this project's names or the release's; and a sentence if there was a choice.
+        The tensors by name, in this project's names or the release's; and the choice, as in ``LoadReport``.
 
     Raises:
         CheckpointError: there are none, or one of them is not dense, of floating point and finite.
@@ -222,10 +227,10 @@ def find_state(target: Mapping[str, Tensor], content: object) -> tuple[State, li
         }
     refuse_unusable(target, chosen, prefix)
     equal = [other.rstrip(".") for other, fit in prefixes[1:] if fit == prefixes[0][1]]
-    notes = [f"weights: {prefix.rstrip('.')}; the checkpoint also has {', '.join(equal)}"] if equal else []
+    choice = f"weights: {prefix.rstrip('.')}; the checkpoint also has {', '.join(equal)}" if equal else ""
     if "head.weight" not in chosen and "head.bias" not in chosen:
         chosen = {name: x for name, x in chosen.items() if name.partition(".")[0] not in HEADS}
-    return {name: x for name, x in chosen.items() if isinstance(x, Tensor) and not name.endswith(COUNTER)}, notes
+    return {name: x for name, x in chosen.items() if isinstance(x, Tensor) and not name.endswith(COUNTER)}, choice
 
 
 def rank_prefixes(
@@ -335,9 +340,19 @@ def our_name(name: str) -> str:
     return name
 
 
+def is_release(state: State) -> bool:
+    """Return whether a state has the release's names."""
+    return any(name.startswith(("patch_embed", "blocks")) for name in state)
+
+
+def trained_normalisation(state: State) -> str | None:
+    """``data.normalisation`` of a state's training, as in ``LoadReport``; the release's image models had another."""
+    return "slowfast" if is_release(state) and any(".t_fc." in name for name in state) else None
+
+
 def canonical(state: State) -> State:
     """Convert a state to this project's names and channel order; one that has them already is returned unchanged."""
-    if not any(k.startswith(("patch_embed", "blocks")) for k in state):
+    if not is_release(state):
         return dict(state)
     out: State = {}
     for name, tensor in state.items():

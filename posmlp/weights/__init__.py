@@ -12,6 +12,7 @@ from posmlp.errors import UserError
 
 PREFIX = "posmlp:"
 FOLDER = Path(__file__).parent
+NORMALISATION = "imagenet"  # ``data.normalisation`` of their training
 
 
 def is_packaged(weights: str) -> bool:

@@ -67,6 +67,21 @@ def save(tmp_path):
     return to_file
 
 
+# --- normalisation -------------------------------------------------------------------------------------------------
+
+
+def test_a_video_model_of_the_release_tells_its_normalisation(save):
+    """Its images' models were trained by other code, and this project's own tensors do not say."""
+    for state, model, expected in (
+        (release_state(), tiny(), "slowfast"),
+        (release_image_state(), tiny(), None),
+        (canonical(release_state()), tiny(), None),
+        (release_state(), tiny(frames=8, num_classes=5), "slowfast"),  # adapted
+    ):
+        report = posmlp.load_published(model, save({"model_state": {f"module.{k}": v for k, v in state.items()}}))
+        assert report.normalisation == expected
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def loads(content, path):
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensor, STATE[name]), name
     assert report.loaded == sum(not k.endswith("num_batches_tracked") for k in STATE)
-    return report.adapted
+    return tuple(filter(None, (report.choice, *report.adapted)))
 
 
 class OwnDict(dict):

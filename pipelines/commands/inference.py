@@ -1,4 +1,4 @@
-"""``posmlp evaluate``, ``posmlp predict`` and ``posmlp export``: trained models at work."""
+"""``posmlp evaluate``, ``predict``, ``export`` and ``import``: trained models at work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.commands.options import Commands, add_command, add_overrides, add_trained_model, add_views, positive
+from pipelines.commands.options import (
+    Commands,
+    add_command,
+    add_overrides,
+    add_recipe,
+    add_trained_model,
+    add_views,
+    positive,
+)
+from posmlp.config import load_recipe
 
 CLASSES_SHOWN = 5  # in the summary of predictions
 
@@ -17,6 +26,7 @@ def add_commands(commands: Commands) -> None:
     add_evaluate(commands)
     add_predict(commands)
     add_export(commands)
+    add_import(commands)
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -108,3 +118,24 @@ def run_export(args: argparse.Namespace) -> None:
     from pipelines.inference.export import export
 
     print(export(args.model, args.out, int8=args.int8))
+
+
+def add_import(commands: Commands) -> None:
+    importing = add_command(
+        commands,
+        "import",
+        run_import,
+        "make a run of a model that other code has trained",
+        description="Read weights of the published code, or of any trainer, and write the folder of a run with them, "
+        "which evaluate, predict, export and model.weights take as any other.",
+    )
+    importing.add_argument("file", metavar="FILE", help="the file of weights, a path or a URI")
+    add_recipe(importing, "data.val.path=test.csv")
+    importing.add_argument("--out", metavar="FOLDER", help="the run's folder, a path or a URI (default: runs/NAME)")
+
+
+def run_import(args: argparse.Namespace) -> None:
+    config = load_recipe(args.recipe, args.overrides)
+    from pipelines.inference.importing import import_model
+
+    print(import_model(args.file, config, args.out))

@@ -57,7 +57,9 @@ def describe_run(run: str) -> tuple[str, str, str] | None:
         return None
     entries, epochs = checkpoints.find(run), record["config"]["train"]["epochs"]
     done = max((entry.info.epoch for entry in entries if entry.info), default=0)
-    if record["metrics"] is not None:
+    if record["metrics"] == {}:
+        state = "imported"
+    elif record["metrics"] is not None:
         last_epoch = int(record["metrics"].get(names.EPOCH, epochs))
         state = (
             f"finished, {epochs} epochs" if last_epoch == epochs else f"ended early, {last_epoch} of {epochs} epochs"

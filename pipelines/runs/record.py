@@ -31,7 +31,7 @@ def read_record(run: str) -> dict[str, Any] | None:
     Returns:
         None if there is no such run, else a dict with ``config`` (the recipe as plain data), ``lists`` (a fingerprint
         of each split's manifest), ``mlflow_run_id``, and ``metrics`` (of the last epoch; None until the run is
-        finished).
+        finished). An imported model has no lists, ``mlflow_run_id`` None, and no metrics (``{}``).
 
     Raises:
         UserError: it cannot be read.
@@ -55,14 +55,15 @@ def read_hits(run: str) -> bytes | None:
 
 
 def write_record(
-    run: str, config: Config, lists: dict[str, str], mlflow_run_id: str, metrics: dict[str, float] | None
+    run: str, config: Config, lists: dict[str, str], mlflow_run_id: str | None, metrics: dict[str, float] | None
 ) -> None:
     """Write the record of a run, atomically.
 
     Args:
         run: the run's folder.
         lists: a fingerprint of each split's manifest, by split.
-        metrics: metrics of the last epoch of a finished run, else None.
+        mlflow_run_id: None of an imported model.
+        metrics: metrics of the last epoch of a finished run, else None; of an imported model empty.
 
     Raises:
         UserError: it cannot be written.

@@ -30,6 +30,7 @@ from posmlp.video.formats import (
     ListingRow,
     ManifestSource,
     StopReading,
+    class_names,
     path_kind,
 )
 from posmlp.video.holdout import choose_held_out
@@ -648,6 +649,27 @@ def training_classes(data: DataSection, manifest: Manifest | None = None) -> Kno
     if manifest is None:
         manifest = _read(data, "train", missing_ok=True)
     return _first_lists_classes(data, manifest)
+
+
+def read_class_names(data: DataSection) -> tuple[tuple[str, ...], str]:
+    """The classes of a recipe whose videos need not be there.
+
+    Returns:
+        The name of each label, and the file or list that has them: ``data.classes``, otherwise the training list.
+        Both are empty if there is neither.
+
+    Raises:
+        ManifestError: the file or the list is wrong.
+    """
+    path = _absolute(data.classes or data.train.path)
+    source = ManifestSource(path, {}, None, data.classes and path, data.template, data.format)
+    try:
+        if names := class_names(source, first=1 if data.format == "ucf101" else 0):
+            return names, path
+        exists = bool(path_kind(source, path))
+    except StopReading:
+        raise ManifestError(_sorted_problems(source)) from None
+    return (training_classes(data).names, path) if exists else ((), "")
 
 
 def _first_lists_classes(data: DataSection, manifest: Manifest) -> KnownClasses:

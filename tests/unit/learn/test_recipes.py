@@ -22,6 +22,7 @@ from tests.helpers.videos import write_video
 VIDEO = [f"{data}_{model}" for data in ("k400", "ssv1", "ssv2") for model in ("s16", "s32", "b16", "b32")]
 IMAGE = ["in1k_s", "in1k_b"]
 COST = re.compile(r"^# cost: ([0-9.]+) M parameters, ([0-9.]+) GMACs per (?:clip|image)$", re.MULTILINE)
+TESTS = [f"{data}_published_test" for data in ("k400", "ssv1", "ssv2")]
 CPU = ["model.weights=null", "scaling.workers=1", "scaling.use_gpu=false", "scaling.micro_batch=null"]
 
 # From the files in configs/ of github.com/zhouds1918/PosMLP_Video: BASE_LR, WARMUP_EPOCHS, NUM_CLASSES, views of a test
@@ -38,7 +39,7 @@ def text_of(name):
 
 
 def test_there_are_no_others():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*VIDEO, *IMAGE, "demo", "small_data"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*VIDEO, *IMAGE, *TESTS, "demo", "small_data"}
 
 
 @pytest.mark.parametrize("name", VIDEO + IMAGE)
@@ -48,6 +49,24 @@ def test_a_recipe_says_what_it_is(name):
     assert f"posmlp train {name}\n" in text
     assert {"# published: ", "# cost: ", "# data: "} <= {line[: line.find(": ") + 2] for line in text.splitlines()}
     assert re.search(r"github\.com/\w+/\w+,\sconfigs?/", text), "where its values come from"
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_a_published_test(name, workplace, monkeypatch):
+    """As the published code tests: its views, pixels and fusion, on the data of the training recipe."""
+    monkeypatch.chdir(workplace)
+    config, trained, data = load_recipe(name), load_recipe(f"{name[:4]}_s16"), name[:4]
+    assert (config.eval.clips, config.eval.crops) == PUBLISHED[data][3]
+    assert (config.eval.clip_positions, config.data.normalisation) == ("slowfast", "slowfast")
+    assert config.eval.fusion == "logits"
+    assert config.eval.short_side == (256 if data == "k400" else 224)
+    for key in ("format", "classes", "train", "val", "sampling", "stride", "fps", "modality"):
+        assert getattr(config.data, key) == getattr(trained.data, key)
+    assert config.model.variant() == trained.model.model_copy(update={"drop_path": 0.0}).variant()
+    text = text_of(name)
+    assert f"posmlp import FILE {name}\n" in text
+    assert re.search(r"github\.com/\w+/\w+ \(configs/", text)
+    decoded(read_split(config.data, "val"), 2, config, False)
 
 
 @pytest.mark.parametrize("name", VIDEO)

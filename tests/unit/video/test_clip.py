@@ -1,6 +1,7 @@
 """Clips: the right frames and one box for all of them, which depend on seed, epoch, sample and view alone."""
 
 import contextlib
+import itertools
 import os
 from dataclasses import replace
 
@@ -55,6 +56,41 @@ def test_the_helpers_can_read_a_clip_of_32_pixels(square):
     assert BITS == 9
     frames = Video(square).read(range(40), 37)
     assert numbers(resize(frames, 32)) == list(range(40))
+
+
+# The published code's test --------------------------------------------------------------------------------------------
+
+
+def bilinear(frame, height, width):
+    """A frame ``[H, W, 3]`` scaled by the rule of linear interpolation between pixel centres, one axis at a time."""
+    out = frame.astype(float)
+    for axis, size in enumerate((height, width)):
+        places = np.clip((np.arange(size) + 0.5) * out.shape[axis] / size - 0.5, 0, out.shape[axis] - 1)
+        low = np.floor(places).astype(int)
+        high = np.minimum(low + 1, out.shape[axis] - 1)
+        share = np.expand_dims(places - low, tuple(a for a in range(3) if a != axis))
+        out = out.take(low, axis) * (1 - share) + out.take(high, axis) * share
+    return out
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "short_side", "scaled"),
+    [(160, 120, 48, (48, 64)), (120, 162, 32, (43, 32)), (160, 120, 140, (140, 186))],
+)
+def test_short_side_scales_once_and_crops_the_image_size(tmp_path, width, height, short_side, scaled):
+    """As the published code: the short side scaled, the long one rounded down, then squares of the model's size."""
+    path = write_video(tmp_path / "v.mp4", width, height)
+    config = make_config(clips=2, crops=3, short_side=4096)
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"short_side": short_side})})
+    found = views(path, config, train=False).astype(int)
+    frames = Video(path).read(range(Video(path).info.frames))
+    for view, (part, crop) in zip(found, itertools.product(range(2), range(3)), strict=True):
+        top, left = ((side - 32 + 1) // 2 for side in scaled)
+        if crop != 1:
+            top, left = (top, (scaled[1] - 32) * crop // 2) if width > height else ((scaled[0] - 32) * crop // 2, left)
+        for i, index in enumerate(uniform_indices(len(frames), 8, None, part, 2)):
+            expected = bilinear(frames[index], *scaled)[top : top + 32, left : left + 32]
+            assert np.abs(view[i] - expected).max() <= 0.501  # a byte, rounded
 
 
 # Training -------------------------------------------------------------------------------------------------------------

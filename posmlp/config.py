@@ -227,6 +227,21 @@ class DataSection(Section):
         return val.model_copy(update={"path": train.path}) if val.share and not val.path and train else val
 
 
+class DetectionSection(Section):
+    """Action detection (``task: detection``): which boxes are used, and how they lie in a clip."""
+
+    min_score: Fraction = 0.8  # of a person detector's box, to be used
+    negatives: bool = True  # train on boxes of the detector that have no action, as negatives of all classes
+    first_second: float = 0.0  # the lists' second at which the video files start; 900 for AVA's films cut there
+    box_share: Fraction = 0.25  # smallest share of a box's area that a crop must leave
+    # Short side of training frames, in model.image_size: drawn between the two, uniform in its inverse
+    scale: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (8 / 7, 10 / 7)
+    focal_gamma: Annotated[float, Field(gt=0)] | None = None  # focal loss (arXiv:1708.02002); None: cross-entropy
+    val_every: Positive = 1  # validation after an epoch uses the key frames whose second is divisible by it
+    evaluated: str | None = None  # label map of the classes that the metric counts; None: all
+    whole_frame: bool = False  # evaluate on the whole frame, at its aspect, in place of the centre square
+
+
 class AugmentSection(Section):
     """Augmentation on the device, the same for all frames of a clip. 0 switches an augmentation off."""
 
@@ -334,6 +349,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=NAME)]
     model: ModelSection = ModelSection()
     data: DataSection
+    detection: DetectionSection = DetectionSection()
     augment: AugmentSection = AugmentSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()

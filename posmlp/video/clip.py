@@ -6,10 +6,11 @@ import contextlib
 import fcntl
 import itertools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +52,39 @@ class View:
     crops: int = 1
 
 
+@dataclass(frozen=True)
+class LoadedClips:
+    """The views of a row.
+
+    Attributes:
+        clips: uint8 ``[V, T, H, W, 3]``, RGB.
+        shown: float32 ``[V, 4]``, the part of the frame that each view shows: x1, y1, x2, y2 as fractions of it. Only
+            boxes need it.
+        decoder: the decoder used.
+    """
+
+    clips: Frames
+    shown: NDArray[np.float32]
+    decoder: Decoder
+
+
+class Cut(NamedTuple):
+    """How a view is cut from decoded frames.
+
+    Attributes:
+        frame: height and width to which frames are scaled first.
+        box: what the view shows of such a frame.
+        size: height and width of the clip; after scaling, those of the box.
+    """
+
+    frame: tuple[int, int]
+    box: Box
+    size: tuple[int, int]
+
+
+Opened = tuple[IsolatedVideo | CachedVideo, Callable[[list[int]], Frames]]  # a video, and a function that reads frames
+
+
 def views_per_video(config: Config, train: bool) -> int:
     """The number of clips that ``load_clips`` returns for a video, V."""
     return config.data.repeats if train else config.eval.clips * config.eval.crops
@@ -78,28 +112,46 @@ def load_clips(
         UserError: the cache cannot be written.
     """
     variant, data = config.model.variant(), config.data
-    size = variant.image_size
-    with open_frames(uri, images, data, data.short_side or -(-size * 8 // 7)) as (video, read):
-        info = video.info
+    with open_frames(uri, images, data, data.short_side or -(-variant.image_size * 8 // 7)) as opened:
+        info = opened[0].info
         if data.fps is not None and info.times is None:
             raise DecodeError(uri, "data.fps needs frame times, but a frame folder has none; leave data.fps out")
         views = list(choose_views(uri, info, variant.frames, sample_id, config, epoch, train, first_view))
-        wanted, positions = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
-        pictures = read(wanted.tolist())
-        clips = np.empty((len(views), variant.frames, size, size, 3), np.uint8)
-        height, width = pictures.shape[1:3]
-        if not train and config.eval.short_side:
-            height, width = scaled_to_short_side(height, width, config.eval.short_side)
-        for number, (view, order) in enumerate(zip(views, np.split(positions, len(views)), strict=True)):
-            box = choose_box(height, width, view, config)
-            if data.frame_order == "shuffled":  # drawn last, so that frames and box are those of the ordered clip
-                order = order[(view.rng or sample_rng(0, 0, sample_id, number)).permutation(len(order))]
-            used, inverse = np.unique(order, return_inverse=True)  # short videos repeat frames: resize each once
-            if (height, width) == pictures.shape[1:3]:
-                clips[number] = resize(crop_frames(pictures, box)[used], size)[inverse]
-            else:
-                clips[number] = crop_frames(scale(pictures[used], height, width), box)[inverse]
-        return clips, video.info.decoder  # known only now, because PyAV takes over where decord fails
+        loaded = cut_views(opened, views, sample_id, config, choose_cut)
+    return loaded.clips, loaded.decoder
+
+
+def cut_views(
+    opened: Opened,
+    views: Sequence[View],
+    sample_id: str,
+    config: Config,
+    choose: Callable[[int, int, View, Config], Cut],
+) -> LoadedClips:
+    """Read the frames of all views of a video once, and cut the clips from them.
+
+    Args:
+        opened: from ``open_frames``.
+        choose: returns how a view is cut from decoded frames of a height and width. It draws from the view's generator
+            before the order of shuffled frames is drawn.
+    """
+    video, read = opened
+    wanted, positions = np.unique(np.concatenate([view.indices for view in views]), return_inverse=True)
+    pictures = read(wanted.tolist())
+    clips: list[Frames] = []
+    shown = np.empty((len(views), 4), np.float32)
+    for number, (view, order) in enumerate(zip(views, np.split(positions, len(views)), strict=True)):
+        (height, width), box, size = choose(pictures.shape[1], pictures.shape[2], view, config)
+        if config.data.frame_order == "shuffled":  # drawn last, so that frames and box are those of the ordered clip
+            order = order[(view.rng or sample_rng(0, 0, sample_id, number)).permutation(len(order))]
+        used, inverse = np.unique(order, return_inverse=True)  # short videos repeat frames: resize each once
+        if (height, width) == pictures.shape[1:3]:
+            clips.append(resize(crop_frames(pictures, box)[used], *size)[inverse])
+        else:
+            clips.append(crop_frames(scale(pictures[used], height, width), box)[inverse])
+        left, top, right, bottom = box.left, box.top, box.left + box.width, box.top + box.height
+        shown[number] = left / width, top / height, right / width, bottom / height
+    return LoadedClips(np.stack(clips), shown, video.info.decoder)  # known now: PyAV takes over where decord fails
 
 
 def choose_views(
@@ -111,12 +163,7 @@ def choose_views(
         DecodeError: the frame times are implausible.
     """
     data = config.data
-    numbers = np.arange(info.frames)
-    if data.fps is not None and info.times is not None:
-        if info.times[-1] * data.fps > MAX_FRAMES:
-            seconds = info.times[-1]
-            raise DecodeError(uri, f"its frame times span {seconds:.0f} s, which is implausible; repair or remove it")
-        numbers = fps_indices(info.times, data.fps)
+    numbers = frame_numbers(uri, info, data.fps)
 
     def pick(rng: np.random.Generator | None, clip: int = 0, clips: int = 1) -> NDArray[np.int64]:
         slowfast = rng is None and config.eval.clip_positions == "slowfast"
@@ -137,11 +184,33 @@ def choose_views(
             yield View(pick(None, clip, config.eval.clips), None, crop, config.eval.crops)
 
 
+def frame_numbers(uri: str, info: VideoInfo, fps: float | None) -> NDArray[np.int64]:
+    """The frames to sample from: all, or with ``fps`` those of a video resampled to it (``fps_indices``).
+
+    Raises:
+        DecodeError: the frame times are implausible.
+    """
+    if fps is None or info.times is None:
+        return np.arange(info.frames)
+    if info.times[-1] * fps > MAX_FRAMES:
+        seconds = info.times[-1]
+        raise DecodeError(uri, f"its frame times span {seconds:.0f} s, which is implausible; repair or remove it")
+    return fps_indices(info.times, fps)
+
+
 def rate_ratio(info: VideoInfo, data: DataSection) -> float:
     """A video's mean frame rate over ``data.fps``; 1 without it."""
     if data.fps is None or info.times is None or len(info.times) == 1:
         return 1.0
     return (len(info.times) - 1) / float(info.times[-1]) / data.fps
+
+
+def choose_cut(height: int, width: int, view: View, config: Config) -> Cut:
+    """How a view is cut from decoded frames of a height and width; ``eval.short_side`` scales those of validation."""
+    size = config.model.variant().image_size
+    if view.rng is None and config.eval.short_side:
+        height, width = scaled_to_short_side(height, width, config.eval.short_side)
+    return Cut((height, width), choose_box(height, width, view, config), (size, size))
 
 
 def choose_box(height: int, width: int, view: View, config: Config) -> Box:
@@ -173,20 +242,18 @@ def scale(frames: Frames, height: int, width: int) -> Frames:
     return scaled
 
 
-def resize(frames: Frames, size: int) -> Frames:
-    """uint8 ``[T, H, W, 3]`` to ``[T, size, size, 3]``, bilinear with antialiasing."""
-    if frames.shape[1:3] == (size, size):
+def resize(frames: Frames, height: int, width: int) -> Frames:
+    """uint8 ``[T, H, W, 3]`` to ``[T, height, width, 3]``, bilinear with antialiasing."""
+    if frames.shape[1:3] == (height, width):
         return frames
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # a view: channels stay last in memory
-    pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     resized: Frames = pixels.permute(0, 2, 3, 1).contiguous().numpy()
     return resized
 
 
 @contextmanager
-def open_frames(
-    uri: str, images: int | None, data: DataSection, short_side: int
-) -> Iterator[tuple[IsolatedVideo | CachedVideo, Callable[[list[int]], Frames]]]:
+def open_frames(uri: str, images: int | None, data: DataSection, short_side: int) -> Iterator[Opened]:
     """Open a video, or its cache file. Yields it and a function that reads frames, scaled to the short side."""
     if data.cache_dir is None:
         with open_isolated(uri, images, data.decoder, timeout_s=data.decode_timeout_s) as video:

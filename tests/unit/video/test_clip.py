@@ -55,7 +55,7 @@ def square(tmp_path_factory):
 def test_the_helpers_can_read_a_clip_of_32_pixels(square):
     assert BITS == 9
     frames = Video(square).read(range(40), 37)
-    assert numbers(resize(frames, 32)) == list(range(40))
+    assert numbers(resize(frames, 32, 32)) == list(range(40))
 
 
 # The published code's test --------------------------------------------------------------------------------------------
@@ -472,16 +472,16 @@ def test_the_number_of_views():
 
 def test_frames_of_the_right_size_are_not_touched_and_others_are_averaged():
     frames = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3)).astype(np.uint8)
-    assert resize(frames, 6) is frames
+    assert resize(frames, 6, 6) is frames
     stripes = np.zeros((1, 8, 4, 3), np.uint8)
     stripes[:, ::2] = 200
-    small = resize(stripes, 2)
+    small = resize(stripes, 2, 2)
     assert (small.shape, small.dtype) == ((1, 2, 2, 3), np.uint8)
     assert np.abs(small.astype(int) - 100).max() <= 20  # without antialiasing it would be 0 or 200
     wide = np.zeros((1, 4, 8, 3), np.uint8)
     wide[:, :, 4:] = (10, 20, 30)
     # The triangle of 4 pixels to each side of column 6 has 3 of its 3.5 parts in the right half.
-    assert resize(wide, 2)[0, 0, 1].tolist() == [round(6 / 7 * value) for value in (10, 20, 30)]
+    assert resize(wide, 2, 2)[0, 0, 1].tolist() == [round(6 / 7 * value) for value in (10, 20, 30)]
 
 
 def test_a_full_disk_is_named_with_the_cache_file(tmp_path, monkeypatch):

@@ -258,16 +258,19 @@ class AugmentSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW with a learning rate that warms up linearly and then decays along a cosine.
+    """AdamW with a learning rate that warms up linearly and then decays along a cosine, or in steps.
 
     ``lr`` and ``min_lr`` are for a global batch of ``lr_batch`` clips, and scale in proportion to
     ``train.global_batch``. Without ``lr_batch`` they are not scaled.
     """
 
     lr: Annotated[float, Field(gt=0)] = 1e-3  # peak learning rate
-    min_lr: Annotated[float, Field(ge=0)] = 1e-6  # learning rate at the end
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6  # learning rate at the end of the cosine; steps: the lowest
     lr_batch: Positive | None = None  # global batch that the rates are for
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    schedule: Literal["cosine", "steps"] = "cosine"  # after the warm-up
+    step_epochs: tuple[Annotated[float, Field(gt=0)], ...] = ()  # steps: the epochs after which the rate drops
+    step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # steps: what each drop multiplies the rate by
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -454,6 +457,7 @@ class Config(Section):
             problems.append(
                 f"optim.warmup_epochs {self.optim.warmup_epochs} is more than train.epochs {self.train.epochs}"
             )
+        problems += schedule_problems(self.optim, self.train.epochs)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -488,6 +492,23 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The full effective recipe as YAML; ``load_recipe`` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def schedule_problems(optim: OptimSection, epochs: int) -> list[str]:
+    """What is wrong with the steps of the learning rate of a run of some epochs."""
+    steps = list(optim.step_epochs)
+    if optim.schedule == "cosine":
+        default = OptimSection()
+        given = [key for key in ("step_epochs", "step_factor") if getattr(optim, key) != getattr(default, key)]
+        return [f"optim.{key} is for optim.schedule steps; set that too, or leave it out" for key in given]
+    if not steps:
+        return ["optim.schedule steps needs optim.step_epochs, the epochs after which the rate drops, as in [10, 15]"]
+    if steps != sorted(set(steps)) or not optim.warmup_epochs <= steps[0] <= steps[-1] < epochs:
+        return [
+            f"optim.step_epochs {steps} must increase, from optim.warmup_epochs {optim.warmup_epochs:g} on and before "
+            f"train.epochs {epochs}"
+        ]
+    return []
 
 
 def list_recipes() -> list[str]:

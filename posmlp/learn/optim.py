@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,7 +45,10 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> AdamW:
 
 
 def learning_rate(epoch: float, train: TrainSection, config: OptimSection) -> float:
-    """The learning-rate schedule: linear warm-up from 0, then half a cosine down to ``min_lr``.
+    """The learning-rate schedule: linear warm-up from 0, then half a cosine down to ``min_lr``, or steps.
+
+    With ``schedule: steps``, the rate is multiplied by ``step_factor`` at each of ``step_epochs``, and never falls
+    below ``min_lr``.
 
     Args:
         epoch: position in training, in epochs with a fraction; 2.5 is half-way through the third epoch.
@@ -56,5 +60,7 @@ def learning_rate(epoch: float, train: TrainSection, config: OptimSection) -> fl
     peak, floor = config.lr * scale, config.min_lr * scale
     if epoch < config.warmup_epochs:
         return peak * epoch / config.warmup_epochs
+    if config.schedule == "steps":
+        return max(floor, peak * config.step_factor ** bisect.bisect_right(config.step_epochs, epoch))
     progress = min(1.0, (epoch - config.warmup_epochs) / max(1e-9, train.epochs - config.warmup_epochs))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -190,6 +190,29 @@ TOGETHER = [
         "optim.warmup_epochs 5.5 is more than train.epochs 5",
         ["train.epochs=5", "optim.warmup_epochs=5"],
     ),
+    (
+        ["optim.step_epochs=[10, 15]"],
+        "optim.step_epochs is for optim.schedule steps; set that too, or leave it out",
+        ["optim.step_epochs=[10, 15]", "optim.schedule=steps"],
+    ),
+    (
+        ["optim.step_factor=0.5"],
+        "optim.step_factor is for optim.schedule steps; set that too, or leave it out",
+        ["optim.step_factor=0.5", "optim.step_epochs=[10]", "optim.schedule=steps"],
+    ),
+    (
+        ["optim.schedule=steps"],
+        "optim.schedule steps needs optim.step_epochs, the epochs after which the rate drops, as in [10, 15]",
+        ["optim.schedule=steps", "optim.step_epochs=[0.5]", "optim.warmup_epochs=0.5"],
+    ),
+    *(
+        (
+            ["optim.schedule=steps", f"optim.step_epochs={steps}", "train.epochs=20", "optim.warmup_epochs=2"],
+            f"optim.step_epochs {steps} must increase, from optim.warmup_epochs 2 on and before train.epochs 20",
+            ["optim.schedule=steps", "optim.step_epochs=[2, 19.5]", "train.epochs=20", "optim.warmup_epochs=2"],
+        )
+        for steps in ("[10.0, 5.0]", "[5.0, 5.0]", "[1.0, 5.0]", "[5.0, 20.0]")
+    ),
 ]
 
 

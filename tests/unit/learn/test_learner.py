@@ -48,9 +48,21 @@ def test_rate_follows_the_global_batch():
     assert learning_rate(10, TrainSection(epochs=10, global_batch=512), config) == pytest.approx(4e-6)
 
 
-@given(st.floats(0, 60), st.floats(0, 20))
-def test_rate_stays_within_its_bounds(epoch, warmup):
-    config = OptimSection(lr=1e-3, min_lr=1e-6, warmup_epochs=warmup)
+def test_rate_drops_in_steps_by_hand():
+    """The schedule of SlowFast's recipe for AVA: 20 epochs, steps at 10 and 15, warm-up over 5."""
+    settings = {"schedule": "steps", "step_epochs": (10, 15), "warmup_epochs": 5}
+    config, train = OptimSection(lr=0.4, min_lr=0, lr_batch=128, **settings), TrainSection(epochs=20, global_batch=32)
+    expected = {0: 0, 2.5: 0.05, 5: 0.1, 9.99: 0.1, 10: 0.01, 14.99: 0.01, 15: 0.001, 19.99: 0.001, 20: 0.001}
+    assert {epoch: learning_rate(epoch, train, config) for epoch in expected} == pytest.approx(expected)
+    lowest = OptimSection(lr=0.1, min_lr=0.02, step_factor=0.5, **settings)
+    assert [learning_rate(epoch, train, lowest) for epoch in (9, 10, 15)] == pytest.approx([0.1, 0.05, 0.025])
+    assert learning_rate(15, train, lowest.model_copy(update={"step_factor": 0.1})) == 0.02
+
+
+@given(st.floats(0, 60), st.floats(0, 20), st.sampled_from(["cosine", "steps"]))
+def test_rate_stays_within_its_bounds(epoch, warmup, schedule):
+    steps = {"schedule": schedule, "step_epochs": (20, 40)}
+    config = OptimSection(lr=1e-3, min_lr=1e-6, warmup_epochs=warmup, **steps)
     assert 0 <= learning_rate(epoch, TrainSection(epochs=60), config) <= 1e-3
 
 

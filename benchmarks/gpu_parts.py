@@ -549,7 +549,7 @@ def recipe(variant: Variant, clips: int) -> Any:
     sections["train"].global_batch = clips
     model = SimpleNamespace(variant=lambda: variant)
     scaling = SimpleNamespace(micro_batch=None)
-    return SimpleNamespace(model=model, scaling=scaling, clips_together=CLIPS_TOGETHER, **sections)
+    return SimpleNamespace(task="recognition", model=model, scaling=scaling, clips_together=CLIPS_TOGETHER, **sections)
 
 
 def loop(job: Job) -> Iterator[Row]:

@@ -44,6 +44,7 @@ RENAMED_KEYS = {  # old name -> present name; recipes, overrides and stored conf
 }
 
 # Keys of the model that are null where the recipe leaves them to the model's name
+SPLITS = ("train", "val", "test")
 ARCHITECTURE_KEYS = ("frames", "image_size", "dims", "depths", "groups", "windows", "blocks")
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a run or a study, which is the name
 Label = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]  # of a Ray node
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 Fusion = Literal["probabilities", "logits"]
-Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51"]
+Task = Literal["recognition", "detection"]
+Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51", "ava"]
 
 
 class RecipeError(UserError):
@@ -127,6 +129,8 @@ class SplitSection(Section):
     path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
     root: str | None = None  # folder of the videos; None: the list's folder
     where: dict[str, str] = {}  # keep only the rows with these values in these columns
+    boxes: str | None = None  # detection: CSV of a person detector's boxes
+    excluded: str | None = None  # detection: CSV of key frames to leave out
 
     @property
     def lists(self) -> tuple[SplitSection, ...]:
@@ -294,7 +298,8 @@ class TrainSection(Section):
 
     epochs: Positive = 10
     patience: Positive | None = None  # end the run if the monitored metric is not better for this many epochs
-    monitor: Literal["val/top1", "val/top5", "val/class_mean", "val/loss"] = "val/top1"  # the metric of patience
+    # The metric of patience; None: the task's main metric
+    monitor: Literal["val/top1", "val/top5", "val/class_mean", "val/map", "val/loss"] | None = None
     global_batch: Positive = 32  # clips per optimizer step, over all workers
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights and accumulations stay fp32
@@ -350,6 +355,7 @@ class Config(Section):
     """The whole recipe of a run."""
 
     name: Annotated[str, Field(pattern=NAME)]
+    task: Task = "recognition"
     model: ModelSection = ModelSection()
     data: DataSection
     detection: DetectionSection = DetectionSection()
@@ -449,6 +455,7 @@ class Config(Section):
             )
         if self.optim.freeze is not None and self.model.choices:
             problems.append(f"optim.freeze {self.optim.freeze} does not work with model.choices; leave one of them out")
+        problems += detection_problems(self) if self.task == "detection" else recognition_problems(self)
         if self.optim.min_lr > self.optim.lr:
             problems.append(
                 f"optim.min_lr {self.optim.min_lr:g} is more than optim.lr {self.optim.lr:g}, the peak rate"
@@ -509,6 +516,63 @@ def schedule_problems(optim: OptimSection, epochs: int) -> list[str]:
             f"train.epochs {epochs}"
         ]
     return []
+
+
+def recognition_problems(config: Config) -> list[str]:
+    """The keys that only detection has."""
+    problems = [f"{key} is for task: detection" for key in ("detection",) if config.detection != DetectionSection()]
+    if config.data.format == "ava":
+        problems.append("data.format ava is for task: detection")
+    for name in SPLITS:
+        split = getattr(config.data, name)
+        problems += [
+            f"data.{name}.{key} is for task: detection"
+            for key in ("boxes", "excluded")
+            if split is not None and getattr(split, key)
+        ]
+    if config.train.monitor == "val/map":
+        problems.append("train.monitor val/map is for task: detection")
+    return problems
+
+
+def detection_problems(config: Config) -> list[str]:
+    """The combinations of keys with which action detection does not work."""
+    data, augment = config.data, config.augment
+    problems = []
+    if data.format != "ava":
+        problems.append(f"task detection reads lists of boxes: set data.format to ava, not {data.format}")
+    if data.classes is None:
+        problems.append("task detection needs the label map of the actions: set data.classes")
+    if augment.mixup or augment.cutmix:
+        problems.append(
+            "augment.mixup and augment.cutmix blend clips, whose boxes differ; leave them out for detection"
+        )
+    if augment.randaug_layers:
+        problems.append("augment.randaug_layers moves pixels away from their boxes; leave it out for detection")
+    if config.optim.label_smoothing:
+        problems.append("optim.label_smoothing is for one class of a clip; leave it out for detection")
+    if data.balance != "none":
+        problems.append(f"data.balance {data.balance} is for one class of a video; leave it out for detection")
+    if data.full_frame:
+        problems.append("data.full_frame squeezes frames to squares; for detection use detection.whole_frame")
+    if data.val.share or data.group_by:
+        problems.append("task detection needs a validation list of its own (data.val.path), not a share")
+    if data.train.others or data.train.weight != 1:
+        problems.append("task detection takes one training list, without a weight")
+    for name in SPLITS:
+        split = getattr(data, name)
+        if split is not None and split.where:
+            problems.append(f"data.{name}.where filters lists of videos; leave it out for detection")
+    if (config.eval.clips, config.eval.crops) != (1, 1):
+        problems.append("a key frame has one view: set eval.clips and eval.crops to 1 for detection")
+    if config.model.choices:
+        problems.append("model.choices (a supernet) is for recognition; leave it out for detection")
+    low, high = config.detection.scale
+    if low > high:
+        problems.append(f"detection.scale ({low:g}, {high:g}) must be two numbers, the smaller one first")
+    if config.train.monitor not in (None, "val/map", "val/loss"):
+        problems.append(f"train.monitor {config.train.monitor} is for recognition; use val/map or val/loss")
+    return problems
 
 
 def list_recipes() -> list[str]:

@@ -9,6 +9,9 @@ The metrics of a live run for Prometheus have names of their own (``pipelines.tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 # Progress (the training workers) -------------------------------------------------------------------------------------
 EPOCH = "epoch"  # number of finished epochs, from 1; logged with the metrics of each epoch
 
@@ -21,6 +24,41 @@ VAL_CLASS_MEAN = "val/class_mean"  # mean of the classes' own top-1, over the cl
 VAL_BEST_TOP1 = "val/best_top1"  # highest val/top1 of the epochs so far
 VAL_BEST_EPOCH = "val/best_epoch"  # the epoch that has it, the newest of several, as for checkpoints
 VAL_VIDEOS = "val/clips"  # number of videos scored (not of clips): a video counts once, however many views it has
+
+# Of action detection, over all key frames of the split (posmlp.learn.detection_results) -------------------------------
+VAL_MAP = "val/map"  # frame mAP at IoU 0.5 (posmlp.detection.frame_map), over the classes with ground truth
+VAL_MAP_OF = "val/map_"  # prefix; a group of classes follows: pose, object or person
+VAL_BEST_MAP = "val/best_map"  # highest val/map of the epochs so far; val/best_epoch has it
+VAL_KEY_FRAMES = "val/key_frames"  # number of key frames scored
+VAL_BOXES = "val/boxes"  # number of their boxes
+
+
+class MainMetric(NamedTuple):
+    """The metric by which a task's models are compared: higher is better, 0 to 1.
+
+    Attributes:
+        key, best: its name, and that of its highest value in the epochs so far.
+        title: its name for users.
+        samples, unit: the metric that has the number of samples, and what they are.
+    """
+
+    key: str
+    best: str
+    title: str
+    samples: str
+    unit: str
+
+
+MAIN_METRICS = {  # by the recipe's task
+    "recognition": MainMetric(VAL_TOP1, VAL_BEST_TOP1, "top-1", VAL_VIDEOS, "videos"),
+    "detection": MainMetric(VAL_MAP, VAL_BEST_MAP, "mAP", VAL_KEY_FRAMES, "key frames"),
+}
+
+
+def main_metric(metrics: Mapping[str, float]) -> MainMetric | None:
+    """The main metric of the task whose metrics these are; None if they are not of a validation."""
+    return next((main for main in MAIN_METRICS.values() if main.key in metrics), None)
+
 
 # Training in an epoch (the training workers) -------------------------------------------------------------------------
 TRAIN_LOSS = "train/loss"  # mean over the steps, nats. Every epoch has it.

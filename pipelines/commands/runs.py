@@ -66,10 +66,9 @@ def describe_run(run: str) -> tuple[str, str, str] | None:
         )
     else:
         state = f"{'running' if is_running(run) else 'not finished'}, {done} of {epochs} epochs"
-    best = [entry.info.metrics[names.VAL_TOP1] for entry in checkpoints.best(entries, 1) if entry.info]
-    last = (record["metrics"] or {}).get(names.VAL_TOP1)
-    top1 = max([*best, *([last] if last is not None else [])], default=None)
-    return record["config"]["name"], state, "" if top1 is None else f"{top1:.1%}"
+    validated = [record["metrics"] or {}, *(entry.info.metrics for entry in checkpoints.best(entries, 1) if entry.info)]
+    found = max((metrics[main.key] for metrics in validated if (main := names.main_metric(metrics))), default=None)
+    return record["config"]["name"], state, "" if found is None else f"{found:.1%}"
 
 
 def describe_study(folder: str) -> tuple[str, str, str] | None:
@@ -112,14 +111,17 @@ def run_checkpoints(args: argparse.Namespace) -> int:
     entries = checkpoints.find(run, check=True)
     whole = [entry for entry in entries if entry.info]
     best = {entry.uri for entry in checkpoints.best(entries, 1)}
-    print(f"{'step':>10}{'epoch':>7}{'val top-1':>11}{'MB':>8}  {'written':<27}")
+    found = [main for entry in whole if entry.info and (main := names.main_metric(entry.info.metrics))]
+    title = found[0].title if found else names.MAIN_METRICS["recognition"].title
+    print(f"{'step':>10}{'epoch':>7}{f'val {title}':>11}{'MB':>8}  {'written':<27}")
     for entry in entries:
         if entry.info is None:
             print(f"  {entry.problem}")
             continue
         marks = ["newest"] * (entry is whole[-1]) + ["best"] * (entry.uri in best)
-        top1 = entry.info.metrics.get(names.VAL_TOP1)
-        columns = f"{entry.info.step:>10}{entry.info.epoch:>7}{'' if top1 is None else f'{top1:.1%}':>11}"
+        main = names.main_metric(entry.info.metrics)
+        value = f"{entry.info.metrics[main.key]:.1%}" if main else ""
+        columns = f"{entry.info.step:>10}{entry.info.epoch:>7}{value:>11}"
         print(f"{columns}{entry.info.bytes / 1e6:>8.1f}  {entry.info.time:<27}{', '.join(marks)}".rstrip())
     damaged = len(entries) - len(whole)
     print(f"{len(whole)} whole checkpoints in {run}" + (f", {damaged} damaged" if damaged else ""))

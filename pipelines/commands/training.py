@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,9 +76,7 @@ def format_result(result: RunResult, seconds: float) -> str:
     """Format a finished run as a table, with its bad videos below."""
     metrics = result.metrics
     rows = [
-        ("validation top-1", f"{metrics[names.VAL_TOP1]:.1%} of {metrics[names.VAL_VIDEOS]:.0f} videos"),
-        *([("validation top-5", f"{metrics[names.VAL_TOP5]:.1%}")] if len(result.classes) > 5 else []),
-        ("mean over classes", f"{metrics[names.VAL_CLASS_MEAN]:.1%}"),
+        *metric_rows(metrics, len(result.classes)),
         *class_rows(result),
         ("throughput", f"{metrics[names.PERF_CLIPS_PER_S]:.1f} clips/s"),
         ("time", f"{seconds:.0f} s, with start-up"),
@@ -94,11 +93,36 @@ def format_result(result: RunResult, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def class_rows(result: RunResult) -> list[tuple[str, str]]:
-    """The rows of the best and the worst classes, each with its top-1 and number of videos; per_class.csv has all."""
-    from posmlp.learn.evaluation import best_and_worst
+def metric_rows(metrics: Mapping[str, float], classes: int) -> list[tuple[str, str]]:
+    """The rows of a validation's metrics."""
+    main = names.main_metric(metrics)
+    if main is None:
+        return []
+    rows = [(f"validation {main.title}", f"{metrics[main.key]:.1%} of {metrics[main.samples]:.0f} {main.unit}")]
+    if names.VAL_TOP5 in metrics and classes > 5:
+        rows.append(("validation top-5", f"{metrics[names.VAL_TOP5]:.1%}"))
+    if names.VAL_CLASS_MEAN in metrics:
+        rows.append(("mean over classes", f"{metrics[names.VAL_CLASS_MEAN]:.1%}"))
+    groups = {key.removeprefix(names.VAL_MAP_OF): v for key, v in metrics.items() if key.startswith(names.VAL_MAP_OF)}
+    if groups:
+        rows.append(("mAP by group", ", ".join(f"{name} {value:.1%}" for name, value in groups.items())))
+    return rows
 
-    best, worst = best_and_worst(result.classes)
+
+def class_rows(result: RunResult) -> list[tuple[str, str]]:
+    """The rows of the best and the worst classes, each with its figures; per_class.csv has all."""
+    from posmlp.learn.evaluation import ClassificationMetrics, best_and_worst, class_results
+    from posmlp.tasks.detection import DetectionSummary
+
+    if isinstance(result.summary, DetectionSummary):
+        both = result.summary.best_and_worst(result.classes)
+        kinds = zip(("best classes", "worst classes"), both, strict=True)
+        return [(name, ", ".join(texts)) for name, texts in kinds if texts]
+    if not isinstance(result.summary, ClassificationMetrics):
+        return []
+    labels = range(len(result.classes), len(result.summary.confusion))
+    classes = class_results(result.summary.confusion, result.summary.top5, [*result.classes, *map(str, labels)])
+    best, worst = best_and_worst(classes)
     rows = []
     for name, classes in (("best classes", best), ("worst classes", worst)):
         parts = [f"{c.name} {c.top1:.0%} of {c.videos}" for c in classes]

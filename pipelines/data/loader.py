@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 from pipelines.cluster.ray_internals import object_store_stats
@@ -31,8 +30,9 @@ from pipelines.runs.errors import BadVideo
 from pipelines.tracking import prometheus
 from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
+from posmlp.tasks import task_of
 from posmlp.video.batch import Batch
-from posmlp.video.clip import load_clips, views_per_video
+from posmlp.video.clip import views_per_video
 from posmlp.video.decode import DecodeError
 from posmlp.video.draws import Draws, epoch_draws
 from posmlp.video.prefetch import in_background
@@ -120,9 +120,9 @@ class SplitLoader:
 
     def __post_init__(self) -> None:
         self.reference = self.rows if isinstance(self.rows, ray.ObjectRef) else ray.put(self.rows)
-        table = ray.get(self.reference)
-        self.num_rows = len(table)
-        self.draws = epoch_draws(table, self.config.data.balance) if self.train else None
+        self.table = ray.get(self.reference)
+        self.num_rows = len(self.table)
+        self.draws = epoch_draws(self.table, self.config.data.balance) if self.train else None
         self.rows_per_step = rows_per_step(self.config, train=self.train, world=self.world)
 
     @property
@@ -145,9 +145,11 @@ class SplitLoader:
             for now in range(epoch, epoch + 1 if until is None else until)
             for order in self.segments(now, step if now == epoch else 0)
         )
+        task = task_of(self.config)
         for columns in chain_segments(segments):
             bad, decoded_by_pyav = self.failures(columns)
-            yield replace(collate(columns), bad=bad, decoded_by_pyav=decoded_by_pyav)
+            batch = task.collate(columns, self.table, self.config, train=self.train)
+            yield replace(batch, bad=bad, decoded_by_pyav=decoded_by_pyav)
 
     def segments(self, epoch: int, step: int) -> Iterator[np.ndarray]:
         """Yield this worker's segments of an epoch from ``step`` on: row indices of batches, ``[batches, rows]``."""
@@ -198,22 +200,6 @@ class SplitLoader:
         if self.config.data.decoder == "decord":
             decoded_by_pyav = int((columns["decoder"] == "pyav").sum())
         return tuple(bad), decoded_by_pyav
-
-
-def collate(columns: dict[str, np.ndarray]) -> Batch:
-    """Make a batch of decoded rows (``decode_rows``). A video's views are adjacent; bad videos have weight 0."""
-    good = (columns["reason"] == "") & columns["real"]
-    clips = columns["clip"]  # [rows, V, T, H, W, 3]
-    if not good.all() and good.any():
-        # Batch norm sees every clip of the batch, so a bad video gets the pixels of a good one, at weight 0.
-        clips = clips[np.where(good, np.arange(len(good)), np.flatnonzero(good)[0])]
-    views = clips.shape[1]
-    return Batch(
-        clips=torch.from_numpy(clips if clips.flags.writeable else clips.copy()).flatten(0, 1),
-        labels=torch.from_numpy(columns["label"].astype(np.int64)).repeat_interleave(views),
-        weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
-        seeds=torch.from_numpy(np.stack(list(columns["seeds"])).astype(np.int64)).flatten(),
-    )
 
 
 def chain_segments(segments: Iterator[tuple[Iterator[Any], int]]) -> Iterator[Any]:
@@ -281,7 +267,7 @@ def decode_block(
     size = rows_per_block(cfg, train)
     own, table = order[index * size : (index + 1) * size], ray.get(rows)
     draws, indices = np.divmod(np.maximum(own, 0), len(table))
-    return decode_rows(table.take(indices), own >= 0, cfg, epoch, train, draws)
+    return decode_rows(table.take(indices), own >= 0, cfg, epoch, train, draws) | {"row": indices}
 
 
 def decode_rows(
@@ -296,21 +282,25 @@ def decode_rows(
             None: never.
 
     Returns:
-        Columns: ``clip`` uint8 ``[rows, V, T, H, W, 3]`` (V views), ``label`` int32, ``real``, ``seeds`` ``[rows, V]``,
-        ``sample_id``, ``uri``, ``decoder``, ``reason`` (why the video is bad, or ""), ``fatal`` (an error that affects
-        every video, or "").
+        Columns: ``row`` int64, the row's number in ``table``, ``clip`` uint8 ``[rows, V, T, H, W, 3]`` (V views),
+        ``shown`` ``[rows, V, 4]`` (``LoadedClips``), ``real``, ``seeds`` ``[rows, V]``, ``sample_id``, ``uri``,
+        ``decoder``, ``reason`` (why the video is bad, or ""), ``fatal`` (an error that affects every video, or ""). If
+        the frames of a recipe have no common size, ``clip`` is an object array of uint8 ``[V, T, H, W, 3]``.
     """
     rows, variant, views = table.to_pylist(), config.model.variant(), views_per_video(config, train)
-    clips = np.zeros((len(rows), views, variant.frames, variant.image_size, variant.image_size, 3), np.uint8)
+    one_size, task = not config.detection.whole_frame, task_of(config)
+    clips = np.empty(len(rows), dtype=object)
+    if one_size:
+        clips = np.zeros((len(rows), views, variant.frames, variant.image_size, variant.image_size, 3), np.uint8)
+    shown = np.zeros((len(rows), views, 4), np.float32)
     reasons, decoders, fatal = ([""] * len(rows) for _ in range(3))
     first_views = [0] * len(rows) if draws is None else (draws * views).tolist()
     for i in np.flatnonzero(real):
         row = rows[i]
         try:
-            count = row["frames"]  # of images in a frame folder; None for a video
-            options: dict[str, Any] = {"images": count, "first_view": first_views[i]}
-            clips[i], used = load_clips(row["uri"], row["sample_id"], config, epoch=epoch, train=train, **options)
-            decoders[i] = used if count is None else "images"
+            loaded = task.load(row, config, epoch=epoch, train=train, first_view=first_views[i])
+            clips[i], shown[i] = loaded.clips, loaded.shown
+            decoders[i] = loaded.decoder if row["frames"] is None else "images"
         except DecodeError as error:
             reasons[i] = error.reason
         except UserError as error:  # returned as data, as Ray would wrap it in tracebacks of its own
@@ -325,9 +315,10 @@ def decode_rows(
     return {
         "sample_id": np.array([row["sample_id"] for row in rows], dtype=object),
         "uri": np.array([row["uri"] for row in rows], dtype=object),
-        "label": np.array([row["label"] for row in rows], np.int32),
+        "row": np.arange(len(rows)),
         "real": real,
         "clip": clips,
+        "shown": shown,
         "seeds": np.array(seeds),
         "reason": np.array(reasons, dtype=object),
         "decoder": np.array(decoders, dtype=object),

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.loader import collate, decode_rows, global_order, rows_per_step
+from pipelines.data.loader import decode_rows, global_order, rows_per_step
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.tasks import task_of
 from posmlp.video.augment import NORMALISATIONS, flip_labels, to_input, to_train_input
 from posmlp.video.clip import views_per_video
 from posmlp.video.draws import epoch_draws
-from posmlp.video.manifest import read_split, training_classes
 
 matplotlib.use("Agg")
 
@@ -35,8 +35,9 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
         ManifestError: the data set's list is wrong.
         UserError: ``out`` cannot be written.
     """
-    known = None if train else training_classes(config.data)
-    manifest = read_split(config.data, "train" if train else "val", known)
+    task = task_of(config)
+    known = None if train else task.training_classes(config)
+    manifest = task.read_split(config, "train" if train else "val", known)
     count = len(manifest.rows)
     draws = epoch_draws(manifest.rows, config.data.balance) if train else None
     if train and (draws.total if draws else count) < rows_per_step(config, train=True):
@@ -46,7 +47,8 @@ def preview(config: Config, out: Path, *, train: bool, epoch: int, videos: int) 
     order = global_order(count, config, epoch, train=True, draws=draws) if train else np.arange(count)
     repeats, rows = np.divmod(order[: videos + videos % 2], count)  # mixed in pairs
     columns = decode_rows(manifest.rows.take(rows), np.ones(len(rows), bool), config, epoch, train, repeats)
-    batch, views = collate(columns), views_per_video(config, train)
+    batch = task.collate(columns, manifest.rows.take(rows), config, train=train)
+    views = views_per_video(config, train)
     classes = manifest.classes
     if train:
         x, targets = to_train_input(batch, config, flip_labels(config.augment.flip_classes, classes, len(classes)))

@@ -61,7 +61,8 @@ from posmlp.config import Config, RecipeError, describe, set_key
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, ClassResult, class_results, per_class_csv, video_scores
 from posmlp.metrics import HELD_OUT, TEST, TEST_TRAIN, VAL
-from posmlp.video.manifest import Manifest, Split, read_split
+from posmlp.tasks import task_of
+from posmlp.video.manifest import Manifest, Split
 from posmlp.video.views import with_views
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def evaluate(
     tracking_uri(config)  # raises now what it would raise after scoring
     if not any(override.strip().startswith("tracking.uri") for override in overrides):
         refuse_foreign_server(config)
-    manifest = read_split(config.data, split, known_classes(info))
+    manifest = task_of(config).read_split(config, split, known_classes(info))
     name = evaluation_name(split, config, info, overrides)
     folder = storage.join(".", out) if out else storage.join(run if record else checkpoint, f"{FOLDER}/{name}")
     start_ray()
@@ -276,7 +277,7 @@ def summary_json(result: Evaluation, config: Config) -> bytes:
 
 def write_scores(
     uri: str,
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    blocks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
     manifest: Manifest,
     names: Sequence[str],
     config: Config,
@@ -287,7 +288,7 @@ def write_scores(
     ``classes`` in the schema's metadata has their names. It appears when all blocks are there.
 
     Args:
-        blocks: as of ``score_good_videos``: rows, and their scores, float32 ``[videos, views, classes]``.
+        blocks: as of ``score_good_videos``: rows, and the scores of each, float32 ``[views, classes]``.
         names: of the classes, by label.
         config: the recipe, for ``eval.crops`` and ``eval.fusion``.
 
@@ -299,7 +300,8 @@ def write_scores(
     fields = [*SCORED_FIELDS, ("scores", pa.list_(pa.float32(), len(names)))]
     schema = pa.schema(fields, metadata={"classes": json.dumps(list(names))})
     with open_parquet(uri, schema, compression="zstd") as file:
-        for rows, scores in blocks:
+        for rows, of_rows in blocks:
+            scores = np.stack(of_rows)
             truth = torch.from_numpy(labels[rows].astype(np.int64))
             counts.add(video_scores(torch.from_numpy(scores), config.eval.fusion), truth, torch.ones(len(rows)))
             view = np.tile(np.arange(scores.shape[1], dtype=np.int32), len(rows))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pipelines.runs.models import find_checkpoint, load_trained_model, output_names
 from posmlp.errors import UserError
-from posmlp.learn.learner import score_views
 from posmlp.predict import Prediction, predict_files
+from posmlp.tasks.recognition import score_views
 from posmlp.video.views import with_views
 
 

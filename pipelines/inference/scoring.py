@@ -34,7 +34,8 @@ from pipelines.runs.errors import BadVideo
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.learn.learner import score_views
+from posmlp.tasks import task_of
+from posmlp.video.batch import Batch
 from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import Manifest
 from posmlp.video.views import videos_per_pass
@@ -52,8 +53,8 @@ def score_good_videos(
     bad: list[BadVideo],
     scorer: type[Scorer] | None = None,
     *args: Any,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield row indices of the manifest and the scores of these videos, one block at a time, in the manifest's order.
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Yield row indices of the manifest and the scores of each of them, one block at a time, in the manifest's order.
 
     Args:
         bad: receives the videos that could not be decoded, in the manifest's order.
@@ -74,7 +75,7 @@ def score_good_videos(
             bad.append(BadVideo(*(str(block[k][i]) for k in ("sample_id", "uri", "reason"))))
         refuse_many_bad(bad, videos, config.data.max_bad_fraction)
         if good.any():
-            yield first + np.flatnonzero(good), block["scores"]
+            yield first + np.flatnonzero(good), list(block["scores"])
         progress.add(len(good))
     if len(bad) == videos:
         raise UserError(f"no video could be decoded; the first one, {bad[0].uri}: {bad[0].reason}")
@@ -154,9 +155,9 @@ def max_blocks_in_flight(config: Config) -> int:
     return max(1, min(fitting, int(DECODE_TASKS_PER_CPU * free / runs) + scaling.workers))
 
 
-def decode(rows: pa.Table, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Ray task: decode one block of manifest rows (``pipelines.data.loader.decode_rows``)."""
-    return decode_rows(rows, np.ones(len(rows), bool), Config.model_validate(config), 0, False)
+def decode(rows: pa.Table, config: dict[str, Any]) -> dict[str, Any]:
+    """Ray task: decode one block of manifest rows (``pipelines.data.loader.decode_rows``); ``table`` has the rows."""
+    return decode_rows(rows, np.ones(len(rows), bool), Config.model_validate(config), 0, False) | {"table": rows}
 
 
 class Scorer:
@@ -180,29 +181,40 @@ class Scorer:
         model.load_state_dict(weights)
         return model.to(self.device).freeze()
 
-    def score(self, columns: dict[str, np.ndarray], weights: Sequence[ray.ObjectRef]) -> dict[str, np.ndarray]:
+    def score(self, columns: dict[str, Any], weights: Sequence[ray.ObjectRef]) -> dict[str, Any]:
         """Score one block.
 
         Args:
-            columns: decoded rows (``pipelines.data.loader.decode_rows``).
+            columns: as of ``decode``.
             weights: one reference to the weights. It is in a list, else Ray would fetch the weights for each block.
 
         Returns:
-            The rows' ``sample_id``, ``uri``, ``reason``, ``fatal``, and ``scores`` of the good rows, in order.
+            The rows' ``sample_id``, ``uri``, ``reason``, ``fatal``, and ``scores``: those of each good row, in order.
         """
         self.model = self.model or self.load(ray.get(weights[0]))
-        good = np.flatnonzero(columns["reason"] == "")
-        clips, size = columns["clip"], videos_per_pass(self.config)  # [rows, V, T, H, W, 3]
-        scores = []
-        for first in range(0, len(good), size):
-            pixels = torch.from_numpy(clips[good[first : first + size]]).flatten(0, 1).to(self.device)
-            scores.append(self.score_clips(self.model, pixels).cpu().numpy())
+        task, found = task_of(self.config), dict[int, np.ndarray]()
+        for rows in self.passes(columns):
+            part = {key: columns[key][rows] for key in ("row", "real", "reason", "clip", "shown", "seeds")}
+            part["clip"] = np.stack(list(part["clip"]))
+            batch = task.collate(part, columns["table"], self.config, train=False).to(self.device)
+            scores = task.by_row(self.score_batch(self.model, batch).cpu(), batch)
+            found |= zip(rows.tolist(), (each.numpy() for each in scores), strict=True)
         kept = {key: columns[key] for key in ("sample_id", "uri", "reason", "fatal")}
-        return kept | {"scores": np.concatenate(scores) if scores else np.empty(0)}
+        return kept | {"scores": [found[row] for row in sorted(found)]}
 
-    def score_clips(self, model: nn.Module, clips: Tensor) -> Tensor:
-        """Return log-probabilities, float32 ``[videos, views, classes]``, of uint8 ``[videos * views, T, H, W, 3]``."""
-        return score_views(model, clips, self.config)
+    def passes(self, columns: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the good rows that go through the model together: those with clips of one size, as many as fit."""
+        good, size = np.flatnonzero(columns["reason"] == ""), videos_per_pass(self.config)
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for row in good.tolist():
+            shapes.setdefault(columns["clip"][row].shape, []).append(row)
+        for rows in shapes.values():
+            for first in range(0, len(rows), size):
+                yield np.array(rows[first : first + size])
+
+    def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the scores of a batch (``Task.score``)."""
+        return task_of(self.config).score(model, batch, self.config)
 
 
 def refuse_many_bad(bad: Sequence[BadVideo], videos: int, limit: float) -> None:

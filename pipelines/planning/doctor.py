@@ -41,9 +41,10 @@ from pipelines.tracking.uris import tracking_uri, without_secrets
 from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.tasks import task_of
 from posmlp.text import shorten
 from posmlp.video.clip import views_per_video
-from posmlp.video.manifest import read_split, training_classes
+from posmlp.video.manifest import Split
 
 PACKAGES = ("ray", "torch", "mlflow", "av", "decord2", "numpy", "pyarrow")
 ANSWER_S = 120.0  # until a node must have started a process and answered
@@ -296,12 +297,13 @@ def remove_marker(marker: str) -> None:
 
 def check_lists(config: Config) -> Generator[Finding, None, pa.Table | None]:
     """Read both lists; the generator returns the first row of the training list, or None."""
-    row = known = None
-    for split in ("train", "val"):
+    row, known, task = None, None, task_of(config)
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
         path = getattr(config.data, split).path
         try:
-            manifest = read_split(config.data, split, known)
-            known = training_classes(config.data, manifest) if split == "train" else known
+            manifest = task.read_split(config, split, known)
+            known = task.training_classes(config, manifest) if split == "train" else known
         except (UserError, OSError) as error:
             what = f"data.{split}.path {path}: {shorten(str(error), 300)}"
             yield Finding("fail", what, "`posmlp data check` tells more")

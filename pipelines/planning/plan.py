@@ -19,9 +19,9 @@ from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
 from posmlp.model.cost import EVAL_FLOPS_PER_MAC, PEAKS, TRAIN_FLOPS_PER_MAC, count_macs, count_params
+from posmlp.tasks import task_of
 from posmlp.text import quantity
 from posmlp.video.draws import epoch_length
-from posmlp.video.manifest import read_split, training_classes
 
 # GPUs
 ASSUMED_MFU = 0.15  # share of the peak that training reaches. Not measured here; perf/mfu of a run measures it
@@ -538,8 +538,9 @@ def count_videos(config: Config, split: str, option: str, given: int | None) -> 
             f"data.{split}.path {paths[split]} does not exist here: give {option} N "
             "(Kinetics-400 has about 240000 training and 20000 validation videos)"
         )
-    known = training_classes(config.data) if split == "val" and here["train"] else None
-    rows = read_split(config.data, "train" if split == "train" else "val", known).rows
+    task = task_of(config)
+    known = task.training_classes(config) if split == "val" and here["train"] else None
+    rows = task.read_split(config, "train" if split == "train" else "val", known).rows
     return epoch_length(rows, config.data.balance) if split == "train" else len(rows)
 
 

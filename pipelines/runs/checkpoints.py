@@ -30,7 +30,7 @@ from torch import Tensor
 from posmlp import storage
 from posmlp.config import Config, describe
 from posmlp.errors import UserError
-from posmlp.metrics import VAL_TOP1
+from posmlp.metrics import main_metric
 
 FOLDER = "checkpoints"
 WEIGHTS, STATE, INFO = "weights.safetensors", "state.pt", "checkpoint.json"
@@ -289,8 +289,12 @@ def newest(run: str) -> tuple[str | None, list[DamagedError]]:
 
 
 def best(entries: Sequence[CheckpointEntry], count: int) -> list[CheckpointEntry]:
-    """The ``count`` checkpoints with the highest ``val/top1``, the best first; between equals the newer one first."""
-    rated = [(e.info.metrics[VAL_TOP1], e.info.step, e) for e in entries if e.info and VAL_TOP1 in e.info.metrics]
+    """The ``count`` checkpoints with the highest main metric (``posmlp.metrics``), the best first.
+
+    Between equals the newer one comes first.
+    """
+    found = [(main_metric(e.info.metrics), e.info, e) for e in entries if e.info]
+    rated = [(info.metrics[main.key], info.step, entry) for main, info, entry in found if main]
     rated.sort(key=lambda each: each[:2], reverse=True)
     return [entry for _, _, entry in rated[:count]]
 

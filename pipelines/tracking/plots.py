@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from posmlp.metrics import EPOCH, TRAIN_LOSS, VAL_LOSS, VAL_TOP1, VAL_TOP5
+from posmlp.learn.evaluation import ClassificationMetrics, class_results, per_class_csv
+from posmlp.metrics import EPOCH, TRAIN_LOSS, VAL_LOSS, VAL_MAP, VAL_TOP1, VAL_TOP5
+from posmlp.tasks.detection import DetectionSummary
 
 MAX_NAMED_CLASSES = 40  # up to this number the axes have class names
 MAX_NUMBERED_CLASSES = 20  # up to this number each cell has its count
@@ -21,14 +23,16 @@ MAX_LISTED_CONFUSIONS = 32  # in the list next to a matrix without class names
 
 
 def learning_curves(history: Sequence[Mapping[str, float]]) -> bytes:
-    """Plot loss and accuracy over the epochs.
+    """Plot loss and accuracy, or mAP, over the epochs.
 
     Args:
         history: metrics of each epoch; some epochs may have no ``val/`` metrics.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for axes, names in ((loss, (TRAIN_LOSS, VAL_LOSS)), (accuracy, (VAL_TOP1, VAL_TOP5))):
+    of_detection = any(VAL_MAP in metrics for metrics in history)
+    curves = (VAL_MAP,) if of_detection else (VAL_TOP1, VAL_TOP5)
+    for axes, names in ((loss, (TRAIN_LOSS, VAL_LOSS)), (accuracy, curves)):
         for name in names:
             points = np.array([(m[EPOCH], m[name]) for m in history if name in m]).reshape(-1, 2)
             axes.plot(*points.T, label=name, marker="o" if len(points) < 20 else "")
@@ -37,8 +41,48 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend()
     loss.set_ylabel("loss")
-    accuracy.set_ylabel("share of videos")
+    accuracy.set_ylabel("frame mAP at IoU 0.5" if of_detection else "share of videos")
     accuracy.set_ylim(0, 1.02)
+    return to_png(figure)
+
+
+def validation_files(summary: ClassificationMetrics | DetectionSummary, classes: Sequence[str]) -> dict[str, bytes]:
+    """The table and the picture of a validation's classes, by file name.
+
+    Args:
+        summary: of the task's results.
+        classes: class names; classes without one are named by their labels.
+    """
+    if isinstance(summary, DetectionSummary):
+        return {
+            "per_class.csv": summary.csv(classes),
+            "average_precision.png": average_precision(summary.average_precision, summary.boxes, classes),
+        }
+    counts = summary.confusion.numpy()
+    names = [*classes, *map(str, range(len(classes), len(counts)))]
+    return {
+        "confusion.png": confusion_matrix(counts, names),
+        "per_class.csv": per_class_csv(class_results(summary.confusion, summary.top5, names)),
+    }
+
+
+def average_precision(values: NDArray[np.float64], boxes: NDArray[np.int64], classes: Sequence[str]) -> bytes:
+    """Plot the average precision of each class that has ground truth, the class with the most boxes first.
+
+    Args:
+        values, boxes: as of ``DetectionSummary``.
+        classes: class names.
+    """
+    order = [i for i in np.argsort(-boxes, kind="stable") if not np.isnan(values[i])]
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(order)), values[order], color="tab:blue")
+    axes.set_yticks(range(len(order)), [f"{display_name(classes[i], AXIS_NAME_LENGTH)} ({boxes[i]})" for i in order])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("average precision at IoU 0.5")
+    axes.set_ylabel("class (number of boxes)")
+    axes.grid(alpha=0.3, axis="x")
     return to_png(figure)
 
 

@@ -17,6 +17,7 @@ PREFIX = "posmlp_"
 GAUGES = {
     "epoch": "Number of finished epochs",
     "val_top1": "Top-1 accuracy of the last validation, 0 to 1",
+    "val_map": "Frame mAP of the last validation, 0 to 1",
     "bad_videos": "Number of distinct videos of the finished epochs that could not be decoded",
     "clips_per_second": "Training clips per second over all workers, in the last seconds",
     "data_wait_fraction": "Share of the last seconds that the first worker waited for clips",

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 
 from pipelines.runs.errors import BadVideo
@@ -94,23 +93,16 @@ class BadVideosFound:
 
 
 @dataclass(frozen=True)
-class ConfusionMatrix:
-    """The counts of a validation, as of ``posmlp.learn.evaluation.ClassificationMetrics``.
+class ValidationDetails:
+    """What a validation has found besides its metrics.
 
     Attributes:
-        counts: ``[classes, classes]``, the confusion matrix.
-        top5: ``[classes]``, hits among the five likeliest; None: not known.
+        summary: of the task's results (``posmlp.tasks``).
+        hits: the content of the run's ``HITS_FILE`` (``pipelines.runs.record``); None if the task has none.
     """
 
-    counts: np.ndarray
-    top5: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class ValidationHits:
-    """The result of each video in a validation: the content of the run's ``HITS_FILE`` (``pipelines.runs.record``)."""
-
-    content: bytes
+    summary: Any
+    hits: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +114,5 @@ class ArtifactFile:
 
 
 WorkerEvent = (
-    ProgressLine
-    | CostMeasured
-    | StepMetrics
-    | EpochMetrics
-    | BadVideosFound
-    | ConfusionMatrix
-    | ValidationHits
-    | ArtifactFile
+    ProgressLine | CostMeasured | StepMetrics | EpochMetrics | BadVideosFound | ValidationDetails | ArtifactFile
 )

@@ -19,11 +19,12 @@ from pipelines.runs.errors import RunError
 from posmlp import create_model, storage
 from posmlp.config import Config, current_keys, flatten
 from posmlp.errors import UserError
-from posmlp.metrics import VAL_TOP1
+from posmlp.metrics import MAIN_METRICS
 from posmlp.model.checkpoint import CheckpointError, fit_published
+from posmlp.tasks import task_of
 from posmlp.video.augment import flip_labels
 from posmlp.video.draws import epoch_length
-from posmlp.video.manifest import Manifest, ManifestError, read_split, training_classes
+from posmlp.video.manifest import Manifest, ManifestError, Split
 from posmlp.weights import NORMALISATION, is_packaged, packaged_file
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
@@ -80,12 +81,13 @@ def read_splits(config: Config) -> tuple[Manifest, Manifest]:
         ManifestError: a list is wrong, or the validation list has a class that the training list lacks; the message has
             the problems of both.
     """
-    manifests, problems, known = [], [], None
-    for name in ("train", "val"):
+    manifests, problems, known, task = [], [], None, task_of(config)
+    names: tuple[Split, ...] = ("train", "val")
+    for name in names:
         try:
-            manifests.append(read_split(config.data, name, known))
+            manifests.append(task.read_split(config, name, known))
             if name == "train":
-                known = training_classes(config.data, manifests[0])
+                known = task.training_classes(config, manifests[0])
         except ManifestError as error:
             problems += error.problems
     if problems:
@@ -156,8 +158,9 @@ def check_record(
             f"model with model.weights={run}"
         )
     if record["metrics"] is not None:
+        key = MAIN_METRICS[config.task].key
         raise RunError(
-            f"run {config.name!r} is finished (val/top1 {record['metrics'].get(VAL_TOP1, float('nan')):.1%}, "
+            f"run {config.name!r} is finished ({key} {record['metrics'].get(key, float('nan')):.1%}, "
             f"{run}). Choose another name (name=...), or delete that folder to train it again."
         )
     changed = changed_keys(record, config, lists)
@@ -198,9 +201,13 @@ def stored_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
         return flatten(current_keys(tree))
 
 
+BOX_COLUMNS = ("time", "boxes", "actions", "scores")  # of key frames
+
+
 def list_fingerprint(manifest: Manifest) -> str:
     """A text that changes when a list's videos, labels or classes change, but not when the videos move."""
-    rows = manifest.rows.select(["sample_id", "label"]).to_pydict()
+    columns = ["sample_id", "label", *(name for name in BOX_COLUMNS if name in manifest.rows.column_names)]
+    rows = manifest.rows.select(columns).to_pydict()
     text = json.dumps([rows, manifest.classes])
     return f"{len(manifest.rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -16,13 +16,13 @@ from posmlp.metrics import (
     DATA_OBJECT_STORE_MB,
     DATA_SPILLED_MB,
     EPOCH,
+    MAIN_METRICS,
     PERF_CLIPS_PER_S,
     PERF_DATA_WAIT_FRAC,
     TRAIN_LOSS,
     VAL_BEST_EPOCH,
-    VAL_BEST_TOP1,
     VAL_LOSS,
-    VAL_TOP1,
+    main_metric,
 )
 from posmlp.video.manifest import Manifest
 
@@ -209,12 +209,12 @@ class StepSeries:
 
 
 def best_so_far(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The highest ``val/top1`` of epochs, and the newest epoch that has it; empty if no epoch was validated."""
-    validated = [(metrics[VAL_TOP1], metrics[EPOCH]) for metrics in history if VAL_TOP1 in metrics]
+    """The highest main metric of epochs, and the newest epoch that has it; empty if no epoch was validated."""
+    validated = [(main, metrics) for metrics in history if (main := main_metric(metrics))]
     if not validated:
         return {}
-    top1, epoch = max(validated)
-    return {VAL_BEST_TOP1: top1, VAL_BEST_EPOCH: epoch}
+    value, epoch = max((metrics[main.key], metrics[EPOCH]) for main, metrics in validated)
+    return {validated[0][0].best: value, VAL_BEST_EPOCH: epoch}
 
 
 def early_stop(history: Sequence[Mapping[str, float]], config: Config) -> str:
@@ -225,7 +225,7 @@ def early_stop(history: Sequence[Mapping[str, float]], config: Config) -> str:
     Args:
         history: metrics of each finished epoch.
     """
-    patience, monitor = config.train.patience, config.train.monitor
+    patience, monitor = config.train.patience, config.train.monitor or MAIN_METRICS[config.task].key
     validated = [(int(metrics[EPOCH]), metrics[monitor]) for metrics in history if monitor in metrics]
     if patience is None or not validated or monitor not in history[-1]:
         return ""
@@ -260,9 +260,9 @@ def describe_steps(progress: RunProgress, meter: EpochMeter, epoch: int, steps: 
 def describe_epoch(metrics: dict[str, float], config: Config) -> str:
     """The line for a finished epoch."""
     text = f"epoch {metrics[EPOCH]:.0f}/{config.train.epochs}  loss {metrics[TRAIN_LOSS]:.3f}"
-    if VAL_TOP1 in metrics:
-        text += f"  val loss {metrics[VAL_LOSS]:.3f}  val top-1 {metrics[VAL_TOP1]:.1%}"
-        best, epoch = metrics[VAL_BEST_TOP1], int(metrics[VAL_BEST_EPOCH])
+    if main := main_metric(metrics):
+        text += f"  val loss {metrics.get(VAL_LOSS, math.nan):.3f}  val {main.title} {metrics[main.key]:.1%}"
+        best, epoch = metrics[main.best], int(metrics[VAL_BEST_EPOCH])
         text += " (best)" if epoch == metrics[EPOCH] else f" (best {best:.1%}, epoch {epoch})"
     text += f"  {metrics[PERF_CLIPS_PER_S]:.1f} clips/s  data wait {metrics[PERF_DATA_WAIT_FRAC]:.0%}"
     text += f"  object store {metrics[DATA_OBJECT_STORE_MB]:.0f} MiB"
@@ -292,11 +292,11 @@ def describe_result(history: Sequence[Mapping[str, float]], epochs: int, status:
     """
     state = {"FINISHED": "Finished", "KILLED": "Stopped", "FAILED": "Failed", "RUNNING": "Running"}[status]
     text = f"{state} after epoch {len(history)} of {epochs}"
-    last = next((metrics for metrics in reversed(history) if VAL_TOP1 in metrics), None)
-    if last is None:
+    last = next((metrics for metrics in reversed(history) if main_metric(metrics)), {})
+    main, best = main_metric(last), best_so_far(history)
+    if main is None:
         return text
-    best = best_so_far(history)
-    return f"{text}: val/top1 {last[VAL_TOP1]:.1%}, best {best[VAL_BEST_TOP1]:.1%} in epoch {best[VAL_BEST_EPOCH]:.0f}"
+    return f"{text}: {main.key} {last[main.key]:.1%}, best {best[main.best]:.1%} in epoch {best[VAL_BEST_EPOCH]:.0f}"
 
 
 def describe_overrides(config: Config) -> str:

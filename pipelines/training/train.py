@@ -25,9 +25,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -51,12 +49,11 @@ from pipelines.training.channel import Channel, RunChannel, open_channel
 from pipelines.training.messages import (
     ArtifactFile,
     BadVideosFound,
-    ConfusionMatrix,
     CostMeasured,
     EpochMetrics,
     ProgressLine,
     StepMetrics,
-    ValidationHits,
+    ValidationDetails,
     WorkerEvent,
     WorkerJob,
 )
@@ -65,8 +62,7 @@ from pipelines.training.process_group import ProcessGroupConfig
 from pipelines.training.progress import describe_overrides, describe_result, describe_run, early_stop
 from pipelines.training.worker import train_here, train_worker
 from posmlp.config import Config
-from posmlp.learn.evaluation import ClassResult, class_results, per_class_csv
-from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, VAL_TOP1
+from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, main_metric
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +82,8 @@ class RunResult:
         bad: all bad videos of the run, each once.
         undelivered: the number of operations that MLflow has not received yet (``posmlp sync`` delivers them).
         links: into MLflow's pages, by what they show.
-        classes: the figures of each class in the last validation, by label; empty if another driver has seen it.
+        classes: the class names.
+        summary: of the last validation, as of ``posmlp.tasks``; None if another driver has seen it.
         ended_early: why the run ended before its last epoch (``train.patience``); empty if it did not.
     """
 
@@ -97,7 +94,8 @@ class RunResult:
     bad: list[BadVideo] = field(default_factory=list)
     undelivered: int = 0
     links: dict[str, str] = field(default_factory=dict)
-    classes: list[ClassResult] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
+    summary: Any = None
     ended_early: str = ""
 
 
@@ -231,9 +229,14 @@ def train(
                 undelivered = tracker.close(status)
                 if undelivered:
                     logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, run)
-        bad, classes = list(reporter.bad.values()), reporter.class_results(train_set.classes)
-        links = tracker.links()
-        return RunResult(config.name, run, tracker.run_id, metrics, bad, undelivered, links, classes, ended_early)
+        bad, links, summary = list(reporter.bad.values()), tracker.links(), reporter.validation.summary
+        found: dict[str, Any] = {
+            "bad": bad,
+            "classes": train_set.classes,
+            "summary": summary,
+            "ended_early": ended_early,
+        }
+        return RunResult(config.name, run, tracker.run_id, metrics, undelivered=undelivered, links=links, **found)
 
 
 def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialContext, lease: Lease | None) -> None:
@@ -367,8 +370,7 @@ class RunReporter:
         epochs: of the whole run.
         history: metrics of each finished epoch.
         bad: all bad videos, by sample id.
-        confusion, top5: counts of the last validation (``ClassificationMetrics``).
-        hits: the result of each of its videos, the content of ``HITS_FILE``.
+        validation: details of the last validation.
     """
 
     def __init__(
@@ -385,9 +387,7 @@ class RunReporter:
         self.folder, self.about, self.epochs = folder, about, epochs
         self.history: list[dict[str, float]] = []
         self.bad: dict[str, BadVideo] = {}
-        self.confusion: np.ndarray | None = None
-        self.top5: np.ndarray | None = None
-        self.hits: bytes | None = None
+        self.validation = ValidationDetails(None)
         self.epochs_logged, self.epochs_reported = tracker.epochs_logged(), 0
 
     def receive(self, channel: Channel) -> None:
@@ -411,10 +411,8 @@ class RunReporter:
             case BadVideosFound(videos):
                 self.bad |= {video.sample_id: video for video in videos}
                 self.tracker.log_table([asdict(video) for video in self.bad.values()], "quarantine.json")
-            case ConfusionMatrix(counts, top5):
-                self.confusion, self.top5 = counts, top5
-            case ValidationHits(content):
-                self.hits = content
+            case ValidationDetails():
+                self.validation = event
             case ArtifactFile(path, content):
                 self.tracker.log_file(path, content)
 
@@ -434,8 +432,8 @@ class RunReporter:
         """Set the Prometheus metrics of the run's progress."""
         values = {"epoch": float(len(self.history)), "bad_videos": float(len(self.bad))}
         for metrics in self.history:
-            if VAL_TOP1 in metrics:
-                values["val_top1"] = metrics[VAL_TOP1]
+            if main := main_metric(metrics):
+                values[main.key.replace("/", "_")] = metrics[main.key]
         prometheus.publish(self.run, **values)
 
     def describe_result(self, status: str) -> None:
@@ -447,22 +445,13 @@ class RunReporter:
         result = describe_result(self.history, self.epochs, status)
         self.tracker.log_tags({NOTE: f"{self.about}\n\n{result}"})
 
-    def class_results(self, classes: Sequence[str]) -> list[ClassResult]:
-        """The figures of each class in the last validation; empty if this driver has not seen one."""
-        if self.confusion is None or self.top5 is None:
-            return []
-        names = [*classes, *map(str, range(len(classes), len(self.confusion)))]
-        return class_results(torch.tensor(self.confusion), torch.tensor(self.top5), names)
-
     def log_plots(self, classes: tuple[str, ...]) -> None:
         """Log the plots, the classes' table and the videos' results of a finished run, and write them to its folder."""
         files = {"learning_curves.png": plots.learning_curves(self.history)}
-        if self.confusion is not None:
-            files["confusion.png"] = plots.confusion_matrix(self.confusion, classes)
-        if self.hits is not None:
-            files[HITS_FILE] = self.hits
-        if results := self.class_results(classes):
-            files["per_class.csv"] = per_class_csv(results)
+        if self.validation.summary is not None:
+            files |= plots.validation_files(self.validation.summary, classes)
+        if self.validation.hits is not None:
+            files[HITS_FILE] = self.validation.hits
         for name, content in files.items():
             self.tracker.log_file(name, content)
         if self.folder is not None:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,7 +26,7 @@ from ray.train.torch import get_device
 from safetensors.torch import save as save_safetensors
 
 from pipelines.cluster.capacity import live_runs
-from pipelines.data.loader import SplitLoader, global_order, local_order, object_store_usage, rows_per_step
+from pipelines.data.loader import SplitLoader, object_store_usage
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
 from pipelines.runs.lease import LeaseLost, check_lease
@@ -36,12 +36,11 @@ from pipelines.training.channel import Registration, RunChannel
 from pipelines.training.messages import (
     ArtifactFile,
     BadVideosFound,
-    ConfusionMatrix,
     CostMeasured,
     EpochMetrics,
     ProgressLine,
     StepMetrics,
-    ValidationHits,
+    ValidationDetails,
     WorkerEvent,
     WorkerJob,
 )
@@ -60,7 +59,6 @@ from posmlp import create_model, load_published, storage
 from posmlp import metrics as names
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.learn.evaluation import ClassificationMetrics, video_scores
 from posmlp.learn.learner import ExplodedError, HostCopy, Learner, StartedStep
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops, trim_heap
@@ -513,10 +511,9 @@ class Worker:
 
         Returns the metrics, or None if a stop was requested.
         """
-        learner, views = self.learner, self.config.eval.clips * self.config.eval.crops
-        result, decoded = ClassificationMetrics.empty(learner.num_classes), self.val_split.batches(0)
-        hits: list[torch.Tensor] = []
-        pending: list[HostCopy] = []  # of a batch, counted when the next one is queued
+        learner, decoded = self.learner, self.val_split.batches(0)
+        results = learner.task.results(self.config, self.val_split.table)
+        pending: tuple[Batch, list[HostCopy]] | None = None  # counted when the next batch is queued
         with (
             closing(prefetch(decoded, learner.device, waiting=self.explain_wait)) as ahead,
             learner.evaluation_weights(),
@@ -528,33 +525,18 @@ class Worker:
                     return None
                 batch = batches.take()
                 self.note_bad_videos(batch)
-                scores = video_scores(learner.score(batch), self.config.eval.fusion)
+                scores = learner.score(batch)
                 if pending:
-                    hits.append(result.add(*(copy.read() for copy in pending)))
-                pending = [HostCopy(x) for x in (scores, batch.labels[::views], batch.weights[::views])]
+                    results.add(pending[0], [copy.read() for copy in pending[1]])
+                pending = batch, [HostCopy(x) for x in results.wanted(scores, batch)]
             if pending:
-                hits.append(result.add(*(copy.read() for copy in pending)))
-        result = result.sum_over_workers()
-        if not result.videos:
+                results.add(pending[0], [copy.read() for copy in pending[1]])
+        results.gather()
+        if not results.samples:
             raise AgreedError("no validation video could be decoded")
-        self.send(ConfusionMatrix(result.confusion.numpy(), result.top5.numpy()))
-        self.send_hits(torch.stack(hits))
-        return result.metrics()
-
-    def send_hits(self, own: torch.Tensor) -> None:
-        """Send the driver the result of each validation video. Collective: call it on every rank.
-
-        Args:
-            own: int8 ``[batches, share]``, of this worker's videos (``ClassificationMetrics.add``).
-        """
-        parts = [torch.empty_like(own) for _ in range(self.world_size)] if self.rank == 0 else None
-        if self.world_size > 1:
-            dist.gather(own, parts, dst=0)
-        elif parts:
-            parts = [own]
-        if parts:
-            text = hits_text([part.numpy() for part in parts], self.val_split.num_rows, self.config)
-            self.send(ValidationHits(text))
+        hits = results.hits()
+        self.send(ValidationDetails(results.summary(), None if hits is None else hits_text(hits)))
+        return results.metrics()
 
     def note_bad_videos(self, batch: Batch) -> None:
         """Note the bad videos of a batch that a step has used."""
@@ -669,20 +651,13 @@ class Worker:
         return start_profiler(self.learner.device, send_trace)
 
 
-def hits_text(parts: Sequence[np.ndarray], rows: int, config: Config) -> bytes:
-    """The results of all workers' videos as one character per row of the list (``pipelines.runs.record.HITS_FILE``).
+def hits_text(hits: np.ndarray) -> bytes:
+    """The results of all videos as one character per row of the list (``pipelines.runs.record.HITS_FILE``).
 
     Args:
-        parts: int8 ``[batches, share]`` of each worker, by rank: 1 a hit, 0 a miss, -1 padding or a bad video.
-        rows: of the validation list.
+        hits: int8 ``[rows]``, as of ``Results.hits``.
     """
-    world, codes = len(parts), np.frombuffer(b"01-", np.uint8)
-    order = global_order(rows, config, 0, train=False, world=world)
-    text = np.full(rows, ord("-"), np.uint8)
-    for rank, part in enumerate(parts):
-        own = local_order(order, rows_per_step(config, train=False, world=world), rank, world)
-        text[own[own >= 0]] = codes[part[own >= 0]]
-    return text.tobytes()
+    return np.frombuffer(b"01-", np.uint8)[hits].tobytes()
 
 
 def check_bad_fraction(bad: list[BadVideo], rows: int, config: Config) -> None:

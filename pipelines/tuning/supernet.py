@@ -48,11 +48,12 @@ from pipelines.tuning.search import member_key, space_size
 from posmlp import storage
 from posmlp.config import Config, RecipeError, ScalingSection, set_value
 from posmlp.learn.evaluation import video_scores
-from posmlp.learn.learner import score_views
 from posmlp.metrics import SUPERNET_BEST_TOP1, SUPERNET_KENDALL, SUPERNET_SPEARMAN, VAL_TOP1
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.spec import STAGES, Architecture
 from posmlp.model.supernet import Supernet
+from posmlp.tasks.recognition import score_views
+from posmlp.video.batch import Batch
 from posmlp.video.manifest import read_split
 from tune_spaces import Member, Range, Space, Value, load_space
 
@@ -328,11 +329,13 @@ class MemberScorer(Scorer):
         self.architectures = architectures
         self.members: list[PosMLPVideo] = []
 
-    def score_clips(self, model: nn.Module, clips: Tensor) -> Tensor:
+    def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
         if not self.members:
             self.members = [cast(Supernet, model).member(architecture) for architecture in self.architectures]
         fusion = self.config.eval.fusion
-        predicted = [video_scores(score_views(member, clips, self.config), fusion).argmax(1) for member in self.members]
+        predicted = [
+            video_scores(score_views(member, batch.clips, self.config), fusion).argmax(1) for member in self.members
+        ]
         return torch.stack(predicted, 1)
 
 
@@ -360,8 +363,8 @@ def score_members(
     labels = manifest.rows["label"].to_numpy()
     hits, videos = np.zeros(len(architectures)), 0
     blocks = score_good_videos(manifest, config, contents[checkpoints.WEIGHTS], bad, MemberScorer, list(architectures))
-    for rows, predicted in blocks:  # [videos], [videos, members]
-        hits += (predicted == labels[rows][:, None]).sum(0)
+    for rows, predicted in blocks:  # [videos], [members] of each
+        hits += (np.stack(predicted) == labels[rows][:, None]).sum(0)
         videos += len(rows)
     return (hits / videos).tolist(), bad
 

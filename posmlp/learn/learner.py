@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -33,17 +32,16 @@ from posmlp.errors import UserError
 from posmlp.learn.ema import WeightEMA
 from posmlp.learn.finetune import freeze_parts
 from posmlp.learn.optim import RATE_SCALE, build_optimizer, learning_rate
-from posmlp.learn.parallel import average_over_workers, gradient_sync, rank, total_norm, world_size
+from posmlp.learn.parallel import average_over_workers, gradient_sync, rank, total_norm
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.supernet import Supernet
-from posmlp.video.augment import flip_labels, to_input, to_train_input
+from posmlp.tasks import task_of
 from posmlp.video.batch import Batch
 
 if TYPE_CHECKING:  # it needs pydantic
     from posmlp.config import Config
 
 MAX_LOSS_RATIO = 10  # training does not recover from a loss above this multiple of a random guess's loss
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision; fp32 has no autocast
 # Checkpoints hold full tensors on the CPU, so that any number of workers can load them.
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -112,7 +110,7 @@ class StartedStep:
             self.ended = time.perf_counter()
         if refused:
             self.learner.return_to(self)
-            guess = math.log(self.learner.num_classes)  # loss of uniform probabilities
+            guess = self.learner.objective.guess
             raise ExplodedError(
                 f"step {self.step} exploded: loss {loss:.4g} (a random guess has {guess:.3g}), gradient norm {norm:.4g}"
             )
@@ -127,9 +125,7 @@ class Learner:
         model: the backbone, plain or wrapped for distributed training (``posmlp.learn.parallel.parallelise``).
         config: the whole recipe.
         steps_per_epoch: optimizer steps in an epoch.
-        class_names: for ``augment.flip_classes``; if empty, a class's name is its label.
-        class_weights: ``[classes]``, factor of each class's part of the loss, with a mean of 1 over the training clips
-            (``data.balance: weights``, ``posmlp.video.draws.class_weights``); None: 1.
+        class_names, class_weights: as for ``Task.objective``.
 
     Attributes:
         model: what computes the training step: the backbone, plain or wrapped.
@@ -137,12 +133,13 @@ class Learner:
         step: number of started optimizer steps.
         unread: the started steps whose results were not read yet.
         num_classes: length of the logits.
+        objective: the loss of the recipe's task.
         frozen: the parts that do not learn (``optim.freeze``). They stay in eval mode: no drop path, no dropout, and
             batch norms use their stored statistics and leave them unchanged.
         ema: the moving average of the weights; None without ``optim.ema``. The model itself holds the live weights.
 
     Raises:
-        UserError: ``augment.flip_classes`` does not fit the classes.
+        UserError: the recipe does not fit the classes.
     """
 
     def __init__(
@@ -160,16 +157,13 @@ class Learner:
         self.step = 0
         self.device = next(model.parameters()).device
         self.num_classes = config.model.variant().num_classes
-        self.flipped = flip_labels(config.augment.flip_classes, class_names, self.num_classes).to(self.device)
-        weights = None if class_weights is None else torch.from_numpy(class_weights).float().to(self.device)
-        self.class_weights = weights
+        self.task = task_of(config)
+        self.objective = self.task.objective(config, class_names, class_weights, self.device)
         self.frozen = freeze_parts(cast(PosMLPVideo, self.module), config.optim.freeze)
         self.optimizer = build_optimizer(self.module, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
         self.ema = WeightEMA(self.module, config.optim.ema) if config.optim.ema else None
-        guess = math.log(self.num_classes)  # loss of uniform probabilities
-        heaviest = 1.0 if class_weights is None else max(1.0, float(class_weights.max()))
-        self.max_loss = MAX_LOSS_RATIO * max(1.0, guess) * heaviest
+        self.max_loss = MAX_LOSS_RATIO * max(1.0, self.objective.guess) * self.objective.heaviest
         self.unread: list[StartedStep] = []
         self.refused = torch.zeros((), device=self.device)  # 1 from a step that exploded on, until its result is read
         norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
@@ -262,25 +256,19 @@ class Learner:
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Accumulate the gradients of the mean loss over micro-batches.
 
-        A worker's loss is scaled so that the mean over all workers is the mean over the recipe's global batch. Padding
-        and bad videos count as zero.
+        A worker's loss is scaled so that the mean over all workers is the mean over the recipe's global batch
+        (``Objective.share``).
 
         Returns:
             This worker's scaled loss, and the 2-norm of the gradient over all workers; scalars.
         """
-        share = self.config.train.global_batch / world_size()
-        count, loss = len(batch.labels), torch.zeros((), device=self.device)
+        share = self.objective.share(batch)
+        count, loss = len(batch.clips), torch.zeros((), device=self.device)
         done = 0
         for micro_batch in batch.micro_batches(micro_batch_size(count, self.config)):
-            done += len(micro_batch.labels)
+            done += len(micro_batch.clips)
             with gradient_sync(self.model, enabled=done == count):
-                clips, targets = to_train_input(micro_batch, self.config, self.flipped)
-                with autocast(self.device, self.config):
-                    logits = self.model(clips).float()
-                smoothing = self.config.optim.label_smoothing
-                options: dict[str, Any] = {"weight": self.class_weights, "label_smoothing": smoothing}
-                losses = F.cross_entropy(logits, targets, reduction="none", **options)
-                partial = (losses * micro_batch.weights.to(self.device, non_blocking=True)).sum() / share
+                partial = self.objective(self.model, micro_batch) / share
                 self.scaler.scale(partial).backward()
             loss += partial.detach()
         self.scaler.unscale_(self.optimizer)
@@ -288,12 +276,12 @@ class Learner:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """Log-probabilities of the classes for each view of a batch, float32 ``[videos, views, classes]``.
+        """The scores of a batch (``Task.score``), float32 ``[..., classes]``.
 
         Uses the weights that the model holds; call it inside ``evaluation_weights()`` to score with the EMA.
         """
         self.module.eval()
-        return score_views(self.module, batch.clips, self.config)
+        return self.task.score(self.module, batch, self.config)
 
     def weights(self) -> dict[str, Tensor]:
         """Copy the evaluation weights (EMA if enabled) to the CPU, by parameter name.
@@ -370,23 +358,3 @@ def micro_batch_size(count: int, config: Config) -> int:
     """
     micro_batches = math.ceil(count / (config.scaling.micro_batch or count))
     return math.ceil(count / micro_batches / config.clips_together) * config.clips_together
-
-
-def autocast(device: torch.device, config: Config) -> AbstractContextManager[Any]:
-    """Autocast context for the recipe's ``train.precision``, in training and evaluation."""
-    dtype = AUTOCAST_DTYPES.get(config.train.precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def score_views(model: nn.Module, clips: Tensor, config: Config) -> Tensor:
-    """Log-probabilities of the classes for each view of each video, float32 ``[videos, views, classes]``.
-
-    Args:
-        model: in eval mode.
-        clips: uint8 ``[videos * views, T, H, W, 3]`` on the model's device; the views of a video are adjacent.
-        config: the recipe, for ``train.precision``, ``data.normalisation``, ``data.modality`` and the number of
-            views, ``eval.clips`` x ``eval.crops``.
-    """
-    with torch.no_grad(), autocast(clips.device, config):
-        logits = cast(Tensor, model(to_input(clips, config)))
-    return logits.float().log_softmax(1).unflatten(0, (-1, config.eval.clips * config.eval.crops))

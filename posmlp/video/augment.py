@@ -85,10 +85,24 @@ class Parameters(NamedTuple):
     erasures: list[Erasure]
 
 
-def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tensor, Tensor]:
-    """Model input and targets for training: flip, RandAugment, jitter, normalise, difference, erase, mix.
+class AugmentedClips(NamedTuple):
+    """Clips after all augmentations but mixing.
 
-    Colours change before frames are differenced. Erasing and mixing act on the model's input, for any modality.
+    Attributes:
+        x: float32 ``[B, 3, T, H, W]`` as from ``to_input``.
+        mirrored: int64 ``[m]``, the clips that are flipped.
+        mixing: ``boxes`` and ``kept`` of ``Parameters``, on the device; None without mixing.
+    """
+
+    x: Tensor
+    mirrored: Tensor
+    mixing: tuple[Tensor, Tensor] | None
+
+
+def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tensor, Tensor]:
+    """Model input and targets for training of recognition: ``augment_clips``, then mixing.
+
+    Mixing acts on the model's input, for any modality.
 
     Args:
         batch: the clips. The ``data.repeats`` clips of a video are adjacent, and so are the two videos of a pair.
@@ -97,6 +111,21 @@ def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tenso
     Returns:
         float32 ``[B, 3, T, H, W]`` as from ``to_input``, and float32 ``[B, num_classes]``: the share of each class.
         The loss does the label smoothing. Smoothing is linear, so its order relative to mixing makes no difference.
+    """
+    (x, mirrored, mixing), labels = augment_clips(batch, config), batch.labels
+    if len(mirrored):
+        labels = labels.index_copy(0, mirrored, flipped[labels[mirrored]])
+    targets = torch.zeros(len(labels), len(flipped), device=x.device).scatter_(1, labels.unsqueeze(1), 1.0)
+    if mixing:
+        weights = batch.weights.to(x.device, non_blocking=True)
+        x, targets = mix_pairs(x, targets, weights, *mixing, config.data.repeats)
+    return x, targets
+
+
+def augment_clips(batch: Batch, config: Config) -> AugmentedClips:
+    """Augment and normalise the clips of a batch: flip, RandAugment, jitter, normalise, difference, erase.
+
+    Colours change before frames are differenced. Erasing acts on the model's input, for any modality.
     """
     settings, device = config.augment, batch.clips.device
     height, width = batch.clips.shape[2:4]
@@ -107,18 +136,14 @@ def to_train_input(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tenso
     on_device = {name: next(sent) for name in host.arrays}
     passes = [Pass(p.function, next(sent), next(sent)) for p in host.passes]
 
-    x, labels = channels_first(batch.clips), batch.labels
+    x = channels_first(batch.clips)
     if len(mirrored := on_device["mirrored"]):
         x.index_copy_(0, mirrored, x.index_select(0, mirrored).flip(-1))
-        labels = labels.index_copy(0, mirrored, flipped[labels[mirrored]])
     randaugment(x, passes)
     x = normalise(color_jitter(x, on_device.get("factors"), settings), mean, std, config)
-    targets = torch.zeros(len(labels), len(flipped), device=device).scatter_(1, labels.unsqueeze(1), 1.0)
     random_erasing(x, host.erasures)
-    if "kept" in on_device:
-        weights = batch.weights.to(device, non_blocking=True)
-        x, targets = mix_pairs(x, targets, weights, on_device["boxes"], on_device["kept"], config.data.repeats)
-    return x, targets
+    mixing = (on_device["boxes"], on_device["kept"]) if "kept" in on_device else None
+    return AugmentedClips(x, mirrored, mixing)
 
 
 def draw_parameters(seeds: Tensor, settings: AugmentSection, height: int, width: int, repeats: int) -> Parameters:

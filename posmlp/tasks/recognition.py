@@ -1,0 +1,175 @@
+"""Video recognition: each video has one class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from posmlp.learn.parallel import world_size
+from posmlp.learn.precision import autocast
+from posmlp.tasks.base import Objective, Results, Task, pixels
+from posmlp.video.augment import flip_labels, to_input, to_train_input
+from posmlp.video.batch import Batch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from posmlp.config import Config
+    from posmlp.learn.evaluation import ClassificationMetrics
+    from posmlp.video.classes import KnownClasses
+    from posmlp.video.clip import LoadedClips
+    from posmlp.video.manifest import Manifest, Split
+
+
+class Recognition(Task):
+    """Rows are videos, ``data.repeats`` clips or ``eval.clips`` x ``eval.crops`` views each."""
+
+    def read_split(self, config: Config, split: Split, known: KnownClasses | None = None) -> Manifest:
+        from posmlp.video.manifest import read_split
+
+        return read_split(config.data, split, known)
+
+    def training_classes(self, config: Config, manifest: Manifest | None = None) -> KnownClasses:
+        from posmlp.video.manifest import training_classes
+
+        return training_classes(config.data, manifest)
+
+    def load(self, row: dict[str, Any], config: Config, *, epoch: int, train: bool, first_view: int = 0) -> LoadedClips:
+        from posmlp.video.clip import LoadedClips, load_clips
+
+        options: dict[str, Any] = {"epoch": epoch, "train": train, "images": row["frames"], "first_view": first_view}
+        clips, decoder = load_clips(row["uri"], row["sample_id"], config, **options)
+        return LoadedClips(clips, np.zeros((len(clips), 4), np.float32), decoder)
+
+    def collate(self, columns: dict[str, np.ndarray], table: pa.Table, config: Config, *, train: bool) -> Batch:
+        """As of ``Task``. A video's views are adjacent; bad videos have weight 0."""
+        clips, good = pixels(columns)
+        views, rows = clips.shape[1], columns["row"]
+        labels = table["label"].take(rows).to_numpy().astype(np.int64)
+        return Batch(
+            clips=torch.from_numpy(clips).flatten(0, 1),
+            labels=torch.from_numpy(labels).repeat_interleave(views),
+            weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
+            seeds=torch.from_numpy(np.stack(list(columns["seeds"])).astype(np.int64)).flatten(),
+            rows=torch.from_numpy(rows.astype(np.int64)).repeat_interleave(views),
+        )
+
+    def objective(
+        self,
+        config: Config,
+        classes: Sequence[str],
+        class_weights: NDArray[np.float64] | None,
+        device: torch.device,
+    ) -> Objective:
+        return CrossEntropy(config, classes, class_weights, device)
+
+    def score(self, model: nn.Module, batch: Batch, config: Config) -> Tensor:
+        """As of ``score_views``."""
+        return score_views(model, batch.clips, config)
+
+    def results(self, config: Config, table: pa.Table) -> Results:
+        return RecognitionResults(config, len(table))
+
+
+class CrossEntropy(Objective):
+    """Softmax cross-entropy with label smoothing, on clips that are augmented and mixed.
+
+    Args:
+        classes: names for ``augment.flip_classes``; if empty, a class's name is its label.
+        class_weights: ``[classes]``, factor of each class's part of the loss, with a mean of 1 over the training clips
+            (``data.balance: weights``, ``posmlp.video.draws.class_weights``); None: 1.
+
+    Raises:
+        UserError: ``augment.flip_classes`` does not fit the classes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        classes: Sequence[str],
+        class_weights: NDArray[np.float64] | None,
+        device: torch.device,
+    ):
+        num_classes = config.model.variant().num_classes
+        self.config, self.device, self.guess = config, device, math.log(num_classes)
+        self.flipped = flip_labels(config.augment.flip_classes, classes, num_classes).to(device)
+        self.class_weights = None if class_weights is None else torch.from_numpy(class_weights).float().to(device)
+        self.heaviest = 1.0 if class_weights is None else max(1.0, float(class_weights.max()))
+
+    def share(self, batch: Batch) -> float:
+        """The clips of a worker's share. Padding and bad videos count as zero."""
+        return self.config.train.global_batch / world_size()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        clips, targets = to_train_input(batch, self.config, self.flipped)
+        with autocast(self.device, self.config):
+            logits = model(clips).float()
+        smoothing = self.config.optim.label_smoothing
+        options: dict[str, Any] = {"weight": self.class_weights, "label_smoothing": smoothing}
+        losses = F.cross_entropy(logits, targets, reduction="none", **options)
+        return (losses * batch.weights.to(self.device, non_blocking=True)).sum()
+
+
+class RecognitionResults(Results):
+    """Counts of right and wrong predictions, and the result of each video.
+
+    Args:
+        rows: of the split.
+    """
+
+    def __init__(self, config: Config, rows: int):
+        from posmlp.learn.evaluation import ClassificationMetrics
+
+        self.views, self.fusion = config.eval.clips * config.eval.crops, config.eval.fusion
+        self.counts = ClassificationMetrics.empty(config.model.variant().num_classes)
+        self.of_rows = torch.full((rows,), -1, dtype=torch.int8)
+
+    def wanted(self, scores: Tensor, batch: Batch) -> Sequence[Tensor]:
+        from posmlp.learn.evaluation import video_scores
+
+        return video_scores(scores, self.fusion), batch.labels[:: self.views], batch.weights[:: self.views]
+
+    def add(self, batch: Batch, read: Sequence[Tensor]) -> None:
+        hits, rows = self.counts.add(*read), cast(Tensor, batch.rows)[:: self.views]
+        scored = read[2] > 0  # padding has the number of some row
+        self.of_rows[rows[scored]] = hits[scored]
+
+    def gather(self) -> None:
+        self.counts = self.counts.sum_over_workers()
+        if dist.is_initialized():
+            dist.all_reduce(self.of_rows, dist.ReduceOp.MAX)
+
+    @property
+    def samples(self) -> int:
+        return self.counts.videos
+
+    def metrics(self) -> dict[str, float]:
+        return self.counts.metrics()
+
+    def summary(self) -> ClassificationMetrics:
+        return self.counts
+
+    def hits(self) -> NDArray[np.int8]:
+        return self.of_rows.numpy()
+
+
+def score_views(model: nn.Module, clips: Tensor, config: Config) -> Tensor:
+    """Log-probabilities of the classes for each view of each video, float32 ``[videos, views, classes]``.
+
+    Args:
+        model: in eval mode.
+        clips: uint8 ``[videos * views, T, H, W, 3]`` on the model's device; the views of a video are adjacent.
+        config: the recipe, for ``train.precision``, ``data.normalisation``, ``data.modality`` and the number of
+            views, ``eval.clips`` x ``eval.crops``.
+    """
+    with torch.no_grad(), autocast(clips.device, config):
+        logits = cast(Tensor, model(to_input(clips, config)))
+    return logits.float().log_softmax(1).unflatten(0, (-1, config.eval.clips * config.eval.crops))

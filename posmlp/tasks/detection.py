@@ -42,7 +42,7 @@ class Detection(Task):
 
         import pyarrow as pa
 
-        from posmlp.detection.lists import read_detection_split
+        from posmlp.detection.lists import read_detection_split  # type: ignore[import-not-found]
 
         manifest = read_detection_split(config.data, config.detection, split, known)
         if split != "val" or config.detection.val_every == 1:
@@ -58,7 +58,7 @@ class Detection(Task):
         return KnownClasses(names, f"the label map {config.data.classes}", "use one label map for all lists")
 
     def load(self, row: dict[str, Any], config: Config, *, epoch: int, train: bool, first_view: int = 0) -> LoadedClips:
-        from posmlp.detection.clips import load_key_clip
+        from posmlp.detection.clips import load_key_clip  # type: ignore[import-not-found]
 
         options: dict[str, Any] = {"epoch": epoch, "train": train, "images": row["frames"], "first_view": first_view}
         return load_key_clip(row["uri"], row["sample_id"], row["time"], config, **options)
@@ -258,21 +258,18 @@ class DetectionResults(Results):
         labelled = np.repeat(np.arange(len(boxes)), [len(each) for each in actions])
         action = np.array([a for each in actions for a in each], np.int64)
         metadata = self.table.schema.metadata or {}
-        evaluated = np.zeros(self.num_classes, bool)
-        evaluated[json.loads(metadata.get(b"evaluated", b"[]")) or slice(None)] = True
         probabilities = torch.from_numpy(logits).sigmoid().numpy()
         result = frame_map(
             Truth(boxes[labelled, 0], corners[labelled], action),
             Scored(boxes[scored, 0], corners[scored], probabilities[scored]),
             self.num_classes,
-            evaluated,
+            json.loads(metadata.get(b"evaluated", b"null")),
         )
         of_class = result.average_precision
         metrics = {VAL_MAP: result.map, VAL_KEY_FRAMES: float(len(rows)), VAL_BOXES: float(scored.sum())}
         for group, classes in json.loads(metadata.get(b"groups", b"{}")).items():
-            counted = of_class[classes]
-            if not np.isnan(counted).all():
-                metrics[VAL_MAP_OF + group] = float(np.nanmean(counted))
+            if not math.isnan(value := result.mean_of(classes)):
+                metrics[VAL_MAP_OF + group] = value
         hot = torch.zeros(len(boxes), self.num_classes)
         hot[labelled, action] = 1
         known = torch.tensor([bool(each) for each in actions])

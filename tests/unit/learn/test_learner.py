@@ -168,8 +168,8 @@ def test_the_views_of_a_video_are_averaged_as_probabilities(clips, crops):
 def test_the_learner_flips_classes_by_name():
     names = [f"class {i}" for i in range(6)] + ["left", "right"]
     learner = make_learner("augment.flip_classes={left: right}", class_names=names)
-    assert learner.flipped.tolist() == [0, 1, 2, 3, 4, 5, 7, 6]
-    assert make_learner("augment.flip_classes={'1': '0'}").flipped.tolist() == [1, 0, 2, 3, 4, 5, 6, 7]
+    assert learner.objective.flipped.tolist() == [0, 1, 2, 3, 4, 5, 7, 6]
+    assert make_learner("augment.flip_classes={'1': '0'}").objective.flipped.tolist() == [1, 0, 2, 3, 4, 5, 6, 7]
     with pytest.raises(UserError, match=r"augment\.flip_classes.*'rihgt' \(did you mean 'right'\?\)"):
         make_learner("augment.flip_classes={left: rihgt}", class_names=names)
 

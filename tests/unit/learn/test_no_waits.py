@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.learn import learner as learner_module
 from posmlp.learn.learner import Learner
+from posmlp.tasks import recognition
 from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
@@ -129,7 +129,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("overrides", [(), ("optim.layer_decay=0.7", "data.repeats=2", "model.dropout=0.2")])
 def test_a_step_makes_one_copy_to_the_device_and_one_back(overrides, monkeypatch):
     """Of the random parameters, and of loss, gradient norm and verdict; the host waits for neither."""
-    monkeypatch.setattr(learner_module, "autocast", lambda *_: nullcontext())  # which the meta device does not have
+    monkeypatch.setattr(recognition, "autocast", lambda *_: nullcontext())  # which the meta device does not have
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
     config = make_learner(*overrides).config
     meta = torch.device("meta")

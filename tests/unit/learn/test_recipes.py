@@ -11,10 +11,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import posmlp
-from pipelines.data.loader import collate, decode_rows
+from pipelines.data.loader import decode_rows
 from posmlp.config import RECIPES, load_recipe
 from posmlp.learn.learner import Learner
 from posmlp.model.cost import count_macs, count_params
+from posmlp.tasks import task_of
 from posmlp.video.clip import views_per_video
 from posmlp.video.manifest import read_split
 from tests.helpers.videos import write_video
@@ -210,7 +211,7 @@ def decoded(manifest, count, config, train):
     variant = config.model.variant()
     size = (variant.frames, variant.image_size, variant.image_size, 3)
     assert columns["clip"].shape == (count, views_per_video(config, train), *size)
-    return collate(columns)
+    return task_of(config).collate(columns, manifest.rows, config, train=train)
 
 
 def step_of(config):

@@ -9,8 +9,10 @@ import torch
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.learn import learner as learner_module
-from posmlp.learn.learner import ExplodedError, Learner, StepResult, autocast, micro_batch_size
+from posmlp.learn.learner import ExplodedError, Learner, StepResult, micro_batch_size
 from posmlp.learn.optim import learning_rate
+from posmlp.learn.precision import autocast
+from posmlp.tasks import recognition
 from tests.helpers.batches import make_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
@@ -114,7 +116,7 @@ def test_gradients_are_exchanged_with_the_last_micro_batch(size, synced, monkeyp
 def test_a_workers_loss_is_scaled_to_the_global_batch(monkeypatch):
     """The mean over 4 workers of 8 / 4 clips each is the mean over the global batch of 8."""
     alone, norm = make_learner().backward(make_batch())
-    monkeypatch.setattr(learner_module, "world_size", lambda: 4)
+    monkeypatch.setattr(recognition, "world_size", lambda: 4)
     shared, shared_norm = make_learner().backward(make_batch())
     assert shared.item() == pytest.approx(4 * alone.item())
     assert shared_norm.item() == pytest.approx(4 * norm.item(), rel=1e-5)

@@ -1,11 +1,13 @@
 """The data loader's parts that need no Ray: which rows a step has, and how decoded rows become a batch."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.data.loader import collate, global_order, local_order, rows_per_block, rows_per_step
+from pipelines.data.loader import global_order, local_order, rows_per_block, rows_per_step
 from posmlp.config import load_recipe
+from posmlp.tasks import task_of
 
 
 def recipe(*overrides):
@@ -101,11 +103,17 @@ def columns(reasons, real, views=1):
     seeds[:] = list(100 * np.arange(count)[:, None] + np.arange(views))
     return {
         "clip": clips,
-        "label": np.arange(3, 3 + count, dtype=np.int32),
+        "row": np.arange(count),
         "real": np.array(real),
         "reason": np.array(reasons, dtype=object),
         "seeds": seeds,
     }
+
+
+def collate(columns):
+    """The batch of these rows of a table whose labels count from 3."""
+    table = pa.table({"label": pa.array(np.arange(3, 3 + len(columns["row"])), pa.int32())})
+    return task_of(recipe()).collate(columns, table, recipe(), train=True)
 
 
 def pixel(batch):

@@ -43,7 +43,7 @@ from pipelines.tracking.journal import Journal, read_entries
 from pipelines.tracking.operations import OpenRun
 from pipelines.tracking.tracker import Tracker
 from pipelines.training import progress
-from pipelines.training.messages import BadVideosFound, ConfusionMatrix, CostMeasured, EpochMetrics
+from pipelines.training.messages import BadVideosFound, CostMeasured, EpochMetrics, ValidationDetails
 from pipelines.training.progress import StepSeries, best_so_far
 from pipelines.training.train import RunReporter
 from pipelines.training.worker import Worker
@@ -169,7 +169,7 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
     reporter = RunReporter(config.name, tracker, lambda metrics: None)
     journal.append(OpenRun("sqlite:///x", "run", offline=False))
     reporter.handle(CostMeasured({"cost/gmacs": 1.0}))
-    reporter.handle(ConfusionMatrix(torch.eye(2).numpy()))
+    reporter.handle(ValidationDetails(ClassificationMetrics.empty(2)))
     for epoch in (1, 2):
         reporter.handle(BadVideosFound([loader.BadVideo(str(epoch), "uri", "reason")]))
         reporter.handle(EpochMetrics([{"epoch": float(epoch), "train/loss": 1.0, "val/top1": 0.5}]))

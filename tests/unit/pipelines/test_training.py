@@ -8,9 +8,9 @@ import threading
 from unittest.mock import MagicMock
 
 import cloudpickle
-import numpy as np
 import pytest
 import ray
+import torch
 
 from pipelines.cluster.capacity import (
     device_for,
@@ -27,11 +27,11 @@ from pipelines.training.channel import Registration, RunChannel
 from pipelines.training.messages import (
     ArtifactFile,
     BadVideosFound,
-    ConfusionMatrix,
     CostMeasured,
     EpochMetrics,
     ProgressLine,
     StepMetrics,
+    ValidationDetails,
     WorkerJob,
 )
 from pipelines.training.process_group import ProcessGroupBackend, ProcessGroupConfig
@@ -50,7 +50,7 @@ from pipelines.training.train import RunReporter, RunResult
 from pipelines.tuning.tune import concurrent_trials, max_concurrent_trials, trials_that_fit
 from posmlp.config import ScalingSection, load_recipe
 from posmlp.errors import UserError
-from posmlp.learn.evaluation import ClassResult
+from posmlp.learn.evaluation import ClassificationMetrics
 from tests.helpers.log_lines import log_lines
 
 
@@ -158,14 +158,14 @@ def test_the_reporter_tracks_costs_files_and_bad_videos(reporter):
     reporter.handle(ArtifactFile("profile/trace.json.gz", b"trace"))
     reporter.handle(BadVideosFound(videos[:1]))
     reporter.handle(BadVideosFound(videos))
-    reporter.handle(ConfusionMatrix(np.eye(2)))
+    reporter.handle(ValidationDetails(counts(["left"], ["right"])))
     reporter.tracker.log_params.assert_called_once_with({"cost/gmacs": "1"})
     reporter.tracker.log_metrics.assert_not_called()
     reporter.tracker.log_file.assert_called_once_with("profile/trace.json.gz", b"trace")
     rows, path = reporter.tracker.log_table.call_args.args
     assert path == "quarantine.json" and [row["uri"] for row in rows] == ["/a.mp4", "/b.mp4"]
     assert list(reporter.bad.values()) == videos
-    assert reporter.confusion.trace() == 2
+    assert reporter.validation.summary.videos == 2
 
 
 def test_the_next_epoch_starts_with_empty_counts():
@@ -273,7 +273,7 @@ def test_the_description_is_kept_current(reporter):
 def test_plots_are_in_the_runs_folder_too(reporter, tmp_path):
     reporter.folder = str(tmp_path)
     reporter.handle(EpochMetrics([{"epoch": 1.0, "train/loss": 0.5, "val/top1": 0.5}]))
-    reporter.handle(ConfusionMatrix(np.eye(2)))
+    reporter.handle(ValidationDetails(counts(["left"], ["right"])))
     reporter.log_plots(("left", "right"))
     for name in ("learning_curves.png", "confusion.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -453,11 +453,22 @@ def test_the_line_of_an_epoch_says_the_loss_and_the_best():
 # --- the result that the command prints -------------------------------------------------------------------------
 
 
+NAMES = ("run", "walk", "jump", "swim")
+
+
+def counts(*predicted):
+    """The counts of videos with these predicted classes, for each true class; other names are those of true classes."""
+    confusion = torch.zeros(len(predicted), len(predicted), dtype=torch.float64)
+    for label, found in enumerate(predicted):
+        for name in found:
+            confusion[label, NAMES.index(name) if name in NAMES else label] += 1
+    return ClassificationMetrics(confusion, torch.zeros((), dtype=torch.float64), confusion.sum(1))
+
+
 def test_the_result_names_the_best_and_the_worst_classes_and_why_the_run_ended():
-    shares = {"run": (10, 1.0, ""), "walk": (8, 0.75, "run"), "jump": (4, 0.25, "walk"), "swim": (2, 0.0, "walk")}
-    classes = [ClassResult(n, v, x, 1.0, c, round(v * (1 - x))) for n, (v, x, c) in shares.items()]
+    summary = counts(["run"] * 10, ["walk"] * 6 + ["run"] * 2, ["jump"] + ["walk"] * 3, ["walk"] * 2)
     metrics = {"val/top1": 0.75, "val/top5": 1.0, "val/class_mean": 0.5, "val/clips": 24.0, "perf/clips_per_s": 3.0}
-    result = RunResult("x", "runs/x", "id", metrics, classes=classes, ended_early="no better")
+    result = RunResult("x", "runs/x", "id", metrics, classes=NAMES, summary=summary, ended_early="no better")
     rows = dict(re.match(r"  (.{18})(.*)", line).groups() for line in format_result(result, 9).splitlines())
     rows = {name.strip(): text for name, text in rows.items()}
     assert rows["best classes"] == "run 100% of 10, walk 75% of 8"

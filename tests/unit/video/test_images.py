@@ -12,9 +12,10 @@ import torch
 from PIL import Image, ImageOps
 
 import posmlp
-from pipelines.data.loader import collate, decode_rows
+from pipelines.data.loader import decode_rows
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Learner
+from posmlp.tasks import task_of
 from posmlp.video.decode import DecodeError, open_video
 from posmlp.video.manifest import read_split
 
@@ -141,6 +142,11 @@ def decoded(config, epoch=0, train=True):
     return decode_rows(rows, np.ones(len(rows), bool), config, epoch, train)
 
 
+def collated(config, epoch=0, train=True):
+    rows = read_split(config.data, "train" if train else "val").rows
+    return task_of(config).collate(decoded(config, epoch, train), rows, config, train=train)
+
+
 def test_a_folder_and_parquet_files_give_the_same_clips(tree, tmp_path):
     rows = read_split(recipe(tree).data, "train").rows.to_pylist()
     assert [row["sample_id"] for row in rows][:2] == ["n01/0.JPEG", "n01/1.png"]
@@ -182,7 +188,7 @@ def test_bad_images_are_reported_and_not_counted(tmp_path):
     (root / "n02/1.png").write_bytes((root / "n02/1.png").read_bytes()[:500])
     columns = decoded(recipe(root))
     assert ["damaged" in reason for reason in columns["reason"]] == [True, False, False, True]
-    assert collate(columns).weights.tolist() == [0, 1, 1, 0]
+    assert collated(recipe(root)).weights.tolist() == [0, 1, 1, 0]
 
 
 def test_small_crops_are_cut_from_the_whole_image(tmp_path):
@@ -210,13 +216,13 @@ def trained(tree):
     torch.manual_seed(0)
     model = posmlp.create_model(config.model.name, **config.model.overrides())
     learner = Learner(model, config, steps_per_epoch=1, class_names=tuple(COLOURS))
-    losses = [learner.train_step(collate(decoded(config, epoch))).loss for epoch in range(config.train.epochs)]
+    losses = [learner.train_step(collated(config, epoch)).loss for epoch in range(config.train.epochs)]
     return config, learner, losses
 
 
 def test_a_spatial_model_learns_from_images(trained):
     config, learner, _ = trained
-    batch = collate(decoded(config, train=False))
+    batch = collated(config, train=False)
     with learner.evaluation_weights():
         scores = learner.score(batch)
     assert scores.shape == (16, 1, 2)

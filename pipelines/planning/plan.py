@@ -44,7 +44,7 @@ SEND_STEPS_S = 3.0  # seconds between two writes of metrics by step (pipelines.t
 NODE_METRICS = 8  # values in a node's sample of system metrics, without its GPUs (mlflow.system_metrics)
 GPU_METRICS = 5  # values in that sample for each GPU (mlflow.system_metrics)
 START_WRITES = 5  # create the run, store config.yaml, set the status, log the cost and the lists; params are apart
-END_WRITES = 5  # two plots, the description, the last sample of system metrics, the status
+END_WRITES = 7  # two plots, the classes, the videos, the description, the last sample of system metrics, the status
 MODEL_WRITES = 5  # create the model, its outputs, its files, finalize it, its metrics
 LINK_WRITES = (
     3  # create the logged model of a checkpoint, finalize it, its metrics; the run's outputs are counted apart

@@ -58,7 +58,7 @@ class Detection(Task):
         return KnownClasses(names, f"the label map {config.data.classes}", "use one label map for all lists")
 
     def load(self, row: dict[str, Any], config: Config, *, epoch: int, train: bool, first_view: int = 0) -> LoadedClips:
-        from posmlp.detection.clips import load_key_clip  # type: ignore[import-not-found]
+        from posmlp.detection.clips import load_key_clip
 
         options: dict[str, Any] = {"epoch": epoch, "train": train, "images": row["frames"], "first_view": first_view}
         return load_key_clip(row["uri"], row["sample_id"], row["time"], config, **options)

@@ -169,7 +169,7 @@ def test_writes_to_mlflow_are_counted_as_they_are_made(tmp_path, monkeypatch):
     reporter = RunReporter(config.name, tracker, lambda metrics: None)
     journal.append(OpenRun("sqlite:///x", "run", offline=False))
     reporter.handle(CostMeasured({"cost/gmacs": 1.0}))
-    reporter.handle(ValidationDetails(ClassificationMetrics.empty(2)))
+    reporter.handle(ValidationDetails(ClassificationMetrics.empty(2), b"1"))
     for epoch in (1, 2):
         reporter.handle(BadVideosFound([loader.BadVideo(str(epoch), "uri", "reason")]))
         reporter.handle(EpochMetrics([{"epoch": float(epoch), "train/loss": 1.0, "val/top1": 0.5}]))

@@ -13,15 +13,21 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from pipelines.inference import scoring
 from pipelines.inference.evaluate import evaluate
+from pipelines.inference.export import export
+from pipelines.inference.predict import predict
 from pipelines.registry.model_files import save_model_files
 from pipelines.tracking.uris import tracking_uri
 from posmlp.errors import UserError
+from posmlp.export import load_exported
+from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_split
 from tests.helpers.log_lines import log_lines
+from tests.helpers.published_model import published_logits, write_imported_run
 from tests.helpers.random_models import plain_shares
 from tests.helpers.untrained_run import CLASSES
 
@@ -165,3 +171,28 @@ def test_a_scorer_that_always_dies_ends_it_plainly(local_ray, untrained_run, tmp
     with pytest.raises(UserError, match="scoring failed: ActorDiedError"):
         evaluate(untrained_run["run"], overrides=overrides, out=str(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_imported_model_is_evaluated_as_published(local_ray, motion_set, tmp_path):
+    """Every view's logits by the published code's rules, their sum over the views; predict and the file agree."""
+    run, config, model = write_imported_run(tmp_path, motion_set)
+    result = evaluate(run, workers=2)
+    manifest = read_split(config.data, "val")
+    rows = manifest.rows.to_pylist()
+    clips = [load_clips(row["uri"], "any", config, epoch=0, train=False)[0] for row in rows]
+    logits = np.stack([published_logits(model, views) for views in clips])  # [videos, views, classes]
+    table = pq.read_table(f"{result.path}/scores.parquet")
+    scores = np.array(table["scores"].to_pylist()).reshape(logits.shape)
+    np.testing.assert_allclose(
+        scores - scores.mean(-1, keepdims=True), logits - logits.mean(-1, keepdims=True), atol=1e-5
+    )
+    first = logits.sum(1).argmax(1)
+    assert result.metrics["top1"] == pytest.approx(np.mean(first == [row["label"] for row in rows]))
+    assert len(set(first)) > 1
+    predictions = list(predict(run, [row["uri"] for row in rows]))
+    assert [p.top[0][0] for p in predictions] == [manifest.classes[label] for label in first]
+    content = Path(export(run, str(tmp_path / "model.pt2")).path).read_bytes()
+    exported = load_exported(content, ".pt2")(torch.from_numpy(np.concatenate(clips))).double().numpy()
+    np.testing.assert_allclose(exported.reshape(logits.shape), logits, atol=1e-5)
+    client = MlflowClient(tracking_uri(config))
+    assert client.get_run(result.mlflow_run_id).data.metrics["test/top1"] == result.metrics["top1"]

@@ -95,7 +95,12 @@ def describe_model(info: checkpoints.CheckpointInfo) -> dict[str, Any]:
             "shape": [None, variant.frames, variant.image_size, variant.image_size, 3],
             "type": "uint8, RGB",
         },
-        "output": {"name": "logits", "shape": [None, variant.num_classes], "type": "float32, before softmax"},
+        "output": {
+            "name": "logits",
+            "shape": [None, variant.num_classes],
+            "type": "float32, before softmax",
+            "fusion": config.eval.fusion,
+        },
         "done_inside": {"mean": mean, "std": std, "modality": data.modality},
         "sampling": {
             "frames": data.sampling,

@@ -192,7 +192,8 @@ def test_an_exported_file_has_the_checkpoints_pixels(at_work, tmp_path, suffix):
     logits = load_exported(out.read_bytes(), suffix)(torch.from_numpy(clips)).double().numpy()
     np.testing.assert_allclose(logits, published_logits(model, clips), rtol=0, atol=1e-5)
     if suffix == ".pt2":
-        assert load_exported_file(str(out))[1]["done_inside"]["mean"] == [0.45] * 3
+        about = load_exported_file(str(out))[1]
+        assert (about["done_inside"]["mean"], about["output"]["fusion"]) == ([0.45] * 3, "logits")
 
 
 def test_fine_tuning_starts_from_it_with_its_pixels_alone(at_work, motion_set, tmp_path):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -126,6 +126,8 @@ class SplitSection(Section):
     A path alone stands for a section with this path.
     """
 
+    SHORT_FORMS: ClassVar[str] = "the path of a list"  # for messages
+
     path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
     root: str | None = None  # folder of the videos; None: the list's folder
     where: dict[str, str] = {}  # keep only the rows with these values in these columns
@@ -143,7 +145,10 @@ class SplitSection(Section):
         """Read the short form too, see ``expand``."""
         if isinstance(value, SplitSection) and not isinstance(value, cls):
             return value.model_dump()
-        return cls.expand(value)
+        value = cls.expand(value)
+        if not isinstance(value, Mapping | SplitSection):
+            raise ValueError(f"expected {cls.SHORT_FORMS}, or a section with the key path")
+        return value
 
     @classmethod
     def expand(cls, value: Any) -> Any:
@@ -160,6 +165,8 @@ class WeightedSplitSection(SplitSection):
 
 class TrainSplitSection(WeightedSplitSection):
     """The training split, of one list or several. A list of sections stands for the first with the ``others``."""
+
+    SHORT_FORMS: ClassVar[str] = "the path of a list, several of them"
 
     others: tuple[WeightedSplitSection, ...] = ()  # further lists, whose labels refer to the classes of the first
 
@@ -180,9 +187,19 @@ class TrainSplitSection(WeightedSplitSection):
 class ValSplitSection(SplitSection):
     """The validation split: a list of its own, or a share of the training videos. A number alone is a share."""
 
+    SHORT_FORMS: ClassVar[str] = "the path of a list, a share of the training videos such as 0.2"
+
     path: str = ""  # with a share: the training list
-    share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the training videos, see ``posmlp.video.holdout``
+    share: float | None = None  # of the training videos, between 0 and 1, see ``posmlp.video.holdout``
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the choice of these videos
+
+    @field_validator("share")
+    @classmethod
+    def check_share(cls, share: float | None) -> float | None:
+        """Refuse a share that leaves no videos on one side."""
+        if share is not None and not 0 < share < 1:
+            raise ValueError("expected a share of the training videos, more than 0 and less than 1, such as 0.2")
+        return share
 
     @classmethod
     def expand(cls, value: Any) -> Any:

@@ -34,7 +34,7 @@ def run_runs(args: argparse.Namespace) -> None:
 
     folder = storage.join(".", args.folder)
     try:
-        rows = [row for each in storage.list_folders(folder) if (row := describe_run(each) or describe_study(each))]
+        rows = [row for each in storage.list_folders(folder) if (row := run_row(each) or study_row(each))]
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error}") from error
     if not rows:
@@ -47,7 +47,7 @@ def run_runs(args: argparse.Namespace) -> None:
         print(f"{name:<{widths[0]}}  {state:<{widths[1]}}  {top1}".rstrip())
 
 
-def describe_run(run: str) -> tuple[str, str, str] | None:
+def run_row(run: str) -> tuple[str, str, str] | None:
     """Return the name, state and best top-1 of a run as text; None if the folder is no run."""
     from pipelines.runs import checkpoints
     from pipelines.runs.record import read_record
@@ -71,7 +71,7 @@ def describe_run(run: str) -> tuple[str, str, str] | None:
     return record["config"]["name"], state, "" if found is None else f"{found:.1%}"
 
 
-def describe_study(folder: str) -> tuple[str, str, str] | None:
+def study_row(folder: str) -> tuple[str, str, str] | None:
     """Return the name, the number of trials by state, and the best trial of a study; None if the folder is no study."""
     from pipelines.studies.pareto import best_trial, reported_top1
     from pipelines.studies.study import TrialState, read_study, read_trials

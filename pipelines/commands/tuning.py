@@ -13,7 +13,6 @@ from pipelines.commands.options import (
     add_command,
     add_recipe,
     draw_data_of_demo,
-    load_recipe_and_data,
     not_negative,
     positive,
     positive_float,
@@ -178,9 +177,11 @@ def add_supernet(commands: Commands) -> None:
 def run_supernet(args: argparse.Namespace) -> None:
     from pipelines.studies import report
     from pipelines.tracking.uris import links_text, tracking_uri
-    from pipelines.tuning.supernet import supernet
+    from pipelines.tuning.supernet import check_supernet, supernet
 
-    recipe = load_recipe_and_data(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides)
+    check_supernet(recipe, args.space, args.name, args.study)  # what is wrong is said before data is drawn
+    draw_data_of_demo(args.recipe, recipe)
     result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
     print(f"\n{report.describe_study(Path(result.run).name, result.members, 'gmacs', inherited=True)}")
     if result.agreement:

@@ -27,7 +27,7 @@ from posmlp.video.batch import Batch
 from posmlp.video.decode import DecodeError
 from posmlp.video.holdout import hash_place
 from posmlp.video.isolated import open_isolated
-from posmlp.video.manifest import Manifest, read_manifest, read_split
+from posmlp.video.manifest import VIDEO_SUFFIXES, Manifest, read_manifest, read_split
 
 LOOK_S = 60.0  # longest look at the videos; of more videos than fit, a sample
 TIMEOUT_S = 30.0  # for one video
@@ -99,6 +99,10 @@ def init(path: str, out: str | None = None, group_by: str | None = None) -> str:
     Raises:
         UserError: the file exists or cannot be written, or the videos cannot be trained on.
     """
+    if path.lower().endswith(VIDEO_SUFFIXES) and not os.path.isdir(path):
+        raise UserError(
+            f"{path} is one video; give a folder with a folder of videos for each class, or a list of videos"
+        )
     name = recipe_name(out or path)
     file = Path(out or f"{name}.yaml")
     if file.exists():

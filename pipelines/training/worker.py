@@ -59,6 +59,7 @@ from posmlp import create_model, load_published, storage
 from posmlp import metrics as names
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.learn.finetune import describe_frozen
 from posmlp.learn.learner import ExplodedError, HostCopy, Learner, StartedStep
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops, trim_heap
@@ -266,7 +267,7 @@ class Worker:
         params = sum(p.numel() for p in model.parameters())
         what = f"{config.model.name}, {params / 1e6:.2f} M parameters, {self.macs / 1e9:.2f} GMACs"
         self.send_line(f"{config.name}: {what}; {self.describe_workers()}; {self.describe_start(registration)}")
-        for note in filter(None, notes):
+        for note in filter(None, [*notes, describe_frozen(model, config.optim.freeze)]):
             self.send_line(f"  {note}", logging.WARNING if found else logging.INFO)
 
     def find_checkpoint(self) -> tuple[str, list[str]] | None:

@@ -312,7 +312,7 @@ def draw_results(study: Study, snapshot: Snapshot) -> Iterator[Results]:
         runs = {trial.number: trial.mlflow_run_id for trial in trials}
         found = report.member_metrics(assessment, against)
         members = {run_id: values for number, values in found.items() if (run_id := runs[number])}
-    yield Results(table, recipes, metrics, {NOTE: describe_study(study, trials)}, len(volumes), members)
+    yield Results(table, recipes, metrics, {NOTE: study_note(study, trials)}, len(volumes), members)
     files = report.pareto_files(
         {study.name: trials},
         study.recipe,
@@ -324,7 +324,7 @@ def draw_results(study: Study, snapshot: Snapshot) -> Iterator[Results]:
     yield Results(files)
 
 
-def describe_study(study: Study, trials: Sequence[Trial]) -> str:
+def study_note(study: Study, trials: Sequence[Trial]) -> str:
     """The description of a study's MLflow run in two lines: what it searches, and what it has found."""
     goal = f"top-1 against {study.against}" if study.against else "top-1"
     recipe = f"{study.recipe.model.name}, {study.recipe.train.epochs} epochs each on {study.recipe.data.train.path}"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 import yaml
+from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from pipelines.studies.study import (
     StudyError,
     Trial,
     TrialState,
+    explain_error,
     find_study,
     fully_trained,
     read_trials,
@@ -150,10 +152,8 @@ def supernet(
         UserError: as ``pipelines.training.train.train``, or too many validation videos are bad.
         StoppedError: as ``pipelines.training.train.train``.
     """
-    space = load_space(space_name, recipe)
-    config = supernet_recipe(space, space_name, recipe, name or f"{recipe.name}-{Path(space_name).stem}-supernet")
+    space, config, standalone = check_supernet(recipe, space_name, name, study)
     drawn = list(draw_members(space, recipe, count, seed))
-    standalone = read_standalone_trials(study, config) if study else []
 
     train_unless_finished(config)
 
@@ -174,6 +174,22 @@ def supernet(
     return replace(result, links=write_results(result, config, drawn))
 
 
+def check_supernet(
+    recipe: Config, space_name: str, name: str | None, study: str | None
+) -> tuple[Space, Config, list[StandaloneTrial]]:
+    """Check the arguments of ``supernet`` that need no data: the space, and the study to compare with.
+
+    Returns:
+        The space, the recipe of its supernet, and the study's finished trials (empty without a study).
+
+    Raises:
+        StudyError: as ``supernet``.
+    """
+    space = load_space(space_name, recipe)
+    config = supernet_recipe(space, space_name, recipe, name or f"{recipe.name}-{Path(space_name).stem}-supernet")
+    return space, config, read_standalone_trials(study, config) if study else []
+
+
 # --- members -----------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +200,7 @@ def supernet_recipe(space: Space, space_name: str, recipe: Config, name: str) ->
     space, the last choice.
 
     Raises:
-        StudyError: members differ in more than blocks, groups and depths, or none can be built.
+        StudyError: members differ in more than blocks, groups and depths, none can be built, or the name is not valid.
     """
     first: dict[str, Value] = {}
     for dimension, values in space.dimensions.items():
@@ -215,7 +231,10 @@ def supernet_recipe(space: Space, space_name: str, recipe: Config, name: str) ->
         set_value(tree, f"model.{key}", shown)
     set_value(tree, "model.choices", {key: [list(stage) for stage in stages] for key, stages in choices.items()})
     set_value(tree, "tracking.log_model", False)  # a supernet is many models
-    return Config.model_validate(tree | {"name": name})
+    try:
+        return Config.model_validate(tree | {"name": name})
+    except ValidationError as error:
+        raise StudyError(f"supernet {name}: {explain_error(error)}") from error
 
 
 def refuse_differences(what: str, recipe: Config, other: Config) -> None:

@@ -53,7 +53,7 @@ from pipelines.training.preflight import check_data, find_weights, list_fingerpr
 from pipelines.training.progress import describe_overrides
 from pipelines.tuning.controller import StudyController
 from pipelines.tuning.ray_tune import run_trials
-from pipelines.tuning.results import describe_study
+from pipelines.tuning.results import study_note
 from pipelines.tuning.search import Searcher, check_space
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
@@ -226,7 +226,7 @@ def open_tracker(study: Study, run_id: str | None) -> Tracker:
     """Start the study's MLflow run, or resume the run ``run_id``."""
     config = study.recipe.model_copy(update={"name": study.name}).resolved()
     tags = source_tags() | {"study": study.name, "space": study.space, "overrides": describe_overrides(config)}
-    tags[NOTE] = describe_study(study, [])
+    tags[NOTE] = study_note(study, [])
     params = {f"study.{key}": value for key, value in study.model_dump(exclude={"recipe"}).items()}
     return Tracker.open(config, tags, run_id, journal=journal_path(study.folder), params=params)
 

@@ -155,13 +155,13 @@ def per_class_csv(classes: Iterable[ClassResult]) -> bytes:
 def best_and_worst(classes: Iterable[ClassResult], count: int = 3) -> tuple[list[ClassResult], list[ClassResult]]:
     """The classes with the highest top-1, the best first, and those with the lowest, the worst first.
 
-    No class is in both, and none without a mistake is among the worst; classes without videos are in neither. Of equal
-    ones the larger class comes first.
+    No class is in both. None without a hit is among the best, and none without a mistake among the worst; classes
+    without videos are in neither. Of equal ones the larger class comes first.
 
     Args:
         count: the most classes in each.
     """
     ranked = sorted((c for c in classes if c.top1 is not None), key=lambda c: (-(c.top1 or 0.0), -c.videos))
-    best = ranked[: min(count, (len(ranked) + 1) // 2)]
+    best = [c for c in ranked[: min(count, (len(ranked) + 1) // 2)] if c.top1]
     rest = [c for c in ranked[len(best) :] if c.top1 != 1]
     return best, sorted(rest, key=lambda c: (c.top1 or 0.0, -c.videos))[:count]

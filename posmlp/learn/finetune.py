@@ -38,6 +38,19 @@ def freeze_parts(model: PosMLPVideo, freeze: Freeze) -> list[nn.Module]:
     return parts
 
 
+def describe_frozen(model: nn.Module, freeze: Freeze) -> str:
+    """How many of a model's parameters learn, as text; empty if nothing is frozen.
+
+    Args:
+        model: after ``freeze_parts``.
+    """
+    if freeze is None:
+        return ""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    learn, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    return f"optim.freeze {freeze}: {learn:,} of {total:,} parameters learn"
+
+
 def layer_of(name: str, depths: Sequence[int]) -> int:
     """The layer of a parameter, as in BEiT (arXiv:2106.08254) and timm.
 

@@ -51,7 +51,9 @@ def test_a_run_that_ends_early_is_finished(local_ray, motion_set, tmp_path):
 def test_a_linear_probe_of_two_lists_leaves_the_backbone_as_it_was(local_ray, untrained_run, motion_set, tmp_path):
     lists = f"[{motion_set}/val.csv, {{path: {motion_set}/train.csv, weight: 0.5}}]"
     keys = [*QUICK, "train.epochs=1", "optim.freeze=all", f"model.weights={untrained_run['run']}"]
-    probe = train(recipe_for(tmp_path, motion_set, *keys, f"data.train={lists}", "data.balance=sampling"))
+    with log_lines() as lines:
+        probe = train(recipe_for(tmp_path, motion_set, *keys, f"data.train={lists}", "data.balance=sampling"))
+    assert any("optim.freeze all: 520 of " in line for line in lines)  # 64 channels and a bias, for 8 classes
     *_, newest = checkpoints.find(probe.path)
     assert newest.info.step == (16 + 32 // 2) // 8
     before, after = (load_file(f"{place}/weights.safetensors") for place in (untrained_run["checkpoint"], newest.uri))

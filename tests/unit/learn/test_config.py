@@ -680,6 +680,29 @@ def test_a_key_is_named_without_the_types_that_were_tried():
             "data.val: missing; give a list (data.val.path), or a share of the training videos (0.2)",
             ["data.val=b.csv"],
         ),
+        *(
+            (
+                [f"data.val={share}"],
+                "data.val.share: expected a share of the training videos, more than 0 and less than 1, such as 0.2, "
+                f"not {share}",
+                ["data.val=0.5"],
+            )
+            for share in ("1.5", "1", "0", "-0.1")
+        ),
+        *(
+            (
+                [f"data.val={value}"],
+                "data.val: expected the path of a list, a share of the training videos such as 0.2, or a section with "
+                f"the key path, not {shown}",
+                ["data.val=b.csv"],
+            )
+            for value, shown in (("null", "None"), ("[a.csv, b.csv]", "['a.csv', 'b.csv']"))
+        ),
+        (
+            ["data.train=null"],
+            "data.train: expected the path of a list, several of them, or a section with the key path, not None",
+            ["data.train=[a.csv, b.csv]"],
+        ),
         (
             ["data.train=a.csv", "data.val={share: 0.25, root: there}"],
             "data.val.share 0.25 is of the training list a.csv, so data.val has no list, root or where of its own; "

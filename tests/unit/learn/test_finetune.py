@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from posmlp import create_model
 from posmlp.config import OptimSection, RecipeError, load_recipe
-from posmlp.learn.finetune import frozen_parts, layer_of
+from posmlp.learn.finetune import describe_frozen, frozen_parts, layer_of
 from posmlp.learn.learner import Learner
 from posmlp.learn.optim import build_optimizer, learning_rate
 from posmlp.video.augment import to_train_input
@@ -49,6 +49,15 @@ def test_only_the_parts_behind_the_frozen_ones_change(freeze, learning):
     for after in (learner.module.state_dict(), learner.weights()):
         changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
         assert changed == {name for name in before if name.startswith(learning)}
+
+
+def test_the_parameters_that_learn_are_told():
+    """Of the linear probe: one weight for each channel of the last stage, and one bias, for each class."""
+    learner = make_learner("optim.freeze=all")
+    total, classes = sum(p.numel() for p in learner.module.parameters()), len(learner.module.head.bias)
+    expected = classes * (learner.module.head.in_features + 1)
+    assert describe_frozen(learner.module, "all") == f"optim.freeze all: {expected:,} of {total:,} parameters learn"
+    assert describe_frozen(make_learner().module, None) == ""
 
 
 def test_frozen_parameters_have_neither_gradient_nor_state():

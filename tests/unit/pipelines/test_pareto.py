@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param, Run, RunData, RunInfo, RunTag
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from PIL import Image
 
-from pipelines.commands.runs import describe_study
+from pipelines.commands.runs import study_row
 from pipelines.studies import costs as costs_of_models
 from pipelines.studies import logged_study, pareto, pareto_plots, report
 from pipelines.studies.study import (
@@ -480,7 +480,7 @@ def test_the_list_of_studies_shows_the_reported_top1_of_the_best(tmp_path):
     fresh = [trial(3, 0.1, 1.0, repeat_of=1, seed=1), trial(4, 0.15, 1.0, repeat_of=1, seed=2)]
     for each in [trial(0, 0.1, 1.0), trial(1, 0.175, 1.0), trial(2, 0.16, 2.0), *fresh]:
         write_trial(study, each)
-    assert describe_study(study.folder) == ("look", "study, trials: 5 finished", "12.5%, trial 1")
+    assert study_row(study.folder) == ("look", "study, trials: 5 finished", "12.5%, trial 1")
 
 
 def test_a_trials_run_is_named_after_its_member():

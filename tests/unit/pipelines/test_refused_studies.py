@@ -47,6 +47,21 @@ def test_what_cannot_start_is_refused_in_one_line(motion_set, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ["--space", "nonsense"],
+        ["--space", "widths"],
+        ["--space", "depths", "--name", "a/b"],
+        ["--space", "depths", "--study", "no"],
+    ],
+)
+def test_the_motion_set_is_not_drawn_for_a_supernet_that_is_refused(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    assert main(["supernet", "demo", *options]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     "options", [["--space", "nonsense"], ["--space", "mine.py"], ["--space", "widths", "--name", "a/b"]]
 )
 def test_the_motion_set_is_not_drawn_for_a_study_that_is_refused(tmp_path, monkeypatch, options):

@@ -114,7 +114,9 @@ def test_init_refuses_what_a_recipe_for_videos_does_not_fit(clips, here, capsys)
         (here / "broken" / name / "1.mp4").write_bytes(b"no video")
         (here / "images" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(here / "images" / name / "1.png")
+    (here / "clip.MP4").symlink_to(next((clips / "left").iterdir()))
     for folder, text in (
+        ("clip.MP4", "clip.MP4 is one video; give a folder with a folder of videos for each class, or a list"),
         ("one", "one has one class, 'left'; sort the videos"),
         ("images", "images has images; init is for videos"),
         ("broken", "none of the 2 videos of broken can be read"),

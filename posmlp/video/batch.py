@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,10 +32,10 @@ class Boxes:
 
     def of_clips(self, start: int, stop: int) -> tuple[Boxes, slice]:
         """The boxes of the clips from ``start`` to before ``stop``, and where they are."""
-        first, own = int(self.counts[:start].sum()), self.counts[start:stop]
-        place = slice(first, first + int(own.sum()))
-        clip = self.clip[place] - start
-        return Boxes(self.corners[place], clip, self.weights[place], self.number[place], own), place
+        ends = np.cumsum([0, *self.counts.tolist()])
+        place = slice(int(ends[start]), int(ends[min(stop, len(self.counts))]))
+        own = (self.weights[place], self.number[place], self.counts[start:stop])
+        return Boxes(self.corners[place], self.clip[place] - start, *own), place
 
 
 @dataclass(frozen=True)

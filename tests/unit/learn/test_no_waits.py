@@ -15,7 +15,7 @@ from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Learner
 from posmlp.tasks import recognition
-from tests.helpers.batches import make_batch
+from tests.helpers.batches import DETECTION, make_batch, make_box_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 KINETICS = ("flip=0.5", "randaug_layers=4", "erasing=0.5", "mixup=0.8", "cutmix=1", "brightness=0.3", "saturation=0.3")
@@ -73,6 +73,18 @@ def test_a_step_reads_nothing_back(overrides):
     for seed in range(4):
         with HostReads() as seen:
             started = learner.start_step(make_batch(seed=seed))
+        assert seen.operators > 500
+        assert seen.reads == []
+        started.result()
+
+
+def test_a_step_of_detection_reads_nothing_back():
+    config = load_recipe("demo", [*SMALL, *DETECTION, "augment.flip=0.5", "augment.erasing=0.5", "optim.ema=0.9"])
+    learner = Learner(create_model(config.model.name, **config.model.overrides()), config, 5)
+    for seed in range(4):
+        batch = make_box_batch(seed=seed)
+        with HostReads() as seen:
+            started = learner.start_step(batch)
         assert seen.operators > 500
         assert seen.reads == []
         started.result()

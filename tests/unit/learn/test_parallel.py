@@ -16,12 +16,15 @@ from posmlp.config import load_recipe
 from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import SyncBatchNorm, parallelise
 from posmlp.video.batch import Batch
+from tests.helpers.batches import DETECTION, make_box_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 STEPS = 4
 
 
-def global_batch(seed):
+def global_batch(seed, task="recognition"):
+    if task == "detection":
+        return make_box_batch(seed=seed)
     g = torch.Generator().manual_seed(seed)
     return Batch(
         clips=torch.randint(0, 256, (8, 4, 32, 32, 3), dtype=torch.uint8, generator=g),
@@ -41,7 +44,7 @@ def train(rank, world, overrides, state=None):
         learner.load_state_dict(*state)
     size, losses = 8 // world, []
     for step in range(learner.step, learner.step + STEPS):
-        losses.append(learner.train_step(list(global_batch(step).micro_batches(size))[rank]).loss)
+        losses.append(learner.train_step(list(global_batch(step, config.task).micro_batches(size))[rank]).loss)
     return losses, learner.weights(), learner.state_dict()
 
 
@@ -99,8 +102,10 @@ def create_weights(overrides):
             "optim.ema=0.9",
             "train.recompute=true",
         ),
+        (*DETECTION, "augment.flip=0.5", "optim.ema=0.9"),
+        (*DETECTION, "scaling.parallel=fsdp"),
     ],
-    ids=["ddp", "fsdp", "everything", "fine_tuning", "fine_tuning_fsdp", "supernet"],
+    ids=["ddp", "fsdp", "everything", "fine_tuning", "fine_tuning_fsdp", "supernet", "detection", "detection_fsdp"],
 )
 def test_two_workers_train_as_one(tmp_path, overrides):
     one = train(0, 1, overrides)

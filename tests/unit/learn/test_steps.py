@@ -13,7 +13,7 @@ from posmlp.learn.learner import ExplodedError, Learner, StepResult, micro_batch
 from posmlp.learn.optim import learning_rate
 from posmlp.learn.precision import autocast
 from posmlp.tasks import recognition
-from tests.helpers.batches import make_batch
+from tests.helpers.batches import DETECTION, make_batch, make_box_batch
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 
@@ -94,8 +94,9 @@ def test_the_random_numbers_of_a_step_stay_the_same(monkeypatch):
     assert seeds == [2_018_011_102]
 
 
+@pytest.mark.parametrize("task", ["recognition", "detection"])
 @pytest.mark.parametrize(("size", "synced"), [(8, [True]), (4, [False, True]), (2, [False] * 3 + [True])])
-def test_gradients_are_exchanged_with_the_last_micro_batch(size, synced, monkeypatch):
+def test_gradients_are_exchanged_with_the_last_micro_batch(size, synced, task, monkeypatch):
     """And the loss is that of all of them. In eval mode, as batch norm would see other clips together."""
     seen, sync = [], learner_module.gradient_sync
 
@@ -106,9 +107,10 @@ def test_gradients_are_exchanged_with_the_last_micro_batch(size, synced, monkeyp
     monkeypatch.setattr(learner_module, "gradient_sync", record)
     results = []
     for micro_batch in (size, 8):
-        learner = make_learner(f"scaling.micro_batch={micro_batch}")
+        learner = make_learner(f"scaling.micro_batch={micro_batch}", *(DETECTION if task == "detection" else ()))
         learner.module.eval()
-        results.append([each.item() for each in learner.backward(make_batch())])
+        batch = make_box_batch() if task == "detection" else make_batch()
+        results.append([each.item() for each in learner.backward(batch)])
     assert seen == [*synced, True]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 

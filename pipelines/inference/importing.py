@@ -70,12 +70,19 @@ def import_model(file: str, config: Config, out: str | None = None) -> ImportedM
         out: the folder; None: ``train.storage/name``.
 
     Raises:
-        UserError: the file cannot be read or holds another model, its ``data.normalisation`` or number of classes
-            differs from the recipe's, the classes cannot be read, or the folder exists or cannot be written. Nothing
-            is written then.
+        UserError: the recipe is for another task, the file cannot be read or holds another model, its
+            ``data.normalisation`` or number of classes differs from the recipe's, the classes cannot be read, or the
+            folder exists or cannot be written. Nothing is written then.
     """
+    if config.task != "recognition":
+        raise UserError(
+            f"task {config.task}: an import is of a model for recognition, whose outputs are classes; a run of another "
+            f"task starts from the file with model.weights={storage.without_password(file)}"
+        )
     run = storage.join(".", out) if out else run_folder(config)
-    if storage.are_files([storage.join(run, RUN_FILE)])[0] or storage.list_folders(storage.join(run, "checkpoints")):
+    if storage.are_files([storage.join(run, RUN_FILE)])[0] or storage.list_folders(
+        storage.join(run, checkpoints.FOLDER)
+    ):
         raise UserError(f"{run} exists already; choose another name (name=...) or folder (--out), or delete it")
     names, named_by = read_class_names(config.data)
     outputs = config.model.num_classes or len(names)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,30 @@ def test_an_imported_model_has_the_published_logits(file, recipe):
     assert (info.step, info.epoch, info.metrics) == (0, 0, {})
     assert info.classes == ["0", "1", "2", "3", "4", "5", "6"]
     assert info.recipe().model.weights == file
+
+
+def test_the_recipe_of_the_published_test_describes_the_released_model(tmp_path):
+    """Its S/16 for Something-Something, at full size."""
+    state = {k: torch.from_numpy(v) for k, v in fill.state(PARITY / "layout_s16.json").items()}
+    torch.save({"model_state": state}, tmp_path / "w.pth")
+    config = load_recipe("ssv1_published_test", ["data.classes=null", f"train.storage={tmp_path}/runs"])
+    model, _ = load_trained_model(import_model(str(tmp_path / "w.pth"), config).run)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(fill.clip((1, 3, 16, 224, 224))).float()).double().numpy()
+    np.testing.assert_allclose(logits, np.load(PARITY / "golden_s16.npz")["logits"], rtol=0, atol=1e-5)
+
+
+def test_files_and_runs_may_be_uris(file, recipe):
+    fsspec.filesystem("memory").pipe_file("/imports/w.pth", Path(file).read_bytes())
+    found = import_model("memory://imports/w.pth", recipe(), "memory://imports/run")
+    assert load_trained_model(find_checkpoint("memory://imports/run"))[1].recipe() == found.config
+    assert found.config.model.weights == "memory://imports/w.pth"
+
+
+def test_an_import_is_for_recognition(file, recipe, tmp_path):
+    with pytest.raises(UserError, match=r"task detection: .* model\.weights="):
+        import_model(file, recipe().model_copy(update={"task": "detection"}))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_command_imports_and_says_what_it_has_found(file, recipe, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""``posmlp data motion|check|shard|preview``: make, check, pack and look at data sets."""
+"""``posmlp data motion|scenes|check|shard|preview``: make, check, pack and look at data sets."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def add_commands(commands: Commands) -> None:
     )
     subcommands = data.add_subparsers(required=True, metavar="SUBCOMMAND")
     add_motion(subcommands)
+    add_scenes(subcommands)
     add_check(subcommands)
     add_shard(subcommands)
     add_preview(subcommands)
@@ -59,6 +60,31 @@ def run_motion(args: argparse.Namespace) -> None:
 
     folder = make_motion_set(args.out, kind=args.kind, train=args.train, val=args.val, size=args.size, seed=args.seed)
     print(f"{args.train} training and {args.val} validation clips: {folder}/train.csv, {folder}/val.csv")
+
+
+def add_scenes(commands: Commands) -> None:
+    scenes = add_command(
+        commands, "scenes", run_scenes, "make the embedded detection set: actors whose actions mostly motion separates"
+    )
+    scenes.add_argument(
+        "--out", type=Path, default=Path("data/scenes"), help="folder for the data set (default: %(default)s)"
+    )
+    scenes.add_argument("--train", type=int, default=40, help="number of training videos (default: %(default)s)")
+    scenes.add_argument("--val", type=int, default=10, help="number of validation videos (default: %(default)s)")
+    scenes.add_argument("--seconds", type=int, default=20, help="key seconds of a video (default: %(default)s)")
+    scenes.add_argument("--size", type=int, default=80, help="height and width in pixels (default: %(default)s)")
+    scenes.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: %(default)s)")
+
+
+def run_scenes(args: argparse.Namespace) -> None:
+    from posmlp.detection.scenes import FIRST_SECOND, make_scene_set
+
+    counts = {"train": args.train, "val": args.val, "seconds": args.seconds}
+    folder = make_scene_set(args.out, **counts, size=args.size, seed=args.seed)
+    print(
+        f"{args.train} training and {args.val} validation videos of {args.seconds} key seconds: {folder}/train.csv, "
+        f"{folder}/val.csv, {folder}/actions.pbtxt; detection.first_second={FIRST_SECOND}"
+    )
 
 
 def add_manifest(command: argparse.ArgumentParser) -> None:

@@ -67,18 +67,18 @@ def render_motion(label: int, rng: np.random.Generator, *, size: int = 64, frame
         names = ", ".join(MOTION_CLASSES)
         raise ValueError(f"label {label} is not a motion class (0 to {len(MOTION_CLASSES) - 1}: {names})")
     pair, backwards = divmod(label, 2)
-    clip = _background(rng, size, frames)
-    bystander, rest = _Shape.draw(rng), _draw_trajectory(0, rng, frames).frozen_at(0)
-    mover, trajectory = _Shape.draw(rng), _draw_trajectory(pair, rng, frames)
+    clip = draw_background(rng, size, frames)
+    bystander, rest = Shape.draw(rng), _draw_trajectory(0, rng, frames).frozen_at(0)
+    mover, trajectory = Shape.draw(rng), _draw_trajectory(pair, rng, frames)
     if rng.random() < 0.5:
         bystander.paint(clip, rest)
     mover.paint(clip, trajectory)
-    clip = _expose(clip, rng)
+    clip = expose(clip, rng)
     return np.ascontiguousarray(clip[::-1]) if backwards else clip
 
 
 @dataclass(frozen=True)
-class _Trajectory:
+class Trajectory:
     """The pose of a shape in each frame; all float32 [T]. Lengths are in frame sizes, y points down."""
 
     x: np.ndarray
@@ -86,12 +86,12 @@ class _Trajectory:
     radius: np.ndarray
     angle: np.ndarray  # radians, clockwise as seen on the screen
 
-    def frozen_at(self, frame: int) -> "_Trajectory":
+    def frozen_at(self, frame: int) -> "Trajectory":
         """The pose of one frame, for the whole clip."""
-        return _Trajectory(*(np.full_like(value, value[frame]) for value in (self.x, self.y, self.radius, self.angle)))
+        return Trajectory(*(np.full_like(value, value[frame]) for value in (self.x, self.y, self.radius, self.angle)))
 
 
-def _draw_trajectory(pair: int, rng: np.random.Generator, frames: int) -> _Trajectory:
+def _draw_trajectory(pair: int, rng: np.random.Generator, frames: int) -> Trajectory:
     """Trajectory of a shape that moves left (pair 0) or up (1), approaches (2) or rotates clockwise (3)."""
     time = np.linspace(0, 1, frames, dtype=np.float32)
     progress = time + rng.uniform(-0.6, 0.6) * np.sin(tau * time) / tau  # [T], 0 to 1, never decreases: varied speed
@@ -109,7 +109,7 @@ def _draw_trajectory(pair: int, rng: np.random.Generator, frames: int) -> _Traje
 
     distance, heading = (travel, aim - (math.pi, math.pi / 2)[pair]) if pair < 2 else (drift, drift_aim)
     turned = (spin if pair == 3 else stray_turn) * progress
-    return _Trajectory(
+    return Trajectory(
         x=x + distance * math.cos(heading) * progress + arm * np.cos(side + turned),
         y=y + distance * math.sin(heading) * progress + arm * np.sin(side + turned),
         radius=np.exp(smallest + zoom * (progress if pair == 2 else frozen)),
@@ -117,41 +117,41 @@ def _draw_trajectory(pair: int, rng: np.random.Generator, frames: int) -> _Traje
     )
 
 
-_ANGLES = np.arange(1024) * tau / 1024  # a power of two: a bit mask wraps an index
+ANGLES = np.arange(1024) * tau / 1024  # a power of two: a bit mask wraps an index
 
 
 def _star(points: int, notch: float) -> np.ndarray:
     """Outline of a star with tips at radius 1 and notches at `notch`; cos(pi / points) makes it a polygon."""
     half = math.pi / points
-    from_tip = half - np.abs(_ANGLES % (2 * half) - half)
+    from_tip = half - np.abs(ANGLES % (2 * half) - half)
     return notch * math.sin(half) / (np.sin(from_tip) + notch * np.sin(half - from_tip))
 
 
 def _cross(width: float) -> np.ndarray:
     """Outline of two crossed bars."""
-    c, s = np.abs(np.cos(_ANGLES)) + 1e-9, np.abs(np.sin(_ANGLES)) + 1e-9
+    c, s = np.abs(np.cos(ANGLES)) + 1e-9, np.abs(np.sin(ANGLES)) + 1e-9
     return np.maximum(np.minimum(1 / c, width / s), np.minimum(1 / s, width / c)) / math.hypot(1, width)
 
 
-_OUTLINES = np.stack(  # [kind, angle]: distance from centre to edge, 1 at most
+OUTLINES = np.stack(  # [kind, angle]: distance from centre to edge, 1 at most
     [
-        0.6 / np.hypot(0.6 * np.cos(_ANGLES), np.sin(_ANGLES)),  # ellipse
+        0.6 / np.hypot(0.6 * np.cos(ANGLES), np.sin(ANGLES)),  # ellipse
         _star(3, 0.5),  # triangle
         _star(4, math.cos(math.pi / 4)),  # square
         _star(6, math.cos(math.pi / 6)),  # hexagon
         _star(4, 0.45),
         _star(5, 0.5),
         _cross(0.4),
-        0.78 + 0.22 * np.cos(3 * _ANGLES),  # clover
+        0.78 + 0.22 * np.cos(3 * ANGLES),  # clover
     ]
 ).astype(np.float32)
 # [kind, angle]: distance to the edge / distance along the radius; below 1 where the edge is not at right angles to it.
-_SLANTS = 1 / np.hypot(1, (np.roll(_OUTLINES, -1, 1) - np.roll(_OUTLINES, 1, 1)) / (2 * _ANGLES[1] * _OUTLINES))
+_SLANTS = 1 / np.hypot(1, (np.roll(OUTLINES, -1, 1) - np.roll(OUTLINES, 1, 1)) / (2 * ANGLES[1] * OUTLINES))
 _SLANTS = _SLANTS.astype(np.float32)
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """Appearance of a shape: an outline, two-coloured stripes and an off-centre spot that shows its angle."""
 
     kind: int
@@ -160,29 +160,34 @@ class _Shape:
     phase: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> "_Shape":
+    def draw(cls, rng: np.random.Generator) -> "Shape":
         hue = rng.random() + np.array([0, rng.uniform(0.1, 0.3), rng.uniform(0.4, 0.6), 0])
         saturation = np.array([*rng.uniform(0.55, 0.9, 3), 0.3])
         bright = rng.uniform(0.8, 1.0)
         value = np.array([bright, bright - rng.uniform(0.25, 0.45), 0.95, rng.choice([0.08, 0.95])])
-        kind, stripes, phase = int(rng.integers(len(_OUTLINES))), rng.uniform(0.7, 1.3), rng.uniform(0, tau)
+        kind, stripes, phase = int(rng.integers(len(OUTLINES))), rng.uniform(0.7, 1.3), rng.uniform(0, tau)
         return cls(kind, _rgb(hue, saturation, value), stripes, phase)
 
-    def paint(self, clip: np.ndarray, pose: _Trajectory) -> None:
-        """Paint the shape over `clip`, float32 [T, H, W, 3], anti-aliased by the distance to each edge."""
+    def paint(self, clip: np.ndarray, pose: Trajectory, wraps: bool = True) -> None:
+        """Paint the shape over `clip`, float32 [T, H, W, 3], anti-aliased by the distance to each edge.
+
+        What leaves the picture on one side returns on the other if it `wraps`.
+        """
         size = clip.shape[1]
         grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-        x = _wrap(grid - pose.x[:, None])[:, None, :]  # [T, 1, W], from the shape's centre
-        y = _wrap(grid - pose.y[:, None])[:, :, None]  # [T, H, 1]
+        x, y = grid - pose.x[:, None], grid - pose.y[:, None]  # from the shape's centre
+        if wraps:
+            x, y = _wrap(x), _wrap(y)
+        x, y = x[:, None, :], y[:, :, None]  # [T, 1, W], [T, H, 1]
         t, i, j = np.nonzero(x * x + y * y < (pose.radius[:, None, None] + 1 / size) ** 2)  # [N]: pixels it may change
         x, y = x[t, 0, j], y[t, i, 0]
         cos, sin = np.cos(pose.angle) / pose.radius, np.sin(pose.angle) / pose.radius
         x, y = cos[t] * x + sin[t] * y, cos[t] * y - sin[t] * x  # [N], in the shape's own axes, in radii
         pixels = pose.radius[t] * size  # pixels in a radius
 
-        bearing = (np.arctan2(y, x) * (len(_ANGLES) / tau)).astype(np.int32) & (len(_ANGLES) - 1)
+        bearing = (np.arctan2(y, x) * (len(ANGLES) / tau)).astype(np.int32) & (len(ANGLES) - 1)
         # Pixels from the edge, positive inside. An edge pixel is covered by about 0.5 + this, clipped to 0..1.
-        inside = (_OUTLINES[self.kind, bearing] - np.hypot(x, y)) * _SLANTS[self.kind, bearing] * pixels
+        inside = (OUTLINES[self.kind, bearing] - np.hypot(x, y)) * _SLANTS[self.kind, bearing] * pixels
         one, other, spot, rim = self.colours
         colour = _blend(one, other, 0.5 + 1.5 * np.sin(tau * self.stripes * x + self.phase))
         colour = _blend(colour, spot, 0.5 + (SPOT_RADIUS - np.hypot(x - SPOT_PLACE, y)) * pixels)
@@ -206,7 +211,7 @@ def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarr
     return (value[:, None] * (1 - saturation[:, None] * (1 - wheel))).astype(np.float32)
 
 
-def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
+def draw_background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
     """A soft coloured texture that drifts a little, as under a hand-held camera: float32 [T, H, W, 3], about 0 to 1.
 
     It is a sum of waves, sum over k of Re tint_k exp(i (kx x + ky y - kt time)). Each wave factors into time and
@@ -228,7 +233,7 @@ def _background(rng: np.random.Generator, size: int, frames: int) -> np.ndarray:
     return base + texture.reshape(frames, size, size, 3)
 
 
-def _expose(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def expose(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Simulate a camera: the light changes over the clip, the sensor adds noise. float32 [T, H, W, 3] to uint8."""
     change = rng.uniform(-0.15, 0.15)
     light = rng.uniform(0.85, 1.1) + change * np.linspace(-1, 1, len(clip), dtype=np.float32)
@@ -301,7 +306,9 @@ def make_motion_set(
     if kind != "motion":
         settings["kind"] = kind
     record = json.dumps(settings, indent=2) + "\n"
-    if _is_complete_set(out, classes, counts, record):
+    wanted = {f"{split}.csv" for split in counts}
+    wanted |= {_clip_name(classes, split, i) for split, count in counts.items() for i in range(count)}
+    if is_complete_set(out, wanted, "motion", record):
         return out
 
     (out / "motion.json").unlink(missing_ok=True)
@@ -321,11 +328,7 @@ def make_motion_set(
         for key in keys:
             _write_clip(kind, out, size, seed, key)
 
-    for leftover in out.rglob(f"*.mp4.*{PART_SUFFIX}"):  # of a killed run
-        leftover.unlink(missing_ok=True)
-    part = out / f"motion.json{PART_SUFFIX}"
-    part.write_text(record)
-    os.replace(part, out / "motion.json")
+    complete_set(out, "motion", record)
     return out
 
 
@@ -370,22 +373,39 @@ def _draw_share(kind: str, out: str, size: int, seed: int, train: int, val: int,
         _write_clip(kind, Path(out), size, seed, key)
 
 
-def _is_complete_set(out: Path, classes: tuple[str, ...], counts: dict[str, int], record: str) -> bool:
-    """Return whether `out` holds the complete set of `record`; raises UserError if it holds something else."""
+def is_complete_set(out: Path, files: set[str], name: str, record: str) -> bool:
+    """Return whether a folder holds a complete embedded set.
+
+    Args:
+        files: paths of the set's files, relative to `out`, without its record.
+        name: of the set; its record is `name`.json.
+        record: the text that says which set it is.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
     advice = "choose another folder, or delete this one"
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder")
-    recorded = out / "motion.json"
+    recorded = out / f"{name}.json"
     if recorded.exists() and recorded.read_text() != record:
         was, asked = (" ".join(text.split()) for text in (recorded.read_text(), record))
-        raise UserError(f"{out} holds another motion set, {was} instead of {asked}: {advice}")
-    wanted = {_clip_name(classes, split, i) for split, count in counts.items() for i in range(count)}
-    wanted |= {"motion.json", *(f"{split}.csv" for split in counts)}
+        raise UserError(f"{out} holds another {name} set, {was} instead of {asked}: {advice}")
+    wanted = files | {recorded.name}
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != PART_SUFFIX}
     if foreign := sorted(found - wanted):
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise UserError(f"{out} holds files that do not belong to this motion set ({names}): {advice}")
+        raise UserError(f"{out} holds files that do not belong to this {name} set ({names}): {advice}")
     return found == wanted
+
+
+def complete_set(out: Path, name: str, record: str) -> None:
+    """Write the record of a set, whose files are all there, and remove what a killed run has left."""
+    for leftover in out.rglob(f"*.mp4.*{PART_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+    part = out / f"{name}.json{PART_SUFFIX}"
+    part.write_text(record)
+    os.replace(part, out / f"{name}.json")
 
 
 def _clip_name(classes: tuple[str, ...], split: str, index: int) -> str:

@@ -75,6 +75,14 @@ def test_data_motion_says_where_the_set_is(capsys, tmp_path):
     assert len((tmp_path / "m" / "train.csv").read_text().splitlines()) == 9
 
 
+def test_data_scenes_says_where_the_set_is(capsys, tmp_path):
+    counts = ["--train", "1", "--val", "1", "--seconds", "1", "--size", "32"]
+    assert main(["data", "scenes", "--out", str(tmp_path / "s"), *counts]) == 0
+    out = capsys.readouterr().out
+    assert f"1 training and 1 validation videos of 1 key seconds: {tmp_path}/s/train.csv" in out
+    assert "detection.first_second=900" in out and (tmp_path / "s" / "scenes.json").is_file()
+
+
 def test_a_preview_is_a_picture_of_the_batch(capsys, tmp_path, motion_set):
     out = tmp_path / "p.png"
     paths = [f"data.train.path={motion_set}/train.csv", f"data.val.path={motion_set}/val.csv", "data.cache_dir=null"]

@@ -82,15 +82,18 @@ def add_plan(commands: Commands) -> None:
     nodes.add_argument("--nodes", type=positive, help="number of nodes with GPUs")
     plan.add_argument(
         "--gpu",
-        default="H100",
-        help=f"GPU model: {', '.join(GPUS)}; for another one give --tflops (default: %(default)s)",
+        help=f"GPU model: {', '.join(GPUS)}; for another one give --tflops (default: H100)",
     )
     plan.add_argument("--tflops", type=positive_float, help="peak TFLOP/s of a GPU, in place of its data sheet")
     plan.add_argument(
         "--mfu",
         type=positive_float,
-        default=ASSUMED_MFU,
-        help="share of the peak that training reaches (default: %(default)g, assumed)",
+        help=f"share of the peak that training reaches (default: {ASSUMED_MFU:g}, assumed)",
+    )
+    plan.add_argument(
+        "--measured",
+        metavar="FILE",
+        help="gpu.json of `python benchmarks/gpu.py`: rates of your GPU, in place of --gpu, --tflops and --mfu",
     )
     plan.add_argument("--cores", type=positive, default=96, help="CPU cores per GPU node (default: %(default)s)")
     plan.add_argument(
@@ -136,6 +139,7 @@ def run_plan(args: argparse.Namespace) -> None:
         gpu=args.gpu,
         tflops=args.tflops,
         mfu=args.mfu,
+        measured=args.measured,
         gpu_node_cores=args.cores,
         decode_node_cores=args.decode_cores,
         decode_nodes=args.decode_nodes,

@@ -1,9 +1,10 @@
 """Estimate what a recipe needs on a cluster that does not have to exist. Pure arithmetic: nothing is started.
 
-Each part of the system has a highest rate in training clips per second: the GPUs, the cores that decode, the object
-store, the network into and out of a GPU node, and the network of a decode node. The slowest part sets the rate of the
-run. No Ray is needed. Each constant is measured (the command is named), taken from the code (a test compares them), or
-assumed; ``format_plan`` says which. docs/scale.md lists what is left out.
+Each part of the system has a highest rate in training clips per second: the GPUs, the two threads of each training
+worker, the cores that decode, the object store, the network into and out of a GPU node, and the network of a decode
+node. The parts work at the same time, so the slowest one sets the rate of the run. No Ray is needed. Each constant is
+measured (the command is named), taken from the code (a test compares them), or assumed; ``format_plan`` says which.
+docs/scale.md lists what is left out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from pipelines.planning.measured_gpu import COMMAND as MEASURE_GPU_COMMAND
+from pipelines.planning.measured_gpu import MeasuredGpu, MeasuredStep, read_measured_gpu
 from posmlp import create_model, metrics, storage
 from posmlp.config import Config, load_recipe
 from posmlp.errors import UserError
@@ -24,7 +27,14 @@ from posmlp.text import quantity
 from posmlp.video.draws import epoch_length
 
 # GPUs
-ASSUMED_MFU = 0.15  # share of the peak that training reaches. Not measured here; perf/mfu of a run measures it
+ASSUMED_MFU = 0.15  # share of the peak that training reaches; benchmarks/gpu.py measures it
+
+# The training loop, with 16 clips of 16x224x224 a step and a stand-in for the GPU (benchmarks/loop.py; docs/results.md)
+LOOP_CLIPS = 16
+LOOP_CLIP_BYTES = 16 * 224 * 224 * 3
+LOOP_SHARE = 0.99  # of the rate of a GPU that takes 26 ms a step
+LOOP_HOST_MS = 4.6  # work of a step on the training thread, without launching the model's kernels
+LOOP_BATCH_MS = 7.2  # a step if the GPU takes no time: the prefetching thread copies a batch
 
 # Data
 RAY_DECODE_SHARE = 0.96  # of a core's time under Ray Data: 14.2 / 14.8 (benchmarks/data_loading.py throughput)
@@ -89,6 +99,8 @@ GIVEN = "given"  # origin of a number that the user gave
 
 # Parts of the system
 GPUS = "GPUs"
+TRAINING_THREADS = "training threads"
+PREFETCH_THREADS = "prefetching threads"
 DECODING = "decoding"
 OBJECT_STORE = "object store"
 NETWORK_IN = "network into a GPU node"
@@ -108,6 +120,7 @@ class ClusterSpec:
         memory_gb, store_share: memory of a node, in 1e9 bytes, and the share of it that is Ray's object store.
         peak_flops, peak_origin: peak of one GPU, in operations per second, and where the number is from.
         mfu: share of the peak that training reaches.
+        measured: what was measured on such a GPU, in place of the peak and the share.
 
     Raises:
         UserError: the GPUs do not fill the nodes, or a share is not above 0 and at most 1.
@@ -124,6 +137,7 @@ class ClusterSpec:
     peak_flops: float = PEAKS["H100"]
     peak_origin: str = "H100, data sheet"
     mfu: float = ASSUMED_MFU
+    measured: MeasuredGpu | None = None
 
     def __post_init__(self) -> None:
         if self.gpus % self.gpus_per_node:
@@ -215,8 +229,7 @@ class RunPlan:
             return 0.0
         passes, scaling = 2, self.config.scaling
         if scaling.parallel == "fsdp":
-            local_batch = self.config.train.global_batch / self.cluster.gpus
-            passes = 1 + 2 * math.ceil(local_batch / (scaling.micro_batch or local_batch))
+            passes = 1 + 2 * self.micro_batches
         return passes * (self.cluster.gpus - 1) / self.cluster.gpus * 4 * self.num_params
 
     @property
@@ -251,19 +264,69 @@ class RunPlan:
         """Return the number of clips of a video, which are decoded together."""
         return self.config.data.repeats if train else self.config.eval.clips * self.config.eval.crops
 
+    # --- the training loop ---------------------------------------------------------------------------------------
+
+    @property
+    def worker_batch(self) -> float:
+        """Return the number of clips of a worker in a step."""
+        return self.config.train.global_batch / self.cluster.gpus
+
+    @property
+    def micro_batches(self) -> int:
+        """Return the number of micro-batches of a worker in a step."""
+        return math.ceil(self.worker_batch / (self.config.scaling.micro_batch or self.worker_batch))
+
+    @property
+    def measured_step(self) -> MeasuredStep | None:
+        """Return what was measured of a training step on such a GPU, eager or compiled as the recipe says."""
+        measured = self.cluster.measured
+        if measured is None:
+            return None
+        return measured.compiled if self.config.train.compile else measured.eager
+
+    @property
+    def gpu_flops(self) -> float:
+        """Return the operations per second of one GPU in a training step, without the loop around it."""
+        return self.measured_step.flops if self.measured_step else self.cluster.peak_flops * self.cluster.mfu
+
+    @property
+    def gpu_ms(self) -> float:
+        """Return the milliseconds of a GPU in a step."""
+        return 1e3 * self.worker_batch * TRAIN_FLOPS_PER_MAC * self.macs / self.gpu_flops
+
+    @property
+    def host_ms(self) -> float:
+        """Return the milliseconds of a worker's training thread in a step. It works while the GPU does."""
+        measured = self.measured_step and self.measured_step.host_ms
+        return self.micro_batches * (measured or LOOP_HOST_MS)
+
+    @property
+    def prefetch_ms(self) -> float:
+        """Return the milliseconds of a worker's prefetching thread in a step. It works while the GPU does."""
+        return LOOP_BATCH_MS * self.worker_batch / LOOP_CLIPS * self.clip_bytes / LOOP_CLIP_BYTES
+
+    @property
+    def loop_share(self) -> float:
+        """Return the share of the GPUs' rate that the training loop keeps."""
+        return (self.measured_step and self.measured_step.loop_share) or LOOP_SHARE
+
     # --- rates and times -----------------------------------------------------------------------------------------
 
     def max_rates(self, train: bool = True) -> dict[str, float]:
         """Return the highest rate of each part of the system, in clips per second."""
         cluster = self.cluster
         flops = (TRAIN_FLOPS_PER_MAC if train else EVAL_FLOPS_PER_MAC) * self.macs
+        per_ms = 1000 * self.config.train.global_batch  # a rate is this over the milliseconds of a step
         core_rate = RAY_DECODE_SHARE * 1000 / self.decode_ms
         tasks_that_fit = cluster.store_bytes * OBJECT_STORE_SHARE / self.block_bytes
         rates = {
-            GPUS: cluster.gpus * cluster.peak_flops * cluster.mfu / flops,
+            GPUS: self.loop_share * cluster.gpus * self.gpu_flops / flops,
+            PREFETCH_THREADS: per_ms / self.prefetch_ms,
             DECODING: self.decode_cores * core_rate,
             OBJECT_STORE: tasks_that_fit * core_rate,
         }
+        if train:
+            rates[TRAINING_THREADS] = per_ms / self.host_ms
         for network, size in self.network_bytes_per_clip(train).items():
             rates[network] = cluster.network_bytes_per_s / size if size else math.inf
         return rates
@@ -399,8 +462,10 @@ def make_cluster_spec(
     *,
     nodes: int | None = None,
     gpus_per_node: int | None = None,
-    gpu: str = "H100",
+    gpu: str | None = None,
     tflops: float | None = None,
+    mfu: float | None = None,
+    measured: str | None = None,
     **rest: float,
 ) -> ClusterSpec:
     """Return the cluster that the options of the command line describe.
@@ -408,12 +473,18 @@ def make_cluster_spec(
     Args:
         gpus: number of GPUs.
         nodes, gpus_per_node: give at most one of them; the default is 8 GPUs per node, or all if there are fewer.
-        gpu, tflops: a name in ``posmlp.model.cost.PEAKS``, or the peak of a GPU in 1e12 operations per second.
+        gpu, tflops: a name in ``posmlp.model.cost.PEAKS`` (None: H100), or the peak of a GPU in 1e12 operations per
+            second.
+        mfu: share of the peak that training reaches; None: ``ASSUMED_MFU``.
+        measured: path for ``read_measured_gpu``, in place of ``gpu``, ``tflops`` and ``mfu``.
         rest: other fields of ``ClusterSpec``.
 
     Raises:
-        UserError: the numbers do not fit together, or the GPU's peak is not known.
+        UserError: the numbers do not fit together, the GPU's peak is not known, or as ``read_measured_gpu``.
     """
+    if measured and (gpu or tflops or mfu):
+        raise UserError("--measured has the rate of the GPU; leave out --gpu, --tflops and --mfu")
+    gpu = gpu or "H100"
     if nodes and gpus % nodes:
         raise UserError(f"{gpus} GPUs do not spread evenly over {nodes} nodes; change --gpus or --nodes")
     if tflops is None and gpu not in PEAKS:
@@ -421,7 +492,15 @@ def make_cluster_spec(
     peak_flops, peak_origin = (tflops * 1e12, GIVEN) if tflops else (PEAKS[gpu], f"{gpu}, data sheet")
     per_node = gpus // nodes if nodes else gpus_per_node or min(8, gpus)
     fields: dict[str, Any] = rest
-    return ClusterSpec(gpus, per_node, peak_flops=peak_flops, peak_origin=peak_origin, **fields)
+    return ClusterSpec(
+        gpus,
+        per_node,
+        peak_flops=peak_flops,
+        peak_origin=peak_origin,
+        mfu=mfu or ASSUMED_MFU,
+        measured=read_measured_gpu(measured) if measured else None,
+        **fields,
+    )
 
 
 def make_plan(
@@ -456,7 +535,7 @@ def make_plan(
         text = f"{error}\n  with scaling.workers={cluster.gpus}, one worker per GPU; train.global_batch={batch} "
         raise UserError(f"{text}would keep the recipe's number of clips per worker") from error
     if config.train.precision == "fp32" and cluster.peak_origin != GIVEN:
-        raise UserError("train.precision is fp32, and only peaks of half precision are known; give --tflops")
+        raise UserError("train.precision is fp32, and only rates of half precision are known; give --tflops")
     if source not in VIDEO_STORAGE:
         raise UserError(f"--source {source!r} was not measured; choose one of {', '.join(VIDEO_STORAGE)}")
     if config.model.choices:
@@ -481,6 +560,12 @@ def make_plan(
         len(list(model.parameters())),
         sum(b.numel() * b.element_size() for b in model.buffers()),
     )
+    if cluster.measured and not plan.measured_step:
+        compiled = str(config.train.compile).lower()
+        raise UserError(
+            f"train.compile is {compiled}, and {cluster.measured.path} has no time of such a step of our model; "
+            f"give `{MEASURE_GPU_COMMAND}` more --minutes"
+        )
     if plan.decode_cores < 1:
         raise UserError(
             f"{cluster.gpus_per_node} workers x {config.scaling.cpus_per_worker:g} CPUs leave no core of a GPU node "
@@ -568,14 +653,23 @@ def describe_cluster(plan: RunPlan) -> str:
 
 
 def gpu_rows(plan: RunPlan) -> list[TableRow]:
-    """Return the lines for the GPUs."""
-    cluster, batch = plan.cluster, plan.config.train.global_batch
+    """Return the lines for the GPUs and the training loop."""
+    cluster, rates, measured = plan.cluster, plan.max_rates(), plan.measured_step
+    on_gpu, on_cpu = cluster.measured and cluster.measured.origin, "measured: `benchmarks/loop.py`"
     mfu = f"MFU {cluster.mfu:g} ({'assumed, not measured' if cluster.mfu == ASSUMED_MFU else GIVEN})"
-    peak = f"{cluster.peak_flops / 1e12:g} TFLOP/s ({cluster.peak_origin})"
+    speed = f"{cluster.peak_flops / 1e12:g} TFLOP/s ({cluster.peak_origin}), {mfu}"
+    if measured:
+        speed = f"{measured.flops / 1e12:.4g} TFLOP/s ({on_gpu})"
+    host = on_gpu if measured and measured.host_ms else f"{on_cpu}, without launching kernels"
+    share = on_gpu if measured and measured.loop_share else on_cpu
+    batch = f"train.global_batch {plan.config.train.global_batch}"
     return [
         ("forward pass of the model", plan.macs / 1e9, "GMACs/clip", "posmlp.model.cost.count_macs"),
-        ("batch of a GPU", batch / cluster.gpus, "clips", f"train.global_batch {batch}"),
-        ("GPU rate", plan.max_rates()[GPUS], "clips/s", f"{TRAIN_FLOPS_PER_MAC} FLOPs per MAC, {peak}, {mfu}"),
+        ("batch of a GPU", plan.worker_batch, "clips", batch + f", in {quantity(plan.micro_batches, 'micro-batch')}"),
+        ("step on the GPU", plan.gpu_ms, "ms", f"{TRAIN_FLOPS_PER_MAC} FLOPs per MAC, {speed}"),
+        ("  on the training thread", plan.host_ms, "ms", f"meanwhile ({host})"),
+        ("  on the prefetching thread", plan.prefetch_ms, "ms", f"meanwhile ({on_cpu})"),
+        ("GPU rate", rates[GPUS], "clips/s", f"{plan.loop_share:.0%} of that in the training loop ({share})"),
     ]
 
 
@@ -664,6 +758,10 @@ def suggest_change(plan: RunPlan, part: str) -> str:
     """Return what would make a part of the system faster."""
     if part == GPUS:
         return "more GPUs, or a higher MFU (train.compile)"
+    if part == TRAINING_THREADS:
+        return "a larger train.global_batch or scaling.micro_batch, or train.compile"
+    if part == PREFETCH_THREADS:
+        return "more GPUs, each with its threads, or faster memory"
     if part == OBJECT_STORE:
         return "a larger object store (--memory-gb, --store-share), or a smaller data.rows_per_block"
     if part == DECODING:
@@ -674,7 +772,7 @@ def suggest_change(plan: RunPlan, part: str) -> str:
             text += f"; or `{command}` (--source key12), {packed_ms / plan.decode_ms:.0%} of the decode time"
         return text
     bytes_per_clip = plan.network_bytes_per_clip(True)[part]
-    other_rates = min(rate for name, rate in plan.max_rates().items() if name in (GPUS, DECODING, OBJECT_STORE))
+    other_rates = min(rate for name, rate in plan.max_rates().items() if "network" not in name)
     gbit = other_rates * bytes_per_clip * 8 / 1e9
     text = f"{math.ceil(gbit)} Gbit/s per node, enough for {format_number(other_rates)} clips/s"
     if plan.gradient_bytes / plan.config.train.global_batch > bytes_per_clip / 2:

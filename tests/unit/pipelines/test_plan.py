@@ -1,6 +1,7 @@
 """``posmlp plan``: its estimates agree with measurements, with the code and with each other."""
 
 import inspect
+import json
 import math
 import re
 import shlex
@@ -25,7 +26,7 @@ from ray._private import ray_constants
 from pipelines.cli import main
 from pipelines.commands import planning
 from pipelines.data import loader
-from pipelines.planning import plan
+from pipelines.planning import measured_gpu, plan
 from pipelines.planning.plan import (
     DECODING,
     GPUS,
@@ -33,6 +34,8 @@ from pipelines.planning.plan import (
     NETWORK_IN,
     NETWORK_OUT,
     OBJECT_STORE,
+    PREFETCH_THREADS,
+    TRAINING_THREADS,
     ClusterSpec,
     make_plan,
 )
@@ -102,6 +105,17 @@ def test_decode_times_are_those_of_the_results_page():
     (ray,) = re.findall(r"^\| Ray Data \| ([\d.]+) \|", RESULTS, re.M)
     (alone,) = re.findall(r"^\| the decoding function alone \| ([\d.]+) \|", RESULTS, re.M)
     assert pytest.approx(float(ray) / float(alone), abs=0.005) == plan.RAY_DECODE_SHARE
+
+
+def test_times_of_the_loop_are_those_of_the_results_page():
+    section = RESULTS.split("## The training loop")[1].split("\n## ")[0]
+    (host,) = re.findall(r"host's own work takes ([\d.]+) ms", section)
+    (share,) = re.findall(r"the loop has (\d+) % of the device's rate", section)
+    (alone,) = re.findall(r"without a device a step takes ([\d.]+) ms", section)
+    found = (plan.LOOP_HOST_MS, plan.LOOP_SHARE, plan.LOOP_BATCH_MS)
+    assert found == (float(host), pytest.approx(float(share) / 100), float(alone))
+    assert f"{plan.LOOP_CLIPS} of\n16x224x224 a step" in section
+    assert k400().clip_bytes == plan.LOOP_CLIP_BYTES
 
 
 def test_decoding_between_what_was_measured():
@@ -230,7 +244,7 @@ def test_bytes():
     assert k400("train.global_batch=256", gpus=16).gradient_bytes == 2 * 15 / 16 * 4 * 13_639_939
     sharded = k400("train.global_batch=512", "scaling.parallel=fsdp", "scaling.micro_batch=16", gpus=16)
     assert sharded.gradient_bytes == (1 + 2 * 2) * 15 / 16 * 4 * 13_639_939
-    assert found.max_rates()[GPUS] == pytest.approx(8 * 989e12 * plan.ASSUMED_MFU / (6 * found.macs))
+    assert found.max_rates()[GPUS] == pytest.approx(0.99 * 8 * 989e12 * plan.ASSUMED_MFU / (6 * found.macs))
     assert found.max_rates(train=False)[GPUS] == pytest.approx(3 * found.max_rates()[GPUS])
 
 
@@ -284,7 +298,9 @@ def test_rates_have_the_units_of_the_worked_example():
     gradients = 2 * 15 / 16 * 4 * 10e6 / 128  # 585,937.5 bytes per clip
     into = clip * (1 - 16 / 96) / 2 + 500_000 / 2 * 16 / 96 + gradients
     assert found.max_rates() == {
-        GPUS: pytest.approx(16 * 1e15 * 0.4 / (6 * 40e9)),  # 26,667
+        GPUS: pytest.approx(0.99 * 16 * 1e15 * 0.4 / (6 * 40e9)),  # 26,400
+        TRAINING_THREADS: pytest.approx(16 * 8 / 4.6e-3),  # 27,826; 8 clips in each worker's step
+        PREFETCH_THREADS: pytest.approx(16 * 8 / 3.6e-3),  # 35,556; half the clips of the measurement
         DECODING: pytest.approx(1920),
         OBJECT_STORE: pytest.approx(4 * 30e9 * 0.25 / (16 * clip) * per_core),  # 15,570
         NETWORK_IN: pytest.approx(1.25e9 / into),  # 766
@@ -293,9 +309,9 @@ def test_rates_have_the_units_of_the_worked_example():
     }
     assert (cores, found.decode_cores) == (96, 96)
     assert (found.bottleneck, found.rate) == (NETWORK_IN, pytest.approx(766.343, abs=1e-3))
-    assert found.max_rates(train=False)[GPUS] == pytest.approx(80_000)
-    assert found.decode_cores_needed == pytest.approx(26_666.667 / 20)
-    assert found.decode_nodes_needed == 41  # 1333.3 cores, of which GPU nodes have 32, by 32
+    assert found.max_rates(train=False)[GPUS] == pytest.approx(3 * 26_400)
+    assert found.decode_cores_needed == pytest.approx(26_400 / 20)
+    assert found.decode_nodes_needed == 41  # 1320 cores, of which GPU nodes have 32, by 32
 
 
 def test_times_have_the_units_of_the_worked_example():
@@ -320,7 +336,10 @@ def test_the_table_has_the_units_of_the_worked_example():
     expected = {
         ("forward pass of the model", "GMACs/clip"): 40,
         ("batch of a GPU", "clips"): 8,
-        ("GPU rate", "clips/s"): 26_666.667,
+        ("step on the GPU", "ms"): 4.8,  # 8 clips, 6 FLOPs per MAC
+        ("on the training thread", "ms"): 4.6,
+        ("on the prefetching thread", "ms"): 3.6,
+        ("GPU rate", "clips/s"): 26_400,
         ("video storage reads", "GB/s"): rate / 2 * 500e3 / 1e9,
         ("decode time", "core ms/clip"): 48,
         ("decode cores", "cores"): 96,
@@ -428,10 +447,12 @@ def test_every_clip_that_leaves_a_node_arrives_at_another(cluster):
 BOTTLENECKS = [
     ({"gpu_node_cores": 96}, DECODING, "3 decode nodes of 64 cores; or `posmlp data shard"),
     ({"decode_nodes": 3}, GPUS, "more GPUs"),
-    ({"decode_nodes": 3, "gbit": 10}, NETWORK_IN, "69 Gbit/s per node"),
+    ({"decode_nodes": 3, "gbit": 10}, NETWORK_IN, "68 Gbit/s per node"),
     ({"decode_nodes": 3, "memory_gb": 5}, OBJECT_STORE, "data.rows_per_block"),
     ({"decode_nodes": 1, "decode_node_cores": 3000, "gpu_node_cores": 9, "gbit": 10}, NETWORK_IN, "Gbit/s per node"),
     ({"gpus": 64, "decode_nodes": 1, "decode_node_cores": 3000, "gbit": 400, "gpu_node_cores": 16}, NETWORK_DECODE, ""),
+    ({"decode_nodes": 30, "peak_flops": 1e16, "gbit": 400}, PREFETCH_THREADS, "more GPUs"),
+    ({"gpus": 128, "decode_nodes": 300, "peak_flops": 1e18, "gbit": 4000}, TRAINING_THREADS, "train.global_batch"),
 ]
 
 
@@ -443,15 +464,103 @@ def test_each_bottleneck_has_a_change_that_removes_it(cluster, name, change):
     assert change in text.partition("To remove it: ")[2]
 
 
+# --- what benchmarks/gpu.py has measured; tests/unit/benchmarks/test_gpu.py reads a file that it has written
+
+
+def measured_file(path, **rows):
+    """A gpu.json of an H100 with these rows by part, each with its name first."""
+    record = {"about": {"device": "H100"}, "model": "s16", "tiny": False, "parts": {}}
+    record["parts"] = {part.replace("_", " "): {"rows": each} for part, each in rows.items()}
+    path.write_text(json.dumps(record))
+    return str(path)
+
+
+EAGER = {
+    "step": [{"step": "plain", "clips/s": 100.0}, {"step": "ours", "clips/s": 400.0}],
+    "loop": [
+        {"loop": "loop", "of the bare step %": 90.0},
+        {"loop": measured_gpu.HOST_ALONE, "clips": 16, "ms": 25.0},
+    ],
+}
+
+
+def test_a_measured_model_has_the_measured_rates(tmp_path):
+    """Of a model with twice the arithmetic they are half. The host's time is that of each micro-batch."""
+    path = measured_file(tmp_path / "gpu.json", **EAGER)
+    cluster = plan.make_cluster_spec(8, measured=path)
+    found, large = (make_plan("k400_s16", keys, cluster, **K400) for keys in ([], ["model.frames=32"]))
+    assert found.max_rates()[GPUS] == pytest.approx(8 * 400 * 0.9)
+    assert found.gpu_ms == pytest.approx(1e3 * 16 / 400)
+    assert found.host_ms == 25
+    assert found.max_rates()[TRAINING_THREADS] == pytest.approx(8 * 16 / 25e-3)
+    assert large.max_rates()[GPUS] / found.max_rates()[GPUS] == pytest.approx(found.macs / large.macs)
+    split = make_plan("k400_s16", ["scaling.micro_batch=4"], cluster, **K400)
+    assert split.host_ms == 100
+    assert split.bottleneck == TRAINING_THREADS
+    text = plan.format_plan(found)
+    assert text.count(f"measured: H100, {path}") == 3 and "assumed" not in text
+
+
+def test_a_compiled_step_is_that_of_the_whole_model_if_it_was_measured(tmp_path):
+    blocks = {"compiled_step": [{"step": "ours", "clips/s": 500.0}]}
+    whole = {"compiled_whole": [{"step": "ours", "clips/s": 450.0}]}
+    loop = {"compiled_loop": [{"loop": "loop", "of the bare step %": 97.0}]}
+    failed = {"compiled_whole": [{"step": "ours", "errors": {"ours": "failed"}}]}
+
+    def rate(**rows):
+        cluster = plan.make_cluster_spec(8, measured=measured_file(tmp_path / "gpu.json", **EAGER, **rows))
+        return make_plan("k400_s16", ["train.compile=true"], cluster, **K400).max_rates()[GPUS] / 8
+
+    assert rate(**blocks) == pytest.approx(0.99 * 500)
+    assert rate(**blocks, **loop) == pytest.approx(0.97 * 500)
+    assert rate(**blocks, **loop, **failed) == pytest.approx(0.97 * 500)
+    assert rate(**blocks, **loop, **whole) == pytest.approx(0.97 * 450)
+
+
+OURS = {"step": [{"step": "ours", "clips/s": 400.0}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        (None, [], "No such file or directory; `python benchmarks/gpu.py` writes it"),
+        ("{", [], "is not JSON"),
+        ("[]", [], "has another form"),
+        ({"about": {"device": "H100"}, "model": "s16", "tiny": False, "parts": {"step": {}}}, [], "has another form"),
+        ({"about": {"device": "H100"}, "model": "s17", "tiny": False, "parts": {}}, [], "has another form"),
+        ({"about": {"device": "H100"}, "model": "s16", "tiny": True, "parts": {}}, [], "made with --tiny"),
+        ({"step": [{"step": "ours", "clips/s": "inf"}]}, [], "clips/s of ours in step is 'inf'"),
+        ({"step": [{"step": "ours", "clips/s": -1.0}]}, [], "is -1.0, expected a number above 0"),
+        ({"step": [{"step": "plain", "clips/s": 100.0}]}, [], "train.compile is false, and"),
+        (OURS, ["train.compile=true"], "train.compile is true, and"),
+        (OURS, ["--mfu", "0.2"], "leave out --gpu, --tflops and --mfu"),
+        (OURS, ["--gpu", "A100"], "leave out --gpu, --tflops and --mfu"),
+        (OURS, ["train.precision=fp32"], "only rates of half precision are known"),
+    ],
+)
+def test_a_wrong_file_of_a_gpu_is_one_message(tmp_path, capsys, content, options, expected):
+    path = tmp_path / "gpu.json"
+    if isinstance(content, dict) and "about" not in content:
+        measured_file(path, **content)
+    elif content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    command = ["plan", "k400_s16", *COUNTS, "--gpus", "8", "--measured", str(path), *options]
+    assert main(command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("posmlp: ") and expected in line
+
+
 # --- the command
 
 COUNTS = ["--videos", "240000", "--val-videos", "20000"]
 
 
 def test_a_plan_needs_no_ray():
-    """Of this project it imports only posmlp, which never imports Ray."""
-    imported = re.findall(r"^(?:from|import) (\w+)", inspect.getsource(plan), re.M)
-    assert set(imported) - sys.stdlib_module_names == {"posmlp", "torch"}
+    """Of other packages of this project it imports only posmlp, which never imports Ray."""
+    source = inspect.getsource(plan) + inspect.getsource(measured_gpu)
+    imported = set(re.findall(r"^(?:from|import) ([\w.]+)", source, re.M))
+    others = {name.partition(".")[0] for name in imported - {measured_gpu.__name__}}
+    assert others - sys.stdlib_module_names == {"posmlp", "torch"}
 
 
 @pytest.mark.parametrize(

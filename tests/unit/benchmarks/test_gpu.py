@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from benchmarks import gpu
+from pipelines.planning.measured_gpu import MeasuredStep, read_measured_gpu
 from posmlp.config import load_recipe
+from posmlp.errors import UserError
 from posmlp.model import cost
 from posmlp.model import gpu as model_gpu
 from posmlp.model.gates import PositionGate
@@ -64,6 +66,29 @@ def test_all_parts_run_in_small_on_a_cpu_and_leave_their_files(tmp_path):
     step, loop = ({gpu.row_name(row): row for row in record["parts"][name]["rows"]} for name in ("step", "loop"))
     assert {"plain", "ours"} <= set(step)
     assert loop["loop"]["clips/s"] == pytest.approx(1e3 * loop["loop"]["clips"] / loop["loop"]["ms"])
+    check_that_a_plan_can_read(out / "gpu.json", record)
+
+
+def check_that_a_plan_can_read(path, record):
+    """Every number that ``posmlp plan --measured`` uses is the one of the file."""
+    with pytest.raises(UserError, match="--tiny"):
+        read_measured_gpu(str(path))
+    path.write_text(json.dumps(record | {"tiny": False}))
+    found, macs = read_measured_gpu(str(path)), cost.count_macs(gpu_parts.model_variant("tiny"))
+
+    def cell(part, row, column):
+        return gpu.value(record, part, row, column)
+
+    assert found.device == record["about"]["device"]
+    assert found.eager == MeasuredStep(
+        flops=pytest.approx(6 * macs * cell("step", "ours", "clips/s")),
+        loop_share=pytest.approx(cell("loop", "loop", "of the bare step %") / 100),
+        host_ms=cell("loop", gpu_parts.LAUNCHES, "ms"),
+    )
+    assert found.compiled == MeasuredStep(
+        flops=pytest.approx(6 * macs * cell("compiled whole", "ours", "clips/s")),
+        loop_share=pytest.approx(cell("compiled loop", "loop", "of the bare step %") / 100),
+    )
 
 
 def test_without_time_every_part_says_so(tmp_path):
@@ -203,6 +228,10 @@ def test_numbers_that_json_lacks_are_text(tmp_path, record):
 
 def test_goals_by_hand(record):
     assert {figure.met for figure in gpu.summary(record)} == {None}
+    lines = gpu.summary_lines(gpu.summary(record))
+    assert [line.endswith("| - | at least 95 | unmeasured |") for line in lines].count(True) == 1
+    assert {line.split(" | ")[-1] for line in lines[4:10]} == {"unmeasured |"}
+    assert {line.split(" | ")[-1] for line in lines[10:]} == {"- |"}
 
     def part(*rows):
         return {"rows": list(rows), "status": "done"}
@@ -218,10 +247,28 @@ def test_goals_by_hand(record):
         "loop": part({"loop": "bare step"}, {"loop": "loop", "of the bare step %": 94.0}),
     }
     figures = gpu.summary(record)
+    assert [line.split(" | ")[-1] for line in gpu.summary_lines(figures)[4:10]] == [
+        "not met |",
+        "met |",
+        "met |",
+        "not met |",
+        "met |",
+        "not met |",
+    ]
     found = [(round(figure.measured, 9), figure.met) for figure in figures if figure.goal]
     assert found == [(50, False), (3, True), (2, True), (30, False), (55, True), (94, False)]
     assert {figure.figure: figure.measured for figure in figures}["our fastest step, ms"] == 20
     assert not any(figure.met is not None for figure in figures if not figure.goal)
+
+
+@pytest.mark.parametrize(
+    ("status", "within", "expected"),
+    [("done", [True], True), ("out of time", [True], None), ("out of time", [True, False], False)],
+)
+def test_gates_that_were_not_checked_are_not_within_bounds(record, status, within, expected):
+    rows = [{"gate": str(i), "within bounds": each} for i, each in enumerate(within)]
+    record["parts"]["gates"] = {"rows": rows, "status": status}
+    assert gpu.summary(record)[0].met is expected
 
 
 def test_a_table_has_all_columns_and_shows_three_digits():
@@ -245,6 +292,9 @@ def test_runs_are_timed_in_turn_and_a_failing_one_is_left_out():
 
     found = list(gpu_parts.compare({"a": run("a"), "b": broken, "c": run("c")}, gpu.Job(CPU, tiny=True), share=0.5))
     assert order == ["a", "a", "c", "c"] + gpu_parts.FEWEST_ROUNDS * ["a", "c"]
+    order.clear()
+    list(gpu_parts.compare({"a": run("a"), "c": run("c")}, gpu.Job(CPU, tiny=True), share=0.5, lead=2))
+    assert order == ["a", "a", "c", "c"] + gpu_parts.FEWEST_ROUNDS * ["a", "a", "a", "c", "c", "c"]
     assert [name for name, _ in found] == ["a", "b", "c", "a", "c"]
     assert found[1][1] == {"error": "RuntimeError: no such kernel"}
     assert found[-1][1]["rounds"] == gpu_parts.FEWEST_ROUNDS

@@ -4,7 +4,8 @@
 
 Speed is that of a model with random weights on clips of noise, uint8, normalisation included. All runners run in turn,
 round by round, so that other load on the machine affects all of them; a time is the best of the rounds. A pause before
-each call lets the threads of the last runner, which wait actively for a while, go to sleep.
+each call lets the threads of the last runner, which wait actively for a while, go to sleep. Eager models are frozen
+(``PosMLPVideo.freeze``), unless a row says otherwise.
 
 Accuracy is that of the package's weights (``posmlp/weights``) in each runner, on drawn strokes that they were not
 trained on: how many clips have the class that eager fp32 finds, the largest difference of a probability from it, and
@@ -17,6 +18,7 @@ that fails is left out, and its error is printed.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import re
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
@@ -37,7 +40,7 @@ from torch import Tensor
 
 from posmlp import create_model, load_published
 from posmlp.config import Config, load_recipe
-from posmlp.export import Runner, export, load_exported, silence_exporters
+from posmlp.export import Runner, export, load_exported, quantise, silence_exporters
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.model.cost import device_name, seconds
 from posmlp.video.augment import to_input
@@ -80,6 +83,16 @@ def cpu_features() -> str:
     return ", ".join(feature for feature in FEATURES if feature in flags) or "features unknown"
 
 
+def in_eager_mode(model: PosMLPVideo, config: Config) -> Runner:
+    """Return what runs a model on uint8 clips."""
+
+    def run_eagerly(clips: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(to_input(clips, config))
+
+    return run_eagerly
+
+
 def in_bf16(run: Runner) -> Runner:
     """Return the runner under bf16 autocast."""
 
@@ -99,31 +112,36 @@ def make_candidates(
         calibration: uint8 ``[clips, T, H, W, 3]``.
         compiled: whether to compile with ``torch.compile``.
     """
-    files = {int8: export(model, config, {}, ".onnx", int8=int8).content for int8 in (False, True)}
-    model = model.freeze()
-
-    def eager(clips: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(to_input(clips, config))
+    whole = export(model, config, {}, ".onnx").content
+    not_frozen, model = in_eager_mode(copy.deepcopy(model), config), model.freeze()
+    eager = in_eager_mode(model, config)
 
     def in_file(content: bytes, suffix: str = ".onnx") -> Candidate:
         return Candidate(load_exported(content, suffix), len(content) / 1e6)
 
     yield "eager fp32", lambda: Candidate(eager)
     yield "eager bf16", lambda: Candidate(in_bf16(eager))
+    yield "eager fp32, not frozen", lambda: Candidate(not_frozen)
+    yield "eager bf16, not frozen", lambda: Candidate(in_bf16(not_frozen))
     if compiled:
         yield "torch.compile fp32", lambda: Candidate(torch.compile(eager, dynamic=False))
         yield "torch.compile bf16", lambda: Candidate(torch.compile(in_bf16(eager), dynamic=False))
     yield ".pt2 fp32", lambda: in_file(export(model, config, {}, ".pt2").content, ".pt2")
-    yield "ONNX Runtime fp32", lambda: in_file(files[False])
-    yield "ONNX Runtime int8 (`posmlp export --int8`)", lambda: in_file(files[True])
-    calibrated = quantise_static(files[False], calibration)
+    yield "ONNX Runtime fp32", lambda: in_file(whole)
+    yield "ONNX Runtime int8 (`posmlp export --int8`)", lambda: in_file(quantise_dynamic(whole))
+    calibrated = quantise_static(whole, calibration)
     yield "ONNX Runtime int8, calibrated", lambda: in_file(calibrated)
     if openvino is not None:
-        yield "OpenVINO fp32", lambda: in_openvino(files[False], "f32")
-        yield "OpenVINO bf16", lambda: in_openvino(files[False], "bf16")
+        yield "OpenVINO fp32", lambda: in_openvino(whole, "f32")
+        yield "OpenVINO bf16", lambda: in_openvino(whole, "bf16")
         yield "OpenVINO int8, calibrated", lambda: in_openvino(calibrated, "f32")
         yield "OpenVINO int8, calibrated, the rest bf16", lambda: in_openvino(calibrated, "bf16")
+
+
+def quantise_dynamic(content: bytes) -> bytes:
+    """Return an ONNX model as ``posmlp export --int8`` writes it."""
+    with silence_exporters():
+        return quantise(onnx.load_from_string(content)).SerializeToString()
 
 
 def quantise_static(content: bytes, clips: Tensor) -> bytes:

@@ -537,6 +537,7 @@ RECIPE: dict[str, dict[str, Any]] = {
         "lr": 2e-4,
         "min_lr": 1e-6,
         "lr_batch": 128,
+        "schedule": "cosine",
         "warmup_epochs": 10.0,
         "betas": (0.9, 0.999),
         "weight_decay": 0.05,

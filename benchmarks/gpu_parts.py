@@ -616,7 +616,7 @@ def looped(model: nn.Module, job: Job, small_clips: bool = True) -> Iterator[Row
             started.pop(0).result()
 
     here = random_batch(variant.image_size).to(device)
-    inputs, targets = to_train_input(here, config, learner.flipped)
+    inputs, targets = to_train_input(here, config, torch.arange(variant.num_classes, device=device))
     ahead = prefetch(on_host(), device, AHEAD)
     runs: dict[str, Run] = {
         "bare step": make_step(model, inputs, targets),

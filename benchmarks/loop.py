@@ -28,13 +28,14 @@ from threading import Event, Thread
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipelines.data.loader import collate
 from pipelines.training.agreement import Action, AgreedBatches
 from posmlp.config import Config, load_recipe
+from posmlp.tasks import task_of
 from posmlp.video import augment
 from posmlp.video.batch import Batch
 from posmlp.video.prefetch import prefetch
@@ -134,15 +135,16 @@ def decoded(config: Config, clips: int, rank: int) -> Iterator[Batch]:
         columns.append(
             {
                 "clip": pixels,
-                "label": np.zeros(clips, np.int32),
+                "row": np.arange(clips),
                 "real": np.ones(clips, bool),
                 "seeds": list(batch.seeds.numpy()[:, None]),
                 "reason": text,
             }
         )
+    task, table = task_of(config), pa.table({"label": np.zeros(clips, np.int32)})
     pinned = [torch.empty_like(batch.clips) for _ in range(BATCHES_IN_MEMORY)]
     for number in itertools.count():
-        batch = collate(columns[number % BATCHES_IN_MEMORY])
+        batch = task.collate(columns[number % BATCHES_IN_MEMORY], table, config, train=True)
         yield replace(batch, clips=pinned[number % BATCHES_IN_MEMORY].copy_(batch.clips))
 
 

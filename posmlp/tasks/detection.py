@@ -42,7 +42,7 @@ class Detection(Task):
 
         import pyarrow as pa
 
-        from posmlp.detection.lists import read_detection_split  # type: ignore[import-not-found]
+        from posmlp.detection.lists import read_detection_split
 
         manifest = read_detection_split(config.data, config.detection, split, known)
         if split != "val" or config.detection.val_every == 1:

@@ -44,7 +44,8 @@ GROUP = "group"  # column of rows that are grouped
 FOLDER = "folder"  # groups by the folder of each video
 MAX_PROBLEMS_SHOWN = 20  # in a message
 DRIVE = re.compile(r"[A-Za-z]:/")
-TEMPLATE = re.compile(r"([^{}/]*)\{0?(?::0?[0-9]*d?)?\}([^{}/]*)")  # one number, as in img_{:05d}.jpg
+TEXT = r"((?:[^{}/]|\{\{|\}\})*)"  # of a template, in which a brace is doubled
+TEMPLATE = re.compile(TEXT + r"\{0?(?::0?[0-9]*d?)?\}" + TEXT)  # one number, as in img_{:05d}.jpg
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ def read_manifest(
         StorageError: a URI has a password.
     """
     source = ManifestSource(
-        _absolute(path),
+        absolute(path),
         {column: str(value) for column, value in where.items()},
-        None if root is None else _absolute(root),
-        None if classes is None else _absolute(classes),
+        None if root is None else absolute(root),
+        None if classes is None else absolute(classes),
         template,
         format,
         missing_ok,
@@ -149,18 +150,18 @@ def read_manifest(
         manifest = _build_manifest(source)
         source.stop_if_bad()
     except StopReading:
-        raise ManifestError(_sorted_problems(source)) from None
+        raise ManifestError(problem_lines(source)) from None
     return manifest
 
 
-def _absolute(path: str | Path) -> str:
+def absolute(path: str | Path) -> str:
     """Absolute path or URI; refuses a password."""
     uri = str(path)
     storage.refuse_password(uri)
     return uri if storage.is_remote(uri) else storage.local_path(uri)
 
 
-def _sorted_problems(source: ManifestSource) -> list[str]:
+def problem_lines(source: ManifestSource) -> list[str]:
     """The problems as lines of text: by file in order of first use, then by line, then in the order found."""
     files = {file: i for i, file in enumerate(dict.fromkeys([source.path, *(file for file, _, _ in source.problems)]))}
     ordered = sorted(source.problems, key=lambda problem: (files[problem[0]], -1 if problem[1] is None else problem[1]))
@@ -212,7 +213,7 @@ def _build_manifest(source: ManifestSource) -> Manifest:
     elif not listing.present:
         uris = _find_videos(source, listing, rows, uris, folder)
     if listing.pictures:
-        uris, frames = [_escape_braces(uri) for uri in uris], [1] * len(uris)
+        uris, frames = [escape_braces(uri) for uri in uris], [1] * len(uris)
     groups = _groups(source, listing, rows)
     source.stop_if_bad()
     columns = {
@@ -566,7 +567,7 @@ def _frame_folders(
     wanted = []
     for i, (row, folder) in enumerate(zip(rows, folders, strict=True)):
         if folder and row.frames is None:
-            frames[i] = _count_images(source, row, folder)
+            frames[i] = count_images(source, row, folder)
         elif folder and row.frames and row.frames > 0:
             wanted += [(row, storage.join(folder, source.template.format(n))) for n in {1: 0, row.frames: 0}]
     found = _are_files(source, [uri for _, uri in wanted])
@@ -574,15 +575,15 @@ def _frame_folders(
         if not exists and not source.missing_ok:
             text = f"no image {uri}, but the list has {row.frames} frames, named {source.template}"
             source.problem(row.file, row.line, f"{text}; check `root` and `template`")
-    return [storage.join(_escape_braces(folder), source.template) if folder else "" for folder in folders], frames
+    return [storage.join(escape_braces(folder), source.template) if folder else "" for folder in folders], frames
 
 
-def _escape_braces(folder: str) -> str:
+def escape_braces(folder: str) -> str:
     """Double the braces of a path, because the whole URI is a template."""
     return folder.replace("{", "{{").replace("}", "}}")
 
 
-def _count_images(source: ManifestSource, row: ListingRow, folder: str) -> int | None:
+def count_images(source: ManifestSource, row: ListingRow, folder: str) -> int | None:
     """Count the images of a folder that match the template. Their numbers must start at 1, without gaps."""
     try:
         if storage.is_remote(folder):
@@ -602,7 +603,7 @@ def _count_images(source: ManifestSource, row: ListingRow, folder: str) -> int |
     while source.template.format(count + 1) in names:
         count += 1
     match = TEMPLATE.fullmatch(source.template)
-    pattern = re.compile(f"{re.escape(match[1])}([0-9]+){re.escape(match[2])}" if match else "")
+    pattern = re.compile(f"{re.escape(match[1].format())}[0-9]+{re.escape(match[2].format())}" if match else "")
     matching = sum(1 for name in names if pattern.fullmatch(name))
     if not count or matching > count:
         text = f"no image {source.template.format(count + 1)} in {folder}, which has {matching} with such names"
@@ -661,14 +662,14 @@ def read_class_names(data: DataSection) -> tuple[tuple[str, ...], str]:
     Raises:
         ManifestError: the file or the list is wrong.
     """
-    path = _absolute(data.classes or data.train.path)
+    path = absolute(data.classes or data.train.path)
     source = ManifestSource(path, {}, None, data.classes and path, data.template, data.format)
     try:
         if names := class_names(source, first=1 if data.format == "ucf101" else 0):
             return names, path
         exists = bool(path_kind(source, path))
     except StopReading:
-        raise ManifestError(_sorted_problems(source)) from None
+        raise ManifestError(problem_lines(source)) from None
     return (training_classes(data).names, path) if exists else ((), "")
 
 

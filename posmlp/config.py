@@ -43,8 +43,8 @@ RENAMED_KEYS = {  # old name -> present name; recipes, overrides and stored conf
     "data.whole": "data.full_frame",
 }
 
-# Keys of the model that are null where the recipe leaves them to the model's name
 SPLITS = ("train", "val", "test")
+# Keys of the model that are null where the recipe leaves them to the model's name
 ARCHITECTURE_KEYS = ("frames", "image_size", "dims", "depths", "groups", "windows", "blocks")
 
 logger = logging.getLogger(__name__)

@@ -113,7 +113,7 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
             f"train.global_batch {config.train.global_batch} is more than the {clips} training clips "
             f"of an epoch of {config.data.train.path}; lower it"
         )
-    if config.data.fps is not None:
+    if task_of(config).needs_frame_times(config):
         for split, manifest in ((config.data.train, train_set), (config.data.val, val_set)):
             if manifest.rows["frames"].null_count < len(manifest.rows):
                 raise RunError(

@@ -114,6 +114,10 @@ class Task(ABC):
             manifest: the training split, if it is read already.
         """
 
+    def needs_frame_times(self, config: Config) -> bool:
+        """Whether frame folders, which have no times, cannot be read."""
+        return config.data.fps is not None
+
     @abstractmethod
     def load(self, row: dict[str, Any], config: Config, *, epoch: int, train: bool, first_view: int = 0) -> LoadedClips:
         """Decode the views of a row of ``read_split``.

@@ -57,6 +57,10 @@ class Detection(Task):
         names = (manifest or self.read_split(config, "train")).classes
         return KnownClasses(names, f"the label map {config.data.classes}", "use one label map for all lists")
 
+    def needs_frame_times(self, config: Config) -> bool:
+        """As of ``Task``: the frame rate places the key frames of a folder."""
+        return False
+
     def load(self, row: dict[str, Any], config: Config, *, epoch: int, train: bool, first_view: int = 0) -> LoadedClips:
         from posmlp.detection.clips import load_key_clip
 

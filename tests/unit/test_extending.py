@@ -41,7 +41,7 @@ def extended(tmp_path_factory):
 
 
 def test_every_kind_of_extension_is_shown():
-    kinds = ("format", "block", "unit", "space", "metric", "recipe")
+    kinds = ("format", "block", "unit", "space", "task", "metric", "recipe")
     assert list(CHECKS) == [f"check_{kind}.py" for kind in kinds]
 
 

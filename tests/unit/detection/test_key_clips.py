@@ -19,8 +19,9 @@ def make_config(frames=8, *, stride=2, seed=0, detection=None, short_side=None, 
     return Config.model_validate(
         {
             "name": "t",
+            "task": "detection",
             "model": {"frames": frames, "image_size": size},
-            "data": {"train": split, "val": split, "stride": stride} | data,
+            "data": {"format": "ava", "classes": "unused", "train": split, "val": split, "stride": stride} | data,
             "detection": detection or {},
             "train": {"seed": seed, "global_batch": 32 * data.get("repeats", 1)},
             "eval": {"short_side": short_side},

@@ -57,7 +57,7 @@ from pipelines.tracking.uris import (
 )
 from pipelines.training.preflight import list_fingerprint
 from posmlp import storage
-from posmlp.config import Config, RecipeError, describe, set_key
+from posmlp.config import Config, DataSection, RecipeError, describe, set_key
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, ClassResult, class_results, per_class_csv, video_scores
 from posmlp.metrics import HELD_OUT, TEST, TEST_TRAIN, VAL
@@ -73,6 +73,7 @@ LARGEST_ARTIFACT = 2**30  # bytes; MLflow and its server are not made for larger
 FOLDER = "evaluations"  # in the run's folder
 ARTIFACTS = "evaluation"  # among the artifacts of the MLflow run
 KEYS_OVERRIDABLE = ("data.", "eval.", "scaling.", "tracking.", "train.precision")
+KEYS_OF_PIXELS = ("data.normalisation", "data.modality")  # what a trained model's first layer expects
 # Overrides of these do not change the scores, or are part of the evaluation's name anyway.
 KEYS_NOT_IN_NAME = (
     *(
@@ -162,7 +163,7 @@ def evaluate(
         uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
         views: clips per video and crops per clip (``posmlp.video.views.parse_views``); None: the recipe's.
         split: which of the recipe's lists of videos.
-        overrides: each is ``section.key=value``, with a key of ``KEYS_OVERRIDABLE``.
+        overrides: each is ``section.key=value``, with a key of ``KEYS_OVERRIDABLE`` that is not in ``KEYS_OF_PIXELS``.
         workers: number of actors that score; None: ``scaling.workers``.
         out: folder for the results; None: ``evaluations/NAME`` in the run's folder.
 
@@ -237,6 +238,10 @@ def recipe_of(info: checkpoints.CheckpointInfo, overrides: Sequence[str], run: s
         if not key.startswith(KEYS_OVERRIDABLE):
             allowed = ", ".join(prefix + "*" * prefix.endswith(".") for prefix in KEYS_OVERRIDABLE)
             raise RecipeError(f"override {override!r}: {key} of a trained model is fixed; these can change: {allowed}")
+        if key in KEYS_OF_PIXELS:
+            name = key.removeprefix("data.")
+            trained = tree["data"].get(name, DataSection.model_fields[name].default)
+            raise RecipeError(f"override {override!r}: the model was trained with {key} {trained}; leave it out")
         set_key(tree, override)
     if run:
         tree["train"]["storage"] = storage.parent(run)

@@ -79,6 +79,7 @@ def test_the_published_values(name):
     assert config.model.drop_path == drop_path[("s16", "s32", "b16", "b32").index(model)]
     assert config.model.num_classes == classes
     assert config.model.weights == f"runs/in1k_{model[0]}"
+    assert config.data.normalisation == load_recipe(f"in1k_{model[0]}").data.normalisation
     assert (config.optim.lr, config.optim.min_lr, config.optim.warmup_epochs) == (lr, 1e-6, warmup)
     videos = 32 if name == "ssv1_s16" else 64  # a step
     assert config.optim.lr_batch == config.train.global_batch == videos * config.data.repeats

@@ -118,6 +118,8 @@ def test_the_checkpoints_logged_model_gets_the_results(untrained_run):
         (["model.frames=8"], r"model\.frames of a trained model is fixed"),
         (["optim.lr=1"], r"optim\.lr of a trained model is fixed"),
         (["scaling.workers=2"], "--workers"),
+        (["data.normalisation=slowfast"], r"the model was trained with data\.normalisation imagenet; leave it out"),
+        (["data.modality=rgb"], r"the model was trained with data\.modality rgb_difference; leave it out"),
         (["data.val.path=nowhere.csv"], r"nowhere\.csv"),
         (["data.max_bad_fraction=2"], r"data\.max_bad_fraction: .*not 2"),
         (["data.classes=null"], r"val\.csv:2: 7 classes not in the checkpoint: '0', '1', '2', '3', '4' and 2 more; "),

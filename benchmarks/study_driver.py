@@ -26,6 +26,7 @@ import psutil
 from pipelines.runs.record import write_record
 from pipelines.studies.costs import static_costs
 from pipelines.studies.study import Study, TrialState, trial_folder
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.tracker import Tracker
 from pipelines.tuning.controller import StudyController
 from pipelines.tuning.trial import TrialEvent
@@ -85,7 +86,7 @@ def main() -> None:
         recipe = load_recipe("demo", [f"train.storage={folder}", f"train.epochs={EPOCHS}", "name=driver"])
         study = Study(name="driver", recipe=recipe, space=args.space, trials=args.trials, against="gmacs")
         space = load_space(args.space, recipe)
-        tracker = Tracker.open(recipe, {}, journal=Path(folder, "journal.jsonl"))
+        tracker = Tracker.open(recipe, {}, journal=Journal(Path(folder, "journal.jsonl")))
         controller = StudyController(study, space, [], tracker, RUNNING)
         clock, running, done = Clock(), [], 0
         print("| trials | proposing, ms | recording, ms | publishing, ms |\n|---|---|---|---|")

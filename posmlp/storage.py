@@ -128,6 +128,12 @@ def parent(uri: str) -> str:
     return location.rpartition("/")[0] + options
 
 
+def base_name(uri: str) -> str:
+    """The name of a file or a folder, without the folders that hold it."""
+    location = _split_options(uri)[0] if is_remote(uri) else local_path(uri)
+    return location.rstrip("/").rpartition("/")[2]
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +315,20 @@ def list_folders(uri: str) -> list[str]:
     system, path = resolve(uri)
     entries = system.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return sorted(join(uri, entry.base_name) for entry in entries if entry.type == pafs.FileType.Directory)
+
+
+def list_files(uri: str) -> list[str]:
+    """The files in a folder and in the folders below it, as paths relative to it, sorted; empty if it does not exist.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    import pyarrow.fs as pafs
+
+    system, path = resolve(uri)
+    entries = system.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+    base = path.rstrip("/") + "/"
+    return sorted(entry.path.removeprefix(base) for entry in entries if entry.type == pafs.FileType.File)
 
 
 def are_files(uris: Sequence[str]) -> list[bool]:

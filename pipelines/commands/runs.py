@@ -90,11 +90,10 @@ def study_row(folder: str) -> tuple[str, str, str] | None:
 
 
 def is_running(run: str) -> bool:
-    """Return whether a process of this machine drives the run or study."""
+    """Return whether a process drives the run or study; on a local storage, a process of this machine."""
     from pipelines.tracking.journal import is_held
-    from pipelines.tracking.uris import journal_path
 
-    return is_held(journal_path(run))
+    return is_held(run)
 
 
 def add_checkpoints(commands: Commands) -> None:
@@ -146,17 +145,19 @@ def run_sync(args: argparse.Namespace) -> int:
     from pipelines.runs.record import find_run
     from pipelines.studies.study import StudyError, find_study, read_trials, trial_folder
     from pipelines.tracking.delivery import sync_journals
-    from pipelines.tracking.uris import journal_path
+    from pipelines.tracking.journal import find_journals
+    from posmlp import storage
 
     left = 0
     for name in args.run_folders:
         try:
             study, _ = find_study(name)
-            trials = [trial_folder(study, trial.number) for trial in read_trials(study.folder)]
-            journals = [path for run in (study.folder, *trials) if (path := journal_path(run)).exists()]
-        except StudyError:  # it is a run
-            journals = [journal_path(find_run(name))]
-        left += sum(sync_journals(journal.parent) for journal in journals)
+            folders = [study.folder, *(trial_folder(study, trial.number) for trial in read_trials(study.folder))]
+            folders = [each for each in folders if find_journals(each)]
+        except StudyError:  # it is a run, or the working copy of a run's journal
+            folder = storage.join(".", name)
+            folders = [folder if find_journals(folder) else find_run(name)]
+        left += sum(map(sync_journals, folders))
     return int(left > 0)
 
 

@@ -149,6 +149,21 @@ def leased(run: str) -> Iterator[Lease | None]:
             lease.release()
 
 
+def is_driven(run: str) -> bool:
+    """Return whether a process drives a run on a remote storage, as far as this machine's clock can tell.
+
+    Nothing is written.
+
+    Raises:
+        OSError: the storage does not answer.
+    """
+    try:
+        written = storage.modified_at(storage.join(run, FILE))
+    except FileNotFoundError:
+        return False
+    return written is None or time.time() - written < EXPIRY_S
+
+
 def wait_until_free(run: str) -> None:
     """Return when nobody holds the lease of a run.
 

@@ -18,7 +18,8 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.registry.datasets import as_dataset_input
 from pipelines.registry.logged_models import link_checkpoints
-from pipelines.tracking.journal import Entry, Journal, JournalState
+from pipelines.runs.lease import leased
+from pipelines.tracking.journal import FILE, FOLDER, Entry, Journal, JournalState, RemoteJournal, find_journals
 from pipelines.tracking.mlflow_client import (
     StoreProblem,
     as_metrics,
@@ -48,6 +49,7 @@ from pipelines.tracking.operations import (
     Unreadable,
 )
 from pipelines.tracking.uris import without_secrets
+from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.metrics import TRAIN_LOSS
 
@@ -108,7 +110,7 @@ class DeliveryWorker(threading.Thread):
                 self.retry_postponed()
             else:
                 with self.journal.changed:
-                    if not self.journal.queue and not self.stopping.is_set():
+                    if not self.next_entries() and not self.stopping.is_set():
                         self.journal.changed.wait(1.0)
         self.journal.close()
 
@@ -116,7 +118,7 @@ class DeliveryWorker(threading.Thread):
         """Log when MLflow stops answering or accepting, and when it answers again."""
         server = f"MLflow at {without_secrets(self.uri)}"
         if error and not self.failures:
-            logger.warning("%s. The run continues; operations wait in %s.", self.no_delivery(error), self.journal.path)
+            logger.warning("%s. The run continues; operations wait in %s.", self.no_delivery(error), self.journal.place)
         elif not error and self.failures:
             logger.info("%s answers again. Delivering the operations that waited.", server)
         with self.journal.changed:
@@ -131,6 +133,8 @@ class DeliveryWorker(threading.Thread):
 
     def flush(self, wait_s: float) -> None:
         """Wait until the queue is empty, at most ``wait_s`` seconds. Return early if MLflow does not answer."""
+        if not self.journal.save():
+            return
         with self.journal.changed:
             wait_s = min(wait_s, FLUSH_WAIT_WHEN_DOWN) if self.failures else wait_s
             deadline, attempts = time.monotonic() + wait_s, self.attempts
@@ -160,7 +164,7 @@ class DeliveryWorker(threading.Thread):
         before = self.journal.pending_count()
         while entries := self.next_entries():
             if error := self.attempt(entries):
-                waiting = f"{self.journal.pending_count()} operations still wait in {self.journal.path}"
+                waiting = f"{self.journal.pending_count()} operations still wait in {self.journal.place}"
                 raise UserError(f"{self.no_delivery(error)}; {waiting}")
         self.retry_postponed()
         return before - self.journal.pending_count()
@@ -171,6 +175,8 @@ class DeliveryWorker(threading.Thread):
             entries: list[Entry] = []
             count = 0
             for entry in islice(self.journal.queue, MAX_METRICS):
+                if not self.journal.may_deliver(entry):
+                    break
                 match entry.operation:
                     case LogMetrics(run_id=None) | LogSeries():
                         count += count_values(entry.operation)
@@ -354,10 +360,10 @@ class DeliveryWorker(threading.Thread):
             self.postponement_reported = True
             operation = entry.operation
             logger.warning(
-                "MLflow does not store %s (%s). It is kept in %s and tried again.",
+                "MLflow does not store %s (%s). It is kept with %s and tried again.",
                 operation.path if isinstance(operation, LogFile) else "the model",
                 reason,
-                self.journal.files_folder,
+                self.journal.place,
             )
         self.journal.postpone(entry)
 
@@ -372,7 +378,7 @@ class DeliveryWorker(threading.Thread):
             logger.warning(
                 "MLflow refuses an operation (%s). Refused operations are kept in %s.",
                 reason,
-                self.journal.rejected_path,
+                self.journal.rejected_place,
             )
 
     def explain(self, error: Exception) -> StoreProblem:
@@ -386,11 +392,11 @@ def count_values(operation: LogMetrics | LogSeries) -> int:
     return len(operation.values) if isinstance(operation, LogMetrics) else len(operation.rows) * len(operation.names)
 
 
-def sync_journals(path: Path, uri: str | None = None) -> int:
-    """Deliver the pending operations of a journal, or of all journals in a folder. It can be repeated at any time.
+def sync_journals(folder: str | Path, uri: str | None = None) -> int:
+    """Deliver the pending operations of all journals of a run or a study. It can be repeated at any time.
 
     Args:
-        path: a journal file, the folder of a run, or its ``tracking`` folder.
+        folder: of the run or the study; on a local storage also its ``tracking`` folder, or a journal file.
         uri: the tracking URI to use instead of the journal's. The journal's has no user and password: give them in
             ``MLFLOW_TRACKING_URI``, or in ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``.
 
@@ -399,29 +405,46 @@ def sync_journals(path: Path, uri: str | None = None) -> int:
 
     Raises:
         UserError: there is no journal, an active run holds it, or MLflow does not answer.
+        OSError: a remote storage does not answer.
     """
     prepare_mlflow()
-    path = Path(path)
-    files = [path] if path.is_file() else sorted([*path.glob("*.jsonl"), *path.glob("tracking/*.jsonl")])
-    if not files:
-        raise UserError(
-            f"{path} holds no tracking journal; expected the folder of a run, or its tracking/journal.jsonl"
-        )
+    folder = str(folder)
+    found = find_journals(folder)
+    if not found:
+        raise UserError(f"{folder} holds no tracking journal; expected the folder of a run, or its {FOLDER}/{FILE}")
+    if storage.is_remote(folder):
+        with leased(folder) as lease:
+            return sum(sync_journal(RemoteJournal(journal, lease), uri) for journal in found)
     left = 0
-    for file in files:
-        state = JournalState.read(file)
-        if state.run_id is None or state.uri is None:
+    for file in map(Path, found):
+        if JournalState.read(file).run_id is None and file.stat().st_size:  # opening it would cut it off
             raise UserError(f"{file} is not a tracking journal: it names no MLflow run")
-        journal = Journal(file)
-        try:
-            from_env = os.environ.get("MLFLOW_TRACKING_URI", "")
-            target = uri or (from_env if without_secrets(from_env) == state.uri else state.uri)
-            prepare_sqlite(target)
-            worker = DeliveryWorker(journal, target, state.run_id, check_stored_epochs=state.opened_offline)
-            count = worker.deliver_all()
-            remaining = journal.pending_count()
-            logger.info("%s: %d operations delivered to MLflow run %s, %d left", file, count, state.run_id, remaining)
-            left += remaining
-        finally:
-            journal.close()
+        left += sync_journal(Journal(file), uri)
     return left
+
+
+def sync_journal(journal: Journal, uri: str | None) -> int:
+    """Deliver the pending operations of an open journal, and close it. Returns the number of those that remain.
+
+    Args:
+        uri: as in ``sync_journals``.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    try:
+        state = journal.state
+        if state.run_id is None or state.uri is None:  # nothing was ever written to it
+            return 0
+        from_env = os.environ.get("MLFLOW_TRACKING_URI", "")
+        target = uri or (from_env if without_secrets(from_env) == state.uri else state.uri)
+        prepare_sqlite(target)
+        journal.save()
+        worker = DeliveryWorker(journal, target, state.run_id, check_stored_epochs=state.opened_offline)
+        count = worker.deliver_all()
+        left = journal.pending_count()
+        logger.info("%s: %d operations delivered to MLflow run %s, %d left", journal.place, count, state.run_id, left)
+        return left
+    finally:
+        journal.finish()
+        journal.close()

@@ -1,6 +1,6 @@
-"""A journal on disk that buffers MLflow operations until they are delivered.
+"""A journal that buffers MLflow operations until they are delivered. It lies in the folder of its run or study.
 
-MLflow may be slow, down or gone. A journal ``journal.jsonl`` holds one operation per line
+MLflow may be slow, down or gone. A journal ``tracking/journal.jsonl`` holds one operation per line
 (``pipelines.tracking.operations``) and is only ever appended to. Next to it lie
 
 - ``journal.done``: how far delivery got, replaced atomically;
@@ -8,6 +8,16 @@ MLflow may be slow, down or gone. A journal ``journal.jsonl`` holds one operatio
 - ``journal.files/``: the files of operations that carry one, until they are delivered.
 
 One process at a time holds a journal. The lock is the kernel's, which releases it however the process ends.
+
+An object store has neither appends nor locks. There the journal is a folder ``tracking/journal`` (``RemoteJournal``).
+It holds a folder for each process that has opened it, of which the newest with a ``head.json`` counts:
+
+- ``lines-000000.jsonl``, ...: the lines, in parts of ``PART_BYTES``, of which only the last one changes;
+- ``head.json``: how far delivery got, written last;
+- ``rejected.jsonl`` and ``files/``: as above.
+
+The run's lease (``pipelines.runs.lease``) keeps a second process out. A process that has lost it, and notices late,
+writes only into its own folder, which no longer counts.
 """
 
 from __future__ import annotations
@@ -17,8 +27,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import tempfile
 import threading
+import uuid
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,6 +39,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.runs.lease import Lease, LeaseLost, is_driven
 from pipelines.tracking.operations import (
     LogFile,
     LogMetrics,
@@ -37,25 +51,105 @@ from pipelines.tracking.operations import (
     from_json,
     to_json,
 )
+from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.metrics import BY_STEP_TRAIN_LOSS, SYSTEM, TRAIN_LOSS
 
 logger = logging.getLogger(__name__)
+
+FOLDER = "tracking"  # of journals, in the folder of a run or a study
+FILE = "journal.jsonl"
+REMOTE = "journal"
+FLUSH_S = 5.0  # between two uploads of a remote journal
+PART_BYTES = 256 * 2**10  # of a remote journal's lines
+SESSION = re.compile(r"[0-9]{6}-[0-9a-f]{8}")  # name of the folder of a process in a remote journal
 
 
 class JournalInUse(UserError):
     """Another process holds the journal."""
 
 
-def is_held(path: Path) -> bool:
-    """Return whether another process of this machine holds a journal. Nothing is written."""
+def is_held(run: str) -> bool:
+    """Return whether a process holds the journal of a run or a study, on a local storage one of this machine.
+
+    Nothing is written.
+
+    Raises:
+        OSError: a remote storage does not answer.
+    """
+    if storage.is_remote(run):
+        return is_driven(run)
     try:
-        with open(path, "rb") as file:
+        with open(storage.join(run, f"{FOLDER}/{FILE}"), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # there is no journal, or the file system has no locks
         pass
+    return False
+
+
+def open_journal(run: str, lease: Lease | None = None) -> Journal:
+    """Open the journal of a run or a study, or create it.
+
+    Args:
+        run: the folder of the run or the study.
+        lease: of the run, if the storage is remote: it is checked before each upload.
+
+    Raises:
+        JournalInUse: another process holds it.
+        UserError: a remote storage does not answer.
+    """
+    if storage.is_remote(run):
+        return RemoteJournal(storage.join(run, f"{FOLDER}/{REMOTE}"), lease)
+    return Journal(Path(storage.join(run, f"{FOLDER}/{FILE}")))
+
+
+def find_journals(folder: str) -> list[str]:
+    """The journals of a run or a study, and those of earlier runs of its name.
+
+    Args:
+        folder: of the run or the study; on a local storage also its ``tracking`` folder, or a journal file.
+
+    Raises:
+        OSError: a remote storage does not answer.
+    """
+    if storage.is_remote(folder):
+        found = storage.list_folders(storage.join(folder, FOLDER))
+        return [each for each in found if storage.base_name(each).split(".")[0] == REMOTE]
+    path = Path(folder)
+    if path.is_file():
+        return [folder]
+    return [str(each) for each in sorted([*path.glob("*.jsonl"), *path.glob(f"{FOLDER}/*.jsonl")])]
+
+
+def open_locked(path: Path) -> int:
+    """Open a journal file, or create it, and lock it. Returns its handle.
+
+    Raises:
+        JournalInUse: another process holds it.
+        OSError: it cannot be opened.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise JournalInUse(
+                f"{path} is in use: either its run is still active and delivers it, or another `posmlp sync` does"
+            ) from error
+        except OSError:
+            pass  # the file system has no locks: continue without one
+        if is_file_at(handle, path):
+            return handle
+        os.close(handle)  # the process that held it has just removed or renamed it
+
+
+def is_file_at(handle: int, path: Path) -> bool:
+    """Return whether an open file still lies at a path."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
     return False
 
 
@@ -105,6 +199,8 @@ class Journal:
 
     Attributes:
         path: the journal file.
+        place, rejected_place: where the journal and its refused operations lie, for messages.
+        state: of the run, when the journal was opened.
         files_folder: the files of operations that carry one.
         rejected_path: the file of refused operations.
         queue: entries to deliver, in order.
@@ -118,36 +214,29 @@ class Journal:
         Raises:
             JournalInUse: another process holds it.
         """
-        self.path = path
+        self.path, self.place = path, str(path)
         self.progress_path, self.rejected_path = path.with_suffix(".done"), path.with_suffix(".rejected")
+        self.rejected_place = str(self.rejected_path)
         self.files_folder = path.with_suffix(".files")
         self.changed = threading.Condition()
+        self.warned = False
+        self.handle = -1
+        self.open_file()
+
+    def open_file(self) -> None:
+        self.state = JournalState()
         self.queue: deque[Entry] = deque()
         self.postponed: list[Entry] = []
         self.unwritten: deque[Entry] = deque()  # entries that are only in memory
         self.file_uses: Counter[str] = Counter()  # number of pending entries per carried file
         self.offset = 0  # bytes of the journal file before the first entry of the queue
         self.size = 0  # bytes of the journal file
-        self.warned = False
-        self.handle = -1
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            self.lock()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.handle = open_locked(self.path)
             self.load()
         except OSError as error:
             self.warn_unwritable(error)
-
-    def lock(self) -> None:
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self.handle)
-            raise JournalInUse(
-                f"{self.path} is in use: either its run is still active and delivers it, or another `posmlp sync` does"
-            ) from error
-        except OSError:
-            pass  # the file system has no locks: continue without one
 
     def load(self) -> None:
         """Queue the entries that are not delivered yet. Cut off an incomplete last line."""
@@ -159,10 +248,24 @@ class Journal:
         for entry in read_entries(self.path):
             assert entry.start is not None and entry.end is not None
             self.size = entry.end
+            self.state.apply(entry.operation)
             if entry.start >= self.offset or entry.start in postponed:
                 (self.postponed if entry.start in postponed else self.queue).append(entry)
                 self.file_uses[entry.file] += 1
         os.ftruncate(self.handle, self.size)
+
+    def archive(self) -> None:
+        """Keep the journal under the name of its MLflow run, and start an empty one.
+
+        Raises:
+            JournalInUse: another process holds the new one.
+            OSError: it cannot be renamed.
+        """
+        handle = self.handle
+        archive_journal(self.path, str(self.state.run_id))
+        self.open_file()
+        if handle >= 0:
+            os.close(handle)
 
     def append(self, operation: Operation, *, durable: bool = True) -> None:
         """Queue an operation and write it to the file.
@@ -289,25 +392,249 @@ class Journal:
         else:
             self.offset = entry.end
 
+    def progress(self) -> str:
+        """How far delivery got, as text."""
+        postponed = [entry.start for entry in self.postponed if entry.start is not None]
+        return json.dumps({"offset": self.offset, "aside": postponed})
+
     def write_progress(self) -> None:
         """Write how far delivery got. Without fsync: if a power cut loses it, MLflow ignores what it gets twice."""
-        postponed = [entry.start for entry in self.postponed if entry.start is not None]
-        text = json.dumps({"offset": self.offset, "aside": postponed})
         temporary = self.progress_path.with_suffix(".done.new")
         try:
-            temporary.write_text(text)
+            temporary.write_text(self.progress())
             temporary.replace(self.progress_path)
         except OSError as error:
             self.warn_unwritable(error)
 
+    def may_deliver(self, entry: Entry) -> bool:
+        """Return whether an entry may be delivered now."""
+        return True
+
+    def save(self) -> bool:
+        """Bring the storage up to date; a local journal always is. Returns False if this process may not write it."""
+        return True
+
+    def finish(self) -> None:
+        """Bring the storage up to date for the last time. The delivery must have ended, or may wait for MLflow."""
+
     def close(self) -> None:
-        """Write what is only in memory, if the disk accepts it now, and release the lock."""
+        """Write what is only in memory, if the disk accepts it now, and release the lock.
+
+        A journal in which nothing was ever written leaves no file.
+        """
         with self.changed:
             self.write_pending(durable=True)
             if self.handle >= 0:
+                if not self.size and is_file_at(self.handle, self.path):
+                    self.path.unlink()
                 os.close(self.handle)
                 self.handle = -1
             self.warned = True  # later failures concern nobody
+
+
+class RemoteJournal(Journal):
+    """A journal on a remote storage. A working copy on this node is uploaded every ``FLUSH_S`` seconds.
+
+    An operation is delivered once it is on the storage. So whoever resumes after a ``kill -9`` finds all that MLflow
+    has got, and delivers it a second time as it was, which MLflow ignores.
+
+    Attributes:
+        folder: of the journal, a URI.
+        session: of this process, below ``folder``.
+        earlier: sessions that were found, removed as soon as this one is complete.
+        stored: number of bytes of lines, progress, and number of bytes of refused operations on the storage.
+        stored_files: the carried files on the storage.
+        changed_files: the carried files that are not, or with an older content.
+        without_storage: deliver what is not on the storage too, because it cannot be written at the end of a run.
+    """
+
+    def __init__(self, folder: str, lease: Lease | None):
+        """Copy the newest session, which is the journal as the last process has left it, to a newer one.
+
+        Raises:
+            LeaseLost: another process has taken the run over.
+            UserError: the storage does not answer.
+        """
+        self.folder, self.lease = folder, lease
+        scratch = Path(tempfile.mkdtemp(prefix="posmlp-journal-"))
+        self.uploading = threading.Lock()
+        self.ended = threading.Event()
+        self.finished = self.without_storage = self.storage_warned = False
+        try:
+            self.earlier = [each for each in storage.list_folders(folder) if SESSION.fullmatch(storage.base_name(each))]
+            self.fetch(scratch / FILE)
+            self.session = self.next_session()
+            super().__init__(scratch / FILE)
+            self.upload()  # at once: from here on, what the last process may still write no longer counts
+        except BaseException as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(f"{folder} cannot be read or written, see train.storage: {error}") from error
+            raise
+        self.place = self.rejected_place = folder
+        self.thread = threading.Thread(target=self.upload_until_finished, daemon=True, name="journal-upload")
+        self.thread.start()
+
+    def fetch(self, path: Path) -> None:
+        """Copy the newest complete session to a journal file and what lies next to it."""
+        for session in reversed(self.earlier):
+            files = storage.list_files(session)
+            if "head.json" not in files:
+                continue
+            places = {"head.json": path.with_suffix(".done"), "rejected.jsonl": path.with_suffix(".rejected")}
+            for file in files:
+                uri = storage.join(session, file)
+                if file.startswith("lines-"):
+                    with open(path, "ab") as lines:
+                        lines.write(storage.read_bytes(uri))
+                else:
+                    copy = places.get(file, path.with_suffix(".files") / file.removeprefix("files/"))
+                    storage.copy_file(uri, str(copy))
+            return
+
+    def next_session(self) -> str:
+        """The folder of a session that is newer than those that were found."""
+        newest = int(storage.base_name(self.earlier[-1])[:6]) if self.earlier else 0
+        return storage.join(self.folder, f"{newest + 1:06d}-{uuid.uuid4().hex[:8]}")
+
+    def open_file(self) -> None:
+        super().open_file()
+        self.start_session()
+
+    def start_session(self) -> None:
+        """Forget what is on the storage, so that the next upload writes everything."""
+        self.stored = (0, "", 0)
+        self.stored_files: set[str] = set()
+        self.changed_files = {f"{each.parent.name}/{each.name}" for each in self.files_folder.glob("*/*")}
+
+    def archive(self) -> None:
+        with self.uploading:
+            earlier = [*self.earlier, self.session]
+            archived = storage.join(storage.parent(self.folder), f"{REMOTE}.{self.state.run_id}")
+            self.session, self.earlier = storage.join(archived, storage.base_name(self.session)), []
+            self.start_session()
+            try:
+                self.upload()
+            finally:
+                self.earlier = earlier
+                self.session = self.next_session()
+            super().archive()
+            self.upload()
+
+    def append(self, operation: Operation, *, durable: bool = True) -> None:
+        with self.changed:
+            super().append(operation, durable=False)  # the storage is what survives
+            if file := self.queue[-1].file:
+                self.changed_files.add(file)
+
+    def may_deliver(self, entry: Entry) -> bool:
+        return self.without_storage or (entry.end is not None and entry.end <= self.stored[0])
+
+    def upload_until_finished(self) -> None:
+        while not self.ended.wait(FLUSH_S):
+            with self.uploading:
+                try:
+                    self.upload()
+                except LeaseLost:
+                    return
+                except OSError as error:
+                    self.warn_no_storage(error)
+
+    def save(self) -> bool:
+        with self.uploading:
+            try:
+                self.upload()
+            except LeaseLost:
+                return False
+            except OSError as error:
+                self.warn_no_storage(error)
+                with self.changed:
+                    self.without_storage = True
+                    self.changed.notify_all()
+        return True
+
+    def upload(self) -> None:
+        """Bring this process's session up to date. Whatever is interrupted, the newest complete session is whole.
+
+        Raises:
+            LeaseLost: another process has taken the run over.
+            OSError: the storage does not answer.
+        """
+        with self.changed:
+            self.write_pending(durable=False)
+            rejected = self.rejected_path.stat().st_size if self.rejected_path.exists() else 0
+            size, progress, files = self.size, self.progress(), self.changed_files
+            gone = {file for file in self.stored_files - files if not (self.files_folder / file).exists()}
+            if (size, progress, rejected) == self.stored and not files and not gone:
+                return
+            self.changed_files = set()
+        try:
+            if self.lease:
+                self.lease.check()
+            for file in sorted(files):  # before the lines that name them
+                upload(self.files_folder / file, storage.join(self.session, f"files/{file}"))
+            if size > self.stored[0]:
+                self.upload_lines(size)
+            if rejected != self.stored[2]:
+                upload(self.rejected_path, storage.join(self.session, "rejected.jsonl"))
+            storage.write_bytes(storage.join(self.session, "head.json"), progress.encode())
+        except BaseException:
+            with self.changed:
+                self.changed_files |= files
+            raise
+        with self.changed:
+            self.stored, self.stored_files = (size, progress, rejected), (self.stored_files | files) - gone
+            self.without_storage = self.storage_warned = False
+            self.changed.notify_all()
+        for uri in [*(storage.join(self.session, f"files/{Path(file).parent}") for file in gone), *self.earlier]:
+            storage.remove(uri)
+        self.earlier = []
+
+    def upload_lines(self, size: int) -> None:
+        """Upload the lines up to a size in bytes: the parts that are new or longer."""
+        with open(self.path, "rb") as lines:
+            for number in range(self.stored[0] // PART_BYTES, -(-size // PART_BYTES)):
+                lines.seek(number * PART_BYTES)
+                part = lines.read(min(PART_BYTES, size - number * PART_BYTES))
+                storage.write_bytes(storage.join(self.session, f"lines-{number:06d}.jsonl"), part)
+
+    def warn_no_storage(self, error: OSError) -> None:
+        """Log once that the storage does not answer."""
+        if not self.storage_warned:
+            self.storage_warned = True
+            logger.warning("%s cannot be written (%s). What MLflow has yet to get waits for it.", self.folder, error)
+
+    def finish(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        may_write = self.save()
+        with self.changed:
+            if may_write and self.without_storage and self.pending_count():
+                copy = self.path.parent
+                logger.warning("What MLflow has yet to get is in %s; `posmlp sync %s` delivers it.", copy, copy)
+                return
+            self.finished = True
+            if may_write and not self.size:
+                with suppress(OSError):  # a journal in which nothing was ever written leaves nothing
+                    storage.remove(self.folder)
+            if self.handle < 0:
+                shutil.rmtree(self.path.parent, ignore_errors=True)
+
+    def close(self) -> None:
+        with self.changed:
+            super().close()
+            if self.finished:
+                shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+def upload(path: Path, uri: str) -> None:
+    """Copy a file or a folder to the storage, in place of what is there."""
+    if not path.is_dir():
+        return storage.copy_file(str(path), uri)
+    storage.remove(uri)
+    for file in path.rglob("*"):
+        if file.is_file():
+            storage.copy_file(str(file), storage.join(uri, str(file.relative_to(path))))
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The tracker of a run or a study: the driver's way to write to MLflow.
 
-One process, the driver, writes. Each write is appended to a journal on the driver's disk
+One process, the driver, writes. Each write is appended to a journal in the run's folder
 (``pipelines.tracking.journal``), and a thread delivers the journal to MLflow in order
 (``pipelines.tracking.delivery``). So training neither waits for MLflow nor fails with it. What MLflow does not accept
 now is delivered later: by the same driver, by the driver that resumes the run, or by ``posmlp sync``. Operations that
@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 
 from pipelines.registry.logged_models import CheckpointLink
 from pipelines.tracking.delivery import DeliveryWorker
-from pipelines.tracking.journal import Journal, JournalState, archive_journal
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.mlflow_client import (
     MAX_PARAM_LENGTH,
     MAX_TAG_LENGTH,
@@ -122,28 +122,46 @@ class Tracker:
         tags: Mapping[str, str],
         run_id: str | None = None,
         *,
-        journal: Path,
+        journal: Journal,
         params: Mapping[str, Any] | None = None,
     ) -> Tracker:
         """Start a new MLflow run, or resume the run ``run_id``. Resuming works while MLflow is down.
 
         Args:
             tags: tags of a new run.
-            journal: path of the journal, on a disk of this node.
+            journal: of the run or the study, open, so that no other process opens the same run. It is closed together
+                with the tracker, and if this fails.
             params: further params of a new run, next to the keys of the recipe.
 
         Raises:
-            UserError: MLflow cannot be reached or written for a new run, it has no run ``run_id``, or another process
-                holds the journal.
+            UserError: MLflow cannot be reached or written for a new run, or it has no run ``run_id``.
         """
+        try:
+            return cls.open_run(config, tags, run_id, journal, params)
+        except BaseException:
+            journal.finish()
+            journal.close()
+            raise
+
+    @classmethod
+    def open_run(
+        cls,
+        config: Config,
+        tags: Mapping[str, str],
+        run_id: str | None,
+        journal: Journal,
+        params: Mapping[str, Any] | None,
+    ) -> Tracker:
+        """As ``open``; the journal stays open if it fails."""
         prepare_mlflow()
         uri = tracking_uri(config)
         store = f"MLflow at {without_secrets(uri)}"
         check_schema(uri)
         if run_id is None:
             prepare_sqlite(uri)
-        if journal.exists():
-            Journal(journal).close()  # fails if another process holds it
+        if journal.state.run_id not in (None, run_id):  # it is that of an earlier run of this name
+            journal.archive()
+        state = journal.state
         stored_epochs, stored_steps, experiment, experiment_id = None, 0, config.tracking.experiment, None
         try:
             client = MlflowClient(uri)
@@ -170,20 +188,15 @@ class Tracker:
             if run_id is None:
                 hint = f" (experiment {experiment!r})" if problem.advice else f", {see}"
                 raise UserError(f"{store} cannot be written{hint}: {problem}") from error
-        state = JournalState.read(journal)
-        if state.run_id not in (None, run_id):  # the journal of an earlier run of this name: keep it under another name
-            archive_journal(journal, state.run_id)
-            state = JournalState()
         offline = stored_epochs is None
-        opened = Journal(journal)
-        opened.append(OpenRun(without_secrets(uri), run_id, offline))
-        delivery = DeliveryWorker(opened, uri, run_id, check_stored_epochs=state.opened_offline or offline)
+        journal.append(OpenRun(without_secrets(uri), run_id, offline))
+        delivery = DeliveryWorker(journal, uri, run_id, check_stored_epochs=state.opened_offline or offline)
         # The trials of a study share the cluster: only the study's own run samples all nodes.
         is_trial = PARENT in tags
         last_epoch = max(state.last_epoch, stored_epochs or 0)
         place = f"experiment {experiment!r} at {without_secrets(uri)}, run {run_id}"
         return cls(
-            opened,
+            journal,
             delivery,
             last_epoch,
             state.next_system_step,
@@ -289,17 +302,20 @@ class Tracker:
             wait_s: longest time for the delivery, in seconds; shorter if MLflow does not answer.
 
         Returns:
-            The number of operations that are not delivered. They stay in ``journal.path`` for ``posmlp sync``.
+            The number of operations that are not delivered. They stay in the journal for ``posmlp sync``.
         """
         self.system_metrics.stop()
         self.journal.append(EndRun(status, now_ms()))
         self.delivery.flush(wait_s)
-        return self.delivery.stop()
+        left = self.delivery.stop()
+        self.journal.finish()
+        return left
 
     def abandon(self) -> None:
         """Send nothing more: another process has taken the run over, and goes on with its MLflow run."""
         self.system_metrics.stop()
         self.delivery.stop()
+        self.journal.finish()
 
 
 def as_floats(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The tracking URI, URIs without secrets, the path of the journal, names of MLflow's tags, and links into its pages.
+"""The tracking URI, URIs without secrets, names of MLflow's tags, and links into its pages.
 
 This module does not import MLflow, which takes a second.
 
@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posmlp import storage
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import (
@@ -90,12 +89,6 @@ def recipe_without_password(config: Config) -> Config:
     """The recipe without the user and password of ``tracking.uri``, safe to store."""
     uri = config.tracking.uri and without_secrets(config.tracking.uri)
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
-
-
-def journal_path(run: str) -> Path:
-    """Path of the local journal that buffers MLflow writes: in the run's folder; below ``runs`` if that is remote."""
-    folder = Path("runs", run.rstrip("/").rpartition("/")[2]).resolve() if storage.is_remote(run) else Path(run)
-    return folder / "tracking" / "journal.jsonl"
 
 
 # --- links into MLflow's pages ---------------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ from pipelines.runs.errors import BadVideo, PreemptedError, RunError, StoppedErr
 from pipelines.runs.lease import Lease, leased
 from pipelines.runs.record import HITS_FILE, check_writable, read_record, run_folder, write_files, write_record
 from pipelines.tracking import plots, prometheus
+from pipelines.tracking.journal import open_journal
 from pipelines.tracking.mlflow_client import source_tags
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import NOTE, journal_path, links_text, recipe_without_password
+from pipelines.tracking.uris import NOTE, links_text, recipe_without_password
 from pipelines.training.channel import Channel, RunChannel, open_channel
 from pipelines.training.messages import (
     ArtifactFile,
@@ -168,7 +169,7 @@ def train(
         about = describe_run(config, train_set, val_set)
         tags = {**source_tags(), "run": run, "overrides": describe_overrides(config), NOTE: about, **trial.tags}
         with hold_signals() as held:  # it makes MLflow's tables and run
-            tracker = Tracker.open(config, tags, run_id, journal=journal_path(run), params=trial.params)
+            tracker = Tracker.open(config, tags, run_id, journal=open_journal(run, lease), params=trial.params)
         logger.info("MLflow: %s", tracker.place)
         if not trial.tags:
             logger.info("%s", links_text(tracker.uri, tracker.links()))

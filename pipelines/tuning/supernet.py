@@ -28,6 +28,7 @@ from pipelines.cluster.session import start_ray
 from pipelines.inference.scoring import Scorer, score_good_videos
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
+from pipelines.runs.lease import leased
 from pipelines.runs.models import known_classes
 from pipelines.runs.record import read_record, run_folder
 from pipelines.studies import pareto, pareto_plots, report
@@ -42,8 +43,9 @@ from pipelines.studies.study import (
     read_trials,
     study_space,
 )
+from pipelines.tracking.journal import open_journal
 from pipelines.tracking.tracker import Tracker
-from pipelines.tracking.uris import journal_path, recipe_without_password
+from pipelines.tracking.uris import recipe_without_password
 from pipelines.training.preflight import changed_keys, check_data, list_fingerprint, read_splits
 from pipelines.training.train import train
 from pipelines.tuning.search import member_key, space_size
@@ -430,14 +432,15 @@ def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[
     if agreement := result.agreement:
         files["agreement.png"] = pareto_plots.rank_agreement_image(agreement.inherited, agreement.alone)
         metrics |= {SUPERNET_SPEARMAN: agreement.spearman, SUPERNET_KENDALL: agreement.kendall}
-    tracker = Tracker.open(config, {}, result.mlflow_run_id, journal=journal_path(result.run))
-    try:
-        for path, content in files.items():
-            storage.write_bytes(storage.join(result.run, f"{RESULTS_FOLDER}/{path}"), content)
-            tracker.log_file(f"{RESULTS_FOLDER}/{path}", content)
-        tracker.log_metrics(metrics, step=config.train.epochs)
-    except OSError as error:
-        raise StudyError(f"{result.run} cannot be written: {error}") from error
-    finally:
-        tracker.close("FINISHED")
+    with leased(result.run) as lease:
+        tracker = Tracker.open(config, {}, result.mlflow_run_id, journal=open_journal(result.run, lease))
+        try:
+            for path, content in files.items():
+                storage.write_bytes(storage.join(result.run, f"{RESULTS_FOLDER}/{path}"), content)
+                tracker.log_file(f"{RESULTS_FOLDER}/{path}", content)
+            tracker.log_metrics(metrics, step=config.train.epochs)
+        except OSError as error:
+            raise StudyError(f"{result.run} cannot be written: {error}") from error
+        finally:
+            tracker.close("FINISHED")
     return tracker.links()

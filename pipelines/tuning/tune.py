@@ -37,11 +37,11 @@ from pipelines.studies.study import (
     study_space,
     write_study,
 )
+from pipelines.tracking.journal import open_journal
 from pipelines.tracking.mlflow_client import register_model, source_tags
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import (
     NOTE,
-    journal_path,
     links_text,
     recipe_without_password,
     study_view,
@@ -228,7 +228,7 @@ def open_tracker(study: Study, run_id: str | None) -> Tracker:
     tags = source_tags() | {"study": study.name, "space": study.space, "overrides": describe_overrides(config)}
     tags[NOTE] = study_note(study, [])
     params = {f"study.{key}": value for key, value in study.model_dump(exclude={"recipe"}).items()}
-    return Tracker.open(config, tags, run_id, journal=journal_path(study.folder), params=params)
+    return Tracker.open(config, tags, run_id, journal=open_journal(study.folder), params=params)
 
 
 def study_links(tracker: Tracker) -> dict[str, str]:

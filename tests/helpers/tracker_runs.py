@@ -7,6 +7,7 @@ import mlflow
 import torch
 
 from pipelines.registry.logged_models import CheckpointLink
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 
@@ -16,7 +17,7 @@ def recipe(folder, *overrides):
 
 
 def start(folder, *overrides, run_id=None):
-    return Tracker.open(recipe(folder, *overrides), {"a": "b"}, run_id, journal=folder / "journal.jsonl")
+    return Tracker.open(recipe(folder, *overrides), {"a": "b"}, run_id, journal=Journal(folder / "journal.jsonl"))
 
 
 def rows(database, run_id, key="train/loss"):

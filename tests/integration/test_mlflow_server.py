@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 from tests.helpers.waiting import until
@@ -107,7 +108,7 @@ def server(database, s3, tmp_path_factory):
 def drive(number, uri, folder):
     """What the driver of a trial writes, in a process of its own."""
     config = load_recipe("demo", [f"tracking.uri={uri}", f"name=trial-{number}", f"train.storage={folder}"])
-    tracker = Tracker.open(config, {"number": str(number)}, journal=Path(folder, f"{number}.jsonl"))
+    tracker = Tracker.open(config, {"number": str(number)}, journal=Journal(Path(folder, f"{number}.jsonl")))
     for epoch in range(1, EPOCHS + 1):
         tracker.log_metrics({"train/loss": 1 / epoch, "val/top1": epoch / EPOCHS}, step=epoch)
     tracker.log_file("notes.txt", b"of trial %d" % number)

@@ -20,6 +20,7 @@ ours = os.fdopen(os.dup(1), "w", 1)
 os.dup2(2, 1)  # Ray prints about lost nodes at any time; keep that apart
 import ray
 from pipelines.tracking import node_monitors
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
@@ -28,7 +29,7 @@ logging.getLogger("pipelines").addHandler(logging.StreamHandler(ours))
 ray.init(log_to_driver=False)
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
 node_monitors.UNUSED_S = 3600.0  # on a busy machine the first minute is over before all nodes are there
-tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl")
+tracker = Tracker.open(config, {}, journal=Journal(folder / "journal.jsonl"))
 print("STARTED", tracker.run_id, file=ours)
 sys.stdin.readline()
 node_monitors.UNUSED_S = 0.4

@@ -21,8 +21,7 @@ from pipelines.commands.options import load_recipe_and_data
 from pipelines.data.loader import global_order
 from pipelines.runs.record import write_record
 from pipelines.studies.study import Study, Trial, TrialState, write_study, write_trial
-from pipelines.tracking.journal import Journal
-from pipelines.tracking.uris import journal_path
+from pipelines.tracking.journal import open_journal
 from posmlp.config import RECIPES, load_recipe
 from posmlp.model.cost import count_macs
 from posmlp.model.spec import model_variant
@@ -274,7 +273,7 @@ def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_pat
         metrics = {"val/top1": top1, "cost/gmacs": 1.0}
         write_trial(study, Trial(number, {}, state=TrialState(state), metrics=metrics))
     (tmp_path / "something else").mkdir()
-    held = Journal(journal_path(str(tmp_path / "held")))
+    held = open_journal(str(tmp_path / "held"))
     try:
         assert main(["runs", str(tmp_path)]) == 0
     finally:

@@ -249,14 +249,14 @@ def test_an_archived_journal_keeps_everything_that_belongs_to_it(tmp_path):
 
 
 def test_a_journal_is_held_while_it_is_open(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    assert not is_held(path)
+    run, path = str(tmp_path), tmp_path / "tracking" / "journal.jsonl"
+    assert not is_held(run)
     assert not path.exists()
     journal = filled(path, 1)
-    assert is_held(path)
+    assert is_held(run)
     journal.close()
     before = path.read_bytes()
-    assert not is_held(path)
+    assert not is_held(run)
     assert path.read_bytes() == before
     Journal(path).close()  # to ask does not keep it
 

@@ -21,6 +21,7 @@ from pipelines.cli import main
 from pipelines.planning.doctor import check_mlflow
 from pipelines.studies.logged_study import read_study_from_mlflow
 from pipelines.tracking.delivery import sync_journals
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.mlflow_client import (
     PARENT,
     as_metrics,
@@ -44,7 +45,7 @@ def uri(tmp_path):
 def start(folder, *overrides, run_id=None, tags=()):
     config = load_recipe("demo", ["name=small", f"train.storage={folder}", *overrides])
     journal = folder / f"{overrides[0] if tags else 'journal'}".replace("=", "-") / "journal.jsonl"
-    return Tracker.open(config, dict(tags), run_id, journal=journal)
+    return Tracker.open(config, dict(tags), run_id, journal=Journal(journal))
 
 
 def refusal(folder, *overrides, **arguments):

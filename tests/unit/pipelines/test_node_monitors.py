@@ -6,6 +6,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.node_monitors import NodeMonitor, in_use, node_names
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import PARENT
@@ -56,7 +57,7 @@ def test_memory_of_the_object_store_does_not_count_as_use():
 def test_only_the_study_samples_the_other_nodes_not_its_trials(tmp_path):
     config = load_recipe("demo", ["name=small", f"train.storage={tmp_path}"])
     trackers = [
-        Tracker.open(config, tags, journal=tmp_path / f"{number}.jsonl")
+        Tracker.open(config, tags, journal=Journal(tmp_path / f"{number}.jsonl"))
         for number, tags in enumerate(({}, {PARENT: "parent", "trial": "0"}))
     ]
     assert [tracker.system_metrics.cluster is not None for tracker in trackers] == [True, False]

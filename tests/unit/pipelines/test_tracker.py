@@ -67,11 +67,12 @@ def test_everything_arrives(tmp_path, lines):
 WRITER = """
 import sys
 from pathlib import Path
+from pipelines.tracking.journal import Journal
 from pipelines.tracking.tracker import Tracker
 from posmlp.config import load_recipe
 folder = Path(sys.argv[1])
 config = load_recipe("demo", ["name=small", f"train.storage={folder}"])
-tracker = Tracker.open(config, {}, journal=folder / "journal.jsonl")
+tracker = Tracker.open(config, {}, journal=Journal(folder / "journal.jsonl"))
 step = 0
 while True:
     step += 1
@@ -278,7 +279,7 @@ def test_a_bad_request_is_a_refusal_only_if_it_repeats(tmp_path):
 
 def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, lines):
     (tmp_path / "file").touch()
-    tracker = Tracker.open(recipe(tmp_path), {}, journal=tmp_path / "file" / "journal.jsonl")
+    tracker = Tracker.open(recipe(tmp_path), {}, journal=Journal(tmp_path / "file" / "journal.jsonl"))
     tracker.log_metrics({"train/loss": 1.0}, step=1)
     tracker.log_file("a.png", b"a")
     assert tracker.close("FINISHED") == 0

@@ -67,7 +67,7 @@ class Killed(BaseException):
 
 
 class KillSwitch:
-    """Raises ``Killed`` at one of the next changes of the storage, in place of it.
+    """Raises ``Killed`` in place of one of the next changes of the storage.
 
     Attributes:
         changes: that still succeed; None: all.
@@ -80,9 +80,10 @@ class KillSwitch:
 
     def guard(self, change):
         def changed(*args):
+            if self.changes == 0:
+                self.changes = None
+                raise Killed
             if self.changes is not None:
-                if not self.changes:
-                    raise Killed
                 self.changes -= 1
             return change(*args)
 
@@ -90,12 +91,22 @@ class KillSwitch:
 
 
 class Drivers:
-    """Drivers of one run, one after the other. As in training, each logs the epochs that its journal does not have."""
+    """Drivers of one run, one after the other. As in training, each logs the epochs that its journal does not have.
 
-    def __init__(self, run, client, run_id, switch):
-        self.run, self.client, self.run_id, self.switch = run, client, run_id, switch
+    Attributes:
+        epochs: that the present driver has logged or found.
+        saved: that were logged when an upload ended; none of them may be lost.
+        former: the journal of the process before.
+    """
+
+    def __init__(self, client, experiment, patch):
+        self.run, self.client = f"memory://{uuid.uuid4().hex}/run", client
+        self.run_id = client.create_run(experiment).info.run_id
+        self.switch = KillSwitch(patch)
         self.time = self.saved = 0
         self.former = None
+        patch.setattr(journal_module, "PART_BYTES", 100)  # a line has about as many
+        patch.setattr(journal_module, "FLUSH_S", LONG)
         self.open()
 
     def open(self):
@@ -105,55 +116,69 @@ class Drivers:
         self.epochs = self.journal.state.last_epoch
         assert self.epochs >= self.saved
 
+    def act(self, name, *arguments):
+        try:
+            getattr(self, name)(*arguments)
+        except Killed:
+            self.kill()
+
     def append(self, with_file):
         self.time, self.epochs = self.time + 1, self.epochs + 1
         if with_file:
             self.journal.append_file(LogFile("last.txt"), "last.txt", str(self.epochs).encode())
         self.journal.append(epoch(self.epochs, self.time))
 
-    def upload(self, changes=None):
-        epochs, self.switch.changes = self.epochs, changes
-        try:
-            self.journal.upload()
-            self.saved = epochs
-        except Killed:
-            self.kill()
-        finally:
-            self.switch.changes = None
+    def upload(self):
+        self.journal.upload()
+        self.saved = self.epochs
 
-    def deliver(self, kill=False):
+    def deliver(self, and_die):
         if entries := self.worker.next_entries():
-            if kill:
+            if and_die:
                 self.worker.deliver(entries)
                 self.kill()
             else:
                 assert self.worker.attempt(entries) is None
 
     def kill(self):
-        self.switch.changes = None
         leave(self.journal)
         self.former = self.journal
-        self.open()
+        while True:
+            try:
+                return self.open()
+            except Killed:  # this one too
+                continue
 
-    def upload_late(self, changes):
+    def kill_at(self, changes):
+        self.switch.changes = changes
+
+    def upload_late(self):
         """The process that was taken for dead writes what it has not written yet."""
         if self.former:
-            self.switch.changes = changes
             with suppress(Killed):
                 self.former.upload()
-            self.switch.changes = None
 
-
-ACTION = st.one_of(
-    st.tuples(st.just("append"), st.booleans()),
-    st.tuples(st.just("append"), st.booleans()),
-    st.tuples(st.just("upload"), st.none()),
-    st.tuples(st.just("upload"), st.integers(0, 6)),
-    st.tuples(st.just("deliver"), st.booleans()),
-    st.tuples(st.just("deliver"), st.just(False)),
-    st.tuples(st.just("kill")),
-    st.tuples(st.just("upload_late"), st.none() | st.integers(0, 6)),
-)
+    def check(self, database):
+        """The last driver comes to its end, and MLflow has every epoch once, in order."""
+        self.switch.changes = None
+        self.append(with_file=True)
+        self.upload()
+        self.kill()
+        while self.worker.next_entries():
+            self.deliver(and_die=False)
+        self.upload()
+        leave(self.journal)
+        assert self.epochs == self.saved
+        assert rows(database, self.run_id) == once(*range(1, self.epochs + 1))
+        with sqlite3.connect(database) as connection:
+            found = connection.execute("SELECT step FROM metrics WHERE run_uuid = ? ORDER BY rowid", (self.run_id,))
+            assert [step for (step,) in found] == list(range(1, self.epochs + 1))
+        artifacts = self.client.get_run(self.run_id).info.artifact_uri
+        assert storage.read_bytes(f"{artifacts}/last.txt") == b"%d" % self.epochs
+        left = open_journal(self.run)
+        leave(left)
+        assert not left.pending_count() and not list(left.files_folder.glob("*/*.txt"))
+        assert not left.rejected_path.exists()
 
 
 @pytest.fixture(scope="module")
@@ -166,40 +191,51 @@ def mlflow_store(tmp_path_factory):
     return client, folder / "mlflow.db", client.create_experiment("kills", artifact_location=str(folder / "artifacts"))
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(journal_module, "PART_BYTES", 100)  # a line has about as many
+STORY = [
+    *[("append", True), ("append", False), ("upload",), ("deliver", False), ("append", True), ("upload",)],
+    *[("kill",), ("deliver", False), ("deliver", False), ("append", True), ("upload",), ("deliver", True), ("upload",)],
+]
+
+
+def test_a_kill_at_any_change_of_the_storage_costs_nothing(mlflow_store, monkeypatch):
+    client, database, experiment = mlflow_store
+    for changes in range(100):
+        with monkeypatch.context() as patch:
+            drivers = Drivers(client, experiment, patch)
+            drivers.kill_at(changes)
+            for action in STORY:
+                drivers.act(*action)
+            if drivers.switch.changes is not None:  # the story has no more of them
+                break
+            drivers.check(database)
+    assert 20 < changes < 100
+
+
+ACTION = st.one_of(
+    st.tuples(st.just("append"), st.booleans()),
+    st.tuples(st.just("append"), st.booleans()),
+    st.tuples(st.just("upload")),
+    st.tuples(st.just("deliver"), st.booleans()),
+    st.tuples(st.just("kill")),
+    st.tuples(st.just("kill_at"), st.integers(0, 9)),
+    st.tuples(st.just("upload_late")),
+)
 
 
 @settings(max_examples=60)
 @given(st.lists(ACTION, max_size=30))
 def test_every_epoch_arrives_once_whatever_is_killed_when(mlflow_store, actions):
     client, database, experiment = mlflow_store
-    run_id = client.create_run(experiment).info.run_id
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal_module, "PART_BYTES", 100)  # a line has about as many
-        patch.setattr(journal_module, "FLUSH_S", LONG)
-        drivers = Drivers(f"memory://{uuid.uuid4().hex}/run", client, run_id, KillSwitch(patch))
-        for name, *arguments in actions:
-            getattr(drivers, name)(*arguments)
-        drivers.append(with_file=True)
-        drivers.upload()
-        drivers.kill()
-        drivers.upload()
-        while drivers.worker.next_entries():
-            drivers.deliver()
-        drivers.upload()
-        leave(drivers.journal)
-        assert drivers.epochs == drivers.saved
-        assert rows(database, run_id) == once(*range(1, drivers.epochs + 1))
-        with sqlite3.connect(database) as connection:
-            found = connection.execute("SELECT step FROM metrics WHERE run_uuid = ? ORDER BY rowid", (run_id,))
-            assert [step for (step,) in found] == list(range(1, drivers.epochs + 1))
-        assert (storage.read_bytes(f"{client.get_run(run_id).info.artifact_uri}/last.txt")) == b"%d" % drivers.epochs
-        left = open_journal(drivers.run)
-        assert not left.pending_count() and not list(left.files_folder.glob("*/*.txt"))
-        assert not left.rejected_path.exists()
-        leave(left)
+        drivers = Drivers(client, experiment, patch)
+        for action in actions:
+            drivers.act(*action)
+        drivers.check(database)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(journal_module, "PART_BYTES", 100)
 
 
 # What lies on the storage -----------------------------------------------------------------------------------------

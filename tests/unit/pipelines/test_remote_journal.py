@@ -139,6 +139,7 @@ class Drivers:
                 self.kill()
             else:
                 assert self.worker.attempt(entries) is None
+                assert not self.journal.rejected_path.exists()
 
     def kill(self):
         leave(self.journal)
@@ -178,7 +179,6 @@ class Drivers:
         left = open_journal(self.run)
         leave(left)
         assert not left.pending_count() and not list(left.files_folder.glob("*/*.txt"))
-        assert not left.rejected_path.exists()
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +192,9 @@ def mlflow_store(tmp_path_factory):
 
 
 STORY = [
-    *[("append", True), ("append", False), ("upload",), ("deliver", False), ("append", True), ("upload",)],
-    *[("kill",), ("deliver", False), ("deliver", False), ("append", True), ("upload",), ("deliver", True), ("upload",)],
+    *[("append", True), ("append", False), ("upload",), ("deliver", False), ("upload",), ("deliver", False)],
+    *[("append", True), ("append", True), ("upload",), ("deliver", False), ("append", True), ("upload",), ("kill",)],
+    *[("deliver", False), ("deliver", False), ("append", True), ("upload",), ("deliver", True), ("upload",)],
 ]
 
 

@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from pipelines.tuning.trial import (
     TrialRun,
     actor_environment,
     actor_resources,
+    is_file,
     trains_here,
     works_anywhere,
 )
+from posmlp import storage
 from posmlp.metrics import EPOCH
 
 POLL_S = 0.2
@@ -54,21 +57,23 @@ def run_trials(controller: StudyController) -> None:
     scratch = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's experiment state, which nothing reads
     study = controller.study
     # Where trials on any node see it; one in the study's folder may be that of a driver that was killed.
-    stop_file = Path(study.folder if works_anywhere(study.recipe) else scratch, "stop")
-    stop_file.unlink(missing_ok=True)
+    stop_file = storage.join(study.folder if works_anywhere(study.recipe) else scratch, "stop")
+    storage.remove(stop_file)
     thread = threading.Thread(target=run_tuner, args=(controller, scratch, stop_file, failures), daemon=True)
     try:
         with stop_on_signal(controller.stopping.set) as received:
             thread.start()  # outside the main thread, Tune does not handle signals
             while thread.is_alive():
                 thread.join(POLL_S)
-                if controller.stopping.is_set():
-                    stop_file.touch()
+                if controller.stopping.is_set() and not is_file(stop_file):
+                    with suppress(OSError):  # the storage may answer next time
+                        storage.write_bytes(stop_file, b"")
     except KeyboardInterrupt as interrupt:  # the second signal
         exit_despite(thread, interrupt)
         raise
     finally:
-        stop_file.unlink(missing_ok=True)
+        with suppress(OSError):
+            storage.remove(stop_file)
         shutil.rmtree(scratch, ignore_errors=True)
     if controller.stopping.is_set():
         raise StoppedError(received[0] if received else signal.SIGINT)
@@ -76,7 +81,7 @@ def run_trials(controller: StudyController) -> None:
         raise StudyError(f"the search failed: {failures[0]}; resume it with posmlp tune --resume {study.name}")
 
 
-def run_tuner(controller: StudyController, scratch: str, stop_file: Path, failures: list[BaseException]) -> None:
+def run_tuner(controller: StudyController, scratch: str, stop_file: str, failures: list[BaseException]) -> None:
     """Run Ray Tune over the controller's trials.
 
     Args:
@@ -93,7 +98,7 @@ def run_tuner(controller: StudyController, scratch: str, stop_file: Path, failur
     recipe = study.recipe
     here = trains_here(recipe, sum(node["Alive"] for node in ray.nodes()))
     trainable = ray.tune.with_parameters(
-        TrialRun, env=actor_environment(recipe), stop_file=str(stop_file), here=here, sharing=controller.concurrent
+        TrialRun, env=actor_environment(recipe), stop_file=stop_file, here=here, sharing=controller.concurrent
     )
     adapter = SearcherAdapter(controller)
     try:

@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from pipelines.studies.study import TrialState, over_budget
 from pipelines.tracking.uris import tracking_uri
 from pipelines.training.train import TrialContext, train
 from pipelines.training.worker import forget_run
-from posmlp import create_model
+from posmlp import create_model, storage
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import EPOCH, VAL_TOP1
@@ -40,6 +41,7 @@ from posmlp.model.cost import cost, seconds
 from tune_spaces import Value
 
 POLL_S = 0.2
+REMOTE_POLL_S = 2.0  # between two looks for a stop file on a remote storage
 END_LIMIT_S = 600.0  # for the last step, its checkpoint, and what MLflow has yet to get
 MACHINE_LIMIT_S = 300.0  # from the notice that a machine is taken away to its end
 S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
@@ -125,7 +127,7 @@ class TrialRun(ray.tune.Trainable):
         Args:
             config: ``job``, a ``TrialJob`` as text.
             env: variables for this process.
-            stop_file: the run ends when this file appears.
+            stop_file: the run ends when this file appears, a path or a URI.
             here, sharing: as in ``TrialContext``.
         """
         self.stop_file, self.here, self.sharing = stop_file, here, sharing
@@ -139,9 +141,9 @@ class TrialRun(ray.tune.Trainable):
     def step(self) -> dict[str, Any]:
         while True:
             try:
-                event = self.events.get(timeout=POLL_S)
+                event = self.events.get(timeout=REMOTE_POLL_S if storage.is_remote(self.stop_file) else POLL_S)
             except queue.Empty:
-                if os.path.exists(self.stop_file):
+                if is_file(self.stop_file):
                     self.ending.set()
                 continue
             if isinstance(event, BaseException):
@@ -220,10 +222,9 @@ class TrialRun(ray.tune.Trainable):
 def trains_here(recipe: Config, nodes: int) -> bool:
     """Return whether a study's trials train in their own actors, rather than in workers of Ray Train.
 
-    Such an actor needs what a run's driver needs, wherever it runs: the run's MLflow journal, which lies beside the run
-    only if the storage is a (shared) folder, and MLflow, whose SQLite file does not bear writers on several nodes. If
-    a cluster of several nodes lacks one of them, the actors stay on the node of the study's driver, and the workers,
-    which write checkpoints alone, use all nodes.
+    Such an actor writes to MLflow, whose SQLite file does not bear writers on several nodes. On a cluster of several
+    nodes without an MLflow server the actors stay on the node of the study's driver, and the workers, which write
+    checkpoints alone, use all nodes.
 
     Args:
         nodes: number of nodes of the cluster.
@@ -232,8 +233,15 @@ def trains_here(recipe: Config, nodes: int) -> bool:
 
 
 def works_anywhere(recipe: Config) -> bool:
-    """Return whether the driver of a run can run on any node: shared storage, and MLflow behind a server."""
-    return "://" not in str(recipe.train.storage) and not tracking_uri(recipe).startswith(("sqlite:", "file:"))
+    """Return whether the driver of a run can run on any node: MLflow is behind a server or in a database server."""
+    return not tracking_uri(recipe).startswith(("sqlite:", "file:"))
+
+
+def is_file(uri: str) -> bool:
+    """Return whether a file exists; False if its storage does not answer."""
+    with suppress(OSError):
+        return storage.are_files([uri])[0]
+    return False
 
 
 def actor_resources(recipe: Config, here: bool) -> PlacementGroupFactory:

@@ -1,9 +1,11 @@
 """Faults that a run survives, with real processes, signals and file systems; docs/training.md has the table."""
 
+import json
 import math
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,9 +21,15 @@ from safetensors.torch import load_file
 from pipelines.cli import main
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
+from pipelines.tracking.journal import JournalState
+from pipelines.tracking.operations import from_json
 from pipelines.training.train import train
+from posmlp import storage
 from posmlp.errors import UserError
+from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.small_runs import log_of, recipe_for, run_of, start_cli, wait_for_step
+from tests.helpers.tracker_runs import rows
+from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.ray
 
@@ -308,30 +316,30 @@ def test_a_run_survives_a_killed_node(straight, motion_set, tmp_path):
 @pytest.mark.slow
 def test_a_run_on_an_object_store_is_resumed(straight, s3, motion_set, tmp_path):
     """With its own Ray, whose workers find the store through their environment."""
-    storage, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    place, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(recipe_for(tmp_path, motion_set, *EXACT, f"train.storage={storage}", uri).to_yaml())
+    recipe.write_text(recipe_for(tmp_path, motion_set, *EXACT, f"train.storage={place}", uri).to_yaml())
     env = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe)]
     with open(tmp_path / "log.txt", "a") as log:
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
-        while not any(f.info and f.info.step >= 5 for f in checkpoints.find(f"{storage}/small")):
+        while not any(f.info and f.info.step >= 5 for f in checkpoints.find(f"{place}/small")):
             assert process.poll() is None and time.monotonic() < deadline, log_of(tmp_path)
             time.sleep(0.2)
         process.kill()
         process.wait()
         assert subprocess.run(command, env=env, cwd=tmp_path, stdout=log, stderr=log, timeout=200).returncode == 0
     assert "resuming after epoch" in log_of(tmp_path)
-    _, contents = checkpoints.load(checkpoints.find(f"{storage}/small")[-1].uri)
+    _, contents = checkpoints.load(checkpoints.find(f"{place}/small")[-1].uri)
     assert same(contents[checkpoints.WEIGHTS], straight)
 
 
 @pytest.mark.slow
 def test_a_second_driver_of_a_run_on_an_object_store_is_refused(s3, motion_set, tmp_path):
-    storage, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    place, uri = f"s3://videos/{tmp_path.name}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     recipe = tmp_path / "recipe.yaml"
-    keys = [*EXACT, "train.epochs=5000", f"train.storage={storage}", uri]
+    keys = [*EXACT, "train.epochs=5000", f"train.storage={place}", uri]
     recipe.write_text(recipe_for(tmp_path, motion_set, *keys).to_yaml())
     env = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe)]
@@ -339,12 +347,12 @@ def test_a_second_driver_of_a_run_on_an_object_store_is_refused(s3, motion_set, 
         first = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 120
-            while not any(f.info and f.info.step >= 5 for f in checkpoints.find(f"{storage}/small")):
+            while not any(f.info and f.info.step >= 5 for f in checkpoints.find(f"{place}/small")):
                 assert first.poll() is None and time.monotonic() < deadline, log_of(tmp_path)
                 time.sleep(0.2)
             second = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
             assert second.returncode == 1
-            assert f"{storage}/small is in use by another process: host " in second.stderr
+            assert f"{place}/small is in use by another process: host " in second.stderr
             assert f"process {first.pid}" in second.stderr and "Traceback" not in second.stderr
             assert first.poll() is None
             first.terminate()
@@ -353,6 +361,80 @@ def test_a_second_driver_of_a_run_on_an_object_store_is_refused(s3, motion_set, 
             first.kill()
             first.wait()
     assert len(mlflow_runs(tmp_path)) == 1
+
+
+QUICK_UPLOADS = """
+import sys
+from pipelines.cli import main
+from pipelines.tracking import journal
+journal.FLUSH_S = 0.5
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def journal_on(run):
+    """The state of a run, as the journal on its storage tells it."""
+    lines = []
+    for session in storage.list_folders(f"{run}/tracking/journal")[-1:]:
+        files = [name for name in storage.list_files(session) if name.startswith("lines-")]
+        lines = b"".join(storage.read_bytes(f"{session}/{name}") for name in files).splitlines()
+    state = JournalState()
+    for line in lines:
+        state.apply(from_json(json.loads(line)))
+    return state
+
+
+@pytest.mark.slow
+def test_a_driver_killed_while_mlflow_is_down_is_resumed_elsewhere_and_mlflow_gets_all_once(s3, motion_set, tmp_path):
+    """The second driver starts on a machine that has nothing, and MLflow comes back while it trains."""
+    (tmp_path / "mlflow").mkdir()
+    server, run = MlflowServer(tmp_path / "mlflow"), f"s3://videos/{tmp_path.name}/small"
+    keys = [*EXACT, "train.epochs=40", f"train.storage=s3://videos/{tmp_path.name}", f"tracking.uri={server.uri}"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_for(tmp_path, motion_set, *keys).to_yaml())
+    env = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": os.getcwd()}
+
+    def start_on(machine):
+        (tmp_path / machine).mkdir()
+        command = [sys.executable, "-c", QUICK_UPLOADS, str(recipe)]
+        with open(tmp_path / "log.txt", "a") as log:
+            return subprocess.Popen(command, env=env, cwd=tmp_path / machine, stdout=log, stderr=log)
+
+    server.start()
+    process = start_on("one")
+    try:
+        until(lambda: process.poll() is not None or journal_on(run).last_epoch >= 2, 120)
+        assert process.poll() is None, log_of(tmp_path)
+        server.kill()
+        down = journal_on(run).last_epoch
+        until(lambda: process.poll() is not None or journal_on(run).last_epoch >= down + 3, 120)
+        assert process.poll() is None, log_of(tmp_path)
+        process.kill()
+        process.wait()
+        left = journal_on(run)
+        assert 0 < len(rows(server.database, left.run_id)) < left.last_epoch < 40
+        process = start_on("two")
+        until(lambda: process.poll() is not None or journal_on(run).last_epoch > left.last_epoch, 240)
+        assert process.poll() is None, log_of(tmp_path)
+        server.start()
+        assert process.wait(timeout=240) == 0, log_of(tmp_path)
+        assert "resuming after epoch" in log_of(tmp_path) and "Traceback" not in log_of(tmp_path)
+        assert main(["sync", run]) == 0
+        with sqlite3.connect(server.database) as connection:
+            points = connection.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (left.run_id,)).fetchall()
+        assert len(points) == len(set(points))
+        for name in ("train/loss", "val/top1"):
+            assert sorted(step for key, step in points if key == name) == list(range(1, 41))
+        assert {step for key, step in points if key == "by_step/train_loss"} >= {4 * 40}
+        client = MlflowClient(server.uri)
+        (found,) = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
+        assert (found.info.run_id, found.info.status) == (left.run_id, "FINISHED")
+        assert "confusion.png" in {file.path for file in client.list_artifacts(left.run_id)}
+        assert not list((tmp_path / "two").iterdir())
+    finally:
+        process.kill()
+        process.wait()
+        server.kill()
 
 
 def mlflow_runs(folder):

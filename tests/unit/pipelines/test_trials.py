@@ -11,6 +11,7 @@ from pipelines.studies.study import TrialState
 from pipelines.training.train import RunResult
 from pipelines.tuning import trial
 from pipelines.tuning.trial import TrialEvent, TrialJob, TrialRun, actor_resources, trains_here
+from posmlp import storage
 from posmlp.errors import UserError
 from tests.helpers.small_runs import recipe_for
 
@@ -50,12 +51,13 @@ SERVER = "tracking.uri=http://mlflow:5000"
         ([], 1, True, False),
         ([], 2, False, None),  # MLflow's SQLite file would have writers on both
         ([SERVER], 2, True, True),
-        ([SERVER, "train.storage=s3://videos/runs"], 1, True, False),  # the journal lies on the node
-        ([SERVER, "train.storage=s3://videos/runs"], 2, False, None),
+        ([SERVER, "train.storage=s3://videos/runs"], 2, True, True),
+        (["tracking.uri=sqlite:////runs/mlflow.db", "train.storage=s3://videos/runs"], 1, True, False),
+        (["tracking.uri=sqlite:////runs/mlflow.db", "train.storage=s3://videos/runs"], 2, False, None),
         ([SERVER, "scaling.workers=2"], 1, False, None),
     ],
 )
-def test_a_trial_trains_in_its_actor_where_its_journal_and_mlflow_are(
+def test_a_trial_trains_in_its_actor_where_mlflow_is(
     motion_set, tmp_path, monkeypatch, overrides, nodes, here, anywhere
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -69,6 +71,22 @@ def test_a_trial_trains_in_its_actor_where_its_journal_and_mlflow_are(
     assert resources.bundles == [{"CPU": 0.5, "GPU": 1.0} | ({} if anywhere else this_node)]
     assert resources._bound.kwargs["bundle_label_selector"] == [{"group": "gpu"}]
     assert resources == actor_resources(config, here) and hash(resources) == hash(actor_resources(config, here))
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_trial_ends_when_the_stop_file_appears(tmp_path, monkeypatch, remote):
+    monkeypatch.setattr(trial, "REMOTE_POLL_S", 0.01)
+    run = TrialRun.__new__(TrialRun)
+    run.stop_file = f"memory://{tmp_path.name}/stop" if remote else str(tmp_path / "stop")
+    run.events, run.ending = trial.queue.Queue(), trial.threading.Event()
+    stepping = trial.threading.Thread(target=run.step)
+    stepping.start()
+    assert not run.ending.wait(0.5)
+    storage.write_bytes(run.stop_file, b"")
+    assert run.ending.wait(30)
+    run.events.put({"done": True})
+    stepping.join(30)
+    assert not stepping.is_alive()
 
 
 def run_that_ends(monkeypatch, motion_set, tmp_path, error):

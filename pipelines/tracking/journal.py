@@ -13,7 +13,7 @@ An object store has neither appends nor locks. There the journal is a folder ``t
 It holds a folder for each process that has opened it, of which the newest with a ``head.json`` counts:
 
 - ``lines-000000.jsonl``, ...: the lines, in parts of ``PART_BYTES``, of which only the last one changes;
-- ``head.json``: how far delivery got, written last;
+- ``head.json``: how far delivery got, and the state of the run, written last;
 - ``rejected.jsonl`` and ``files/``: as above.
 
 The run's lease (``pipelines.runs.lease``) keeps a second process out. A process that has lost it, and notices late,
@@ -33,9 +33,9 @@ import tempfile
 import threading
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ FILE = "journal.jsonl"
 REMOTE = "journal"
 FLUSH_S = 5.0  # between two uploads of a remote journal
 PART_BYTES = 256 * 2**10  # of a remote journal's lines
+PART = re.compile(r"lines-([0-9]{6})\.jsonl")  # name of a part
 SESSION = re.compile(r"[0-9]{6}-[0-9a-f]{8}")  # name of the folder of a process in a remote journal
 
 
@@ -171,16 +172,26 @@ class Entry:
         return self.operation.file if isinstance(self.operation, LogFile | LogModel) else ""
 
 
-def read_entries(path: Path) -> Iterator[Entry]:
+def read_progress(path: Path) -> dict[str, Any]:
+    """How far the delivery of a journal file got, as ``Journal.progress`` gives it; empty if it is not known."""
+    with suppress(OSError, ValueError):  # missing, or damaged by a power cut: everything is delivered again
+        return dict(json.loads(path.with_suffix(".done").read_text()))
+    return {}
+
+
+def read_entries(path: Path, start: int = 0) -> Iterator[Entry]:
     """Yield the entries of a journal file. A line that is not an operation becomes ``Unreadable``.
 
     A last line without a line break is left out: its writer was killed while writing it.
 
+    Args:
+        start: bytes of the file before the first entry.
+
     Raises:
         OSError: the file is missing or cannot be read.
     """
-    start = 0
     with open(path, "rb") as file:
+        file.seek(start)
         for line in file:
             if not line.endswith(b"\n"):
                 return
@@ -200,7 +211,7 @@ class Journal:
     Attributes:
         path: the journal file.
         place, rejected_place: where the journal and its refused operations lie, for messages.
-        state: of the run, when the journal was opened.
+        state: of the run, according to the lines that are written.
         files_folder: the files of operations that carry one.
         rejected_path: the file of refused operations.
         queue: entries to deliver, in order.
@@ -231,6 +242,7 @@ class Journal:
         self.file_uses: Counter[str] = Counter()  # number of pending entries per carried file
         self.offset = 0  # bytes of the journal file before the first entry of the queue
         self.size = 0  # bytes of the journal file
+        self.start = 0  # bytes of the journal file that are not here, because all of them is delivered
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.handle = open_locked(self.path)
@@ -240,12 +252,11 @@ class Journal:
 
     def load(self) -> None:
         """Queue the entries that are not delivered yet. Cut off an incomplete last line."""
-        progress: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # missing, or damaged by a power cut: deliver everything again
-            progress = json.loads(self.progress_path.read_text())
+        progress = read_progress(self.path)
         postponed = set(progress.get("aside", []))
-        self.offset = progress.get("offset", 0)
-        for entry in read_entries(self.path):
+        self.offset, self.start = progress.get("offset", 0), progress.get("start", 0)
+        self.size, self.state = self.start, JournalState.of(progress)
+        for entry in read_entries(self.path, self.start):
             assert entry.start is not None and entry.end is not None
             self.size = entry.end
             self.state.apply(entry.operation)
@@ -326,6 +337,7 @@ class Journal:
                     os.ftruncate(self.handle, self.size)
                 self.warn_unwritable(error)
                 return
+            self.state.apply(entry.operation)
             entry.start, entry.end = self.size, self.size + len(line)
             self.size = entry.end
             self.unwritten.popleft()
@@ -392,16 +404,15 @@ class Journal:
         else:
             self.offset = entry.end
 
-    def progress(self) -> str:
-        """How far delivery got, as text."""
-        postponed = [entry.start for entry in self.postponed if entry.start is not None]
-        return json.dumps({"offset": self.offset, "aside": postponed})
+    def progress(self) -> dict[str, Any]:
+        """How far delivery got, as it is written."""
+        return {"offset": self.offset, "aside": [entry.start for entry in self.postponed if entry.start is not None]}
 
     def write_progress(self) -> None:
         """Write how far delivery got. Without fsync: if a power cut loses it, MLflow ignores what it gets twice."""
         temporary = self.progress_path.with_suffix(".done.new")
         try:
-            temporary.write_text(self.progress())
+            temporary.write_text(json.dumps(self.progress()))
             temporary.replace(self.progress_path)
         except OSError as error:
             self.warn_unwritable(error)
@@ -442,7 +453,7 @@ class RemoteJournal(Journal):
         folder: of the journal, a URI.
         session: of this process, below ``folder``.
         earlier: sessions that were found, removed as soon as this one is complete.
-        stored: number of bytes of lines, progress, and number of bytes of refused operations on the storage.
+        stored: bytes of the lines, progress, and bytes of the refused operations on the storage.
         stored_files: the carried files on the storage.
         changed_files: the carried files that are not, or with an older content.
         without_storage: deliver what is not on the storage too, because it cannot be written at the end of a run.
@@ -476,21 +487,30 @@ class RemoteJournal(Journal):
         self.thread.start()
 
     def fetch(self, path: Path) -> None:
-        """Copy the newest complete session to a journal file and what lies next to it."""
+        """Copy the newest complete session to a journal file and what lies next to it, without what is delivered."""
         for session in reversed(self.earlier):
             files = storage.list_files(session)
             if "head.json" not in files:
                 continue
-            places = {"head.json": path.with_suffix(".done"), "rejected.jsonl": path.with_suffix(".rejected")}
+            head = json.loads(storage.read_bytes(storage.join(session, "head.json")))
+            head["start"] = min([head["offset"], *head["aside"]])
+            path.with_suffix(".done").write_text(json.dumps(head))
+            path.touch()
             for file in files:
                 uri = storage.join(session, file)
-                if file.startswith("lines-"):
-                    with open(path, "ab") as lines:
-                        lines.write(storage.read_bytes(uri))
-                else:
-                    copy = places.get(file, path.with_suffix(".files") / file.removeprefix("files/"))
-                    storage.copy_file(uri, str(copy))
+                if part := PART.fullmatch(file):
+                    if int(part[1]) >= head["start"] // PART_BYTES:
+                        with open(path, "r+b") as lines:
+                            lines.seek(int(part[1]) * PART_BYTES)
+                            lines.write(storage.read_bytes(uri))
+                elif file.startswith("files/"):
+                    storage.copy_file(uri, str(path.with_suffix(".files") / file.removeprefix("files/")))
+                elif file == "rejected.jsonl":
+                    storage.copy_file(uri, str(path.with_suffix(".rejected")))
             return
+
+    def progress(self) -> dict[str, Any]:
+        return super().progress() | {"start": self.start, "state": asdict(self.state)}
 
     def next_session(self) -> str:
         """The folder of a session that is newer than those that were found."""
@@ -503,7 +523,7 @@ class RemoteJournal(Journal):
 
     def start_session(self) -> None:
         """Forget what is on the storage, so that the next upload writes everything."""
-        self.stored = (0, "", 0)
+        self.stored = (self.start, "", 0)
         self.stored_files: set[str] = set()
         self.changed_files = {f"{each.parent.name}/{each.name}" for each in self.files_folder.glob("*/*")}
 
@@ -563,7 +583,7 @@ class RemoteJournal(Journal):
         with self.changed:
             self.write_pending(durable=False)
             rejected = self.rejected_path.stat().st_size if self.rejected_path.exists() else 0
-            size, progress, files = self.size, self.progress(), self.changed_files
+            size, progress, files = self.size, json.dumps(self.progress()), self.changed_files
             gone = {file for file in self.stored_files - files if not (self.files_folder / file).exists()}
             if (size, progress, rejected) == self.stored and not files and not gone:
                 return
@@ -658,11 +678,17 @@ class JournalState:
     opened_offline: bool = False
 
     @classmethod
+    def of(cls, progress: Mapping[str, Any]) -> JournalState:
+        """The state that a progress holds: that of a new run, unless the journal is remote."""
+        return cls(**progress.get("state", {}))
+
+    @classmethod
     def read(cls, path: Path) -> JournalState:
         """Read a journal file. If it is missing or cannot be read, the state is that of a new run."""
-        state = cls()
+        progress = read_progress(path)
+        state = cls.of(progress)
         with suppress(OSError):
-            for entry in read_entries(path):
+            for entry in read_entries(path, progress.get("start", 0)):
                 state.apply(entry.operation)
         return state
 

@@ -389,7 +389,7 @@ def test_a_driver_killed_while_mlflow_is_down_is_resumed_elsewhere_and_mlflow_ge
     """The second driver starts on a machine that has nothing, and MLflow comes back while it trains."""
     (tmp_path / "mlflow").mkdir()
     server, run = MlflowServer(tmp_path / "mlflow"), f"s3://videos/{tmp_path.name}/small"
-    keys = [*EXACT, "train.epochs=40", f"train.storage=s3://videos/{tmp_path.name}", f"tracking.uri={server.uri}"]
+    keys = [*EXACT, "train.epochs=30", f"train.storage=s3://videos/{tmp_path.name}", f"tracking.uri={server.uri}"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_for(tmp_path, motion_set, *keys).to_yaml())
     env = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": os.getcwd()}
@@ -412,7 +412,7 @@ def test_a_driver_killed_while_mlflow_is_down_is_resumed_elsewhere_and_mlflow_ge
         process.kill()
         process.wait()
         left = journal_on(run)
-        assert 0 < len(rows(server.database, left.run_id)) < left.last_epoch < 40
+        assert 0 < len(rows(server.database, left.run_id)) < left.last_epoch < 30
         process = start_on("two")
         until(lambda: process.poll() is not None or journal_on(run).last_epoch > left.last_epoch, 240)
         assert process.poll() is None, log_of(tmp_path)
@@ -424,13 +424,13 @@ def test_a_driver_killed_while_mlflow_is_down_is_resumed_elsewhere_and_mlflow_ge
             points = connection.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (left.run_id,)).fetchall()
         assert len(points) == len(set(points))
         for name in ("train/loss", "val/top1"):
-            assert sorted(step for key, step in points if key == name) == list(range(1, 41))
-        assert {step for key, step in points if key == "by_step/train_loss"} >= {4 * 40}
+            assert sorted(step for key, step in points if key == name) == list(range(1, 31))
+        assert {step for key, step in points if key == "by_step/train_loss"} >= {4 * 30}
         client = MlflowClient(server.uri)
         (found,) = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])
         assert (found.info.run_id, found.info.status) == (left.run_id, "FINISHED")
         assert "confusion.png" in {file.path for file in client.list_artifacts(left.run_id)}
-        assert not list((tmp_path / "two").iterdir())
+        assert not (tmp_path / "two" / "runs").exists()
     finally:
         process.kill()
         process.wait()

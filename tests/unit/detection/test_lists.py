@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from posmlp import storage
 from posmlp.config import DataSection, DetectionSection
 from posmlp.detection.lists import class_groups, label_map_names, read_detection_split, read_label_map
+from posmlp.detection.scenes import make_scene_set
 from posmlp.errors import UserError
 from posmlp.video.classes import KnownClasses
 from posmlp.video.manifest import ManifestError
@@ -212,6 +213,19 @@ def test_the_lists_folder_holds_the_videos_by_default(folder):
     manifest = read_detection_split(data, DetectionSection(), "train")
     assert manifest.root == str(folder.path)
     assert manifest.rows["uri"].to_pylist()[-1] == str(folder.path / "b.mkv")
+
+
+def test_the_embedded_set(tmp_path):
+    folder = make_scene_set(tmp_path / "scenes", train=2, val=1, seconds=3)
+    split = {
+        name: {"path": f"{folder}/{name}.csv", "root": f"{folder}/videos", "boxes": f"{folder}/{name}_boxes.csv"}
+        for name in ("train", "val")
+    }
+    data = DataSection(format="ava", classes=f"{folder}/actions.pbtxt", **split)
+    for name, key_frames in ("train", 6), ("val", 3):
+        manifest = read_detection_split(data, DetectionSection(first_second=900), name)
+        assert manifest.rows["time"].to_pylist() == [1.0, 2.0, 3.0] * (key_frames // 3)
+        assert manifest.classes[0] == "moves left"
 
 
 # A plain reading ------------------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ VAL_BEST_TOP1 = "val/best_top1"  # highest val/top1 of the epochs so far
 VAL_BEST_EPOCH = "val/best_epoch"  # the epoch that has it, the newest of several, as for checkpoints
 VAL_VIDEOS = "val/clips"  # number of videos scored (not of clips): a video counts once, however many views it has
 
-# Of action detection, over all key frames of the split (posmlp.learn.detection_results) -------------------------------
+# Of action detection, over all key frames of the split (posmlp.tasks.detection) -------------------------------
 VAL_MAP = "val/map"  # frame mAP at IoU 0.5 (posmlp.detection.frame_map), over the classes with ground truth
 VAL_MAP_OF = "val/map_"  # prefix; a group of classes follows: pose, object or person
+VAL_MAP_SLOWFAST = "val/map_slowfast"  # by the rule of SlowFast's code; `posmlp evaluate` alone computes it
 VAL_BEST_MAP = "val/best_map"  # highest val/map of the epochs so far; val/best_epoch has it
 VAL_KEY_FRAMES = "val/key_frames"  # number of key frames scored
 VAL_BOXES = "val/boxes"  # number of their boxes

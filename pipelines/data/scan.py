@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -48,10 +48,11 @@ class ScanProgress:
     Args:
         total: number of videos.
         verb: what is done to them, as in "checked".
+        unit: what is counted.
     """
 
-    def __init__(self, total: int, verb: str):
-        self.total, self.verb = total, verb
+    def __init__(self, total: int, verb: str, unit: str = "videos"):
+        self.total, self.verb, self.unit = total, verb, unit
         self.done, self.start, self.last_line = 0, time.perf_counter(), time.perf_counter()
 
     @property
@@ -66,7 +67,7 @@ class ScanProgress:
             self.last_line = time.perf_counter()
             rate = self.done / self.seconds
             left = max(0, self.total - self.done) / rate
-            logger.info(f"{self.verb} {self.done} of {self.total} videos, {rate:.1f}/s, {left:.0f} s left")
+            logger.info(f"{self.verb} {self.done} of {self.total} {self.unit}, {rate:.1f}/s, {left:.0f} s left")
 
 
 def run_blocks(function: Callable[..., pa.Table], blocks: int, **arguments: Any) -> Iterator[pa.Table]:
@@ -140,21 +141,27 @@ class ParquetStream:
 
 @contextlib.contextmanager
 def open_parquet(uri: str, schema: pa.Schema, **options: Any) -> Iterator[ParquetStream]:
-    """Write a Parquet file that need not fit in memory.
-
-    It appears when the block ends; a block that raises leaves none.
+    """Write a Parquet file that need not fit in memory, as of ``open_output``.
 
     Args:
         options: of ``pyarrow.parquet.ParquetWriter``.
+    """
+    with open_output(uri) as file, pq.ParquetWriter(file, schema, **options) as writer:
+        stream = ParquetStream(writer)
+        yield stream
+        stream.flush()
+
+
+@contextlib.contextmanager
+def open_output(uri: str) -> Iterator[BinaryIO]:
+    """Write a file piece by piece. It appears when the block ends; a block that raises leaves none.
 
     Raises:
         ScanError: it cannot be written.
     """
     try:
-        with storage.output_stream(uri) as file, pq.ParquetWriter(file, schema, **options) as writer:
-            stream = ParquetStream(writer)
-            yield stream
-            stream.flush()
+        with storage.output_stream(uri) as file:
+            yield file
     except RayError:  # one that wraps an OSError of a task is an OSError too
         raise
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Test a trained model on a split, with several views of each video: ``posmlp evaluate``.
+"""Test a trained model on a split: ``posmlp evaluate``.
 
-``pipelines.inference.scoring`` scores the videos. This module checks the input, computes the metrics, writes the
-results and logs them to the MLflow run of the checkpoint.
+``pipelines.inference.scoring`` scores the videos or key frames, and the task's module of results computes the metrics.
+This module checks the input, writes the results and logs them to the MLflow run of the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import torch
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, RunTag
 from mlflow.exceptions import MlflowException
@@ -28,7 +25,8 @@ from pydantic import ValidationError
 from pipelines.cluster.capacity import choose_device, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
-from pipelines.data.scan import ROW_FIELDS, open_parquet
+from pipelines.inference.detection_results import detection_results
+from pipelines.inference.recognition_results import recognition_results
 from pipelines.inference.scoring import BAD_VIDEOS_SHOWN, score_good_videos
 from pipelines.registry.datasets import list_digest, list_name
 from pipelines.registry.logged_models import CheckpointLink, checkpoint_model, link_to
@@ -36,7 +34,6 @@ from pipelines.runs import checkpoints
 from pipelines.runs.errors import BadVideo
 from pipelines.runs.models import find_checkpoint, known_classes, output_names
 from pipelines.runs.record import read_record
-from pipelines.tracking import plots
 from pipelines.tracking.mlflow_client import (
     as_metrics,
     create_run,
@@ -59,20 +56,20 @@ from pipelines.training.preflight import list_fingerprint
 from posmlp import storage
 from posmlp.config import Config, DataSection, RecipeError, describe, set_key
 from posmlp.errors import UserError
-from posmlp.learn.evaluation import ClassificationMetrics, ClassResult, class_results, per_class_csv, video_scores
-from posmlp.metrics import HELD_OUT, TEST, TEST_TRAIN, VAL
+from posmlp.learn.evaluation import ClassResult
+from posmlp.metrics import HELD_OUT, MAIN_METRICS, TEST, TEST_TRAIN
 from posmlp.tasks import task_of
-from posmlp.video.manifest import Manifest, Split
+from posmlp.tasks.detection import DetectionSummary
+from posmlp.video.manifest import Split
 from posmlp.video.views import with_views
 
 logger = logging.getLogger(__name__)
 
-SCORES = "scores.parquet"
-SCORED_FIELDS = [*ROW_FIELDS, ("view", pa.int32()), ("clip", pa.int32()), ("crop", pa.int32())]
+RESULTS = {"recognition": recognition_results, "detection": detection_results}  # by the recipe's task
 LARGEST_ARTIFACT = 2**30  # bytes; MLflow and its server are not made for larger files
 FOLDER = "evaluations"  # in the run's folder
 ARTIFACTS = "evaluation"  # among the artifacts of the MLflow run
-KEYS_OVERRIDABLE = ("data.", "eval.", "scaling.", "tracking.", "train.precision")
+KEYS_OVERRIDABLE = ("data.", "detection.", "eval.", "scaling.", "tracking.", "train.precision")
 KEYS_OF_PIXELS = ("data.normalisation", "data.modality")  # what a trained model's first layer expects
 # Overrides of these do not change the scores, or are part of the evaluation's name anyway.
 KEYS_NOT_IN_NAME = (
@@ -89,7 +86,6 @@ KEYS_NOT_IN_NAME = (
     "data.max_bad_fraction",
 )
 PREFIXES = {"val": TEST, "train": TEST_TRAIN, "test": HELD_OUT}  # of the metrics, by split
-WORST_CLASSES_SHOWN = 5
 
 
 @dataclass
@@ -102,9 +98,12 @@ class Evaluation:
         checkpoint, step, epoch: the model that was evaluated.
         split: ``train``, ``val`` or ``test``.
         views: clips per video, and crops per clip.
-        metrics: ``top1``, ``top5``, ``class_mean``, ``loss``, and ``videos``, the number of scored videos.
+        metrics: of recognition ``top1``, ``top5``, ``class_mean``, ``loss``, and ``videos``, the number of scored
+            videos; of detection ``map``, ``map_GROUP``, ``map_slowfast``, ``loss``, ``key_frames`` and ``boxes``.
         classes: the figures of each class, by label.
-        bad: videos that could not be decoded; they are in no metric.
+        bad: videos that could not be decoded, or of detection key frames; they are in no metric.
+        table, worst: what is printed of the metrics and of the worst classes.
+        unit: what is scored, such as ``videos``.
         mlflow_run_id: the MLflow run that has the evaluation; None if MLflow did not accept it.
         pages: how to open that run in MLflow's pages; empty likewise.
     """
@@ -117,34 +116,27 @@ class Evaluation:
     split: str
     views: tuple[int, int]
     metrics: dict[str, float]
-    classes: list[ClassResult]
+    classes: list[ClassResult] | DetectionSummary
     bad: list[BadVideo]
+    table: list[tuple[str, str]] = field(default_factory=list)
+    worst: list[str] = field(default_factory=list)
+    unit: str = "videos"
     mlflow_run_id: str | None = None
     pages: str = ""
 
     def __str__(self) -> str:
-        """Format as a table, followed by the worst classes and the bad videos."""
-        metrics = self.metrics
+        """Format as a table, followed by the worst classes and what could not be decoded."""
         rows = [
-            ("top-1", f"{metrics['top1']:.2%} of {metrics['videos']:.0f} videos"),
-            *([("top-5", f"{metrics['top5']:.2%}")] if len(self.classes) > 5 else []),
-            ("mean over classes", f"{metrics['class_mean']:.2%}"),
-            ("loss", f"{metrics['loss']:.4f}"),
-            ("bad videos", str(len(self.bad))),
+            *self.table,
+            (f"bad {self.unit}", str(len(self.bad))),
             ("results", self.path),
             ("MLflow", f"run {self.mlflow_run_id}" if self.mlflow_run_id else "not logged"),
         ]
         lines = [f"  {name:<19}{value}" for name, value in rows]
-        wrong = sorted((c for c in self.classes if c.top1 is not None and c.top1 < 1), key=lambda c: c.top1 or 0.0)
-        wrong = wrong[:WORST_CLASSES_SHOWN]
-        width = max((len(c.name) for c in wrong), default=0)
-        lines += [""] * bool(wrong)
-        for c in wrong:
-            often = f"; {c.confused} predicted as {c.confused_with}" if c.confused else ""
-            lines.append(f"  {c.name:<{width}}  {c.top1:>6.1%} of {c.videos}{often}")
+        lines += ["", *(f"  {line}" for line in self.worst)] if self.worst else []
         lines += [f"  {video.uri}: {video.reason}" for video in self.bad[:BAD_VIDEOS_SHOWN]]
         if len(self.bad) > BAD_VIDEOS_SHOWN:
-            lines.append(f"  ... and {len(self.bad) - BAD_VIDEOS_SHOWN} more bad videos in summary.json")
+            lines.append(f"  ... and {len(self.bad) - BAD_VIDEOS_SHOWN} more bad {self.unit} in summary.json")
         lines += ["", f"  {self.pages}"] if self.pages else []
         return "\n".join(lines)
 
@@ -157,7 +149,7 @@ def evaluate(
     workers: int | None = None,
     out: str | None = None,
 ) -> Evaluation:
-    """Score every video of a split with a checkpoint, write the results, and log them to the checkpoint's MLflow run.
+    """Score a split with a checkpoint, write the results, and log them to the checkpoint's MLflow run.
 
     Args:
         uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
@@ -179,40 +171,35 @@ def evaluate(
     run = storage.parent(storage.parent(checkpoint))
     record = read_record(run)
     config = recipe_of(info, overrides, run if record else None)
-    config = with_workers(with_views(config, views), workers)
+    task = task_of(config)
+    config = task.for_evaluation(with_workers(with_views(config, views), workers))
     tracking_uri(config)  # raises now what it would raise after scoring
     if not any(override.strip().startswith("tracking.uri") for override in overrides):
         refuse_foreign_server(config)
-    manifest = task_of(config).read_split(config, split, known_classes(info))
+    manifest = task.read_split(config, split, known_classes(info))
     name = evaluation_name(split, config, info, overrides)
     folder = storage.join(".", out) if out else storage.join(run if record else checkpoint, f"{FOLDER}/{name}")
     start_ray()
     config = choose_device(config)
     wait_for_room(config.scaling)
-    clips, crops = config.eval.clips, config.eval.crops
-    what = f"{split}, {len(manifest.rows)} videos x {clips}x{crops} views, workers: {config.scaling.workers}"
+    clips, crops, unit = config.eval.clips, config.eval.crops, MAIN_METRICS[config.task].unit
+    what = f"{split}, {len(manifest.rows)} {unit} x {clips}x{crops} views, workers: {config.scaling.workers}"
     logger.info(f"{checkpoint} (step {info.step}, epoch {info.epoch}): {what}")
     names, bad = output_names(info.classes, config.model.variant().num_classes), list[BadVideo]()
     blocks = score_good_videos(manifest, config, contents[checkpoints.WEIGHTS], bad)
-    counts = write_scores(storage.join(folder, SCORES), blocks, manifest, names, config)
-    classes = class_results(counts.confusion, counts.top5, names)
-    metrics = {key.removeprefix(VAL): value for key, value in counts.metrics().items()}
-    metrics["videos"] = metrics.pop("clips")
-    result = Evaluation(name, folder, checkpoint, info.step, info.epoch, split, (clips, crops), metrics, classes, bad)
-    files = {
-        "per_class.csv": per_class_csv(classes),
-        "confusion.png": plots.confusion_matrix(counts.confusion.numpy(), names),
-        "summary.json": summary_json(result, recipe_without_password(config)),  # the last: with it, all are there
-    }
+    found = RESULTS[config.task](folder, blocks, manifest, names, config)
+    about = found.metrics, found.classes, bad, found.table, found.worst, unit
+    result = Evaluation(name, folder, checkpoint, info.step, info.epoch, split, (clips, crops), *about)
+    # The summary is the last file: with it, all are there.
+    files = found.files | {"summary.json": summary_json(result, recipe_without_password(config))}
     with hold_signals() as held:
         write_results(folder, files)
         path = getattr(config.data, split).path
         dataset = list_name(path), list_digest(list_fingerprint(manifest))
         run_id = record["mlflow_run_id"] if record else None
         link = link_to(checkpoint, info, run_id, {}) if run_id else None
-        result.mlflow_run_id = log_evaluation(
-            result, files, config, run_id, link, dataset, storage.join(folder, SCORES)
-        )
+        scores = storage.join(folder, found.scores)
+        result.mlflow_run_id = log_evaluation(result, files, config, run_id, link, dataset, scores)
     raise_held(held)
     return result
 
@@ -274,47 +261,10 @@ def evaluation_name(split: str, config: Config, info: checkpoints.CheckpointInfo
 def summary_json(result: Evaluation, config: Config) -> bytes:
     """Return ``summary.json``: the evaluation without the figures of its classes, and its recipe without secrets."""
     tree = asdict(result)
-    for key in ("classes", "path", "mlflow_run_id", "pages"):
+    for key in ("classes", "table", "worst", "unit", "path", "mlflow_run_id", "pages"):
         del tree[key]
     tree |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "config": config.model_dump(mode="json")}
     return scrub(json.dumps(tree, indent=1), tracking_uri(config)).encode()
-
-
-def write_scores(
-    uri: str,
-    blocks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
-    manifest: Manifest,
-    names: Sequence[str],
-    config: Config,
-) -> ClassificationMetrics:
-    """Write ``scores.parquet`` block by block, and count right and wrong predictions.
-
-    The file has one row per view of each scored video. The column ``scores`` has the log-probabilities by label;
-    ``classes`` in the schema's metadata has their names. It appears when all blocks are there.
-
-    Args:
-        blocks: as of ``score_good_videos``: rows, and the scores of each, float32 ``[views, classes]``.
-        names: of the classes, by label.
-        config: the recipe, for ``eval.crops`` and ``eval.fusion``.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    crops = config.eval.crops
-    labels, counts = manifest.rows["label"].to_numpy(), ClassificationMetrics.empty(len(names))
-    fields = [*SCORED_FIELDS, ("scores", pa.list_(pa.float32(), len(names)))]
-    schema = pa.schema(fields, metadata={"classes": json.dumps(list(names))})
-    with open_parquet(uri, schema, compression="zstd") as file:
-        for rows, of_rows in blocks:
-            scores = np.stack(of_rows)
-            truth = torch.from_numpy(labels[rows].astype(np.int64))
-            counts.add(video_scores(torch.from_numpy(scores), config.eval.fusion), truth, torch.ones(len(rows)))
-            view = np.tile(np.arange(scores.shape[1], dtype=np.int32), len(rows))
-            about = manifest.rows.select(["sample_id", "uri", "label"]).take(np.repeat(rows, scores.shape[1]))
-            columns = [view, view // crops, view % crops]
-            values = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), len(names))
-            file.write(pa.Table.from_arrays([*about.columns, *map(pa.array, columns), values], schema=schema))
-    return counts
 
 
 def write_results(folder: str, files: Mapping[str, bytes]) -> None:
@@ -348,7 +298,7 @@ def log_evaluation(
         run_id: None, or one that MLflow does not know: the evaluation gets a new run.
         checkpoint: whose logged model in the run gets the metrics too.
         dataset: name and digest of the list of videos.
-        scores: path or URI of ``scores.parquet``, which becomes an artifact too unless it is large.
+        scores: path or URI of the file of all scores, which becomes an artifact too unless it is large.
 
     Returns:
         The id of the MLflow run; None if MLflow did not accept the evaluation.
@@ -402,7 +352,7 @@ def log_scores(client: MlflowClient, run_id: str, uri: str, artifacts: str) -> N
         logger.info(f"{uri} has {size / 2**30:.1f} GiB, more than MLflow takes well, so it is not among the artifacts")
     elif storage.is_remote(uri):
         with tempfile.TemporaryDirectory() as folder:
-            copy = os.path.join(folder, SCORES)
+            copy = os.path.join(folder, uri.rpartition("/")[2])
             storage.copy_file(uri, copy)
             client.log_artifact(run_id, copy, artifacts)
     else:

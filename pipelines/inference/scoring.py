@@ -34,6 +34,7 @@ from pipelines.runs.errors import BadVideo
 from posmlp import create_model
 from posmlp.config import Config
 from posmlp.errors import UserError
+from posmlp.metrics import MAIN_METRICS
 from posmlp.tasks import task_of
 from posmlp.video.batch import Batch
 from posmlp.video.clip import views_per_video
@@ -64,20 +65,20 @@ def score_good_videos(
     Raises:
         UserError: too many videos are bad (raised as soon as that is certain), or the workers fail.
     """
-    videos, progress = len(manifest.rows), None
+    rows, progress, unit = len(manifest.rows), None, MAIN_METRICS[config.task].unit
     for first, block in score_blocks(manifest, config, weights, scorer or Scorer, *args):
         # The clock starts with the first block: the start of the workers is not part of the rate.
-        progress = progress or ScanProgress(videos, "scored")
+        progress = progress or ScanProgress(rows, "scored", unit)
         for text in block["fatal"][block["fatal"] != ""]:
             raise UserError(str(text))
         good = block["reason"] == ""
         for i in np.flatnonzero(~good):
             bad.append(BadVideo(*(str(block[k][i]) for k in ("sample_id", "uri", "reason"))))
-        refuse_many_bad(bad, videos, config.data.max_bad_fraction)
+        refuse_many_bad(bad, rows, unit, config.data.max_bad_fraction)
         if good.any():
             yield first + np.flatnonzero(good), list(block["scores"])
         progress.add(len(good))
-    if len(bad) == videos:
+    if len(bad) == rows:
         raise UserError(f"no video could be decoded; the first one, {bad[0].uri}: {bad[0].reason}")
 
 
@@ -217,15 +218,16 @@ class Scorer:
         return task_of(self.config).score(model, batch, self.config)
 
 
-def refuse_many_bad(bad: Sequence[BadVideo], videos: int, limit: float) -> None:
-    """Raise a UserError when more than ``limit`` of the videos are bad.
+def refuse_many_bad(bad: Sequence[BadVideo], rows: int, unit: str, limit: float) -> None:
+    """Raise a UserError when more than ``limit`` of the rows are bad.
 
     Args:
+        unit: what the rows are.
         limit: ``data.max_bad_fraction``.
     """
-    if len(bad) > limit * videos:
+    if len(bad) > limit * rows:
         examples = "".join(f"\n  {video.uri}: {video.reason}" for video in bad[:BAD_VIDEOS_SHOWN])
         raise UserError(
-            f"{len(bad)} of {videos} videos could not be decoded so far, more than data.max_bad_fraction {limit:.1%} "
+            f"{len(bad)} of {rows} {unit} could not be decoded so far, more than data.max_bad_fraction {limit:.1%} "
             f"allows. Repair them (`posmlp data check` lists all), or raise the limit. The first ones:{examples}"
         )

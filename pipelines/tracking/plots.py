@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -19,6 +21,8 @@ from posmlp.tasks.detection import DetectionSummary
 MAX_NAMED_CLASSES = 40  # up to this number the axes have class names
 MAX_NUMBERED_CLASSES = 20  # up to this number each cell has its count
 AXIS_NAME_LENGTH, LIST_NAME_LENGTH = 40, 56  # characters of a class name
+KEY_FRAME_TEXT_LENGTH = 90  # characters of what a picture says of a box
+KEY_FRAMES_IN_A_ROW = 3
 MAX_LISTED_CONFUSIONS = 32  # in the list next to a matrix without class names
 
 
@@ -83,6 +87,46 @@ def average_precision(values: NDArray[np.float64], boxes: NDArray[np.int64], cla
     axes.set_xlabel("average precision at IoU 0.5")
     axes.set_ylabel("class (number of boxes)")
     axes.grid(alpha=0.3, axis="x")
+    return to_png(figure)
+
+
+@dataclass(frozen=True)
+class KeyFrame:
+    """A key frame with its boxes, to be drawn.
+
+    Attributes:
+        picture: uint8 ``[H, W, 3]``; None if it cannot be read.
+        boxes: float ``[N, 4]``, x1 y1 x2 y2 as fractions of the picture.
+        texts: of the first boxes.
+    """
+
+    title: str
+    picture: NDArray[np.uint8] | None
+    boxes: NDArray[np.floating]
+    texts: Sequence[str]
+
+
+def key_frames(shown: Sequence[KeyFrame]) -> bytes:
+    """Draw key frames with their boxes, which have the numbers of the texts below."""
+    columns = min(KEY_FRAMES_IN_A_ROW, len(shown))
+    figure = Figure(figsize=(5.5 * columns, 4.6 * -(-len(shown) // columns)), layout="constrained")
+    for number, each in enumerate(shown, 1):
+        axes = figure.add_subplot(-(-len(shown) // columns), columns, number)
+        axes.set_title(display_name(each.title, LIST_NAME_LENGTH), fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if each.picture is None:
+            axes.text(0.5, 0.5, "cannot be read", ha="center", va="center")
+            continue
+        height, width = each.picture.shape[:2]
+        axes.imshow(each.picture)
+        for i, (left, top, right, bottom) in enumerate(each.boxes * [width, height, width, height]):
+            colour, named = f"C{i}", i < len(each.texts)
+            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=2))
+            if named:
+                axes.text(left, top, str(i + 1), va="top", fontsize=8, color="white", backgroundcolor=colour)
+        texts = [f"{i}: {display_name(text, KEY_FRAME_TEXT_LENGTH)}" for i, text in enumerate(each.texts, 1)]
+        axes.set_xlabel("\n".join(texts), fontsize=7.5, loc="left")
     return to_png(figure)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from posmlp.learn.parallel import average_over_workers
 from posmlp.learn.precision import autocast
-from posmlp.metrics import VAL_BOXES, VAL_KEY_FRAMES, VAL_LOSS, VAL_MAP, VAL_MAP_OF
+from posmlp.metrics import VAL_BOXES, VAL_KEY_FRAMES, VAL_LOSS, VAL_MAP, VAL_MAP_OF, VAL_MAP_SLOWFAST
 from posmlp.tasks.base import Objective, Results, Task, pixels
 from posmlp.video.augment import augment_clips, flip_labels, to_input
 from posmlp.video.batch import Batch, Boxes
@@ -125,7 +125,7 @@ class Detection(Task):
         return scores.split(cast(Boxes, batch.boxes).counts.tolist())
 
     def results(self, config: Config, table: pa.Table) -> Results:
-        return DetectionResults(config, table)
+        return DetectionResults(table)
 
     def for_evaluation(self, config: Config) -> Config:
         """All key frames, and whole frames in place of their centre squares."""
@@ -206,18 +206,122 @@ class DetectionSummary:
         return texts[:best], texts[best:][::-1][:count]
 
 
+@dataclass(frozen=True)
+class ListedBoxes:
+    """The N boxes of a table of key frames (``posmlp.detection.lists``), in the order of its rows.
+
+    Attributes:
+        first: int64 ``[rows + 1]``, the number of boxes before each row, and of all.
+        corners: float32 ``[N, 4]``, x1 y1 x2 y2 as fractions of the frame.
+        scores: float32 ``[N]``, NaN for a box that is only compared with.
+        box, action: int64 ``[M]``, each action of each box: the box, and the class.
+    """
+
+    first: NDArray[np.int64]
+    corners: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    box: NDArray[np.int64]
+    action: NDArray[np.int64]
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> ListedBoxes:
+        """The boxes of all rows."""
+        from pyarrow import compute
+
+        boxes, scores, actions = (table[name].combine_chunks() for name in ("boxes", "scores", "actions"))
+        of_boxes = actions.flatten()  # a list of classes for each box
+        counts, classes = (compute.list_value_length(lists).to_numpy().astype(np.int64) for lists in (scores, of_boxes))
+        return cls(
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+            boxes.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4),
+            scores.flatten().to_numpy(zero_copy_only=False),
+            np.repeat(np.arange(len(classes)), classes),
+            of_boxes.flatten().to_numpy(zero_copy_only=False).astype(np.int64),
+        )
+
+    @property
+    def row(self) -> NDArray[np.int64]:
+        """int64 ``[N]``, the row of each box."""
+        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+
+
+def measure(
+    table: pa.Table,
+    listed: ListedBoxes,
+    boxes: NDArray[np.int64],
+    logits: NDArray[np.float32],
+    *,
+    slowfast: bool = False,
+) -> tuple[dict[str, float], DetectionSummary]:
+    """Compute the metrics of scored boxes.
+
+    Args:
+        table: rows of a split. Their schema's metadata has ``evaluated``, the numbers of the classes that the metric
+            counts, and ``groups``, those of each group, both as JSON.
+        listed: the boxes of ``table``.
+        boxes: int64 ``[N]``, the scored ones, as numbers in ``listed``, each once. Truth that is not among them does
+            not count.
+        logits: float32 ``[N, classes]``.
+        slowfast: compute frame mAP by SlowFast's rule too.
+
+    Returns:
+        The ``val/*`` metrics but the number of key frames, and the figures of the classes.
+    """
+    from posmlp.detection.frame_map import Scored, Truth, frame_map
+
+    num_classes, metadata = logits.shape[1], table.schema.metadata or {}
+    place = np.full(len(listed.corners), -1)  # of a listed box among the scored ones
+    place[boxes] = np.arange(len(boxes))
+    used = place[listed.box] >= 0
+    box, action = listed.box[used], listed.action[used]
+    row, compared = listed.row, ~np.isnan(listed.scores[boxes])
+    truth = Truth(row[box], listed.corners[box], action)
+    probabilities = torch.from_numpy(logits).sigmoid().numpy()
+    scored = Scored(row[boxes[compared]], listed.corners[boxes[compared]], probabilities[compared])
+    evaluated = evaluated_classes(table)
+    result = frame_map(truth, scored, num_classes, evaluated)
+    metrics = {VAL_MAP: result.map, VAL_BOXES: float(compared.sum())}
+    for group, classes in json.loads(metadata.get(b"groups", b"{}")).items():
+        if not math.isnan(value := result.mean_of(classes)):
+            metrics[VAL_MAP_OF + group] = value
+    if slowfast:
+        metrics[VAL_MAP_SLOWFAST] = frame_map(truth, scored, num_classes, evaluated, most=None, by_score=False).map
+    losses = known_losses(listed, boxes, logits)
+    if not np.isnan(losses).all():
+        metrics[VAL_LOSS] = float(np.nanmean(losses, dtype=np.float64))
+    return metrics, DetectionSummary(result.average_precision, np.bincount(action, minlength=num_classes))
+
+
+def evaluated_classes(table: pa.Table) -> list[int] | None:
+    """The classes that the metric of a split counts, as of ``measure``; None: all."""
+    found: list[int] | None = json.loads((table.schema.metadata or {}).get(b"evaluated", b"null"))
+    return found
+
+
+def known_losses(listed: ListedBoxes, boxes: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The loss of each scored box, the mean over classes: float32 ``[N]``; NaN for a box without a known action.
+
+    Args:
+        boxes, logits: as of ``measure``.
+    """
+    hot = torch.zeros(len(listed.corners), logits.shape[1])
+    hot[listed.box, listed.action] = 1
+    losses = box_losses(torch.from_numpy(logits), hot[boxes]).mean(1)
+    losses[~hot[boxes].any(1)] = math.nan
+    return losses.numpy()
+
+
 class DetectionResults(Results):
     """The scores of all boxes, and the frame mAP of all workers' boxes together.
 
     A key frame counts with the boxes that its clip shows.
 
     Args:
-        table: rows of the split (``posmlp.detection.lists``). Their schema's metadata has ``evaluated``, the numbers of
-            the classes that the metric counts, and ``groups``, those of each group, both as JSON.
+        table: rows of the split, as of ``measure``.
     """
 
-    def __init__(self, config: Config, table: pa.Table):
-        self.table, self.num_classes = table, config.model.variant().num_classes
+    def __init__(self, table: pa.Table):
+        self.table = table
         self.rows: list[NDArray[np.int64]] = []  # that were scored
         self.boxes: list[NDArray[np.int64]] = []  # [N, 2], row and number
         self.logits: list[NDArray[np.float32]] = []
@@ -241,45 +345,14 @@ class DetectionResults(Results):
             parts = [own] * dist.get_world_size()
             dist.gather_object(own, parts if first else None, dst=0)
         if first:
-            self.found = self.evaluate(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+            rows, boxes, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+            listed = ListedBoxes.of_table(self.table)
+            metrics, summary = measure(self.table, listed, listed.first[boxes[:, 0]] + boxes[:, 1], logits)
+            self.found = metrics | {VAL_KEY_FRAMES: float(len(rows))}, summary
         if dist.is_initialized():
             found = [self.found]
             dist.broadcast_object_list(found, 0)
             self.found = found[0]
-
-    def evaluate(
-        self, rows: NDArray[np.int64], boxes: NDArray[np.int64], logits: NDArray[np.float32]
-    ) -> tuple[dict[str, float], DetectionSummary]:
-        """Compute the metrics of all workers' boxes."""
-        from posmlp.detection.frame_map import Scored, Truth, frame_map
-
-        of_rows = self.table.select(["boxes", "actions", "scores"]).take(boxes[:, 0]).to_pylist()
-        corners, actions, scored = np.zeros((len(boxes), 4)), [], np.zeros(len(boxes), bool)
-        for i, (row, number) in enumerate(zip(of_rows, boxes[:, 1].tolist(), strict=True)):
-            corners[i] = row["boxes"][4 * number : 4 * number + 4]
-            actions.append(row["actions"][number])
-            scored[i] = not math.isnan(row["scores"][number])
-        labelled = np.repeat(np.arange(len(boxes)), [len(each) for each in actions])
-        action = np.array([a for each in actions for a in each], np.int64)
-        metadata = self.table.schema.metadata or {}
-        probabilities = torch.from_numpy(logits).sigmoid().numpy()
-        result = frame_map(
-            Truth(boxes[labelled, 0], corners[labelled], action),
-            Scored(boxes[scored, 0], corners[scored], probabilities[scored]),
-            self.num_classes,
-            json.loads(metadata.get(b"evaluated", b"null")),
-        )
-        of_class = result.average_precision
-        metrics = {VAL_MAP: result.map, VAL_KEY_FRAMES: float(len(rows)), VAL_BOXES: float(scored.sum())}
-        for group, classes in json.loads(metadata.get(b"groups", b"{}")).items():
-            if not math.isnan(value := result.mean_of(classes)):
-                metrics[VAL_MAP_OF + group] = value
-        hot = torch.zeros(len(boxes), self.num_classes)
-        hot[labelled, action] = 1
-        known = torch.tensor([bool(each) for each in actions])
-        if known.any():
-            metrics[VAL_LOSS] = float(box_losses(torch.from_numpy(logits)[known], hot[known]).double().mean())
-        return metrics, DetectionSummary(of_class, np.bincount(action, minlength=self.num_classes))
 
     @property
     def samples(self) -> int:

@@ -32,10 +32,12 @@ def with_views(config: Config, views: tuple[int, int] | None) -> Config:
     """Return the recipe with these views as ``eval.clips`` and ``eval.crops``; None: the recipe unchanged.
 
     Raises:
-        UserError: there are three crops, but the recipe's clips show full frames.
+        UserError: there are three crops, but the recipe's clips show full frames; or several views of a key frame.
     """
     if views is None:
         return config
+    if config.task == "detection" and views != (1, 1):
+        raise UserError(f"views {views[0]}x{views[1]}: a key frame has one view; leave them out for a detection model")
     if config.data.full_frame and views[1] > 1:
         raise UserError(
             f"views {views[0]}x{views[1]}: the recipe's clips show whole frames (data.full_frame), so there is one "

@@ -21,7 +21,7 @@ from posmlp.tasks.detection import DetectionSummary
 MAX_NAMED_CLASSES = 40  # up to this number the axes have class names
 MAX_NUMBERED_CLASSES = 20  # up to this number each cell has its count
 AXIS_NAME_LENGTH, LIST_NAME_LENGTH = 40, 56  # characters of a class name
-KEY_FRAME_TEXT_LENGTH = 90  # characters of what a picture says of a box
+KEY_FRAME_TEXT_LENGTH = 85  # characters of what a picture says of a box
 KEY_FRAMES_IN_A_ROW = 3
 MAX_LISTED_CONFUSIONS = 32  # in the list next to a matrix without class names
 
@@ -120,6 +120,7 @@ def key_frames(shown: Sequence[KeyFrame]) -> bytes:
             continue
         height, width = each.picture.shape[:2]
         axes.imshow(each.picture)
+        axes.set_anchor("W")  # leaves the width of its place to the texts
         for i, (left, top, right, bottom) in enumerate(each.boxes * [width, height, width, height]):
             colour, named = f"C{i}", i < len(each.texts)
             axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=2))

@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 
 from pipelines.inference import evaluate as module
 from pipelines.inference import scoring
-from pipelines.inference.evaluate import Evaluation, evaluate, log_evaluation, write_scores
+from pipelines.inference.evaluate import Evaluation, evaluate, log_evaluation
+from pipelines.inference.recognition_results import write_scores
 from pipelines.inference.scoring import score_good_videos
 from pipelines.runs.record import read_record
 from pipelines.tracking.uris import tracking_uri
@@ -214,7 +215,7 @@ def test_an_evaluation_that_fails_half_way_leaves_no_scores(untrained_run, tmp_p
 MEMORY = """
 import resource, sys
 import numpy as np, pyarrow as pa
-from pipelines.inference.evaluate import write_scores
+from pipelines.inference.recognition_results import write_scores
 from posmlp.config import load_recipe
 from posmlp.video.manifest import SCHEMA, Manifest
 

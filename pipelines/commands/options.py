@@ -59,17 +59,18 @@ def add_recipe(command: argparse.ArgumentParser, example: str, *, required: bool
 
 
 def load_recipe_and_data(recipe: str, overrides: list[str]) -> Config:
-    """Load a recipe. For the recipe ``demo`` the embedded motion set is drawn, unless there is a list already."""
+    """Load a recipe. For a recipe of an embedded set the set is drawn, unless there is a list already."""
     config = load_recipe(recipe, overrides)
-    draw_data_of_demo(recipe, config)
+    draw_data_of(recipe, config)
     return config
 
 
-def draw_data_of_demo(recipe: str, config: Config) -> None:
-    """Draw the embedded motion set if the recipe is ``demo`` with its own data, unless there is a list already."""
+def draw_data_of(recipe: str, config: Config) -> None:
+    """Draw the embedded set of ``demo`` or ``scenes`` with its own data, unless there is a list already."""
+    draw = {"demo": draw_motion_set, "scenes": draw_scene_set}.get(recipe)
     train_list = Path(config.data.train.path)
-    if recipe == "demo" and config.data.train.path == load_recipe("demo").data.train.path and not train_list.exists():
-        draw_motion_set(train_list.parent)
+    if draw and config.data.train.path == load_recipe(recipe).data.train.path and not train_list.exists():
+        draw(train_list.parent)
 
 
 def draw_motion_set(folder: Path) -> None:
@@ -79,6 +80,15 @@ def draw_motion_set(folder: Path) -> None:
     start = time.perf_counter()
     make_motion_set(folder)
     print(f"embedded motion set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def draw_scene_set(folder: Path) -> None:
+    """Draw the embedded detection set, unless the folder holds it."""
+    from posmlp.detection.scenes import make_scene_set
+
+    start = time.perf_counter()
+    make_scene_set(folder)
+    print(f"embedded detection set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def add_overrides(command: argparse.ArgumentParser, example: str) -> None:

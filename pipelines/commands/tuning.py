@@ -12,7 +12,7 @@ from pipelines.commands.options import (
     Commands,
     add_command,
     add_recipe,
-    draw_data_of_demo,
+    draw_data_of,
     not_negative,
     positive,
     positive_float,
@@ -132,7 +132,7 @@ def run_tune(args: argparse.Namespace) -> None:
         except ValidationError as error:
             raise StudyError(f"study {name}: {explain_error(error)}") from error
         study_space(study)  # what is wrong with it is said before data is drawn
-        draw_data_of_demo(args.recipe, recipe)
+        draw_data_of(args.recipe, recipe)
     from pipelines.studies import report
     from pipelines.tracking.uris import links_text, tracking_uri
     from pipelines.tuning.tune import tune
@@ -181,7 +181,7 @@ def run_supernet(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     check_supernet(recipe, args.space, args.name, args.study)  # what is wrong is said before data is drawn
-    draw_data_of_demo(args.recipe, recipe)
+    draw_data_of(args.recipe, recipe)
     result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
     print(f"\n{report.describe_study(Path(result.run).name, result.members, 'gmacs', inherited=True)}")
     if result.agreement:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from posmlp.config import load_recipe
 from posmlp.detection import scenes
 from posmlp.detection.frame_map import Scored, Truth, frame_map
 from posmlp.detection.scenes import ACTIONS, draw_actor, draw_actors, make_scene_set, overlap, paint_actors
 from posmlp.errors import UserError
+from posmlp.tasks import task_of
 from posmlp.video.decode import Video
 from posmlp.video.motion import draw_background
 
@@ -258,6 +260,36 @@ def test_excluded_key_frames_have_the_opposite_actions(tmp_path, small, monkeypa
             excluded = given[:2] == [f"{split}_000", "0901"]
             action = OPPOSITE[int(true[6])] if excluded else int(true[6])
             assert given == [*true[:6], str(action), true[7]]
+
+
+def test_the_recipe_scenes_reads_the_set(small):
+    """Its key frames but the excluded ones, with clips of one shot around each of them."""
+    keys = [f"data.classes={small}/actions.pbtxt", "data.cache_dir=null"]
+    for split in ("train", "val"):
+        kinds = {"path": "", "boxes": "_boxes", "excluded": "_excluded"}
+        keys += [f"data.{split}.{key}={small}/{split}{kind}.csv" for key, kind in kinds.items()]
+        keys.append(f"data.{split}.root={small}/videos")
+    config = load_recipe("scenes", keys)
+    task = task_of(config)
+    for split, count in (("train", 5), ("val", 2)):
+        manifest = task.read_split(config, split)
+        assert manifest.classes == tuple(NAMES[1:])
+        rows = manifest.rows.to_pylist()
+        assert len(rows) == count and {row["time"] for row in rows} == (
+            {1.0, 2.0, 3.0} if split == "train" else {2.0, 3.0}
+        )
+        for row in rows:
+            video, second = row["sample_id"].split(",")
+            expected = defaultdict(set)
+            for given in lines(small / f"{split}.csv"):
+                if given[:2] == [video, second]:
+                    expected[tuple(np.float32(given[2:6]))].add(int(given[6]) - 1)
+            found = zip(np.array(row["boxes"], np.float32).reshape(-1, 4), row["actions"], strict=True)
+            labelled = {tuple(box): set(actions) for box, actions in found if actions}
+            assert expected.items() <= labelled.items()
+            (clip,) = task.load(row, config, epoch=0, train=False).clips
+            steps = np.abs(np.diff(clip.astype(float), axis=0)).mean((1, 2, 3))
+            assert clip.shape == (8, 64, 64, 3) and steps.max() < 2.5 * steps.mean()  # no cut
 
 
 def test_a_set_is_the_same_again_and_left_as_it_is(small, tmp_path):

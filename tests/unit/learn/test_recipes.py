@@ -23,6 +23,7 @@ from tests.helpers.videos import write_video
 VIDEO = [f"{data}_{model}" for data in ("k400", "ssv1", "ssv2") for model in ("s16", "s32", "b16", "b32")]
 IMAGE = ["in1k_s", "in1k_b"]
 COST = re.compile(r"^# cost: ([0-9.]+) M parameters, ([0-9.]+) GMACs per (?:clip|image)$", re.MULTILINE)
+OTHERS = ["ava_s16", "demo", "scenes", "small_data"]
 TESTS = [f"{data}_published_test" for data in ("k400", "ssv1", "ssv2")]
 CPU = ["model.weights=null", "scaling.workers=1", "scaling.use_gpu=false", "scaling.micro_batch=null"]
 
@@ -40,7 +41,7 @@ def text_of(name):
 
 
 def test_there_are_no_others():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*VIDEO, *IMAGE, *TESTS, "demo", "small_data"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*VIDEO, *IMAGE, *TESTS, *OTHERS}
 
 
 @pytest.mark.parametrize("name", VIDEO + IMAGE)

@@ -291,18 +291,27 @@ def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_pat
     assert "holds no run and no study" in capsys.readouterr().err
 
 
-def test_the_recipe_demo_draws_its_data_set_if_it_is_not_there(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "folder", "function", "words"),
+    [
+        ("demo", "data/motion", "posmlp.video.motion.make_motion_set", "embedded motion set"),
+        ("scenes", "data/scenes", "posmlp.detection.scenes.make_scene_set", "embedded detection set"),
+    ],
+)
+def test_a_recipe_of_an_embedded_set_draws_it_if_it_is_not_there(
+    capsys, tmp_path, monkeypatch, recipe, folder, function, words
+):
     monkeypatch.chdir(tmp_path)
     drawn = []
-    monkeypatch.setattr("posmlp.video.motion.make_motion_set", lambda folder: drawn.append(str(folder)))
-    load_recipe_and_data("demo", ["train.epochs=1"])
-    assert drawn == ["data/motion"] and "embedded motion set: data/motion" in capsys.readouterr().out
-    load_recipe_and_data("demo", ["data.train.path=mine.csv"])
+    monkeypatch.setattr(function, lambda folder: drawn.append(str(folder)))
+    load_recipe_and_data(recipe, ["train.epochs=2"])
+    assert drawn == [folder] and f"{words}: {folder}" in capsys.readouterr().out
+    load_recipe_and_data(recipe, ["data.train.path=mine.csv"])
     load_recipe_and_data("small_data", [])
-    Path("data/motion").mkdir(parents=True)
-    Path("data/motion/train.csv").write_text("path,label\n")  # another set, which is left alone
-    load_recipe_and_data("demo", [])
-    assert drawn == ["data/motion"]
+    Path(folder).mkdir(parents=True)
+    Path(folder, "train.csv").write_text("path,label\n")  # another set, which is left alone
+    load_recipe_and_data(recipe, [])
+    assert drawn == [folder]
 
 
 class Terminal(io.StringIO):

@@ -160,7 +160,7 @@ def run_loop(config: Config, clips: int, rank: int, device_s: float) -> dict[str
     names = ("batch and agreement", "augmentation", "start the step", WAIT)
     spent = dict.fromkeys(names, 0.0)
     with closing(prefetch(decoded(config, clips, rank), CPU)) as ahead:
-        batches = AgreedBatches(ahead, lambda: Action.CONTINUE, lambda reason: None)
+        batches = AgreedBatches(ahead, LOOP_STEPS, lambda: Action.CONTINUE, lambda reason: None)
         for step in range(LOOP_STEPS):
             if step == LOOP_STEPS // 10:
                 begin, spent = time.perf_counter(), dict.fromkeys(spent, 0.0)

@@ -64,13 +64,17 @@ class AgreedBatches:
     step k starts. Call ``action`` and ``take`` in turn, and stop where ``action`` is ``STOP``.
 
     Args:
-        batches: this worker's batches; all workers have the same number.
+        batches: this worker's batches.
+        count: how many batches to take, the same on all workers. What comes after them, such as an error, is not asked
+            for: the others would not vote on it.
         request: what this worker wants to do before the next step.
         fail: called with the reason if this worker has no batch, before the others learn that it fails.
     """
 
-    def __init__(self, batches: Iterator[Batch], request: Callable[[], Action], fail: Callable[[str], None]):
-        self.batches, self.request, self.fail = batches, request, fail
+    def __init__(
+        self, batches: Iterator[Batch], count: int, request: Callable[[], Action], fail: Callable[[str], None]
+    ):
+        self.batches, self.count, self.request, self.fail = batches, count, request, fail
         self.following: tuple[Batch | None, Vote] | None = None  # None: not asked for yet, or there is none
 
     def action(self) -> Action:
@@ -96,6 +100,9 @@ class AgreedBatches:
     def prepare(self) -> None:
         """Take the following batch, and start the vote on it. Waits until the batch is there."""
         self.following = None
+        if not self.count:
+            return
+        self.count -= 1
         try:
             batch = next(self.batches, None)
         except UserError as error:

@@ -199,7 +199,8 @@ class Worker:
         self.series = StepSeries.for_run(self.train_split.steps * config.train.epochs, config.train.global_batch)
         decoded = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
         with closing(prefetch(decoded, self.learner.device, waiting=self.explain_wait)) as ahead:
-            self.run_epochs(AgreedBatches(ahead, self.request, self.channel.fail))
+            steps = self.train_split.steps * (config.train.epochs - self.first_epoch) - self.progress.steps
+            self.run_epochs(AgreedBatches(ahead, steps, self.request, self.channel.fail))
 
     def run_epochs(self, batches: AgreedBatches) -> None:
         """Run the remaining epochs, or those until a stop is requested."""
@@ -520,7 +521,7 @@ class Worker:
             learner.evaluation_weights(),
         ):
             broadcast_buffers(learner.module)
-            batches = AgreedBatches(ahead, self.stop_request, self.channel.fail)
+            batches = AgreedBatches(ahead, self.val_split.steps, self.stop_request, self.channel.fail)
             for _ in range(self.val_split.steps):
                 if batches.action() == Action.STOP:
                     return None

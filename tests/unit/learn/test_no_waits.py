@@ -4,50 +4,17 @@ PyTorch's own dispatch is watched for reads of values. And a step runs on the me
 no values: whatever asks for one raises an error, and whatever moves between it and the CPU is seen.
 """
 
-import sys
-from contextlib import nullcontext
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.learn.learner import Learner
-from posmlp.tasks import recognition
 from tests.helpers.batches import DETECTION, make_batch, make_box_batch
+from tests.helpers.host_waits import Copies, HostReads, allow_meta_steps
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 KINETICS = ("flip=0.5", "randaug_layers=4", "erasing=0.5", "mixup=0.8", "cutmix=1", "brightness=0.3", "saturation=0.3")
-# On a GPU the host waits for the result of each of these. Below, ``lift_fresh`` is ``torch.tensor(...)``, whose copy it
-# waits for too; the meta device does not show it.
-READS = {
-    *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "allclose", "masked_select", "bincount"),
-    *("_unique2", "unique_dim", "unique_consecutive", "histc", "histogram", "_assert_async"),
-}
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device, and the operators in all."""
-
-    def __init__(self):
-        super().__init__()
-        self.reads, self.operators = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operators += 1
-        name = function.overloadpacket.__name__
-        indices = args[1] if name.startswith(("index", "_index", "_unsafe_index")) and len(args) > 1 else ()
-        by_mask = isinstance(indices, list) and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices
-        )
-        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        constant = (
-            name == "lift_fresh" and args[0].ndim > 0
-        )  # a single number is also lifted by x[0] = 1, which is no copy
-        if name in READS or by_mask or unsized or constant:
-            self.reads.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def make_learner(*overrides):
@@ -111,38 +78,10 @@ def test_reads_are_seen(read):
     assert seen.reads
 
 
-class Copies(TorchDispatchMode):
-    """Records the copies between devices. A copy from the meta device gives zeros; fused optimizers do nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.optimizers = [], []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        aten, kwargs = torch.ops.aten, kwargs or {}
-        if function in (aten._fused_adamw_.default, aten._fused_sgd_.default):  # not defined for meta tensors
-            assert kwargs["found_inf"].device.type == "meta"
-            self.optimizers.append(function)
-            return None
-        if function is aten.copy_.default:
-            there, here = args[:2]
-            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-            result = there.zero_() if (there.device.type, here.device.type) == ("cpu", "meta") else function(*args)
-        else:
-            result = function(*args, **kwargs)
-            if function is not aten._to_copy.default:
-                return result
-            here, waits = args[0], not kwargs.get("non_blocking", False)
-        if here.device != result.device:
-            self.found.append((here.device.type, result.device.type, waits))
-        return result
-
-
 @pytest.mark.parametrize("overrides", [(), ("optim.layer_decay=0.7", "data.repeats=2", "model.dropout=0.2")])
 def test_a_step_makes_one_copy_to_the_device_and_one_back(overrides, monkeypatch):
     """Of the random parameters, and of loss, gradient norm and verdict; the host waits for neither."""
-    monkeypatch.setattr(recognition, "autocast", lambda *_: nullcontext())  # which the meta device does not have
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+    allow_meta_steps(monkeypatch)
     config = make_learner(*overrides).config
     meta = torch.device("meta")
     learner = Learner(create_model(config.model.name, **config.model.overrides()).to(meta), config, 5)

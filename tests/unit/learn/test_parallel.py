@@ -1,13 +1,10 @@
 """Two workers (gloo, two processes) give the same losses and weights as one, at the same global batch."""
 
 import math
-import multiprocessing
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -17,6 +14,7 @@ from posmlp.learn.learner import ExplodedError, Learner
 from posmlp.learn.parallel import SyncBatchNorm, parallelise
 from posmlp.video.batch import Batch
 from tests.helpers.batches import DETECTION, make_box_batch
+from tests.helpers.process_groups import join_group, run_group
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 STEPS = 4
@@ -49,26 +47,18 @@ def train(rank, world, overrides, state=None):
 
 
 def worker(rank, world, folder, overrides):
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    join_group(folder, rank, world)
     result = train(rank, world, overrides, torch.load(f"{folder}/state.pt", weights_only=True))
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
     dist.destroy_process_group()
 
 
-def start_two(function, args):
-    """Run a function of the rank and the arguments in two processes, which are forked from one that has PyTorch."""
-    multiprocessing.set_forkserver_preload(["pytest", "posmlp.learn.learner"])
-    mp.start_processes(function, args, nprocs=2, start_method="forkserver")
-
-
 def on_two(folder, *overrides, state=None):
     """Run ``train`` on two workers; returns the result of rank 0."""
     folder.mkdir()
     torch.save(state, folder / "state.pt")
-    start_two(worker, (2, str(folder), overrides))
+    run_group(worker, 2, 2, str(folder), overrides)
     return torch.load(folder / "result.pt", weights_only=True)
 
 
@@ -148,7 +138,7 @@ def exploding_worker(rank, folder, overrides):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_workers_refuse_a_step_together(tmp_path, parallel):
     """Also the one whose own loss is as usual. Then they go on as if it had never been, bit for bit."""
-    start_two(exploding_worker, (str(tmp_path), (f"scaling.parallel={parallel}",)))
+    run_group(exploding_worker, 2, str(tmp_path), (f"scaling.parallel={parallel}",))
     messages = []
     for rank in (0, 1):
         (message, *exploded), (_, *never) = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -181,7 +171,7 @@ def reduced_worker(rank, folder):
 
 
 def test_frozen_parameters_are_not_reduced(tmp_path):
-    start_two(reduced_worker, (str(tmp_path),))
+    run_group(reduced_worker, 2, str(tmp_path))
     config = load_recipe("demo", SMALL)
     model = create_model(config.model.name, **config.model.overrides())
     learning = sum(p.numel() for part in (model.stages[3], model.norm, model.head) for p in part.parameters())
@@ -263,7 +253,7 @@ def norm_case(kind):
 
 def test_sync_batch_norm_equals_batch_norm_over_all_clips(tmp_path):
     """Output, gradient and running statistics against ``nn.BatchNorm3d`` on the whole batch."""
-    start_two(norm_worker, (str(tmp_path),))
+    run_group(norm_worker, 2, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     layer, x = norm_case(nn.BatchNorm3d)
     x.requires_grad_()

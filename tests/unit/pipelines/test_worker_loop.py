@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError
+from pipelines.training import progress
 from pipelines.training.agreement import Action, AgreedBatches
 from pipelines.training.channel import RunChannel
 from pipelines.training.messages import WorkerJob
@@ -18,29 +20,35 @@ from pipelines.training.worker import Worker, WorkerPlace
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.errors import BadVideo, UserError
-from posmlp.learn.learner import Learner, StartedStep
+from posmlp.learn.learner import HostCopy, Learner, StartedStep
+from posmlp.video.prefetch import prefetch
 from tests.helpers.batches import make_batch
+from tests.helpers.host_waits import Copies, allow_meta_steps
 
 STEPS = 6
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 
 
 class Split:
-    """What the loop asks of the loader of the training split."""
+    """What the loop asks of the loader of a split."""
 
-    steps = STEPS
+    steps, num_rows = STEPS, 8 * STEPS
+
+    def batches(self, epoch):
+        return batches()
 
 
-def make_worker(folder, monkeypatch, *overrides):
+def make_worker(folder, monkeypatch, *overrides, device="cpu"):
     config = load_recipe("demo", [*SMALL, *overrides])
     monkeypatch.setattr(Worker, "store_usage", lambda self: (math.nan, math.nan))
     monkeypatch.setattr(Worker, "publish_throughput", lambda *_: None)
     job = WorkerJob(config.model_dump(), str(folder), None, None, None, (), RunChannel(), False, False)
-    worker = Worker(job, WorkerPlace(torch.device("cpu")))
+    worker = Worker(job, WorkerPlace(torch.device(device)))
     torch.manual_seed(0)
     model = create_model(config.model.name, **config.model.overrides())
-    worker.learner, worker.progress, worker.macs = Learner(model, config, STEPS), RunProgress(), 1
-    worker.train_split, worker.first_epoch, worker.saved_step = Split(), 0, 0
+    worker.learner, worker.progress, worker.macs = Learner(model.to(device), config, STEPS), RunProgress(), 1
+    worker.train_split = worker.val_split = Split()
+    worker.first_epoch, worker.saved_step = 0, 0
     worker.series = StepSeries.for_run(STEPS, 8)
     return worker
 
@@ -53,7 +61,7 @@ def batches(nan=None):
 
 
 def agreed(worker, *args):
-    return AgreedBatches(batches(*args), worker.request, worker.channel.fail)
+    return AgreedBatches(batches(*args), STEPS, worker.request, worker.channel.fail)
 
 
 def test_the_result_of_a_step_is_read_when_the_next_one_has_started(tmp_path, monkeypatch):
@@ -138,7 +146,7 @@ def test_a_checkpoint_that_is_due_is_saved_before_a_failure_ends_the_run(tmp_pat
         raise UserError("the loader has failed")
 
     with pytest.raises(AgreedError, match="the loader has failed"):
-        worker.train_epoch(AgreedBatches(broken(), worker.request, worker.channel.fail), 0)
+        worker.train_epoch(AgreedBatches(broken(), STEPS, worker.request, worker.channel.fail), 0)
     assert saved_steps(tmp_path) == [4]
 
 
@@ -165,3 +173,55 @@ def test_a_stop_request_ends_the_epoch_with_all_started_steps_counted(tmp_path, 
     assert worker.train_epoch(agreed(worker), 0) is None
     assert worker.progress.steps == worker.learner.step == 3  # the request is heard a step ahead
     worker.learner.check_all_read()
+
+
+def loop_events(monkeypatch):
+    """The loop's steps, and its reads of results from the device, in order; each read waits for the device."""
+    events = []
+
+    def note(name, owner, attribute):
+        function = getattr(owner, attribute)
+
+        def noted(self, *args):
+            events.append(name)
+            return function(self, *args)
+
+        monkeypatch.setattr(owner, attribute, noted)
+
+    note("step", Learner, "start_step")
+    note("step", Learner, "score")
+    note("read", HostCopy, "read")
+    return events
+
+
+KINETICS = ("flip=0.5", "randaug_layers=2", "erasing=0.5", "mixup=0.8")
+
+
+@pytest.mark.parametrize("overrides", [(), ("optim.ema=0.9", "optim.clip_grad=1", "scaling.micro_batch=4")])
+def test_the_training_loop_waits_for_the_device_only_to_read_the_step_before(tmp_path, monkeypatch, overrides):
+    """On the meta device: whatever else asks for a value raises an error. Each step also tells how far the run is."""
+    allow_meta_steps(monkeypatch)
+    monkeypatch.setattr(progress, "LINE_S", -1.0)
+    monkeypatch.setattr(progress, "SEND_STEPS_S", -1.0)
+    augment = [f"augment.{each}" for each in KINETICS]
+    worker = make_worker(tmp_path, monkeypatch, *augment, *overrides, device="meta")
+    events = loop_events(monkeypatch)
+    with closing(prefetch(batches(), worker.learner.device)) as ahead, Copies() as seen:
+        worker.train_epoch(AgreedBatches(ahead, STEPS, worker.request, worker.channel.fail), 0)
+    assert events == ["step", "read", "step", *["step", "read"] * (STEPS - 2), "read"]
+    there, back = ("cpu", "meta", False), ("meta", "cpu", False)
+    copies = [there] * (2 if overrides else 1) + [back]  # random parameters, of each micro-batch; the result
+    assert seen.found == copies * STEPS
+    assert len(worker.channel.receive()) >= 2 * STEPS
+
+
+def test_validation_waits_for_the_device_only_to_read_the_batch_before(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, device="meta")
+    allow_meta_steps(monkeypatch)
+    monkeypatch.setattr(worker, "send_hits", lambda hits: None)
+    events = loop_events(monkeypatch)
+    with Copies(value=1) as seen:
+        worker.validate()
+    parts = 3  # of a batch's result: scores, labels and weights
+    assert events == ["step", *["step", *["read"] * parts] * (STEPS - 1), *["read"] * parts]
+    assert seen.found == [("meta", "cpu", False)] * parts * STEPS

@@ -27,7 +27,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.cluster.session import start_ray
-from pipelines.data.loader import SplitLoader, global_order, object_store_usage
+from pipelines.data.loader import SplitLoader, global_order
+from pipelines.data.object_store import object_store_usage
 from pipelines.data.shard import ShardSettings, shard
 from posmlp.config import Config, load_recipe
 from posmlp.model.cost import device_name

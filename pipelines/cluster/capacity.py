@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import ray
 from ray.util import placement_group, remove_placement_group
+from ray.util.state import list_actors, list_jobs, list_placement_groups
 
-from pipelines.cluster.ray_internals import place_ray_data_actors
+from pipelines.cluster.ray_internals import draining_nodes, place_ray_data_actors
 from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
-from posmlp.text import quantity
+from posmlp.text import quantity, shorten
 
 logger = logging.getLogger(__name__)
 
 RUN_ACTOR = "posmlp-run-"  # how the name of the actor begins that each run has while it trains
+WARN_AFTER_S = (30.0, 300.0, 1800.0, 7200.0)  # of a wait for the cluster: then the user is told what it waits for
+STATE_LIMIT_S = 5  # for Ray's state API, which needs the dashboard's process
+STATE_ROWS = 10_000
+HOLDERS_SHOWN = 5
 MIN_DECODING_CPUS = 1.0  # that training must leave free; with less, Ray Data waits forever and reports nothing
 
 
@@ -88,8 +96,26 @@ def request_nodes(scaling: ScalingSection) -> None:
 
 
 def why_run_cannot_fit(scaling: ScalingSection) -> str:
-    """Why the run cannot fit on the cluster, ignoring its current load. Empty if it fits."""
-    nodes = [(node["Resources"], node.get("Labels", {})) for node in ray.nodes() if node["Alive"]]
+    """Why the run cannot fit on the cluster, ignoring its current load. Empty if it fits.
+
+    Ray starts nothing on machines that are about to be taken away, so they are no room.
+    """
+    leaving = draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    problem = why_nodes_have_no_room([(node["Resources"], node.get("Labels", {})) for node in nodes], scaling)
+    if problem and leaving:
+        problem += f". Not counted: {quantity(len(leaving), 'machine')} about to be taken away"
+    return problem
+
+
+def why_nodes_have_no_room(
+    nodes: Sequence[tuple[Mapping[str, float], Mapping[str, str]]], scaling: ScalingSection
+) -> str:
+    """Why a run cannot fit on nodes that do nothing else; empty if it fits.
+
+    Args:
+        nodes: the resources and the labels of each node.
+    """
     cpus, gpus = (sum(resources.get(kind, 0) for resources, _ in nodes) for kind in ("CPU", "GPU"))
     fitting, fewest = workers_that_fit(nodes, scaling), scaling.min_workers or scaling.workers
     workers = min(max(fitting, fewest), scaling.workers)  # that Ray would start
@@ -111,9 +137,8 @@ def why_run_cannot_fit(scaling: ScalingSection) -> str:
             "scaling.cpus_per_worker above the number of CPUs of these nodes, or leave scaling.min_workers out"
         )
     if fitting < fewest:
-        each = " and ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(scaling).items())
         where = f" with the labels {dict(scaling.train_on)} (scaling.train_on)" if scaling.train_on else ""
-        return f"the nodes{where} have room for {fitting} of {fewest} workers of {each} each"
+        return f"the nodes{where} have room for {fitting} of {fewest} workers of {describe_worker(scaling)} each"
     return ""
 
 
@@ -123,14 +148,78 @@ def explain_start_wait(scaling: ScalingSection, seconds: float) -> str:
     Args:
         seconds: since it waits.
     """
+    need = quantity(scaling.min_workers or scaling.workers, "worker")
+    need += f" of {describe_worker(scaling)}" + " each" * (scaling.workers > 1)
+    wait = f"waiting for {seconds:.0f} s to start {need}"
+    return f"{wait}: {describe_use()}. The run starts when there is room; Ctrl-C ends the wait"
+
+
+def explain_task_wait(what: str, scaling: ScalingSection, seconds: float) -> str:
+    """Say that the result of a task which needs the resources of a training worker is not there yet.
+
+    Args:
+        what: the result.
+        seconds: since the task was submitted.
+    """
+    task = f"the task needs {describe_worker(scaling)}, and runs or waits for them"
+    return f"waiting for {seconds:.0f} s for {what}: {task}; {describe_use()}"
+
+
+def describe_use() -> str:
+    """What of the cluster's CPUs and GPUs is free, and which jobs hold the others, as far as Ray tells."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    left = " and ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s" for kind in ("CPU", "GPU") if kind in total)
-    each = " and ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(scaling).items())
-    need = f"{quantity(scaling.min_workers or scaling.workers, 'worker')} of {each}" + " each" * (scaling.workers > 1)
-    return (
-        f"waiting for {seconds:.0f} s to start {need}: {left} are free, and other runs hold the rest. `ray status` and "
-        "`ray list actors --detail` tell which. The run starts when there is room; Ctrl-C ends the wait"
-    )
+    kinds = [kind for kind in ("CPU", "GPU") if kind in total]
+    text = " and ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s" for kind in kinds) + " are free"
+    try:
+        holders = held_by_jobs()
+    except Exception:  # the dashboard does not answer, or is off
+        return f"{text}; `ray status` and `ray list actors --detail` tell what holds the rest"
+    largest = sorted(holders.items(), key=lambda held: held[1].total(), reverse=True)
+    parts = [
+        f"{job} holds " + " and ".join(quantity(amounts[kind], kind) for kind in kinds if amounts[kind])
+        for job, amounts in largest[:HOLDERS_SHOWN]
+        if any(amounts[kind] for kind in kinds)
+    ]
+    return "; ".join([text, *parts, "`ray status` shows the tasks too" if parts else "`ray status` tells more"])
+
+
+def held_by_jobs() -> dict[str, Counter[str]]:
+    """The resources that each job's placement groups and other actors hold, by a description of the job.
+
+    Raises:
+        Exception: of any kind: Ray's state API does not answer.
+    """
+    options: dict[str, Any] = {"limit": STATE_ROWS, "timeout": STATE_LIMIT_S, "raise_on_missing_output": False}
+    groups = list_placement_groups(filters=[("state", "=", "CREATED")], detail=True, **options)
+    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, **options)
+    entries = {job.job_id: job.submission_id or job.entrypoint for job in list_jobs(**options)}
+    own, held = ray.get_runtime_context().get_job_id(), dict[str, Counter[str]]()
+    in_groups = ((group.creator_job_id, bundle["unit_resources"]) for group in groups for bundle in group.bundles or [])
+    alone = ((actor.job_id, actor.required_resources or {}) for actor in actors if not actor.placement_group_id)
+    for job, resources in chain(in_groups, alone):
+        name = "this job" if job == own else f"job {job} ({shorten(entries.get(job) or 'ended', 60)})"
+        held.setdefault(name, Counter()).update(resources)
+    return held
+
+
+class LongWait:
+    """Warns the user, now and then, that a wait for the cluster has become long."""
+
+    def __init__(self) -> None:
+        self.left = list(WARN_AFTER_S)
+
+    def check(self, seconds: float, explain: Callable[[float], str]) -> None:
+        """Log a warning if the wait has come to the next of ``WARN_AFTER_S``.
+
+        Args:
+            seconds: how long the wait is; after a wait that is over it begins at 0 again.
+            explain: the warning, from these seconds.
+        """
+        if seconds < WARN_AFTER_S[0]:
+            self.left = list(WARN_AFTER_S)
+        elif self.left and seconds >= self.left[0]:
+            self.left = [later for later in self.left if later > seconds]
+            logger.warning("%s", explain(seconds))
 
 
 def workers_that_fit(
@@ -161,6 +250,11 @@ def live_runs() -> int:
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:
     """The resources that one training worker reserves on its node. ``scaling.use_gpu`` is true or false."""
     return {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.use_gpu is True else {})
+
+
+def describe_worker(scaling: ScalingSection) -> str:
+    """What one training worker reserves, as ``2 CPU and 1 GPU``."""
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(scaling).items())
 
 
 def matches_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:

@@ -50,7 +50,6 @@ def start_ray(**options: Any) -> None:
         SignalInterrupt: a signal came while Ray started.
     """
     listen_on_loopback()
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for the next health check
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # saves a process; lost nodes are noticed anyway
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # runs on Ray's dashboard; one actor for all runs
     if ray.is_initialized():

@@ -25,7 +25,6 @@ import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
-from pipelines.cluster.ray_internals import object_store_stats
 from pipelines.runs.errors import BadVideo
 from pipelines.tracking import prometheus
 from posmlp.config import Config, ScalingSection
@@ -324,14 +323,3 @@ def decode_rows(
         "decoder": np.array(decoders, dtype=object),
         "fatal": np.array(fatal, dtype=object),
     }
-
-
-def object_store_usage() -> tuple[float, float]:
-    """Return the MiB in the cluster's object store now, and those spilled to disk since it started; NaN if unknown."""
-    try:
-        stats = object_store_stats()
-    except Exception:  # a private interface that asks every node; whatever it raises must not end a run
-        return math.nan, math.nan
-    if stats is None:
-        return math.nan, math.nan
-    return stats.object_store_bytes_used / 2**20, stats.spilled_bytes_total / 2**20

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor, nn
 
-from pipelines.cluster.capacity import live_runs, worker_resources
+from pipelines.cluster.capacity import LongWait, explain_task_wait, live_runs, worker_resources
 from pipelines.cluster.session import WORKER_ENV
 from pipelines.data.loader import (
     DECODE_TASKS_PER_CPU,
@@ -32,7 +34,7 @@ from pipelines.data.loader import (
 from pipelines.data.scan import ScanProgress
 from pipelines.runs.errors import BadVideo
 from posmlp import create_model
-from posmlp.config import Config
+from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
 from posmlp.metrics import MAIN_METRICS
 from posmlp.tasks import task_of
@@ -44,6 +46,7 @@ from posmlp.video.views import videos_per_pass
 logger = logging.getLogger(__name__)
 
 BAD_VIDEOS_SHOWN = 5  # in an error
+POLL_S = 1.0
 EARLY_BYTES = 128 * 2**20  # of scores that wait on the driver for a slower block
 
 
@@ -113,7 +116,7 @@ def score_blocks(
             while started < min(len(starts), yielded + span) and len(decoding) + len(scoring) < limit:
                 decoding[decoder.remote(manifest.rows.slice(starts[started], size), recipe)] = started
                 started += 1
-            (done,), _ = ray.wait([*scoring, *decoding], fetch_local=False)  # the driver does not need the clips
+            done = next_result([*scoring, *decoding], scaling)
             if done in scoring:
                 number, _ = scoring.pop(done)
                 early[number] = ray.get(done)
@@ -133,6 +136,16 @@ def score_blocks(
     finally:
         for scorer_actor in scorers:
             ray.kill(scorer_actor)
+
+
+def next_result(tasks: list[ray.ObjectRef], scaling: ScalingSection) -> ray.ObjectRef:
+    """Wait for one of these tasks, and tell the user if that takes long."""
+    begun, wait = time.monotonic(), LongWait()
+    while True:
+        done, _ = ray.wait(tasks, timeout=POLL_S, fetch_local=False)  # the driver does not need the clips
+        if done:
+            return done[0]
+        wait.check(time.monotonic() - begun, partial(explain_task_wait, "the next block of videos", scaling))
 
 
 def max_early_blocks(config: Config) -> int:

@@ -17,7 +17,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines.cluster.capacity import choose_device, explain_start_wait, wait_for_room, worker_resources
+from pipelines.cluster.capacity import LongWait, choose_device, explain_start_wait, wait_for_room, worker_resources
 from pipelines.cluster.preemption import PreemptionWatch
 from pipelines.cluster.ray_internals import warn_about_worker_features
 from pipelines.cluster.session import CUBLAS_ENV, WORKER_ENV, start_ray
@@ -46,7 +45,7 @@ from pipelines.tracking.journal import open_journal
 from pipelines.tracking.mlflow_client import source_tags
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import NOTE, links_text, recipe_without_password
-from pipelines.training.channel import Channel, RunChannel, open_channel
+from pipelines.training.channel import Channel, RunChannel, WorkersState, open_channel
 from pipelines.training.messages import (
     ArtifactFile,
     BadVideosFound,
@@ -64,11 +63,11 @@ from pipelines.training.progress import describe_overrides, describe_result, des
 from pipelines.training.worker import train_here, train_worker
 from posmlp.config import Config
 from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, main_metric
+from posmlp.text import shorten
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2  # seconds between two polls for events of the workers
-START_WAITS_S = (30, 300, 1800, 7200)  # without workers, after which the user is told
 # Seconds between two checks whether an elastic run can grow. Growing restarts the run, and nodes join one by one.
 GROW_S = 60.0
 
@@ -251,7 +250,7 @@ def fit(job: WorkerJob, config: Config, reporter: RunReporter, trial: TrialConte
     try:
         while True:
             received = fit_group(job, config, reporter, trial, lease)
-            if len(reporter.history) == config.train.epochs or early_stop(reporter.history, config):
+            if reporter.is_complete(config):
                 return
             if received or trial.stop.is_set() or not job.channel.state().preempted:
                 raise StoppedError(received or signal.SIGTERM)
@@ -274,8 +273,8 @@ def fit_group(job: WorkerJob, config: Config, reporter: RunReporter, trial: Tria
     channel = job.channel
     own = tempfile.mkdtemp(prefix="ray-train-")  # for Ray Train's own records, which nothing reads
     failures: list[Exception] = []
-    losses, watch, leaving = channel.state().losses, PreemptionWatch(), False
-    begun, waits = time.monotonic(), [] if trial.here else list(START_WAITS_S)
+    losses, watch, leaving, losing = channel.state().losses, PreemptionWatch(), False, False
+    silence = LongWait()
     work = partial(train_here, job) if trial.here else worker_group(job, config, own, losses).fit
     # In a thread, because Ray Train would otherwise handle Ctrl-C itself and exit without a checkpoint.
     fitting = threading.Thread(target=run_until_end, args=(work, failures), daemon=True)
@@ -290,17 +289,19 @@ def fit_group(job: WorkerJob, config: Config, reporter: RunReporter, trial: Tria
                 if lease and lease.lost:
                     channel.fail(lease.lost)
                     channel.request_stop()
-                if waits and not has_started(channel) and time.monotonic() - begun >= waits[0]:
-                    logger.warning("%s: %s", config.name, explain_start_wait(config.scaling, waits.pop(0)))
+                if not trial.here:
+                    state = channel.state()
+                    silence.check(state.silent_s, partial(explain_silence, config, state))
                 notices = watch.poll()
                 if watch.own in notices and not leaving:
                     leaving = True
                     logger.warning("%s, and it drives the run; the run saves a checkpoint and ends", notices[watch.own])
                     channel.request_stop()
-                elif notices and (losing := channel.preempt(notices)):
-                    logger.warning("%s; the workers save a checkpoint and end", "; ".join(notices[n] for n in losing))
+                elif notices and (nodes := channel.preempt(notices)):
+                    losing = True
+                    logger.warning("%s; the workers save a checkpoint and end", "; ".join(notices[n] for n in nodes))
             reporter.receive(channel)  # events that came just before the end
-        failure = channel.state().failure
+        state = channel.state()
     except KeyboardInterrupt as interrupt:  # the second signal
         exit_despite(fitting, interrupt)
         raise
@@ -308,21 +309,28 @@ def fit_group(job: WorkerJob, config: Config, reporter: RunReporter, trial: Tria
         raise RunError(f"the Ray cluster does not answer any more: {error}; the same call resumes the run") from error
     finally:
         shutil.rmtree(own, ignore_errors=True)
-    if failure:
-        raise RunError(failure)
-    if failures and trial.here:
+    if state.failure:
+        raise RunError(state.failure)
+    if failures and (leaving or (losing and state.preempted)):
+        logger.warning("not all workers had ended before their machine did: %s", shorten(str(failures[0]), 200))
+    elif failures and trial.here:
         raise failures[0]
-    if failures:
+    elif failures:
         raise RunError(f"training failed: {failures[0]}") from failures[0]
-    if leaving and len(reporter.history) < config.train.epochs:
+    if leaving and not reporter.is_complete(config):
         raise PreemptedError(signal.SIGTERM)
     return received[0] if received else 0
 
 
-def has_started(channel: Channel) -> bool:
-    """Whether a group of workers has started since the run began, or since a machine was taken away."""
-    state = channel.state()
-    return state.started and not state.preempted
+def explain_silence(config: Config, state: WorkersState, seconds: float) -> str:
+    """Say that no worker has started, or that none answers any more.
+
+    Args:
+        seconds: since the first worker was heard of, or since the run waits for it.
+    """
+    lost = f"the first worker has not answered for {seconds:.0f} s: it, or its machine, may be lost. "
+    gone = lost if state.started and not state.preempted else ""
+    return f"{config.name}: {gone}{explain_start_wait(config.scaling, seconds)}"
 
 
 def worker_group(job: WorkerJob, config: Config, folder: str, losses: int) -> TorchTrainer:
@@ -428,6 +436,10 @@ class RunReporter:
             self.epochs_logged = epoch
             self.tracker.log_metrics(metrics, step=epoch)
             self.describe_result("RUNNING")
+
+    def is_complete(self, config: Config) -> bool:
+        """Whether the run has had its last epoch, or has ended before it (``train.patience``)."""
+        return len(self.history) == config.train.epochs or bool(early_stop(self.history, config))
 
     def publish_progress(self) -> None:
         """Set the Prometheus metrics of the run's progress."""

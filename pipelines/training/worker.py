@@ -26,7 +26,8 @@ from ray.train.torch import get_device
 from safetensors.torch import save as save_safetensors
 
 from pipelines.cluster.capacity import live_runs
-from pipelines.data.loader import SplitLoader, object_store_usage
+from pipelines.data.loader import SplitLoader
+from pipelines.data.object_store import StoreMonitor
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
 from pipelines.runs.lease import LeaseLost, check_lease
@@ -81,7 +82,7 @@ def train_worker(fields: dict[str, Any]) -> None:
     """
     job, context = WorkerJob(**fields), ray.train.get_context()
     place = WorkerPlace(
-        get_device(), context.get_world_rank(), context.get_world_size(), context.get_local_world_size(), report_epoch
+        get_device(), context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
     )
     try:
         Worker(job, place).work()
@@ -91,11 +92,6 @@ def train_worker(fields: dict[str, Any]) -> None:
             # The other workers have not seen this error: let Ray end them. The next worker group sees that the run has
             # failed.
             raise
-
-
-def report_epoch(metrics: dict[str, float]) -> None:
-    """Report the end of an epoch to Ray Train; every worker waits here for the others."""
-    ray.train.report(metrics)
 
 
 def train_here(job: WorkerJob) -> None:
@@ -134,14 +130,12 @@ class WorkerPlace:
         device: the training device.
         rank, world_size: its number, from 0, and the number of workers.
         local_world_size: the number of workers on its node.
-        report: called with the metrics of each finished epoch.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    report: Callable[[dict[str, float]], None] = lambda metrics: None
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,10 @@ class Worker:
         self.first_epoch = len(self.progress.history)
         self.series = StepSeries.for_run(self.train_split.steps * config.train.epochs, config.train.global_batch)
         decoded = self.train_split.batches(self.first_epoch, self.progress.steps, until=config.train.epochs)
-        with closing(prefetch(decoded, self.learner.device, waiting=self.explain_wait)) as ahead:
+        with (
+            closing(StoreMonitor(enabled=self.rank == 0)) as self.store,
+            closing(prefetch(decoded, self.learner.device, waiting=self.explain_wait)) as ahead,
+        ):
             steps = self.train_split.steps * (config.train.epochs - self.first_epoch) - self.progress.steps
             self.run_epochs(AgreedBatches(ahead, steps, self.request, self.channel.fail))
 
@@ -220,7 +217,6 @@ class Worker:
                 if problem not in advised:  # the same advice once
                     advised.add(problem)
                     self.send_line(text, logging.WARNING)
-            self.place.report(metrics)
 
     # --- start ---------------------------------------------------------------------------------------------------
 
@@ -349,7 +345,7 @@ class Worker:
         """
         config, learner, progress, steps = self.config, self.learner, self.progress, self.train_split.steps
         every = config.train.checkpoint_every_steps
-        meter = EpochMeter(time.perf_counter(), *self.store_usage())
+        meter = EpochMeter(time.perf_counter(), *self.store.usage)
         throughput = prometheus.ThroughputGauge(config.name, config.train.global_batch)
         traced = self.job.profile and epoch == self.first_epoch
         profiler = self.start_profiler(steps - progress.steps) if traced else None
@@ -380,7 +376,7 @@ class Worker:
             if profiler:
                 profiler.step()
             if meter.line_is_due():
-                meter.max_store_mib = max(meter.max_store_mib, self.store_usage()[0])
+                meter.max_store_mib = max(meter.max_store_mib, self.store.usage[0])
                 self.send(ProgressLine(describe_steps(progress, meter, epoch, steps, config), live=True))
                 self.publish_throughput(throughput, meter)
         if profiler:
@@ -421,7 +417,7 @@ class Worker:
 
     def training_metrics(self, meter: EpochMeter) -> dict[str, float]:
         """The metrics of an epoch's training steps. Collective: call it on every rank."""
-        progress, (used, spilled) = self.progress, self.store_usage()
+        progress, (used, spilled) = self.progress, self.store.usage
         (waited_share,) = mean_over_workers([meter.data_wait()])
         metrics = {
             names.TRAIN_LOSS: progress.loss / progress.steps,
@@ -444,10 +440,6 @@ class Worker:
         """Send the driver the metrics of steps, now and then or ``at_once``."""
         if rows := self.series.take(at_once):
             self.send(StepMetrics(rows))
-
-    def store_usage(self) -> tuple[float, float]:
-        """``loader.object_store_usage`` on the first worker; NaN on the others, as the query asks every node."""
-        return object_store_usage() if self.rank == 0 else (math.nan, math.nan)
 
     def publish_throughput(self, throughput: prometheus.ThroughputGauge, meter: EpochMeter) -> None:
         """Publish throughput and loss to Prometheus, on the first worker."""

@@ -45,6 +45,7 @@ class StudyController:
         searcher: proposes the members.
         halving: the rungs at which trials are stopped early, with what earlier trials reached; None without ``asha``.
         saving: numbers of trials that were stopped early and whose runs still save their state.
+        live: numbers of trials that have a process; one that runs without it waits for its resources.
         results: draws and logs the study's results.
     """
 
@@ -76,6 +77,7 @@ class StudyController:
         self.late: set[bool] = set()  # values of ``searching`` for which the end of the time is logged
         self.halving = successive_halving(study, trials) if study.asha else None
         self.saving: set[int] = set()
+        self.live: set[int] = set()
         self.without_checkpoint: set[int] = set()  # stopped trials that cannot be promoted
         self.started: dict[int, float] = {}
         self.last_progress = time.monotonic()

@@ -12,19 +12,22 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 from ray.tune.search import Searcher
 
+from pipelines.cluster.capacity import LongWait, explain_start_wait
 from pipelines.cluster.ray_internals import give_to_tune_actors, withhold_from_tune_actors
 from pipelines.cluster.session import WORKER_ENV
 from pipelines.cluster.signals import exit_despite, stop_on_signal
 from pipelines.runs.errors import StoppedError
-from pipelines.studies.study import StudyError, TrialState
+from pipelines.studies.study import Study, StudyError, TrialState
 from pipelines.tuning.controller import StudyController, modes
 from pipelines.tuning.mo_asha import MOASHAScheduler
 from pipelines.tuning.trial import (
@@ -63,11 +66,14 @@ def run_trials(controller: StudyController) -> None:
     try:
         with stop_on_signal(controller.stopping.set) as received:
             thread.start()  # outside the main thread, Tune does not handle signals
+            live_at, wait = time.monotonic(), LongWait()
             while thread.is_alive():
                 thread.join(POLL_S)
                 if controller.stopping.is_set() and not is_file(stop_file):
                     with suppress(OSError):  # the storage may answer next time
                         storage.write_bytes(stop_file, b"")
+                live_at = time.monotonic() if controller.live else live_at
+                wait.check(time.monotonic() - live_at, partial(explain_pending, study))
     except KeyboardInterrupt as interrupt:  # the second signal
         exit_despite(thread, interrupt)
         raise
@@ -79,6 +85,15 @@ def run_trials(controller: StudyController) -> None:
         raise StoppedError(received[0] if received else signal.SIGINT)
     if failures:
         raise StudyError(f"the search failed: {failures[0]}; resume it with posmlp tune --resume {study.name}")
+
+
+def explain_pending(study: Study, seconds: float) -> str:
+    """Say that no trial of a study has a process.
+
+    Args:
+        seconds: since one had.
+    """
+    return f"{study.name}: no trial runs; {explain_start_wait(study.recipe.scaling, seconds)}"
 
 
 def run_tuner(controller: StudyController, scratch: str, stop_file: str, failures: list[BaseException]) -> None:
@@ -118,7 +133,7 @@ def run_tuner(controller: StudyController, scratch: str, stop_file: str, failure
                 storage_path=scratch,
                 failure_config=ray.tune.FailureConfig(max_failures=study.recipe.scaling.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # the runs write checkpoints
-                callbacks=[EndedTrialCallback(adapter)],
+                callbacks=[TrialCallback(adapter)],
                 verbose=0,
             ),
         )
@@ -176,7 +191,7 @@ class SearcherAdapter(Searcher):
         self.controller.record_epoch(self.numbers[trial_id], TrialEvent.from_json(result["event"]).metrics)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if error or not result:  # see EndedTrialCallback
+        if error or not result:  # see TrialCallback
             return
         event = TrialEvent.from_json(result["event"])
         if event.state != TrialState.RUNNING:
@@ -207,8 +222,8 @@ class SearcherAdapter(Searcher):
         return {}
 
 
-class EndedTrialCallback(ray.tune.Callback):
-    """Ends the runs of trials that are stopped early, and records trials whose process was lost.
+class TrialCallback(ray.tune.Callback):
+    """Notes which trials have a process, ends the runs of those that are stopped early, and records lost ones.
 
     A process may be lost as often as ``scaling.max_failures`` says.
     """
@@ -216,12 +231,20 @@ class EndedTrialCallback(ray.tune.Callback):
     def __init__(self, adapter: SearcherAdapter):
         self.adapter, self.controller, self.numbers = adapter, adapter.controller, adapter.numbers
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.controller.live.add(self.numbers[trial.trial_id])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.controller.live.discard(self.numbers[trial.trial_id])
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, actor = self.numbers[trial.trial_id], trial.temporary_state.ray_actor
+        self.controller.live.discard(number)
         if actor is not None and self.controller.trials[number].state == TrialState.STOPPED:
             self.adapter.stop_run(number, actor)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.controller.live.discard(self.numbers[trial.trial_id])
         lines = Path(trial.error_file).read_text().split("\n") if trial.error_file else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no reason is known")
         lost = TrialEvent(TrialState.FAILED, reason=f"its process was lost, or failed unexpectedly: {last}")

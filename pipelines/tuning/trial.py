@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import queue
+import signal
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -21,10 +23,11 @@ from typing import Any
 
 import ray.tune
 import torch
+from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipelines.cluster.capacity import worker_resources
+from pipelines.cluster.capacity import LongWait, explain_task_wait, worker_resources
 from pipelines.cluster.session import CUBLAS_ENV, start_ray
 from pipelines.runs.errors import PreemptedError, RunError, StoppedError
 from pipelines.runs.models import example_input
@@ -43,7 +46,6 @@ from tune_spaces import Value
 POLL_S = 0.2
 REMOTE_POLL_S = 2.0  # between two looks for a stop file on a remote storage
 END_LIMIT_S = 600.0  # for the last step, its checkpoint, and what MLflow has yet to get
-MACHINE_LIMIT_S = 300.0  # from the notice that a machine is taken away to its end
 S3_CREDENTIALS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 TIMED_PASSES = 9  # per model, when latencies are compared
 WARM_UP_PASSES = 2
@@ -178,11 +180,12 @@ class TrialRun(ray.tune.Trainable):
         """
         try:
             event = self.run_trial(TrialJob.from_json(text))
-        except PreemptedError as error:
-            # Ray counts no failure if this process ends together with its machine.
-            if not self.ending.wait(MACHINE_LIMIT_S):
-                self.events.put(error)
-            return
+        except PreemptedError:
+            if not self.ending.is_set():
+                # Tune ends this process and resumes the trial on another machine. It counts no failure for this error.
+                self.events.put(RayActorError(error_msg="the machine of the trial is taken away", preempted=True))
+                return
+            event = TrialEvent(TrialState.RUNNING)
         except StoppedError:  # the trial is to be resumed; if Tune has ended it, nothing reads this
             event = TrialEvent(TrialState.RUNNING)
         except UserError as error:
@@ -200,10 +203,7 @@ class TrialRun(ray.tune.Trainable):
         """Measure the costs, and train if they are within the budgets; returns how the trial ended."""
         start_ray()
         config, recipe = job.config, job.config.model_dump(mode="json")
-        if self.here:
-            costs = measure_costs(recipe)
-        else:
-            costs = ray.get(on_training_worker(measure_costs, config).remote(recipe))
+        costs = measure_costs(recipe) if self.here else self.measure_costs_elsewhere(config)
         if reason := over_budget(job.budgets, costs):
             return TrialEvent(TrialState.OVER_BUDGET, costs, reason)
         record = read_record(run_folder(config))
@@ -217,6 +217,22 @@ class TrialRun(ray.tune.Trainable):
         context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending, self.here, self.sharing)
         result = train(config, trial=context)
         return TrialEvent(TrialState.FINISHED, costs | result.metrics, result.ended_early)
+
+    def measure_costs_elsewhere(self, config: Config) -> dict[str, float]:
+        """``measure_costs`` in a task that may have to wait for its resources.
+
+        Raises:
+            StoppedError: the study ends.
+        """
+        task = on_training_worker(measure_costs, config).remote(config.model_dump(mode="json"))
+        begun, wait = time.monotonic(), LongWait()
+        explain = partial(explain_task_wait, "the costs of the trial's model", config.scaling)
+        while not ray.wait([task], timeout=POLL_S)[0]:
+            if self.ending.is_set():
+                ray.cancel(task)
+                raise StoppedError(signal.SIGTERM)
+            wait.check(time.monotonic() - begun, explain)
+        return ray.get(task)
 
 
 def trains_here(recipe: Config, nodes: int) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import ray
 
-from pipelines.cluster.capacity import MIN_DECODING_CPUS, choose_device, wait_for_room
+from pipelines.cluster.capacity import MIN_DECODING_CPUS, LongWait, choose_device, explain_task_wait, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.registry.datasets import datasets_of_metrics, describe_splits
@@ -63,6 +64,9 @@ from posmlp.metrics import PUBLISHED_LATENCY_MS
 # How the best member and the run of its model are chosen, as a tag of the registered model.
 FRESH_RULE = "highest mean val/top1 over fresh seeds, ties: fewest GMACs; the model is that of the first fresh seed"
 SINGLE_RULE = "highest val/top1 of fully trained trials, one seed each, not repeated; ties: fewest GMACs"
+
+POLL_S = 0.2
+LATENCY_LIMIT_S = 3600.0  # for the comparison of latencies, of which the wait for its resources is a part
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +255,7 @@ def compare_latencies(controller: StudyController) -> None:
     """Measure the latency of all fully trained trials again, in turns in one process.
 
     Before training, latency is measured while other trials run and disturb it. Published variants of a similar size are
-    measured too. A failure is logged, and the first measurements stay.
+    measured too. A failure, or a wait of more than ``LATENCY_LIMIT_S``, is logged, and the first measurements stay.
     """
     study, tracker = controller.study, controller.tracker
     trials = fully_trained(controller.trials.values())
@@ -260,10 +264,15 @@ def compare_latencies(controller: StudyController) -> None:
     variants = variants_to_mark(trials, study.recipe)
     recipes = [controller.space.recipe(study.recipe, trial.member) for trial in trials]
     recipes += [published_variant_recipe(study.recipe, name) for name in variants]
-    task = on_training_worker(measure_latencies, study.recipe)
+    task = on_training_worker(measure_latencies, study.recipe).remote([r.model_dump(mode="json") for r in recipes])
+    begun, wait = time.monotonic(), LongWait()
     try:
-        latencies = ray.get(task.remote([recipe.model_dump(mode="json") for recipe in recipes]))
+        while not ray.wait([task], timeout=POLL_S)[0] and time.monotonic() - begun < LATENCY_LIMIT_S:
+            explain = partial(explain_task_wait, f"the latencies of {len(recipes)} models", study.recipe.scaling)
+            wait.check(time.monotonic() - begun, explain)
+        latencies = ray.get(task, timeout=0)
     except ray.exceptions.RayError as error:
+        ray.cancel(task)
         logger.warning("latencies could not be compared, so those from before training are kept: %s", error)
         return
     published = dict(zip(variants, latencies[len(trials) :], strict=True))

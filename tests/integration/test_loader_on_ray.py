@@ -16,6 +16,7 @@ from ray.data import DataContext
 from pipelines.cluster.capacity import live_runs
 from pipelines.data import loader as ingest
 from pipelines.data.loader import SplitLoader, global_order, rows_per_step
+from pipelines.data.object_store import object_store_usage
 from pipelines.training.channel import open_channel
 from posmlp.config import load_recipe
 from posmlp.video.clip import load_clips
@@ -165,7 +166,7 @@ def test_a_large_manifest_costs_little_memory(local_ray, motion_set):
         assert grown < 300 * 2**20
         if clips > 1500:
             break
-    assert ingest.object_store_usage()[0] < 600
+    assert object_store_usage()[0] < 600
 
 
 @pytest.mark.slow
@@ -174,7 +175,7 @@ def test_spilling_is_seen():
     """In a small store of its own: five arrays of 30 MB do not fit into 80."""
     code = """if True:
         import numpy as np, ray
-        from pipelines.data.loader import object_store_usage
+        from pipelines.data.object_store import object_store_usage
         ray.init("local", num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False)
         assert object_store_usage() == (0, 0), object_store_usage()
         held = [ray.put(np.zeros(30 * 2**20, np.uint8)) for _ in range(5)]

@@ -5,6 +5,9 @@ import math
 import re
 import sys
 import threading
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import cloudpickle
@@ -12,18 +15,23 @@ import pytest
 import ray
 import torch
 
+from pipelines.cluster import capacity
 from pipelines.cluster.capacity import (
+    LongWait,
     device_for,
+    explain_start_wait,
     matches_labels,
     why_run_cannot_fit,
     worker_resources,
     workers_that_fit,
 )
 from pipelines.commands.training import format_result
-from pipelines.runs.errors import BadVideo
+from pipelines.data import object_store
+from pipelines.runs.errors import BadVideo, PreemptedError, RunError
 from pipelines.studies.study import Study
 from pipelines.tracking import prometheus
-from pipelines.training.channel import Registration, RunChannel
+from pipelines.training import train as train_module
+from pipelines.training.channel import Registration, RunChannel, WorkersState
 from pipelines.training.messages import (
     ArtifactFile,
     BadVideosFound,
@@ -46,12 +54,14 @@ from pipelines.training.progress import (
     describe_steps,
     early_stop,
 )
-from pipelines.training.train import RunReporter, RunResult
+from pipelines.training.train import RunReporter, RunResult, TrialContext, explain_silence, fit
 from pipelines.tuning.tune import concurrent_trials, max_concurrent_trials, trials_that_fit
 from posmlp.config import ScalingSection, load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics
 from tests.helpers.log_lines import log_lines
+from tests.helpers.small_runs import recipe_for
+from tests.helpers.waiting import until
 
 
 def test_the_channel_tells_growth_from_loss():
@@ -335,10 +345,83 @@ def test_no_event_between_two_threads_is_lost_or_exchanged():
     assert [event.rows[0][0] for event in found] == list(range(count))
 
 
-def nodes_with(monkeypatch, **resources):
-    """Make Ray report one node."""
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources, "Labels": {}}])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+def nodes_with(monkeypatch, count=1, leaving=(), **resources):
+    """Make Ray report nodes ``n0``, ``n1``, ..., some of which are about to be taken away."""
+    nodes = [{"NodeID": f"n{i}", "Alive": True, "Resources": resources, "Labels": {}} for i in range(count)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {kind: count * value for kind, value in resources.items()})
+    monkeypatch.setattr(capacity, "draining_nodes", lambda: dict.fromkeys(leaving, 0))
+
+
+def test_machines_that_are_about_to_be_taken_away_are_no_room(monkeypatch):
+    scaling = ScalingSection(workers=3, cpus_per_worker=2, use_gpu=False)
+    nodes_with(monkeypatch, 2, CPU=4.0)
+    assert why_run_cannot_fit(scaling) == ""
+    nodes_with(monkeypatch, 2, ["n1"], CPU=4.0)
+    assert re.search(r"leave -2 of 4 CPUs.* 1 machine about to be taken away", why_run_cannot_fit(scaling))
+    nodes_with(monkeypatch, 3, ["n1"], CPU=4.0)
+    assert why_run_cannot_fit(scaling) == ""
+
+
+def test_a_long_wait_is_told_now_and_then():
+    wait, told = LongWait(), []
+    with log_lines() as lines:
+        for seconds in range(0, 10_000):
+            wait.check(seconds, lambda s: told.append(s) or "waiting")
+    assert told == [30, 300, 1800, 7200] and lines == ["waiting"] * 4
+    wait.check(0, str)
+    wait.check(31, lambda s: told.append(s) or "waiting")
+    assert told[-1] == 31
+
+
+def test_a_wait_says_only_what_is_known(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.5})
+    scaling = ScalingSection(workers=2, cpus_per_worker=2, use_gpu=True)
+    monkeypatch.setattr(capacity, "held_by_jobs", MagicMock(side_effect=ConnectionError))
+    unknown = explain_start_wait(scaling, 31.4)
+    need = "waiting for 31 s to start 2 workers of 2 CPU and 1 GPU each"
+    assert unknown.startswith(f"{need}: 0.5 of 8 CPUs and 0 of 1 GPUs are free; `ray status`")
+    assert "job" not in unknown and "other runs" not in unknown
+    held = {"job 02 (a)": Counter(CPU=1), "this job": Counter(CPU=4, GPU=1), "job 03 (b)": Counter()}
+    monkeypatch.setattr(capacity, "held_by_jobs", lambda: held)
+    known = explain_start_wait(scaling, 31.4)
+    assert "; this job holds 4 CPUs and 1 GPU; job 02 (a) holds 1 CPU; `ray status` shows" in known
+    assert "job 03" not in known
+
+
+def test_a_driver_says_that_no_worker_answers(motion_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "explain_start_wait", lambda scaling, seconds: "WHY")
+    config = recipe_for(tmp_path, motion_set)
+    state = WorkersState("", preempted=False, losses=0, started=False, silent_s=40)
+    assert explain_silence(config, state, 40) == "small: WHY"
+    lost = explain_silence(config, replace(state, started=True), 40)
+    assert lost.startswith("small: the first worker has not answered for 40 s")
+    assert explain_silence(config, replace(state, started=True, preempted=True), 40) == "small: WHY"
+
+
+@pytest.mark.parametrize("hanging", [False, True])
+def test_the_object_stores_use_is_asked_for_in_the_background(monkeypatch, hanging):
+    """A node that does not answer holds no training step up."""
+    answer, asked = threading.Event(), []
+
+    def ask():
+        asked.append(threading.current_thread())
+        if hanging:
+            answer.wait(60)
+        return (5.0, 1.0)
+
+    monkeypatch.setattr(object_store, "object_store_usage", ask)
+    monkeypatch.setattr(object_store, "FIRST_LIMIT_S", 0.1 if hanging else 60)
+    monkeypatch.setattr(object_store, "SAMPLE_S", 0.01)
+    monitor = object_store.StoreMonitor(enabled=True)
+    if hanging:
+        assert all(map(math.isnan, monitor.usage))
+        answer.set()
+    until(lambda: monitor.usage == (5.0, 1.0) and len(asked) > 2)
+    monitor.close()
+    until(lambda: not asked[0].is_alive())
+    assert threading.current_thread() not in asked
 
 
 def test_workers_reserve_a_fraction_of_a_gpu(monkeypatch):
@@ -476,3 +559,85 @@ def test_the_result_names_the_best_and_the_worst_classes_and_why_the_run_ended()
     assert rows["ended early"] == "no better"
     plain = format_result(RunResult("x", "runs/x", "id", metrics), 9)
     assert "classes  " not in plain.replace("mean over classes", "") and "ended early" not in plain
+
+
+class Groups:
+    """Stands in for Ray Train's worker groups of a run: what each does instead of ``fit``, one after another."""
+
+    def __init__(self, monkeypatch, *groups, notices):
+        self.groups, self.started = iter(groups), 0
+        monkeypatch.setattr(train_module, "worker_group", lambda *_: self)
+        watch = MagicMock(own="driver", poll=lambda: {node: f"{node} is taken away" for node in notices})
+        monkeypatch.setattr(train_module, "PreemptionWatch", lambda: watch)
+        monkeypatch.setattr(train_module, "POLL_S", 0.01)
+
+    def fit(self):
+        self.started += 1
+        next(self.groups)()
+
+
+def fit_with(groups, channel, config, reporter):
+    fit(MagicMock(channel=channel), config, reporter, TrialContext(), None)
+    return groups.started
+
+
+def epochs(count):
+    return EpochMetrics([{"epoch": float(n + 1), "val/top1": 0.5} for n in range(count)])
+
+
+def test_a_worker_that_ends_with_its_machine_does_not_end_the_run(monkeypatch, reporter):
+    """It dies after the notice and before all workers have saved, which is no failure of the run."""
+    channel, config = RunChannel(), load_recipe("demo", ["train.epochs=2", "scaling.max_failures=0"])
+
+    def dying():
+        channel.register_workers(2, ["a", "b"])
+        until(channel.stop_requested)
+        raise RuntimeError("a worker has died")
+
+    def finishing():
+        assert channel.register_workers(1, ["a"]) == Registration(2, 0, ended=False, preempted=True)
+        channel.send(epochs(2))
+
+    with log_lines() as lines:
+        assert fit_with(Groups(monkeypatch, dying, finishing, notices=["b"]), channel, config, reporter) == 2
+    assert any("a worker has died" in line for line in lines)
+
+
+def test_workers_that_fail_without_losing_a_machine_end_the_run(monkeypatch, reporter):
+    channel, config = RunChannel(), load_recipe("demo", ["train.epochs=2"])
+
+    def failing():
+        channel.register_workers(2, ["a", "b"])
+        raise RuntimeError("a worker has died")
+
+    with pytest.raises(RunError, match="training failed: a worker has died"):
+        fit_with(Groups(monkeypatch, failing, notices=["c"]), channel, config, reporter)
+
+
+def test_workers_that_cannot_start_after_a_loss_end_the_run(monkeypatch, reporter):
+    """They would fail again and again."""
+    channel, config = RunChannel(), load_recipe("demo", ["train.epochs=2"])
+
+    def saving():
+        channel.register_workers(2, ["a", "b"])
+        until(channel.stop_requested)
+
+    def failing():
+        raise RuntimeError("no environment")
+
+    with pytest.raises(RunError, match="no environment"):
+        fit_with(Groups(monkeypatch, saving, failing, notices=["b"]), channel, config, reporter)
+
+
+@pytest.mark.parametrize(("count", "finished"), [(1, False), (3, True), (5, True)], ids=["one", "early stop", "all"])
+def test_a_driver_whose_machine_is_taken_away_ends_unless_the_run_is_complete(monkeypatch, reporter, count, finished):
+    channel, config = RunChannel(), load_recipe("demo", ["train.epochs=5", "train.patience=2"])
+
+    def saving():
+        channel.register_workers(1, ["a"])
+        until(channel.stop_requested)
+        channel.send(epochs(count))
+
+    groups = Groups(monkeypatch, saving, notices=["driver"])
+    with nullcontext() if finished else pytest.raises(PreemptedError):
+        fit_with(groups, channel, config, reporter)

@@ -1,10 +1,13 @@
 """What a trial of a study reports of its run; Ray and the training itself are made up."""
 
+import pickle
 import signal
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.experiment import Trial
 
 from pipelines.runs.errors import PreemptedError, RunError
 from pipelines.studies.study import TrialState
@@ -89,14 +92,14 @@ def test_a_trial_ends_when_the_stop_file_appears(tmp_path, monkeypatch, remote):
     assert not stepping.is_alive()
 
 
-def run_that_ends(monkeypatch, motion_set, tmp_path, error):
+def run_that_ends(monkeypatch, motion_set, tmp_path, error, ending=None):
     """A trial whose training raises an error."""
     monkeypatch.setattr(trial, "start_ray", lambda: None)
     monkeypatch.setattr(trial, "measure_costs", lambda recipe: {})
     monkeypatch.setattr(trial, "train", MagicMock(side_effect=error))
     run = TrialRun.__new__(TrialRun)
     run.here, run.sharing, run.stop_file = True, 1, ""
-    run.events, run.ending = trial.queue.Queue(), trial.threading.Event()
+    run.events, run.ending = trial.queue.Queue(), ending or trial.threading.Event()
     run.run_job(TrialJob(recipe_for(tmp_path, motion_set), {}, {}, {}).to_json())
     return run
 
@@ -115,16 +118,40 @@ def test_after_an_unknown_error_the_trial_resumes_in_a_new_process(motion_set, t
         run.step()
 
 
-def test_a_trial_whose_machine_is_taken_away_waits_for_its_end(motion_set, tmp_path, monkeypatch):
-    """Ray does not count the loss of a process that ends with such a machine; an error it would count."""
-    monkeypatch.setattr(trial, "MACHINE_LIMIT_S", 0.1)
-    error = PreemptedError(signal.SIGTERM)
-    run = run_that_ends(monkeypatch, motion_set, tmp_path, error)
-    with pytest.raises(PreemptedError):  # the machine is still there
+def test_a_trial_whose_machine_is_taken_away_resumes_on_another_at_once(motion_set, tmp_path, monkeypatch):
+    """For Tune the process is lost with its machine, which is no failure of the trial."""
+    run = run_that_ends(monkeypatch, motion_set, tmp_path, PreemptedError(signal.SIGTERM))
+    with pytest.raises(RayActorError, match="taken away") as lost:
         run.step()
-    run.ending.set()  # Tune ends the trial, or the machine ends the process
+    sent = pickle.loads(pickle.dumps(lost.value))
+    tunes = Trial("TrialRun", stub=True, storage=MagicMock(trial_driver_staging_path=str(tmp_path)))
+    tunes.handle_error(RayTaskError("step", "", sent).as_instanceof_cause())
+    assert tunes.run_metadata.num_failures == 0
+    tunes.handle_error(RayTaskError("step", "", RuntimeError()).as_instanceof_cause())
+    assert tunes.run_metadata.num_failures == 1
+
+
+def test_a_machine_that_is_taken_away_while_the_study_ends_is_a_trial_to_resume(motion_set, tmp_path, monkeypatch):
+    ending = trial.threading.Event()
+    ending.set()
+    run = run_that_ends(monkeypatch, motion_set, tmp_path, PreemptedError(signal.SIGTERM), ending)
+    event = run.events.get_nowait()
+    assert event["done"] and TrialEvent.from_json(event["event"]) == TrialEvent(TrialState.RUNNING)
+
+
+def test_a_study_that_ends_does_not_wait_for_the_costs_of_a_trial(motion_set, tmp_path, monkeypatch):
+    """The task that measures them may wait long for its resources."""
+    ray = MagicMock(wait=lambda tasks, timeout: ([], tasks))
+    monkeypatch.setattr(trial, "start_ray", lambda: None)
+    monkeypatch.setattr(trial, "on_training_worker", MagicMock())
+    monkeypatch.setattr(trial, "ray", ray)
+    run = TrialRun.__new__(TrialRun)
+    run.here, run.sharing, run.stop_file = False, 1, ""
+    run.events, run.ending = trial.queue.Queue(), trial.threading.Event()
+    run.ending.set()
     run.run_job(TrialJob(recipe_for(tmp_path, motion_set), {}, {}, {}).to_json())
-    assert run.events.empty()
+    assert TrialEvent.from_json(run.events.get_nowait()["event"]).state == TrialState.RUNNING
+    ray.cancel.assert_called_once()
 
 
 def test_a_run_that_does_not_end_does_not_hold_up_the_study(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.data.object_store import StoreMonitor
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError
 from pipelines.training import progress
@@ -40,7 +41,6 @@ class Split:
 
 def make_worker(folder, monkeypatch, *overrides, device="cpu"):
     config = load_recipe("demo", [*SMALL, *overrides])
-    monkeypatch.setattr(Worker, "store_usage", lambda self: (math.nan, math.nan))
     monkeypatch.setattr(Worker, "publish_throughput", lambda *_: None)
     job = WorkerJob(config.model_dump(), str(folder), None, None, None, (), RunChannel(), False, False)
     worker = Worker(job, WorkerPlace(torch.device(device)))
@@ -48,7 +48,7 @@ def make_worker(folder, monkeypatch, *overrides, device="cpu"):
     model = create_model(config.model.name, **config.model.overrides())
     worker.learner, worker.progress, worker.macs = Learner(model.to(device), config, STEPS), RunProgress(), 1
     worker.train_split = worker.val_split = Split()
-    worker.first_epoch, worker.saved_step = 0, 0
+    worker.first_epoch, worker.saved_step, worker.store = 0, 0, StoreMonitor(enabled=False)
     worker.series = StepSeries.for_run(STEPS, 8)
     return worker
 

@@ -1,5 +1,6 @@
 """Clusters that change during a run: nodes join and are lost, an autoscaler starts and removes them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,9 +11,13 @@ from contextlib import contextmanager
 import pytest
 
 from pipelines.runs import checkpoints
+from pipelines.studies.study import TrialState, read_trials
 from posmlp.video.motion import make_motion_set
+from tests.helpers.metadata_service import SCRIPT, MetadataService
+from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.ray_nodes import RAY, RayNodes
-from tests.helpers.small_runs import QUICK, recipe_for
+from tests.helpers.small_runs import QUICK, recipe_for, study_for
+from tests.helpers.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 GROW_SOON = """
@@ -109,6 +114,23 @@ def test_a_run_grows_with_the_cluster_and_resumes_when_a_node_is_lost(nodes, mot
     assert Counter(re.findall(r"^epoch (\d+)/500  loss", lines, re.M)).most_common(1)[0][1] == 1, lines
 
 
+def drain(cluster, node):
+    """Announce that a node is about to be taken away, as on a spot machine."""
+    command = [RAY, "drain-node", "--address", cluster.address, "--node-id", node]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    subprocess.run([*command, "--deadline-remaining-seconds", "60"], env=cluster.env, check=True)
+
+
+def nodes_of(cluster, actor_class):
+    """Ids of the nodes of the live actors of this class."""
+    rows = [row for row in cluster.listing("actors") if row["state"] == "ALIVE"]
+    return {row["node_id"] for row in rows if row["class_name"] == actor_class}
+
+
+MOVES = ["scaling.cpus_per_worker=2", "scaling.max_failures=0", "train.epochs=500", "train.global_batch=2"]
+MOVES += ["scaling.train_on={group: train}", "scaling.decode_on={group: decode}", "train.checkpoint_every_steps=100000"]
+
+
 def test_a_run_moves_from_a_machine_that_is_taken_away(nodes, motion_set, tmp_path):
     """Ray announces it, as on spot machines. The run saves at once, in the middle of an epoch, and loses no worker."""
     cluster = nodes()
@@ -116,16 +138,10 @@ def test_a_run_moves_from_a_machine_that_is_taken_away(nodes, motion_set, tmp_pa
     for name in ("a", "b"):
         cluster.add(name, "--num-cpus=2", group="train")
     cluster.wait()
-    overrides = ["scaling.workers=1", "scaling.cpus_per_worker=2", "scaling.max_failures=0", "train.epochs=500"]
-    overrides += ["scaling.train_on={group: train}", "scaling.decode_on={group: decode}"]
-    overrides += ["train.checkpoint_every_steps=100000", "train.global_batch=2"]
-    with running(cluster, tmp_path, motion_set, *overrides) as (process, log, run):
+    with running(cluster, tmp_path, motion_set, *MOVES) as (process, log, run):
         wait_for(lambda: len(history(run)) >= 1, process, log)
-        (used,) = {row["node_id"] for row in cluster.listing("actors") if row["class_name"] == "RayTrainWorker"}
-        before = len(history(run))
-        command = [RAY, "drain-node", "--address", cluster.address, "--node-id", used]
-        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        subprocess.run([*command, "--deadline-remaining-seconds", "60"], env=cluster.env, check=True)
+        (used,), before = nodes_of(cluster, "RayTrainWorker"), len(history(run))
+        drain(cluster, used)
         wait_for(lambda: "a machine was taken away; resuming" in log.read_text(), process, log)
         cluster.kill(cluster.names()[used])
         wait_for(lambda: len(history(run)) >= before + 2, process, log)
@@ -137,6 +153,133 @@ def test_a_run_moves_from_a_machine_that_is_taken_away(nodes, motion_set, tmp_pa
     assert re.search(r"a machine was taken away; resuming after epoch \d+", lines), lines
     assert "workers were lost" not in lines
     assert Counter(re.findall(r"^epoch (\d+)/500  loss", lines, re.M)).most_common(1)[0][1] == 1, lines
+
+
+def test_a_machine_that_ends_before_its_worker_has_saved_does_not_end_the_run(nodes, motion_set, tmp_path):
+    """Two workers on two machines, one of which goes right after the notice. No loss is allowed, none is counted."""
+    cluster = nodes()
+    cluster.add("decode", "--num-cpus=1")
+    for name in ("a", "b", "c"):
+        cluster.add(name, "--num-cpus=2", group="train")
+    cluster.wait()
+    with running(cluster, tmp_path, motion_set, *MOVES, "scaling.workers=2") as (process, log, run):
+        wait_for(lambda: len(history(run)) >= 1, process, log)
+        before, gone = len(history(run)), min(nodes_of(cluster, "RayTrainWorker"))
+        drain(cluster, gone)
+        wait_for(lambda: "the workers save a checkpoint and end" in log.read_text(), process, log)
+        cluster.kill(cluster.names()[gone])
+        wait_for(lambda: len(history(run)) >= before + 2, process, log)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + 15
+    found, lines = history(run), log.read_text()
+    assert [metrics["epoch"] for metrics in found] == list(range(1, len(found) + 1))
+    assert "starting again on the machines that are left" in lines and "workers were lost" not in lines
+
+
+def test_a_run_whose_only_machine_is_lost_says_so_and_resumes_on_a_new_one(nodes, motion_set, tmp_path):
+    cluster = nodes()
+    cluster.add("decode", "--num-cpus=1")
+    cluster.add("a", "--num-cpus=2", group="train")
+    cluster.wait()
+    with running(cluster, tmp_path, motion_set, *MOVES, "scaling.max_failures=3") as (process, log, run):
+        wait_for(lambda: len(history(run)) >= 1, process, log)
+        cluster.kill("a")
+        before = len(history(run))
+        wait_for(lambda: "the first worker has not answered for 30 s" in log.read_text(), process, log)
+        cluster.add("b", "--num-cpus=2", group="train")
+        wait_for(lambda: len(history(run)) > before, process, log)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + 15
+    assert re.search(r"waiting for 30 s to start 1 worker of 2 CPU: [01] of 1 CPUs are free", log.read_text()), (
+        log.read_text()
+    )
+
+
+STUDY = """
+import logging
+import sys
+
+from pipelines.studies.study import Study
+from pipelines.tuning.tune import tune
+
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+tune(Study.model_validate_json(open(sys.argv[1]).read()))
+"""
+
+
+def test_a_trial_moves_at_once_from_a_machine_that_is_taken_away(nodes, motion_set, tmp_path):
+    """It trains in Tune's actor. It resumes while the machine still lives, and Tune counts no failure."""
+    cluster, server = nodes(), MlflowServer(tmp_path)
+    server.start()
+    cluster.add("decode", "--num-cpus=1")
+    for name in ("a", "b"):
+        cluster.add(name, "--num-cpus=1", group="train")
+    cluster.wait()
+    overrides = ["scaling.train_on={group: train}", "scaling.decode_on={group: decode}", f"tracking.uri={server.uri}"]
+    overrides += ["scaling.cpus_per_worker=1", "scaling.max_failures=0", "train.epochs=60", "train.global_batch=2"]
+    study = study_for(tmp_path, motion_set, *overrides, trials=1, concurrent=1)
+    (tmp_path / "study.json").write_text(study.model_dump_json())
+    log, run = tmp_path / "study.log", f"{study.folder}/trial-000"
+    env = cluster.env | {"RAY_ADDRESS": cluster.address, "PYTHONUNBUFFERED": "1"}
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", STUDY, str(tmp_path / "study.json")], env=env, stdout=out, stderr=out
+        )
+    try:
+        wait_for(lambda: len(history(run)) >= 1, process, log)
+        (used,) = nodes_of(cluster, "TrialRun")
+        drain(cluster, used)
+        wait_for(lambda: nodes_of(cluster, "TrialRun") - {used}, process, log, seconds=50)
+        before = len(history(run))
+        assert cluster.names()[used] and before < 60
+        wait_for(lambda: len(history(run)) > before, process, log)
+        cluster.kill(cluster.names()[used])
+        assert process.wait(timeout=300) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        server.kill()
+    (trial,) = read_trials(study.folder)
+    assert trial.state == TrialState.FINISHED
+    assert [metrics["epoch"] for metrics in history(run)] == list(range(1, 61))
+
+
+DRAINING = """
+import json
+import sys
+import time
+
+import ray
+
+from pipelines.cluster.ray_internals import draining_nodes
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while not (found := draining_nodes()):
+    time.sleep(0.2)
+print(json.dumps([deadline / 1e3 - time.time() for deadline in found.values()]))
+"""
+
+
+def test_the_notice_of_a_cloud_reaches_ray(nodes):
+    """AWS's metadata service is a stand-in; the cluster requires its token, and the node is that of the machine."""
+    cluster = nodes()
+    cluster.add("spot", "--num-cpus=1")
+    cluster.wait()
+    with MetadataService() as service:
+        command = [sys.executable, str(SCRIPT), "aws", cluster.address, "--service", service.url]
+        script = subprocess.Popen(command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            until(lambda: service.asked)
+            service.give_notice(120)
+            out, _ = script.communicate(timeout=120)
+        finally:
+            script.kill()
+            script.wait()
+    assert script.returncode == 0, out
+    command = [sys.executable, "-c", DRAINING, cluster.address]
+    asked = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60, check=True)
+    (left,) = json.loads(asked.stdout.splitlines()[-1])
+    assert 0 < left <= 120
 
 
 def test_an_autoscaler_starts_nodes_and_removes_them(nodes, tmp_path):

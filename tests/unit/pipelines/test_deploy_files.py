@@ -61,6 +61,7 @@ CONTAINER_FIELDS = words(
     "name image imagePullPolicy ports resources env envFrom volumeMounts securityContext lifecycle"
 )
 
+DRAIN_LIMIT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 SECRET_NAME = re.compile(r"(password|secret|token|credential|access_key)", re.IGNORECASE)
 SECRET_VALUE = re.compile(
     r"AKIA[0-9A-Z]{16}|-----BEGIN|://[^/\s:@]+:[^/\s@]+@|\b[0-9a-f]{32,}\b|"
@@ -230,6 +231,16 @@ def install_problems(config):
     return problems + (["setup downloads from a hub"] if re.search("huggingface|hf_hub|torch.hub", commands) else [])
 
 
+def notice_problems(config):
+    """Spot machines whose cloud's notice Ray does not get."""
+    if not re.search("spot", json.dumps(config.get("available_node_types")), re.IGNORECASE):
+        return []
+    script = f"deploy/spot_notice.py {config['provider']['type']} $RAY_HEAD_IP:6379"
+    (folder,) = (there for there, here in config["file_mounts"].items() if here == ".")
+    said = any(f"python {folder}/{script}" in command for command in config["worker_start_ray_commands"])
+    return [] if said and (ROOT / script.split()[0]).exists() else ["no machine waits for the cloud's notice"]
+
+
 RAY_UP_CHECKS = [
     schema_problems,
     resource_problems,
@@ -240,6 +251,7 @@ RAY_UP_CHECKS = [
     dashboard_problems,
     label_problems,
     install_problems,
+    notice_problems,
     secret_problems,
 ]
 
@@ -301,6 +313,7 @@ def put(key, value):
         (label_problems, put("available_node_types|decode", None), "no type decode"),
         (install_problems, put("setup_commands", ["pip install posmlp-video"]), "does not install the project"),
         (install_problems, put("file_mounts", {}), "the checkout is not copied"),
+        (notice_problems, put("worker_start_ray_commands", ["ray start"]), "no machine waits"),
         (secret_problems, put("provider|aws_credentials", {"aws_secret_access_key": "x"}), "aws_secret_access_key"),
         (secret_problems, put("setup_commands|0", "export A=https://me:word@mlflow.example.com"), "setup_commands"),
         (secret_problems, put("setup_commands|0", "export KEY=AKIA" + "A" * 16), "setup_commands"),
@@ -414,8 +427,20 @@ def access_problems(tree):
     for name, group in groups_of(tree).items():
         for container in group["template"]["spec"]["containers"]:
             for variable in container.get("env", ()):
-                if "secretKeyRef" not in variable.get("valueFrom", {}):
+                if variable["name"] != DRAIN_LIMIT and "secretKeyRef" not in variable.get("valueFrom", {}):
                     problems.append(f"{name}: {variable['name']} does not come from a Secret")
+    return problems
+
+
+def ending_problems(tree):
+    """Pods that Kubernetes kills while Ray still waits for runs to save, or that leave them too little time."""
+    problems = []
+    for name, group in groups_of(tree).items():
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        waits = [float(each["value"]) for each in container["env"] if each["name"] == DRAIN_LIMIT]
+        if not waits or not 60 <= waits[0] <= pod.get("terminationGracePeriodSeconds", 30) - 10:
+            problems.append(f"{name}: {DRAIN_LIMIT} is not well below terminationGracePeriodSeconds")
     return problems
 
 
@@ -455,6 +480,7 @@ KUBERAY_CHECKS = [
     group_problems,
     pod_problems,
     access_problems,
+    ending_problems,
     autoscaler_problems,
     job_problems,
     secret_problems,
@@ -502,6 +528,13 @@ CONTAINER = f"{POD}|containers|0"
         (access_problems, put(f"{CLUSTER}|authOptions", None), "no token"),
         (access_problems, put(f"{CLUSTER}|headGroupSpec|serviceType", "LoadBalancer"), "from outside"),
         (access_problems, put(f"{CONTAINER}|env", [{"name": "MLFLOW_TRACKING_URI", "value": "x"}]), "from a Secret"),
+        (
+            ending_problems,
+            put(f"{POD}|terminationGracePeriodSeconds", None),
+            f"gpu: {DRAIN_LIMIT}",
+        ),
+        (ending_problems, put(f"{CONTAINER}|env|0|value", "115"), f"gpu: {DRAIN_LIMIT}"),
+        (ending_problems, put(f"{CONTAINER}|env", []), f"gpu: {DRAIN_LIMIT}"),
         (autoscaler_problems, put(f"{CLUSTER}|autoscalerOptions|version", "v1"), "not on"),
         (autoscaler_problems, put(f"{CLUSTER}|enableInTreeAutoscaling", None), "not on"),
         (job_problems, put("spec|shutdownAfterJobFinishes", None), "the cluster stays"),

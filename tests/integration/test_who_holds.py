@@ -1,0 +1,68 @@
+"""What a run that waits says of the jobs that hold the cluster."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import ray
+from ray.util import placement_group, remove_placement_group
+
+from pipelines.cluster.capacity import describe_use, explain_start_wait, held_by_jobs
+from posmlp.config import ScalingSection
+from tests.helpers.waiting import until
+
+pytestmark = pytest.mark.ray
+OTHER = """
+import sys
+import ray
+from ray.util import placement_group
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+
+
+@ray.remote(num_cpus=0.5)
+class Alone:
+    def ready(self):
+        return True
+
+
+groups = [placement_group([{"CPU": 1}] * 2), placement_group([{"CPU": 100}])]  # the second one never starts
+ray.get(groups[0].ready())
+alone = Alone.remote()
+ray.get(alone.ready.remote())
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_job(local_ray):
+    """Another job holds 2.5 of the four CPUs, with a placement group and an actor."""
+    command = [sys.executable, "-c", OTHER, ray.get_runtime_context().gcs_address]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout.readline() == "holds\n"
+    yield process
+    process.stdin.close()
+    process.wait(60)
+
+
+def test_the_jobs_that_hold_the_cluster_are_named(other_job):
+    own = placement_group([{"CPU": 1}])
+    ray.get(own.ready())
+    try:
+        held = held_by_jobs()
+        assert held.pop("this job")["CPU"] == 1
+        (other,) = (job for job, amounts in held.items() if amounts["CPU"])
+        assert held[other]["CPU"] == 2.5 and other.startswith("job ") and sys.executable[:20] in other
+        until(lambda: ray.available_resources()["CPU"] == 0.5)
+        text = explain_start_wait(ScalingSection(cpus_per_worker=2, use_gpu=False), 40)
+        assert text.startswith(f"waiting for 40 s to start 1 worker of 2 CPU: 0.5 of 4 CPUs are free; {other} ")
+        assert "holds 2.5 CPUs; this job holds 1 CPU; `ray status`" in text
+    finally:
+        remove_placement_group(own)
+
+
+def test_an_idle_cluster_is_held_by_nobody(local_ray):
+    until(lambda: ray.available_resources().get("CPU") == 4)
+    assert describe_use() == "4 of 4 CPUs are free; `ray status` tells more"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.cluster import capacity
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
 from pipelines.runs.models import load_trained_model
 from pipelines.runs.record import read_hits
 from pipelines.tracking.uris import tracking_uri
-from pipelines.training import train as train_module
 from pipelines.training.preflight import read_splits
 from pipelines.training.train import train
 from posmlp.errors import UserError
@@ -310,7 +310,7 @@ def test_checkpoints_by_time_change_nothing_else(local_ray, motion_set, tmp_path
 
 def test_a_run_says_that_a_busy_cluster_keeps_it_waiting(local_ray, motion_set, tmp_path, monkeypatch):
     """Another job holds all CPUs but one half, and ends once the run has said that it waits."""
-    monkeypatch.setattr(train_module, "START_WAITS_S", (1,))
+    monkeypatch.setattr(capacity, "WARN_AFTER_S", (1,))
 
     @local_ray.remote(num_cpus=3.5)
     class Other:
@@ -322,7 +322,7 @@ def test_a_run_says_that_a_busy_cluster_keeps_it_waiting(local_ray, motion_set, 
         threading.Thread(target=lambda: (wait_for_line(lines, "waiting for 1 s"), local_ray.kill(other))).start()
         train(recipe_for(tmp_path, motion_set, *QUICK, "train.epochs=1", "scaling.cpus_per_worker=2"))
     (line,) = (line for line in lines if "waiting for 1 s" in line)
-    assert "to start 1 worker of 2 CPU: 0.5 of 4 CPUs are free, and other runs hold the rest" in line
+    assert "to start 1 worker of 2 CPU: 0.5 of 4 CPUs are free; this job holds 3.5 CPUs; " in line
 
 
 def wait_for_line(lines, text):

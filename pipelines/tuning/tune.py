@@ -271,8 +271,12 @@ def compare_latencies(controller: StudyController) -> None:
             explain = partial(explain_task_wait, f"the latencies of {len(recipes)} models", study.recipe.scaling)
             wait.check(time.monotonic() - begun, explain)
         latencies = ray.get(task, timeout=0)
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.GetTimeoutError:
         ray.cancel(task)
+        text = "latencies could not be compared within %g s, so those from before training are kept"
+        logger.warning(text, LATENCY_LIMIT_S)
+        return
+    except ray.exceptions.RayError as error:
         logger.warning("latencies could not be compared, so those from before training are kept: %s", error)
         return
     published = dict(zip(variants, latencies[len(trials) :], strict=True))

@@ -1,11 +1,14 @@
 """Studies with real Ray Tune, Ray Train and MLflow: their results, and the faults they survive."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -16,6 +19,7 @@ from ray.util import placement_group_table
 from ray.util.state import list_actors
 
 from pipelines.cli import main
+from pipelines.cluster import capacity
 from pipelines.cluster.session import WORKER_ENV
 from pipelines.runs import checkpoints
 from pipelines.runs.record import read_json, read_record
@@ -25,9 +29,11 @@ from pipelines.studies.study import StudyError, TrialState, read_study_hits, rea
 from pipelines.tracking.uris import PARENT, study_view, tracking_uri, view_text
 from pipelines.training.train import train
 from pipelines.tuning import mo_asha
+from pipelines.tuning import tune as tune_module
+from pipelines.tuning.controller import StudyController
 from pipelines.tuning.search import Searcher
 from pipelines.tuning.tune import max_concurrent_trials, tune
-from posmlp.config import load_recipe
+from posmlp.config import ScalingSection, load_recipe
 from posmlp.errors import UserError
 from posmlp.metrics import COSTS, VAL_TOP1
 from tests.helpers.small_runs import QUICK, log_of, recipe_for, study_for
@@ -199,6 +205,24 @@ def test_one_sync_delivers_what_a_study_and_its_trials_could_not(finished_study,
     result, _ = finished_study
     assert main(["sync", result.study.folder]) == 0
     assert capsys.readouterr().out.count(" delivered to MLflow run ") == 1 + len(result.trials)
+
+
+def test_a_comparison_of_latencies_that_gets_no_place_in_time_is_left_out(finished_study, lines, monkeypatch):
+    """As when other jobs hold the GPUs: the user learns what it waits for, and the study goes on."""
+    result, _ = finished_study
+    monkeypatch.setattr(tune_module, "LATENCY_LIMIT_S", 1.0)
+    monkeypatch.setattr(capacity, "WARN_AFTER_S", (0.5,))
+    study = result.study.model_copy(
+        update={"recipe": result.study.recipe.model_copy(update={"scaling": ScalingSection(cpus_per_worker=100)})}
+    )
+    trials = [replace(trial, timed=False) for trial in result.trials]
+    controller = StudyController(study, study_space(study), trials, MagicMock(), 1)
+    tune_module.compare_latencies(controller)
+    assert controller.in_order() == trials
+    assert any(
+        re.search(r"waiting for [01] s for the latencies of \d+ models: the task needs 100 CPU", line) for line in lines
+    )
+    assert "latencies could not be compared within 1 s, so those from before training are kept" in lines
 
 
 def test_a_study_leaves_nothing_behind(finished_study):

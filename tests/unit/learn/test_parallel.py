@@ -111,7 +111,7 @@ def test_two_workers_train_as_one(tmp_path, overrides):
 
 def exploding_worker(rank, folder, overrides):
     """Trains with and without a step that explodes by the second worker's clips alone; saves what both lead to."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    join_group(folder, rank, 2)
     config, results = load_recipe("demo", [*SMALL, "scaling.workers=2", "optim.ema=0.9", *overrides]), []
     for explodes in (True, False):
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ def same(one, other):
 
 def reduced_worker(rank, folder):
     """Saves the number of gradient values that the workers exchange in a step with frozen parts."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    join_group(folder, rank, 2)
     config = load_recipe("demo", [*SMALL, "scaling.workers=2", "optim.freeze=3", "model.weights=given"])
     model = parallelise(create_model(config.model.name, **config.model.overrides()), config, torch.device("cpu"))
     sizes = []
@@ -234,7 +234,7 @@ def test_ddp_and_fsdp_accumulate_gradients_alike(tmp_path):
 
 
 def norm_worker(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    join_group(folder, rank, 2)
     layer, x = norm_case(SyncBatchNorm)
     mine = x.chunk(2)[rank].clone().requires_grad_()
     out = layer(mine)

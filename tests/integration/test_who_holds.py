@@ -17,8 +17,9 @@ OTHER = """
 import sys
 import ray
 from ray.util import placement_group
+from pipelines.cluster.session import start_ray
 
-ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+start_ray(address=sys.argv[1])
 
 
 @ray.remote(num_cpus=0.5)
@@ -41,10 +42,12 @@ def other_job(local_ray):
     """Another job holds 2.5 of the four CPUs, with a placement group and an actor."""
     command = [sys.executable, "-c", OTHER, ray.get_runtime_context().gcs_address]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stdout.readline() == "holds\n"
-    yield process
-    process.stdin.close()
-    process.wait(60)
+    try:
+        assert process.stdout.readline() == "holds\n"
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_jobs_that_hold_the_cluster_are_named(other_job):

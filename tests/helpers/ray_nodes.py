@@ -139,7 +139,7 @@ class RayNodes:
     def wait(self):
         """Wait until all nodes have joined."""
         with self.stopped_on_error():
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while {*self.names().values()} != {*self.nodes}:
                 assert time.monotonic() < deadline, "\n".join(map(self.log, self.nodes))
                 time.sleep(0.2)

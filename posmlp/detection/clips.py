@@ -25,14 +25,18 @@ def load_key_clip(
     """The views around a key frame. Every random choice derives from ``(train.seed, epoch, sample_id, view)``.
 
     All views have the frames of ``key_indices``. In training, each of the ``data.repeats`` views draws the short side
-    of the frames (``detection.scale``) and a square of ``model.image_size`` in them. In validation there is one view,
-    the centre square, or with ``detection.whole_frame`` the whole frame with its short side at ``eval.short_side``
-    (None: ``model.image_size``). ``data.frame_order`` acts as in ``posmlp.video.clip.load_clips``.
+    of the frames (``detection.scale``) and a square of ``model.image_size`` in them. In validation there is one view:
+    the centre square as in ``posmlp.video.clip.load_clips``, or with ``detection.whole_frame`` the whole frame with its
+    short side at ``eval.short_side`` (None: ``model.image_size``). ``data.frame_order`` acts as in ``load_clips``.
 
     Args:
         uri, sample_id, time, images: from the manifest row; ``images`` is its ``frames``, and ``time`` the seconds from
             the start of the video to the key frame.
         first_view: number of the first training view; above 0 where an epoch draws the key frame again.
+
+    Returns:
+        Clips ``[V, T, H, W, 3]`` with ``T = model.frames`` and ``H = W = model.image_size``; of whole frames, H and W
+        follow from the video.
 
     Raises:
         DecodeError: the video cannot be read, or does not reach the key frame.

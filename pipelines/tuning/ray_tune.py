@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -27,6 +28,7 @@ from pipelines.cluster.ray_internals import give_to_tune_actors, withhold_from_t
 from pipelines.cluster.session import WORKER_ENV
 from pipelines.cluster.signals import exit_despite, stop_on_signal
 from pipelines.runs.errors import StoppedError
+from pipelines.runs.lease import Lease
 from pipelines.studies.study import Study, StudyError, TrialState
 from pipelines.tuning.controller import StudyController, modes
 from pipelines.tuning.mo_asha import MOASHAScheduler
@@ -47,11 +49,14 @@ POLL_S = 0.2
 QUIET_ENV = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_WARN_THRESHOLD_S": "60"}
 
 
-def run_trials(controller: StudyController) -> None:
+def run_trials(controller: StudyController, lease: Lease | None) -> None:
     """Train the trials that the controller schedules, until it has no more.
 
+    Args:
+        lease: of the study, on a remote storage.
+
     Raises:
-        StudyError: Ray Tune has failed.
+        StudyError: Ray Tune has failed, or another process has taken the study over.
         StoppedError: SIGINT or SIGTERM asked to stop; running trials have saved their state.
     """
     if controller.peek_trial() is None:
@@ -59,9 +64,8 @@ def run_trials(controller: StudyController) -> None:
     failures: list[BaseException] = []
     scratch = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's experiment state, which nothing reads
     study = controller.study
-    # Where trials on any node see it; one in the study's folder may be that of a driver that was killed.
-    stop_file = storage.join(study.folder if works_anywhere(study.recipe) else scratch, "stop")
-    storage.remove(stop_file)
+    # Where trials on any node see it, for those of this driver alone.
+    stop_file = storage.join(study.folder if works_anywhere(study.recipe) else scratch, f"stop-{uuid.uuid4().hex}")
     thread = threading.Thread(target=run_tuner, args=(controller, scratch, stop_file, failures), daemon=True)
     try:
         with stop_on_signal(controller.stopping.set) as received:
@@ -69,6 +73,8 @@ def run_trials(controller: StudyController) -> None:
             live_at, wait = time.monotonic(), LongWait()
             while thread.is_alive():
                 thread.join(POLL_S)
+                if lease and lease.lost:
+                    controller.stopping.set()
                 if controller.stopping.is_set() and not is_file(stop_file):
                     with suppress(OSError):  # the storage may answer next time
                         storage.write_bytes(stop_file, b"")
@@ -81,6 +87,8 @@ def run_trials(controller: StudyController) -> None:
         with suppress(OSError):
             storage.remove(stop_file)
         shutil.rmtree(scratch, ignore_errors=True)
+    if lease and lease.lost:
+        raise StudyError(lease.lost)
     if controller.stopping.is_set():
         raise StoppedError(received[0] if received else signal.SIGINT)
     if failures:

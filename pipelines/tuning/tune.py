@@ -22,6 +22,7 @@ from pipelines.registry.datasets import datasets_of_metrics, describe_splits
 from pipelines.registry.logged_models import link_to
 from pipelines.registry.model_files import save_model_files
 from pipelines.runs import checkpoints
+from pipelines.runs.lease import Lease, leased
 from pipelines.runs.record import check_writable, run_folder
 from pipelines.studies import pareto
 from pipelines.studies.costs import published_variant_recipe, variants_to_mark
@@ -103,7 +104,9 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
         resume: resume the study of this name.
 
     Raises:
-        StudyError: the study cannot start (the message says what to change), or Ray Tune has failed.
+        StudyError: the study cannot start (the message says what to change), Ray Tune has failed, or another process
+            has taken the study over.
+        RunInUse: another process drives the study, on a remote storage.
         UserError: the recipe's data or storage cannot be used.
         StoppedError: a signal (SIGINT or SIGTERM) stopped the study; a call with ``resume`` continues it.
     """
@@ -140,39 +143,49 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     study = study.model_copy(update={"recipe": recipe})
     wait_for_room(recipe.scaling)
     concurrent = concurrent_trials(study)
-    with hold_signals() as held:  # it makes MLflow's tables and run
-        tracker = open_tracker(study, found[1] if found else None)
-    logger.info("MLflow: %s", tracker.place)
-    logger.info("%s", links_text(tracker.uri, study_links(tracker)))
-    status = "FAILED"
-    try:
-        if not found:
-            write_priors(study, priors)
-        log_settings(study, tracker)
-        tracker.log_inputs(datasets)
-        tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions)))
-        raise_held(held)
-        controller = StudyController(study, space, trials, tracker, concurrent, priors)
-        controller.log_start()
-        with controller.results as results:
-            run_trials(controller)
-            controller.check_search()
-            compare_latencies(controller)
-            if study.repeats:
-                controller.start_repeats()
-                run_trials(controller)
-            results.finish(controller.in_order(), controller.variants)
-        register_best(controller, datasets)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        undelivered = tracker.close(status)
-        if undelivered:
-            logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, study.folder)
-    trials = controller.in_order()
-    return StudyResult(study, tracker.run_id, trials, pareto.best_trial(trials), undelivered, study_links(tracker))
+    with leased(study.folder) as lease:
+        # As text, because a metric that is not a number does not equal itself.
+        if lease and repr((read_study(study.folder), read_trials(study.folder))) != repr((found, trials)):
+            raise StudyError(
+                f"another process has changed {study.folder} while this one waited; resume it with "
+                f"posmlp tune --resume {study.name}"
+            )
+        with hold_signals() as held:  # it makes MLflow's tables and run
+            tracker = open_tracker(study, found[1] if found else None, lease)
+        logger.info("MLflow: %s", tracker.place)
+        logger.info("%s", links_text(tracker.uri, study_links(tracker)))
+        status, undelivered = "FAILED", 0
+        try:
+            if not found:
+                write_priors(study, priors)
+            log_settings(study, tracker)
+            tracker.log_inputs(datasets)
+            tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions)))
+            raise_held(held)
+            controller = StudyController(study, space, trials, tracker, concurrent, priors)
+            controller.log_start()
+            with controller.results as results:
+                run_trials(controller, lease)
+                controller.check_search()
+                compare_latencies(controller)
+                if study.repeats:
+                    controller.start_repeats()
+                    run_trials(controller, lease)
+                results.finish(controller.in_order(), controller.variants)
+            register_best(controller, datasets)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if lease and lease.lost:
+                tracker.abandon()
+            elif undelivered := tracker.close(status):
+                logger.warning(
+                    "%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, study.folder
+                )
+        trials = controller.in_order()
+        return StudyResult(study, tracker.run_id, trials, pareto.best_trial(trials), undelivered, study_links(tracker))
 
 
 def with_absolute_paths(recipe: Config) -> Config:
@@ -226,13 +239,13 @@ def trials_that_fit(recipe: Config) -> int:
     return max(1, room)
 
 
-def open_tracker(study: Study, run_id: str | None) -> Tracker:
+def open_tracker(study: Study, run_id: str | None, lease: Lease | None) -> Tracker:
     """Start the study's MLflow run, or resume the run ``run_id``."""
     config = study.recipe.model_copy(update={"name": study.name}).resolved()
     tags = source_tags() | {"study": study.name, "space": study.space, "overrides": describe_overrides(config)}
     tags[NOTE] = study_note(study, [])
     params = {f"study.{key}": value for key, value in study.model_dump(exclude={"recipe"}).items()}
-    return Tracker.open(config, tags, run_id, journal=open_journal(study.folder), params=params)
+    return Tracker.open(config, tags, run_id, journal=open_journal(study.folder, lease), params=params)
 
 
 def study_links(tracker: Tracker) -> dict[str, str]:

@@ -26,6 +26,14 @@ def motion_set(tmp_path_factory):
     return make_motion_set(tmp_path_factory.mktemp("motion"), train=32, val=16, size=32)
 
 
+@pytest.fixture(scope="session")
+def scene_set(tmp_path_factory):
+    """A folder with the lists of a small detection set: 32 key frames of training and 10 of validation."""
+    from posmlp.detection.scenes import make_scene_set
+
+    return make_scene_set(tmp_path_factory.mktemp("scenes"), train=3, val=1, seconds=11, size=32)
+
+
 @pytest.fixture
 def lines():
     """The log lines of the test."""

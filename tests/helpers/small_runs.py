@@ -1,4 +1,4 @@
-"""Small runs on the motion set, for the tests that need one."""
+"""Small runs on the motion set or the scenes, for the tests that need one."""
 
 import os
 import subprocess
@@ -19,13 +19,30 @@ from pipelines.tracking.uris import tracking_uri
 from posmlp.config import load_recipe
 
 
-def recipe_for(folder, motion_set, *overrides):
+def lists_of(data_set):
+    """The overrides that name the lists of the motion set, or of the scenes and their task."""
+    lists = [f"data.{split}.path={data_set}/{split}.csv" for split in ("train", "val")]
+    if not (data_set / "scenes.json").exists():
+        return lists
+    for split in ("train", "val"):
+        lists += [f"data.{split}.{key}={data_set}/{split}_{key}.csv" for key in ("boxes", "excluded")]
+        lists.append(f"data.{split}.root={data_set}/videos")
+    return [
+        "task=detection",
+        "data.format=ava",
+        f"data.classes={data_set}/actions.pbtxt",
+        "detection.first_second=900",
+        *lists,
+    ]
+
+
+def recipe_for(folder, data_set, *overrides):
+    """A small run; ``data_set`` is the folder of the motion set or of the scenes, which decides about the task."""
     base = [
         "name=small",
         "model.frames=4",
         "model.image_size=32",
-        f"data.train.path={motion_set}/train.csv",
-        f"data.val.path={motion_set}/val.csv",
+        *lists_of(data_set),
         "train.epochs=2",
         "train.global_batch=8",
         "optim.warmup_epochs=1",
@@ -38,9 +55,9 @@ def recipe_for(folder, motion_set, *overrides):
 QUICK = ["scaling.threads_per_worker=1", "scaling.cpus_per_worker=0.5", "train.checkpoint_every_steps=1"]
 
 
-def study_for(folder, motion_set, *overrides, **settings):
+def study_for(folder, data_set, *overrides, **settings):
     """A study of small runs."""
-    recipe = recipe_for(folder, motion_set, *QUICK, f"data.cache_dir={folder}/cache", *overrides)
+    recipe = recipe_for(folder, data_set, *QUICK, f"data.cache_dir={folder}/cache", *overrides)
     settings = {"name": "look", "space": "block_types", "trials": 3, "searcher": "random"} | settings
     return Study(recipe=recipe, **settings)
 
@@ -68,9 +85,9 @@ def run_of(config):
     return client, run
 
 
-def start_cli(folder, motion_set, *overrides, options=()):
+def start_cli(folder, data_set, *overrides, options=()):
     """Start ``posmlp train`` in its own process, on the tests' Ray; returns its recipe and the process."""
-    config = recipe_for(folder, motion_set, *overrides)
+    config = recipe_for(folder, data_set, *overrides)
     recipe = folder / "recipe.yaml"
     recipe.write_text(config.to_yaml())
     env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}

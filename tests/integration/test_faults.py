@@ -62,6 +62,20 @@ def straight(local_ray, motion_set, tmp_path_factory):
     return final_weights(train(recipe_for(folder, motion_set, *EXACT)).path)
 
 
+@pytest.fixture(scope="module")
+def straight_of_detection(local_ray, scene_set, tmp_path_factory):
+    """The final weights of an uninterrupted run of detection."""
+    folder = tmp_path_factory.mktemp("straight")
+    return final_weights(train(recipe_for(folder, scene_set, *EXACT)).path)
+
+
+@pytest.fixture(params=["recognition", pytest.param("detection", marks=pytest.mark.slow)])
+def task(request):
+    """The data set of a task, and the final weights of its uninterrupted run."""
+    of_task = {"recognition": ("motion_set", "straight"), "detection": ("scene_set", "straight_of_detection")}
+    return tuple(request.getfixturevalue(name) for name in of_task[request.param])
+
+
 def training_workers():
     """The training worker processes of the tests' Ray."""
     here = ray.get_runtime_context().gcs_address
@@ -76,14 +90,15 @@ def check_every_epoch_once(config):
     assert run.info.status == "FINISHED"
 
 
-def test_a_run_that_is_stopped_killed_and_damaged_loses_nothing(straight, motion_set, tmp_path, capsys):
+def test_a_run_that_is_stopped_killed_and_damaged_loses_nothing(task, tmp_path, capsys):
     """Ctrl-C in mid-epoch, ``kill -9`` in another, and then the newest checkpoint is damaged; it resumes each time."""
+    data_set, straight = task
     run, dice = str(tmp_path / "small"), random.Random(os.getpid())
-    _, process = start_cli(tmp_path, motion_set, *EXACT[:-1], "train.checkpoint_every_steps=1000")
+    _, process = start_cli(tmp_path, data_set, *EXACT[:-1], "train.checkpoint_every_steps=1000")
     wait_for_step(tmp_path, process, 4)  # the first epoch's
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130, log_of(tmp_path)
-    config, process = start_cli(tmp_path, motion_set, *EXACT)
+    config, process = start_cli(tmp_path, data_set, *EXACT)
     assert run_of(config)[1].info.status == "KILLED"
     stopped = checkpoints.find(run)[-1].info.step
     assert 4 <= stopped < 30
@@ -98,7 +113,7 @@ def test_a_run_that_is_stopped_killed_and_damaged_loses_nothing(straight, motion
         file.write(b"damage")
     assert main(["checkpoints", run]) == 1
     assert f"{newest} is damaged: state.pt does not match its checksum" in capsys.readouterr().out
-    assert start_cli(tmp_path, motion_set, *EXACT)[1].wait(timeout=300) == 0, log_of(tmp_path)
+    assert start_cli(tmp_path, data_set, *EXACT)[1].wait(timeout=300) == 0, log_of(tmp_path)
     log = log_of(tmp_path)
     assert log.count("resuming after epoch") == 2 and f"skipped checkpoint: {newest} is damaged" in log
     assert "Traceback" not in log
@@ -107,8 +122,9 @@ def test_a_run_that_is_stopped_killed_and_damaged_loses_nothing(straight, motion
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(straight, motion_set, tmp_path):
-    config, process = start_cli(tmp_path, motion_set, *EXACT)
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(task, tmp_path):
+    data_set, straight = task
+    config, process = start_cli(tmp_path, data_set, *EXACT)
     wait_for_step(tmp_path, process, 6)
     (worker,) = training_workers()
     worker.kill()
@@ -146,9 +162,10 @@ def test_more_worker_losses_than_allowed_end_the_run(local_ray, motion_set, tmp_
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_stops_with_its_exit_code(straight, motion_set, tmp_path):
+def test_sigterm_saves_and_stops_with_its_exit_code(task, tmp_path):
+    data_set, straight = task
     overrides = [*EXACT[:-1], "train.checkpoint_every_steps=1000"]
-    config, process = start_cli(tmp_path, motion_set, *overrides, "train.epochs=10")
+    config, process = start_cli(tmp_path, data_set, *overrides, "train.epochs=10")
     wait_for_step(tmp_path, process, 4)  # after the first epoch
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143, log_of(tmp_path)
@@ -158,7 +175,7 @@ def test_sigterm_saves_and_stops_with_its_exit_code(straight, motion_set, tmp_pa
     assert "the same command resumes from the last checkpoint" in log
     assert "Traceback" not in log
     assert run_of(config)[1].info.status == "KILLED"
-    assert start_cli(tmp_path, motion_set, *overrides)[1].wait(timeout=300) == 0
+    assert start_cli(tmp_path, data_set, *overrides)[1].wait(timeout=300) == 0
     assert same(final_weights(tmp_path / "small"), straight)
 
 

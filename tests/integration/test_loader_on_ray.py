@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 from ray.data import DataContext
 
 from pipelines.cluster.capacity import live_runs
@@ -19,8 +20,10 @@ from pipelines.data.loader import SplitLoader, global_order, rows_per_step
 from pipelines.data.object_store import object_store_usage
 from pipelines.training.channel import open_channel
 from posmlp.config import load_recipe
+from posmlp.tasks import task_of
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
+from tests.helpers.small_runs import lists_of
 
 
 def recipe(*overrides):
@@ -31,6 +34,16 @@ def clip_hash(clip):
     return hashlib.sha256(np.ascontiguousarray(clip).tobytes()).hexdigest()
 
 
+@pytest.fixture(params=["recognition", "detection"])
+def split(request):
+    """The rows of a training split of a task, and overrides of the recipe."""
+    if request.param == "recognition":
+        return read_manifest(request.getfixturevalue("motion_set") / "train.csv").rows, []
+    overrides = lists_of(request.getfixturevalue("scene_set"))
+    config = recipe(*overrides)
+    return task_of(config).read_split(config, "train").rows, overrides
+
+
 def epoch_of(rows, config, world, epoch=1, train=True, step=0, until=None):
     """Global batches as lists of (label, pixels, seed, weight), put together from all workers; and the bad videos."""
     splits = [SplitLoader(rows, config, train, rank, world) for rank in range(world)]
@@ -38,18 +51,26 @@ def epoch_of(rows, config, world, epoch=1, train=True, step=0, until=None):
     for parts in zip(*(split.batches(epoch, step, until) for split in splits), strict=True):
         steps.append(
             [
-                (int(label), clip_hash(clip.numpy()), int(seed), float(weight))
+                (*label, clip_hash(clip.numpy()), int(seed), float(weight))
                 for b in parts
-                for clip, label, seed, weight in zip(b.clips, b.labels, b.seeds, b.weights, strict=True)
+                for clip, label, seed, weight in zip(b.clips, labels_of(b), b.seeds, b.weights, strict=True)
             ]
         )
         bad += [video for part in parts for video in part.bad]
     return steps, bad
 
 
+def labels_of(batch):
+    """What each clip is labelled with: its label, or its boxes and their labels."""
+    if batch.boxes is None:
+        return [(label,) for label in batch.labels.tolist()]
+    boxes = torch.cat([batch.boxes.corners, batch.labels], 1).split(batch.boxes.counts.tolist())
+    return [(str(each.tolist()),) for each in boxes]
+
+
 @pytest.mark.ray
-def test_global_batches_are_the_same_for_1_2_and_3_workers(local_ray, motion_set):
-    rows, config = read_manifest(motion_set / "train.csv").rows, recipe("data.rows_per_block=4")
+def test_global_batches_are_the_same_for_1_2_and_3_workers(local_ray, split):
+    rows, config = split[0], recipe("data.rows_per_block=4", *split[1])
     one, two, three = (epoch_of(rows, config, world)[0] for world in (1, 2, 3))
     assert one == two == three
     assert len(one) == 32 // 6
@@ -105,9 +126,9 @@ def test_bad_videos_are_named_and_cost_no_other_row(local_ray, motion_set, tmp_p
 
 @pytest.mark.ray
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_starts_in_the_middle_of_an_epoch(local_ray, motion_set, monkeypatch, world):
+def test_a_run_starts_in_the_middle_of_an_epoch(local_ray, split, monkeypatch, world):
     monkeypatch.setattr(ingest, "SEGMENT_BLOCKS", 2)  # several plans an epoch
-    rows, config = read_manifest(motion_set / "train.csv").rows, recipe("data.rows_per_block=4")
+    rows, config = split[0], recipe("data.rows_per_block=4", *split[1])
     whole = epoch_of(rows, config, world, epoch=1, until=3)[0]
     assert len(whole) == 2 * (32 // 6)
     assert whole == epoch_of(rows, config, world, epoch=1)[0] + epoch_of(rows, config, world, epoch=2)[0]

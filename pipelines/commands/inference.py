@@ -18,6 +18,7 @@ from pipelines.commands.options import (
     positive,
 )
 from posmlp.config import load_recipe
+from posmlp.errors import UserError
 
 CLASSES_SHOWN = 5  # in the summary of predictions
 
@@ -53,7 +54,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def add_predict(commands: Commands) -> None:
-    predict = add_command(commands, "predict", run_predict, "print the most likely classes of videos")
+    predict = add_command(
+        commands, "predict", run_predict, "print the most likely classes of videos, or actions of people in them"
+    )
     add_trained_model(predict)
     add_views(predict)
     predict.add_argument(
@@ -62,16 +65,33 @@ def add_predict(commands: Commands) -> None:
         metavar="FILE",
         help="a video, an image, a folder of frames (each a path or a URI), or a folder with videos in it",
     )
-    predict.add_argument("--top", type=positive, default=5, help="classes printed per file (default: %(default)s)")
-    predict.add_argument("--json", action="store_true", help="print one line of JSON per file")
+    predict.add_argument("--top", type=positive, default=5, help="classes per file, or per box (default: %(default)s)")
+    predict.add_argument("--json", action="store_true", help="print one line of JSON per file, or per box")
+    boxes = predict.add_argument_group("for a detection model")
+    boxes.add_argument(
+        "--boxes", metavar="CSV", help="list of people's boxes: lines of video,second,x1,y1,x2,y2[,action,score]"
+    )
+    boxes.add_argument("--threshold", type=float, help="smallest probability of a printed action (default: 0)")
+    boxes.add_argument(
+        "--first-second",
+        type=float,
+        metavar="S",
+        help="second of the list at which the files start (default: detection.first_second of the recipe)",
+    )
+    boxes.add_argument("--video", metavar="MP4", help="write a copy of the file with boxes and actions drawn in it")
 
 
 def run_predict(args: argparse.Namespace) -> int:
     """Return exit code 1 if a file could not be read."""
+    files = [file for given in args.files for file in videos_in(given) or [given]]
+    if args.boxes:
+        return predict_people(args, files)
+    for option in ("threshold", "first_second", "video"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} is for a detection model, with --boxes")
     from pipelines.inference.predict import predict
     from posmlp.video.views import parse_views
 
-    files = [file for given in args.files for file in videos_in(given) or [given]]
     first, unreadable = Counter[str](), 0
     for prediction in predict(args.model, files, args.top, parse_views(args.views) if args.views else None):
         unreadable += bool(prediction.error)
@@ -84,6 +104,35 @@ def run_predict(args: argparse.Namespace) -> int:
             print(prediction, flush=True)
     if len(files) > 1 and not args.json:
         print(f"\n{summarise_predictions(first, unreadable)}")
+    return int(unreadable > 0)
+
+
+def predict_people(args: argparse.Namespace, files: Sequence[str]) -> int:
+    """Print the actions of the boxes, and draw them. Return exit code 1 if a file or a second could not be read."""
+    if args.views:
+        raise UserError("--views: a key frame has one view; leave it out with --boxes")
+    if args.video and len(files) > 1:
+        raise UserError(f"--video {args.video} is a copy of one file; give one, not {len(files)}")
+    from pipelines.inference.predict_boxes import BoxPredictor, annotate, check_output
+
+    if args.video:
+        check_output(args.video)
+    predictor = BoxPredictor(args.model, args.boxes, args.first_second)
+    if note := predictor.left_out(files):
+        print(f"posmlp: {note}", file=sys.stderr)
+    unreadable, found = 0, []
+    for prediction in predictor.predict(files, args.top, args.threshold or 0.0):
+        unreadable += bool(prediction.error)
+        if args.json:
+            print(prediction.json(), flush=True)
+        elif prediction.error:
+            print(f"posmlp: {prediction.place}: {prediction.error}", file=sys.stderr, flush=True)
+        else:
+            print(prediction, flush=True)
+        if args.video and not prediction.error:
+            found.append(prediction)
+    if found:
+        annotate(files[0], args.video, found, predictor.config)
     return int(unreadable > 0)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -86,24 +84,16 @@ def detection_lines(
     Each of these classes has a line for each box. The action is its id, from 1.
 
     Args:
+        sample_id: of the key frame, its video and second.
         corners: float32 ``[boxes, 4]``.
         logits: float32 ``[boxes, classes]``.
     """
-    video, _, second = sample_id.rpartition(",")
-    key = f"{quoted(video)},{second}"
     probabilities = torch.from_numpy(logits).double().sigmoid().numpy()[:, classes].tolist()
     lines = []
     for box, of_classes in zip(corners.tolist(), probabilities, strict=True):
-        head = f"{key},{','.join(f'{value:.3f}' for value in box)}"
+        head = f"{sample_id},{','.join(f'{value:.3f}' for value in box)}"
         lines += [f"{head},{c + 1},{value:.4f}\n" for c, value in zip(classes, of_classes, strict=True)]
     return "".join(lines)
-
-
-def quoted(text: str) -> str:
-    """A field of a CSV file, in quotes if it needs them."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow([text])
-    return line.getvalue()
 
 
 def worst_key_frames(

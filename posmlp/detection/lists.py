@@ -51,6 +51,10 @@ BOX = ("x1", "y1", "x2", "y2")
 TRUTH_COLUMNS = ("video", "second", *BOX, "action", "person")
 BOXES_COLUMNS = ("video", "second", *BOX, "action", "score")
 EXCLUDED_COLUMNS = ("video", "second")
+PEOPLE_COLUMNS = {  # by their number
+    len(columns): columns
+    for columns in (("second", *BOX), ("video", "second", *BOX), ("second", *BOX, "action", "score"), BOXES_COLUMNS)
+}
 DETECTION_SCHEMA = pa.schema(
     [
         *SCHEMA,
@@ -73,6 +77,23 @@ class LabelMapEntry(NamedTuple):
 
     name: str
     type: str
+
+
+@dataclass(frozen=True)
+class PersonBoxes:
+    """Boxes of people in the order of their list, each once.
+
+    Attributes:
+        videos: name of the video of each box; None if the list does not name videos.
+        seconds: int64 ``[N]``.
+        corners: float32 ``[N, 4]``, x1 y1 x2 y2 as fractions of the frame.
+        scores: float64 ``[N]``, 1 where the list has none.
+    """
+
+    videos: tuple[str, ...] | None
+    seconds: NDArray[np.int64]
+    corners: NDArray[np.float32]
+    scores: NDArray[np.float64]
 
 
 def read_detection_split(
@@ -175,6 +196,35 @@ def _build_manifest(
 
 
 # Label maps -----------------------------------------------------------------------------------------------------------
+
+
+def read_person_boxes(uri: str) -> PersonBoxes:
+    """Read boxes of people whose videos and actions need not be known.
+
+    The lines are those of person boxes, with or without action and score, or the same without the video:
+    ``second,x1,y1,x2,y2``. The action has no meaning here.
+
+    Raises:
+        ManifestError: lists all problems.
+    """
+    source = ManifestSource(absolute(uri), {}, None, None, "", "ava")
+    try:
+        first = read_text(source, source.path, f"lines of {','.join(BOXES_COLUMNS)}").lstrip().partition("\n")[0]
+        columns = PEOPLE_COLUMNS.get(first.count(",") + 1, BOXES_COLUMNS)
+        table = _read_csv(source, source.path, columns)
+        seconds, coordinates = _places(source, table)
+        boxes = _Boxes(table, seconds, coordinates, np.full(len(seconds), -1), _scores(source, table))
+        _check_extent(source, boxes)
+        source.stop_if_bad()
+    except StopReading:
+        raise ManifestError(problem_lines(source)) from None
+    names = [column for column in ("video", "second", *BOX) if column in columns]
+    rows = np.unique(np.stack([table.codes[name] for name in names]), axis=1, return_index=True)[1]
+    boxes = boxes.take(np.isin(np.arange(len(seconds)), rows))  # a box with several actions has several lines
+    videos = None
+    if "video" in columns:
+        videos = tuple(boxes.table.text("video", row) for row in np.arange(len(boxes.seconds)))
+    return PersonBoxes(videos, boxes.seconds, boxes.coordinates.astype(np.float32), boxes.scores)
 
 
 def read_label_map(uri: str) -> dict[int, LabelMapEntry]:
@@ -368,6 +418,22 @@ class _Boxes:
 def _read_boxes(source: ManifestSource, uri: str, columns: tuple[str, ...], classes: int) -> _Boxes:
     """Read a list of boxes and check each row by itself. Values of rows with problems have no meaning."""
     table = _read_csv(source, uri, columns)
+    seconds, coordinates = _places(source, table)
+    scored = "score" in columns
+    ids = _numbers(table.texts["action"])
+    missing = np.array([scored and text in NO_ACTION for text in table.texts["action"]], bool)
+    known = (ids >= 1) & (ids <= classes) & (ids == np.floor(ids))
+    also = ", or -1 for none" if scored else ""
+    expected = f"is not an id of {source.classes}; expected 1 to {classes}{also}"
+    _refuse(source, table, ~(known | missing)[table.codes["action"]], "action", expected)
+    actions = np.where(known, ids, 0).astype(np.int64)[table.codes["action"]] - 1
+    scores = _scores(source, table)
+    _check_duplicates(source, table)
+    return _Boxes(table, seconds, coordinates, actions, scores)
+
+
+def _places(source: ManifestSource, table: _Table) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Check the columns of the key frame and the coordinates; returns the seconds and the coordinates."""
     seconds = _seconds(source, table)
     coordinates, bad = np.empty((len(table.lines), 4)), np.zeros(len(table.lines), bool)
     for i, column in enumerate(BOX):
@@ -377,28 +443,23 @@ def _read_boxes(source: ManifestSource, uri: str, columns: tuple[str, ...], clas
         _refuse(source, table, wrong & ~bad, column, "is not a fraction of the frame, 0 to 1")
         bad |= wrong
     coordinates[bad] = np.nan
+    return seconds, coordinates
 
-    ids, scored = _numbers(table.texts["action"]), "score" in columns
-    missing = np.array([scored and text in NO_ACTION for text in table.texts["action"]], bool)
-    known = (ids >= 1) & (ids <= classes) & (ids == np.floor(ids))
-    also = ", or -1 for none" if scored else ""
-    expected = f"is not an id of {source.classes}; expected 1 to {classes}{also}"
-    _refuse(source, table, ~(known | missing)[table.codes["action"]], "action", expected)
-    actions = np.where(known, ids, 0).astype(np.int64)[table.codes["action"]] - 1
 
-    scores = np.ones(len(table.lines))
-    if scored:
-        scores = _numbers(table.texts["score"])[table.codes["score"]]
-        _refuse(source, table, ~((scores >= 0) & (scores <= 1)), "score", "is not a number from 0 to 1")
-    _check_duplicates(source, table)
-    return _Boxes(table, seconds, coordinates, actions, scores)
+def _scores(source: ManifestSource, table: _Table) -> NDArray[np.float64]:
+    """Check the scores; without a column of them they are 1."""
+    if "score" not in table.texts:
+        return np.ones(len(table.lines))
+    scores = _numbers(table.texts["score"])[table.codes["score"]]
+    _refuse(source, table, ~((scores >= 0) & (scores <= 1)), "score", "is not a number from 0 to 1")
+    return scores
 
 
 def _seconds(source: ManifestSource, table: _Table) -> NDArray[np.int64]:
     """Check the columns of the key frame; returns the seconds, -1 where there is a problem."""
-    _refuse(
-        source, table, np.array([not name for name in table.texts["video"]])[table.codes["video"]], "video", "is empty"
-    )
+    if "video" in table.texts:
+        empty = np.array([not name for name in table.texts["video"]])
+        _refuse(source, table, empty[table.codes["video"]], "video", "is empty")
     values = _numbers(table.texts["second"])
     good = (values >= 0) & (values < MAX_SECOND) & (values == np.floor(values))
     _refuse(source, table, ~good[table.codes["second"]], "second", f"is not a whole number from 0 to {MAX_SECOND - 1}")

@@ -114,11 +114,9 @@ class Detection(Task):
         return BinaryCrossEntropy(config, classes, device)
 
     def score(self, model: nn.Module, batch: Batch, config: Config) -> Tensor:
-        """Logits of the classes for each box, float32 ``[N, classes]``."""
+        """As of ``score_boxes``."""
         boxes = cast(Boxes, batch.boxes)
-        with torch.no_grad(), autocast(batch.clips.device, config):
-            logits = cast(Tensor, model(to_input(batch.clips, config), boxes.corners, boxes.clip))
-        return logits.float()
+        return score_boxes(model, batch.clips, boxes.corners, boxes.clip, config)
 
     def by_row(self, scores: Tensor, batch: Batch) -> Sequence[Tensor]:
         """As of ``Task``: float32 ``[boxes, classes]`` for each row."""
@@ -170,6 +168,20 @@ class BinaryCrossEntropy(Objective):
         if (gamma := self.config.detection.focal_gamma) is not None:
             losses = losses * (-torch.expm1(-losses)) ** gamma  # 1 - p of the truth, p = exp(-loss)
         return (losses.mean(1) * boxes.weights).sum()
+
+
+def score_boxes(model: nn.Module, clips: Tensor, corners: Tensor, clip: Tensor, config: Config) -> Tensor:
+    """Logits of the classes for each box, float32 ``[N, classes]``.
+
+    Args:
+        model: in eval mode.
+        clips: uint8 ``[B, T, H, W, 3]``, like the boxes on the model's device.
+        corners, clip: as of ``Boxes``.
+        config: the recipe, for ``train.precision``, ``data.normalisation`` and ``data.modality``.
+    """
+    with torch.no_grad(), autocast(clips.device, config):
+        logits = cast(Tensor, model(to_input(clips, config), corners, clip))
+    return logits.float()
 
 
 def box_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,14 +5,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from mlflow import MlflowClient
 
+from pipelines.runs.record import write_record
+from pipelines.tracking.mlflow_client import create_run
+from pipelines.tracking.uris import tracking_uri
 from posmlp.config import Config
+from posmlp.detection.scenes import ACTIONS as SCENE_ACTIONS
+from posmlp.detection.scenes import FIRST_SECOND, make_scene_set
 from posmlp.video.manifest import Manifest
+from tests.helpers.random_models import write_checkpoint
 from tests.helpers.videos import write_video
 
 ACTIONS = ("stand", "sit", "run, fast", "watch a person", "talk $to", "unnamed 6")
 EVALUATED = [0, 1, 3, 4]
 GROUPS = {"pose": [0, 1, 2], "person": [3, 4]}
+SPLITS = ("train", "val")  # of an embedded set
 RATE = 10  # frames a second
 SCHEMA = pa.schema(
     [
@@ -42,7 +50,7 @@ class Person:
 def some_people(seed=0, seconds=(1, 2, 3)):
     """People in two videos: the truth, and boxes of a detector, most of them near a true one."""
     rng, people = np.random.default_rng(seed), []
-    for video in ("wide, one", "tall"):
+    for video in ("wide", "tall"):
         for second in seconds:
             for _ in range(rng.integers(1, 4)):
                 x, y = rng.uniform(0.0, 0.5, 2)
@@ -57,7 +65,7 @@ def some_people(seed=0, seconds=(1, 2, 3)):
 
 def write_videos(folder):
     """Four seconds of frames that say their numbers, one wide and one tall; returns paths by name."""
-    sizes = {"wide, one": (108, 72), "tall": (72, 120)}
+    sizes = {"wide": (108, 72), "tall": (72, 120)}
     return {name: write_video(folder / f"{name}.mp4", *size) for name, size in sizes.items()}
 
 
@@ -90,3 +98,31 @@ def detection_recipe(**sections):
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
     return Config.model_validate(tree)
+
+
+def write_untrained_detection_run(folder):
+    """Write a run with a checkpoint of a random model on an embedded set, of whose videos the last one is broken.
+
+    Returns:
+        A dict: "run" and "checkpoint" (folders), "config", "model", and "set" (its folder).
+    """
+    scenes = make_scene_set(folder / "set", train=1, val=3, seconds=4, size=48)
+    broken = scenes / "videos" / "val_002.mp4"
+    broken.write_bytes(broken.read_bytes()[:200])
+    split = {"root": f"{scenes}/videos"}
+    data = {name: split | {"path": f"{scenes}/{name}.csv", "boxes": f"{scenes}/{name}_boxes.csv"} for name in SPLITS}
+    data["val"]["excluded"] = f"{scenes}/val_excluded.csv"
+    config = detection_recipe(
+        model={"num_classes": len(SCENE_ACTIONS)},
+        data=data | {"classes": f"{scenes}/actions.pbtxt", "max_bad_fraction": 0.5},
+        detection={"first_second": FIRST_SECOND, "val_every": 2},
+        train={"storage": f"{folder}/runs"},
+        tracking={"log_model": False},
+    )
+    run = folder / "runs" / "boxes"
+    checkpoint, model = write_checkpoint(run, config, step=12, classes=[name for name, _ in SCENE_ACTIONS])
+    client = MlflowClient(tracking_uri(config))
+    run_id = create_run(client, config, {})
+    client.set_terminated(run_id, "FINISHED")
+    write_record(str(run), config, {}, run_id, {"val/map": 0.5})
+    return {"run": str(run), "checkpoint": checkpoint, "config": config, "model": model, "set": scenes}

@@ -63,7 +63,7 @@ def found(videos, tmp_path_factory):
 
 
 def keyed(video, second):
-    return ("wide, one", "tall").index(video) * 1000 + int(second)
+    return ("wide", "tall").index(video) * 1000 + int(second)
 
 
 def test_the_file_read_back_has_the_logged_map(found):

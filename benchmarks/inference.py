@@ -5,7 +5,7 @@
 Speed is that of a model with random weights on clips of noise, uint8, normalisation included. All runners run in turn,
 round by round, so that other load on the machine affects all of them; a time is the best of the rounds. A pause before
 each call lets the threads of the last runner, which wait actively for a while, go to sleep. Eager models are frozen
-(``PosMLPVideo.freeze``), unless a row says otherwise.
+(``PosMLPVideo.freeze``; ``benchmarks/frozen.py`` measures what that gains).
 
 Accuracy is that of the package's weights (``posmlp/weights``) in each runner, on drawn strokes that they were not
 trained on: how many clips have the class that eager fp32 finds, the largest difference of a probability from it, and
@@ -18,7 +18,6 @@ that fails is left out, and its error is printed.
 from __future__ import annotations
 
 import argparse
-import copy
 import io
 import json
 import re
@@ -83,16 +82,6 @@ def cpu_features() -> str:
     return ", ".join(feature for feature in FEATURES if feature in flags) or "features unknown"
 
 
-def in_eager_mode(model: PosMLPVideo, config: Config) -> Runner:
-    """Return what runs a model on uint8 clips."""
-
-    def run_eagerly(clips: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(to_input(clips, config))
-
-    return run_eagerly
-
-
 def in_bf16(run: Runner) -> Runner:
     """Return the runner under bf16 autocast."""
 
@@ -113,16 +102,17 @@ def make_candidates(
         compiled: whether to compile with ``torch.compile``.
     """
     whole = export(model, config, {}, ".onnx").content
-    not_frozen, model = in_eager_mode(copy.deepcopy(model), config), model.freeze()
-    eager = in_eager_mode(model, config)
+    model = model.freeze()
+
+    def eager(clips: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(to_input(clips, config))
 
     def in_file(content: bytes, suffix: str = ".onnx") -> Candidate:
         return Candidate(load_exported(content, suffix), len(content) / 1e6)
 
     yield "eager fp32", lambda: Candidate(eager)
     yield "eager bf16", lambda: Candidate(in_bf16(eager))
-    yield "eager fp32, not frozen", lambda: Candidate(not_frozen)
-    yield "eager bf16, not frozen", lambda: Candidate(in_bf16(not_frozen))
     if compiled:
         yield "torch.compile fp32", lambda: Candidate(torch.compile(eager, dynamic=False))
         yield "torch.compile bf16", lambda: Candidate(torch.compile(in_bf16(eager), dynamic=False))

@@ -334,7 +334,8 @@ class PosMLPVideo(nn.Module):
 
         On CPUs in eager mode, blocks then merge their linear layers, expand their position tables and convert both to
         the dtype of the products only once. Changes of parameters have no effect until the next call of ``freeze``, or
-        until ``train``, which ends it.
+        until ``train``, which ends it. For a model on a CPU, the process keeps freed memory from then on
+        (``posmlp.model.cpu.keep_freed_memory``).
 
         Returns:
             The model to run: this one; for a supernet that of its own architecture, which shares its weights.
@@ -343,6 +344,8 @@ class PosMLPVideo(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.frozen = {}
+        if next(self.parameters()).device.type == "cpu":
+            cpu.keep_freed_memory()
         return self
 
     def features(self, clip: Tensor) -> list[Tensor]:

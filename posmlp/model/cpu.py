@@ -15,6 +15,7 @@ Most of the time goes into memory traffic. So this path works on a few windows a
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -42,6 +43,22 @@ def on_amd() -> bool:
     with suppress(OSError):
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     return False
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to ``KEPT_BYTES`` of freed memory for its next tensors; only glibc needs to be told.
+
+    By default glibc returns the memory of large tensors to the system. Each forward pass then gets it back page by
+    page, which takes longer than the norms, most of all in a virtual machine (``benchmarks/frozen.py``).
+    """
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries, other systems
+        mallopt = ctypes.CDLL(None).mallopt
+        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(threshold, KEPT_BYTES)
 
 
 # PyTorch sends fp32 products on CPUs to MKL, which does not use AVX-512 on AMD processors. oneDNN, which PyTorch also

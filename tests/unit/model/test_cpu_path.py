@@ -2,6 +2,9 @@
 
 import copy
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,6 +121,34 @@ def test_a_frozen_model_computes_the_same_until_it_is_frozen_again_or_trained(ki
     assert not equal(after, before)
     assert equal(logits(frozen), before)
     assert equal(logits(frozen.train().eval()), after)
+
+
+FAULTS = """
+import resource, torch
+from posmlp import create_model
+model = create_model("tiny")
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(2**23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+model.freeze()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not told")
+def test_the_process_of_a_frozen_model_keeps_freed_memory():
+    """32 MiB are 8,192 pages, of which each is faulted in again if the system has it back (512 pages at a time, if it
+    has huge ones)."""
+    printed = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, printed.split())
+    assert before >= 3 * 16 and after < before / 10
 
 
 def test_a_frozen_model_still_has_the_gradient_of_its_input():

@@ -80,8 +80,12 @@ def list_digest(fingerprint: str) -> str:
 
 
 def class_counts(manifest: Manifest) -> dict[str, int]:
-    """The number of videos of each class, by its name."""
-    labels = manifest.rows["label"].to_numpy()
+    """The number of videos of each class, or of boxes with each action, by its name."""
+    if "actions" in manifest.rows.column_names:
+        actions = manifest.rows["actions"].combine_chunks().flatten().flatten()
+        labels = actions.to_numpy(zero_copy_only=False).astype(np.int64)
+    else:
+        labels = manifest.rows["label"].to_numpy()
     counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes)).tolist()
     names: Sequence[str] = [*manifest.classes, *map(str, range(len(manifest.classes), len(counts)))]
     return dict(zip(names, counts, strict=True))

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.registry.datasets import class_counts
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
 from posmlp.learn.learner import Learner
 from posmlp.tasks import task_of
 from posmlp.tasks.detection import DetectionSummary
+from posmlp.video.manifest import Manifest
 from tests.helpers.batches import DETECTION, make_box_batch
 
 CONFIG = ("model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8", *DETECTION)
@@ -223,3 +225,8 @@ def test_what_does_not_go_together_is_refused(override, message):
 def test_keys_of_detection_are_refused_for_recognition(override):
     with pytest.raises(RecipeError, match="task: detection"):
         load_recipe("demo", [override])
+
+
+def test_the_boxes_of_each_action_are_counted():
+    rows = table([[0.1] * 8, []], [[[0, 2], [2]], []], [[1.0, 1.0], []])
+    assert class_counts(Manifest(rows, ("a", "b", "c"))) == {"a": 1, "b": 0, "c": 2}

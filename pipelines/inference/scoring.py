@@ -37,6 +37,7 @@ from posmlp import create_model
 from posmlp.config import Config, ScalingSection
 from posmlp.errors import UserError
 from posmlp.metrics import MAIN_METRICS
+from posmlp.model.backbone import PosMLPVideo
 from posmlp.tasks import task_of
 from posmlp.video.batch import Batch
 from posmlp.video.clip import views_per_video
@@ -189,11 +190,15 @@ class Scorer:
         self.model: nn.Module | None = None
 
     def load(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Return the model with these weights, frozen."""
+        """Return the model with these weights, ready for ``score_batch``."""
         section = self.config.model
         model = create_model(section.name, **section.overrides())
         model.load_state_dict(weights)
-        return model.to(self.device).freeze()
+        return self.prepare(model.to(self.device))
+
+    def prepare(self, model: PosMLPVideo) -> nn.Module:
+        """Return the model to run."""
+        return model.freeze()
 
     def score(self, columns: dict[str, Any], weights: Sequence[ray.ObjectRef]) -> dict[str, Any]:
         """Score one block.

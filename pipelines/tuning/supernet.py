@@ -350,9 +350,12 @@ class MemberScorer(Scorer):
         self.architectures = architectures
         self.members: list[PosMLPVideo] = []
 
+    def prepare(self, model: PosMLPVideo) -> nn.Module:
+        """Freeze the members, which share the supernet's weights, one by one."""
+        self.members = [cast(Supernet, model).member(architecture).freeze() for architecture in self.architectures]
+        return model
+
     def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
-        if not self.members:
-            self.members = [cast(Supernet, model).member(architecture) for architecture in self.architectures]
         fusion = self.config.eval.fusion
         predicted = [
             video_scores(score_views(member, batch.clips, self.config), fusion).argmax(1) for member in self.members

@@ -1,11 +1,16 @@
 """The supernet of a search space: its choices, the members that are drawn, and the agreement of rankings."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from pipelines.studies.study import StudyError, Trial, TrialState
-from pipelines.tuning.supernet import StandaloneTrial, compare_rankings, draw_members, supernet_recipe
+from pipelines.tuning.supernet import MemberScorer, StandaloneTrial, compare_rankings, draw_members, supernet_recipe
 from posmlp.config import load_recipe
+from posmlp.video.augment import to_input
+from tests.helpers.random_models import random_model
 from tune_spaces import load_space
 
 
@@ -58,3 +63,19 @@ def test_rank_agreement_is_in_closed_form():
     assert found.kendall == pytest.approx((5 - 1) / 6)
     assert "over 4 members" in str(found)
     assert np.isnan(compare_rankings(trained, [0.5] * 4).spearman)
+
+
+def test_members_are_scored_with_the_supernets_weights():
+    recipe = load_recipe("demo", ["model.num_classes=8", "model.frames=4", "model.image_size=32"])
+    space = load_space("depths", recipe)
+    config = supernet_recipe(space, "depths", recipe, "net")
+    model = random_model(config)
+    recipes = [member for _, member in draw_members(space, recipe, 3, 0)]
+    scorer = MemberScorer(config.model_dump(), [each.model.variant().architecture() for each in recipes])
+    scorer.load(model.state_dict())
+    clips = torch.randint(256, (5, 4, 32, 32, 3), dtype=torch.uint8)
+    found = scorer.score_batch(model, SimpleNamespace(clips=clips))
+    for column, member in zip(found.T, scorer.architectures, strict=True):
+        with torch.no_grad():
+            expected = model.member(member).eval()(to_input(clips, config)).argmax(1)
+        assert torch.equal(column, expected)

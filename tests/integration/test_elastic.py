@@ -141,9 +141,10 @@ def test_a_run_moves_from_a_machine_that_is_taken_away(nodes, motion_set, tmp_pa
     with running(cluster, tmp_path, motion_set, *MOVES, "train.global_batch=2") as (process, log, run):
         wait_for(lambda: len(history(run)) >= 1, process, log)
         (used,), before = nodes_of(cluster, "RayTrainWorker"), len(history(run))
+        name = cluster.names()[used]
         drain(cluster, used)
         wait_for(lambda: "a machine was taken away; resuming" in log.read_text(), process, log)
-        cluster.kill(cluster.names()[used])
+        cluster.kill(name)
         wait_for(lambda: len(history(run)) >= before + 2, process, log)
         process.terminate()
         assert process.wait(timeout=60) == 128 + 15
@@ -165,9 +166,10 @@ def test_a_machine_that_ends_before_its_worker_has_saved_does_not_end_the_run(no
     with running(cluster, tmp_path, motion_set, *MOVES, "scaling.workers=2") as (process, log, run):
         wait_for(lambda: len(history(run)) >= 1, process, log)
         before, gone = len(history(run)), min(nodes_of(cluster, "RayTrainWorker"))
+        name = cluster.names()[gone]
         drain(cluster, gone)
         wait_for(lambda: "the workers save a checkpoint and end" in log.read_text(), process, log)
-        cluster.kill(cluster.names()[gone])
+        cluster.kill(name)
         wait_for(lambda: len(history(run)) >= before + 2, process, log)
         process.terminate()
         assert process.wait(timeout=60) == 128 + 15
@@ -208,7 +210,7 @@ tune(Study.model_validate_json(open(sys.argv[1]).read()))
 
 
 def test_a_trial_moves_at_once_from_a_machine_that_is_taken_away(nodes, motion_set, tmp_path):
-    """It trains in Tune's actor. It resumes while the machine still lives, and Tune counts no failure."""
+    """It trains in Tune's actor. It resumes before the announced end of the machine, and Tune counts no failure."""
     cluster, server = nodes(), MlflowServer(tmp_path)
     server.start()
     cluster.add("decode", "--num-cpus=1")
@@ -228,12 +230,10 @@ def test_a_trial_moves_at_once_from_a_machine_that_is_taken_away(nodes, motion_s
     try:
         wait_for(lambda: len(history(run)) >= 1, process, log)
         (used,) = nodes_of(cluster, "TrialRun")
+        name = cluster.names()[used]
         drain(cluster, used)
         wait_for(lambda: nodes_of(cluster, "TrialRun") - {used}, process, log, seconds=50)
-        before = len(history(run))
-        assert cluster.names()[used] and before < 60
-        wait_for(lambda: len(history(run)) > before, process, log)
-        cluster.kill(cluster.names()[used])
+        cluster.kill(name)  # Ray itself ends a drained node that does nothing any more
         assert process.wait(timeout=300) == 0, log.read_text()
     finally:
         process.kill()
@@ -250,36 +250,53 @@ import sys
 import time
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.cluster.ray_internals import draining_nodes
 
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+
+
+@ray.remote(num_cpus=0)
+class Busy:
+    def ready(self):
+        return True
+
+
+# Ray ends a drained node that does nothing.
+places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes()]
+busy = [Busy.options(scheduling_strategy=place).remote() for place in places]
+ray.get([each.ready.remote() for each in busy])
+print("ready", flush=True)
 while not (found := draining_nodes()):
     time.sleep(0.2)
-print(json.dumps([deadline / 1e3 - time.time() for deadline in found.values()]))
+print(json.dumps([deadline / 1e3 - time.time() for deadline in found.values()]), flush=True)
+sys.stdin.read()
 """
 
 
 def test_the_notice_of_a_cloud_reaches_ray(nodes):
-    """AWS's metadata service is a stand-in; the cluster requires its token, and the node is that of the machine."""
+    """AWS's metadata service is a stand-in. The cluster requires its token, and the node is that of the machine."""
     cluster = nodes()
     cluster.add("spot", "--num-cpus=1")
     cluster.wait()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": cluster.env}
+    watch = subprocess.Popen([sys.executable, "-c", DRAINING, cluster.address], **pipes)
     with MetadataService() as service:
         command = [sys.executable, str(SCRIPT), "aws", cluster.address, "--service", service.url]
-        script = subprocess.Popen(command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        script = subprocess.Popen(command, **pipes)
         try:
+            assert watch.stdout.readline() == "ready\n"
             until(lambda: service.asked)
             service.give_notice(120)
             out, _ = script.communicate(timeout=120)
+            assert script.returncode == 0, out
+            (left,) = json.loads(watch.stdout.readline())
+            assert 0 < left <= 120
         finally:
-            script.kill()
-            script.wait()
-    assert script.returncode == 0, out
-    command = [sys.executable, "-c", DRAINING, cluster.address]
-    asked = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=60, check=True)
-    (left,) = json.loads(asked.stdout.splitlines()[-1])
-    assert 0 < left <= 120
+            for process in (script, watch):
+                process.kill()
+                process.wait()
 
 
 def test_an_autoscaler_starts_nodes_and_removes_them(nodes, tmp_path):

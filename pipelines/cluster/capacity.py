@@ -192,7 +192,9 @@ def held_by_jobs() -> dict[str, Counter[str]]:
     options: dict[str, Any] = {"limit": STATE_ROWS, "timeout": STATE_LIMIT_S, "raise_on_missing_output": False}
     groups = list_placement_groups(filters=[("state", "=", "CREATED")], detail=True, **options)
     actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, **options)
-    entries = {job.job_id: " ".join((job.submission_id or job.entrypoint).split()) for job in list_jobs(**options)}
+    entries = {
+        job.job_id: " ".join((job.submission_id or job.entrypoint or "").split()) for job in list_jobs(**options)
+    }
     own, held = ray.get_runtime_context().get_job_id(), dict[str, Counter[str]]()
     in_groups = ((group.creator_job_id, bundle["unit_resources"]) for group in groups for bundle in group.bundles or [])
     alone = ((actor.job_id, actor.required_resources or {}) for actor in actors if not actor.placement_group_id)

@@ -509,7 +509,8 @@ class Config(Section):
         The default of an architecture's value is the one that ``model.name`` stands for.
         """
         lists = DataSection(train=self.data.train, val=self.data.val)
-        default = Config(name=self.name, data=lists, model=ModelSection(name=self.model.name))
+        # Not validated: lists of boxes alone, without their task, are no recipe.
+        default = Config.model_construct(name=self.name, data=lists, model=ModelSection(name=self.model.name))
         own, usual = self.resolved().flat(), default.resolved().flat() | {"model.name": ModelSection().name}
         return {key: value for key, value in own.items() if key not in usual or usual[key] != value}
 

@@ -230,3 +230,9 @@ def test_keys_of_detection_are_refused_for_recognition(override):
 def test_the_boxes_of_each_action_are_counted():
     rows = table([[0.1] * 8, []], [[[0, 2], [2]], []], [[1.0, 1.0], []])
     assert class_counts(Manifest(rows, ("a", "b", "c"))) == {"a": 1, "b": 0, "c": 2}
+
+
+def test_a_recipe_tells_what_differs_from_the_defaults():
+    found = recipe("detection.min_score=0.5", "data.val.boxes=b.csv").non_defaults()
+    assert found["task"] == "detection" and found["detection.min_score"] == 0.5
+    assert "data.val.boxes" not in found  # lists have no default

@@ -89,8 +89,8 @@ def main() -> None:
             for _ in range(args.studies):
                 trials, true = simulated_study(rng, args.members, deviation)
                 done = method(trials, true, deviation, args.repeats, rng)
-                top1 = pareto.reported_top1(done)
-                bias = np.mean([top1[t.number] - true[t.number] for t in pareto.pareto_front(done, "gmacs")])
+                reported = pareto.reported_values(done)
+                bias = np.mean([reported[t.number] - true[t.number] for t in pareto.pareto_front(done, "gmacs")])
                 rows.append((len(done) - len(trials), *wrong_members(done, true), loss(done, true), bias))
             seeds, wrong, missing, lost, bias = np.mean(rows, axis=0)
             print(f"{deviation:>10.0%}{name:>16}{seeds:>8.1f}{wrong:>10.2f}{missing:>9.2f}{lost:>13.2%}{bias:>12.2%}")

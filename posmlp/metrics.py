@@ -41,6 +41,7 @@ class MainMetric(NamedTuple):
         key, best: its name, and that of its highest value in the epochs so far.
         title: its name for users.
         samples, unit: the metric that has the number of samples, and what they are.
+        is_mean: it is a mean over the samples, so that it is known how it varies with them.
     """
 
     key: str
@@ -48,11 +49,17 @@ class MainMetric(NamedTuple):
     title: str
     samples: str
     unit: str
+    is_mean: bool
+
+    @property
+    def name(self) -> str:
+        """The name without its prefix, as in columns, tags and names of metrics of a study."""
+        return self.key.removeprefix(VAL)
 
 
 MAIN_METRICS = {  # by the recipe's task
-    "recognition": MainMetric(VAL_TOP1, VAL_BEST_TOP1, "top-1", VAL_VIDEOS, "videos"),
-    "detection": MainMetric(VAL_MAP, VAL_BEST_MAP, "mAP", VAL_KEY_FRAMES, "key frames"),
+    "recognition": MainMetric(VAL_TOP1, VAL_BEST_TOP1, "top-1", VAL_VIDEOS, "videos", is_mean=True),
+    "detection": MainMetric(VAL_MAP, VAL_BEST_MAP, "mAP", VAL_KEY_FRAMES, "key frames", is_mean=False),
 }
 
 
@@ -101,21 +108,26 @@ COST_LATENCY_MS = "cost/latency_ms"  # median of a forward pass of one clip
 COST_CLIPS_PER_S = "cost/clips_per_s"  # of forward passes in batches
 COST_PEAK_MB = "cost/peak_mb"  # MB: peak memory of such a pass on top of weights and clips; where known
 
-# The costs that a study can weigh against top-1, by their names on the command line
+# The costs that a study can weigh against its main metric, by their names on the command line
 COSTS = {"latency": COST_LATENCY_MS, "gmacs": COST_GMACS, "params": COST_PARAMS_M}
 
-# A study (its driver, in the study's own MLflow run; the step is the number of finished trials) ---------------------
+# A study (its driver, in the study's own MLflow run; the step is the number of finished trials). ``MainMetric.name``
+# follows STUDY_BEST and STUDY_FRESH: study/best_top1, study/best_map ------------------------------------------------
 STUDY = "study/"  # prefix
 STUDY_FINISHED = "study/finished"  # number of finished trials
-STUDY_HYPERVOLUME = "study/hypervolume"  # of the Pareto front of top-1 and a cost, as a share of the largest cost
-STUDY_BEST_TOP1 = "study/best_top1"  # highest reported top-1: mean over fresh seeds, else val/top1 of one seed
+STUDY_HYPERVOLUME = (
+    "study/hypervolume"  # of the Pareto front of the main metric and a cost, as a share of the largest cost
+)
+STUDY_BEST = "study/best_"  # prefix; highest reported value: mean over fresh seeds, else that of one seed
 PUBLISHED_LATENCY_MS = "published.latency_ms/"  # prefix; a published variant's name follows: its cost/latency_ms
 # In the MLflow run of a member's first trial, once it has fresh seeds (those after its first seed)
-STUDY_FRESH_TOP1 = "study/fresh_top1"  # mean val/top1 over the fresh seeds
-STUDY_FRESH_LOW = "study/fresh_low"  # lower end of its 95 % interval over seeds and validation videos
+STUDY_FRESH = "study/fresh_"  # prefix; mean of the main metric over the fresh seeds
+STUDY_FRESH_LOW = "study/fresh_low"  # lower end of its 95 % interval over seeds and, for top-1, validation videos
 STUDY_FRESH_HIGH = "study/fresh_high"  # upper end
 STUDY_FRESH_SEEDS = "study/fresh_seeds"  # number of fresh seeds
-STUDY_FRONT_PROBABILITY = "study/front_probability"  # of being on the Pareto front of top-1 and the study's cost
+STUDY_FRONT_PROBABILITY = (
+    "study/front_probability"  # of being on the Pareto front of the main metric and the study's cost
+)
 
 # A supernet (the scoring of its members, in the supernet's MLflow run) -----------------------------------------------
 SUPERNET_BEST_TOP1 = "supernet/best_top1"  # highest top-1 of a member with the shared weights

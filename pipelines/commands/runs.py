@@ -41,14 +41,14 @@ def run_runs(args: argparse.Namespace) -> None:
         raise UserError(
             f"{folder} holds no run and no study; `posmlp train` and `posmlp tune` make them (train.storage)"
         )
-    table = [("name", "state", "best val top-1"), *rows]
+    table = [("name", "state", "best validation"), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(2)]
-    for name, state, top1 in table:
-        print(f"{name:<{widths[0]}}  {state:<{widths[1]}}  {top1}".rstrip())
+    for name, state, value in table:
+        print(f"{name:<{widths[0]}}  {state:<{widths[1]}}  {value}".rstrip())
 
 
 def run_row(run: str) -> tuple[str, str, str] | None:
-    """Return the name, state and best top-1 of a run as text; None if the folder is no run."""
+    """Return the name, state and best validation of a run as text; None if the folder is no run."""
     from pipelines.runs import checkpoints
     from pipelines.runs.record import read_record
 
@@ -67,13 +67,13 @@ def run_row(run: str) -> tuple[str, str, str] | None:
     else:
         state = f"{'running' if is_running(run) else 'not finished'}, {done} of {epochs} epochs"
     validated = [record["metrics"] or {}, *(entry.info.metrics for entry in checkpoints.best(entries, 1) if entry.info)]
-    found = max((metrics[main.key] for metrics in validated if (main := names.main_metric(metrics))), default=None)
-    return record["config"]["name"], state, "" if found is None else f"{found:.1%}"
+    found = [(metrics[main.key], main.title) for metrics in validated if (main := names.main_metric(metrics))]
+    return record["config"]["name"], state, "{:.1%} {}".format(*max(found)) if found else ""
 
 
 def study_row(folder: str) -> tuple[str, str, str] | None:
     """Return the name, the number of trials by state, and the best trial of a study; None if the folder is no study."""
-    from pipelines.studies.pareto import best_trial, reported_top1
+    from pipelines.studies.pareto import best_trial, reported_values
     from pipelines.studies.study import TrialState, read_study, read_trials
 
     found = read_study(folder)
@@ -85,8 +85,10 @@ def study_row(folder: str) -> tuple[str, str, str] | None:
     )
     states = ", ".join(f"{number} {state}" for state, number in counts.items())
     best = best_trial(trials)
-    result = "" if best is None else f"{reported_top1(trials)[best.number]:.1%}, trial {best.number}"
-    return found[0].name, f"{'running ' * running}study, trials: {states or 'none'}", result
+    study, result = found[0], ""
+    if best:
+        result = f"{reported_values(trials)[best.number]:.1%} {study.main.title}, trial {best.number}"
+    return study.name, f"{'running ' * running}study, trials: {states or 'none'}", result
 
 
 def is_running(run: str) -> bool:

@@ -18,7 +18,7 @@ from pipelines.commands.options import (
     positive_float,
 )
 from posmlp.config import load_recipe
-from posmlp.metrics import COSTS
+from posmlp.metrics import COSTS, MAIN_METRICS
 from tune_spaces import list_spaces
 
 # The settings of a study that the command line can set, by the names of their options.
@@ -141,11 +141,11 @@ def run_tune(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     result = tune(study, resume=bool(args.resume))
     seconds = time.perf_counter() - start
-    against, hits = result.study.against or "gmacs", read_study_hits(result.study, result.trials)
-    print(f"\n{report.describe_study(result.study.name, result.trials, against, hits=hits, study=result.study)}\n")
-    print(
-        f"  {result.study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes"
-    )
+    study, against = result.study, result.study.against or "gmacs"
+    hits = read_study_hits(study, result.trials)
+    text = report.describe_study(study.name, result.trials, study.main, against, hits=hits, study=study)
+    print(f"\n{text}\n")
+    print(f"  {study.folder}, {seconds:.0f} s; MLflow run {result.mlflow_run_id} has front.html, tables, recipes")
     print(f"  {links_text(tracking_uri(study.recipe), result.links)}")
 
 
@@ -183,7 +183,8 @@ def run_supernet(args: argparse.Namespace) -> None:
     check_supernet(recipe, args.space, args.name, args.study)  # what is wrong is said before data is drawn
     draw_data_of(args.recipe, recipe)
     result = supernet(recipe, args.space, name=args.name, count=args.members, seed=args.seed, study=args.study)
-    print(f"\n{report.describe_study(Path(result.run).name, result.members, 'gmacs', inherited=True)}")
+    main = MAIN_METRICS[recipe.task]
+    print(f"\n{report.describe_study(Path(result.run).name, result.members, main, 'gmacs', inherited=True)}")
     if result.agreement:
         print(f"\n{result.agreement}")
     for video in result.bad:

@@ -1,7 +1,7 @@
 """How certain means over seeds are: intervals, and probabilities of being on a Pareto front.
 
-The top-1 of a member is measured with some seeds on some validation videos. Both are samples, so both are drawn again
-(Efron and Tibshirani, An Introduction to the Bootstrap, 1993):
+The main metric of a member is measured with some seeds on some validation videos. Both are samples, so both are drawn
+again (Efron and Tibshirani, An Introduction to the Bootstrap, 1993):
 
 - Videos are resampled with replacement, once per draw for all members, because all members are measured on the same
   videos: what a hard video takes from one member it takes from others too.
@@ -11,6 +11,8 @@ The top-1 of a member is measured with some seeds on some validation videos. Bot
 
 A seed also decides single videos at random, and resampling videos repeats that part of its noise already. It is taken
 off the seeds' deviation, else it would count twice (Owen, The pigeonhole bootstrap, Ann. Appl. Stat. 2007).
+
+An mAP is no mean over videos or key frames: of detection only the seeds are drawn.
 
 Costs count as exact. Everything here is NumPy on plain arrays, and deterministic.
 """
@@ -35,7 +37,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SeedDeviation:
-    """The standard deviation of top-1 between seeds of one member, the same for all members.
+    """The standard deviation of the main metric between seeds of one member, the same for all members.
 
     Attributes:
         value: 0 to 1.
@@ -51,19 +53,19 @@ class Measured:
     """The results of one member.
 
     Attributes:
-        top1: top-1 of each of its seeds, at least one.
+        values: the main metric of each of its seeds, at least one.
         hits: int8 ``[seeds, videos]``: 1 a hit, 0 a miss, -1 a bad video; None: not known.
         videos: number of videos that a seed was scored on; None: not known.
     """
 
-    top1: Sequence[float]
+    values: Sequence[float]
     hits: NDArray[np.int8] | None = None
     videos: int | None = None
 
     @property
     def mean(self) -> float:
         """The mean over the seeds."""
-        return float(np.mean(self.top1))
+        return float(np.mean(self.values))
 
 
 def parse_hits(text: bytes) -> NDArray[np.int8]:
@@ -85,8 +87,8 @@ def seed_deviation(fresh: Sequence[Sequence[float]], first: Sequence[float]) -> 
     members, they are too high on average, and the deviation is rather too large than too small.
 
     Args:
-        fresh: top-1 of each member's fresh seeds.
-        first: top-1 of each member's first seed.
+        fresh: the main metric of each member's fresh seeds.
+        first: that of each member's first seed.
     """
     groups = [np.asarray(values) for values in fresh if len(values)]
     if sum(len(values) - 1 for values in groups) < MIN_FREEDOM:
@@ -99,7 +101,7 @@ def seed_deviation(fresh: Sequence[Sequence[float]], first: Sequence[float]) -> 
 
 
 def resample(members: Sequence[Measured], deviation: SeedDeviation | None) -> Floats:
-    """Draw the members' mean top-1 as other seeds and other validation videos would have given it.
+    """Draw the members' means as other seeds and other validation videos would have given them.
 
     Without per-video results, each member's videos are drawn from a binomial distribution; without their number, or
     without a deviation, the draws lack that part.
@@ -116,7 +118,7 @@ def resample(members: Sequence[Measured], deviation: SeedDeviation | None) -> Fl
         spread = deviation.value * np.sqrt(deviation.freedom / rng.chisquare(deviation.freedom, (DRAWS, 1)))
         if deviation.value:
             spread = spread * np.sqrt(max(0.0, 1 - flips / deviation.value**2))
-        seeds = np.array([len(member.top1) for member in members])
+        seeds = np.array([len(member.values) for member in members])
         draws = draws + spread * rng.standard_normal(draws.shape) / np.sqrt(seeds)
     return draws + TIE * rng.standard_normal(draws.shape)
 
@@ -135,7 +137,7 @@ def resample_videos(members: Sequence[Measured], rng: np.random.Generator) -> Fl
     """
     runs = np.concatenate([member.hits for member in members if member.hits is not None])  # [runs, videos]
     good, hit = group_videos(runs >= 0), group_videos(runs == 1)
-    groups, owner = good.shape[1], np.repeat(np.arange(len(members)), [len(member.top1) for member in members])
+    groups, owner = good.shape[1], np.repeat(np.arange(len(members)), [len(member.values) for member in members])
     averaging = np.equal.outer(owner, np.arange(len(members))) / np.bincount(owner)  # [runs, members]
     draws = np.empty((DRAWS, len(members)))
     size = max(1, COUNTS_AT_A_TIME // groups)

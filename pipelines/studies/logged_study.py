@@ -161,7 +161,15 @@ def parse_value(text: str) -> Value:
 
 
 def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> str:
-    """Write the figures, tables and recipes of studies into a folder; describe the studies and what was written."""
+    """Write the figures, tables and recipes of studies into a folder; describe the studies and what was written.
+
+    Raises:
+        StudyError: the studies have different tasks.
+    """
+    by_task = {logged.study.recipe.task: logged.study for logged in studies}
+    if len(by_task) > 1:
+        texts = [f"{study.name} is of {task} ({study.main.title})" for task, study in by_task.items()]
+        raise StudyError(f"{', '.join(texts)}: their values cannot be compared; give studies of one task")
     out.mkdir(parents=True, exist_ok=True)
     trials_by_study = {logged.study.name: logged.trials for logged in studies}
     first = studies[0]
@@ -178,7 +186,10 @@ def write_studies(studies: Sequence[LoggedStudy], against: str, out: Path) -> st
             (folder / f"{logged.study.name}-trial-{number:03d}.yaml").write_text(text)
     # One reference for all studies, so that their hypervolumes can be compared.
     reference = max(largest_cost(trials, against) for trials in trials_by_study.values())
-    texts = [report.describe_study(s.study.name, s.trials, against, reference, s.hits, study=s.study) for s in studies]
+    texts = [
+        report.describe_study(s.study.name, s.trials, s.study.main, against, reference, s.hits, study=s.study)
+        for s in studies
+    ]
     recipes = sum(len(logged.recipes) for logged in studies)
     written = ", ".join(files) + f" and {quantity(recipes, 'recipe')} of the fronts" * bool(recipes)
     return "\n\n".join([*texts, f"{out} has {written}"])

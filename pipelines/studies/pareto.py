@@ -1,4 +1,4 @@
-"""The Pareto front of a study: the members that no other member beats in both top-1 and a cost.
+"""The Pareto front of a study: the members that no other member beats in both the main metric and a cost.
 
 Everything here works on trials alone. A member is named by its first trial, which was trained to the end. The first
 seed selects members, and fresh seeds (repeats) report them: the highest of many single values is mostly luck, so the
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipelines.studies import confidence
 from pipelines.studies.confidence import Measured, SeedDeviation
 from pipelines.studies.study import Trial, TrialState, fully_trained
-from posmlp.metrics import COST_GMACS, COSTS, VAL_TOP1, VAL_VIDEOS
+from posmlp.metrics import COST_GMACS, COSTS, main_metric
 from tune_spaces import Value
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ MIN_IMPORTANCE_TRIALS = 4  # fewest finished trials for which importance is esti
 
 
 def comparable_trials(trials: Sequence[Trial], against: str) -> list[Trial]:
-    """The fully trained trials whose top-1 and cost are finite.
+    """The fully trained trials whose main metric and cost are finite.
 
     Args:
         against: the cost, a name in ``COSTS``.
     """
-    names = (VAL_TOP1, COSTS[against])
-    return [t for t in fully_trained(trials) if all(math.isfinite(t.metrics.get(name, math.nan)) for name in names)]
+    found = [(trial, trial.metrics.get(COSTS[against], math.nan)) for trial in fully_trained(trials)]
+    return [trial for trial, cost in found if math.isfinite(trial.value) and math.isfinite(cost)]
 
 
 def fresh_seeds(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
@@ -45,8 +45,8 @@ def fresh_seeds(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
     firsts = {trial.number for trial in comparable_trials(trials, "gmacs")}
     found: dict[int, list[Trial]] = {}
     for trial in sorted(trials, key=lambda t: t.seed):
-        first, known = trial.repeat_of, math.isfinite(trial.metrics.get(VAL_TOP1, math.nan))
-        if first in firsts and trial.state == TrialState.FINISHED and known:
+        first, finished = trial.repeat_of, trial.state == TrialState.FINISHED
+        if first in firsts and finished and math.isfinite(trial.value):
             found.setdefault(first, []).append(trial)
     return {number: found[number] for number in sorted(found)}
 
@@ -59,16 +59,16 @@ def reported_runs(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
     return fresh_seeds(trials) or {trial.number: [trial] for trial in comparable_trials(trials, "gmacs")}
 
 
-def reported_top1(trials: Sequence[Trial]) -> dict[int, float]:
-    """The mean top-1 of each member's ``reported_runs``."""
+def reported_values(trials: Sequence[Trial]) -> dict[int, float]:
+    """The mean main metric of each member's ``reported_runs``."""
     runs = reported_runs(trials)
-    return {number: statistics.mean(run.metrics[VAL_TOP1] for run in seeds) for number, seeds in runs.items()}
+    return {number: statistics.mean(run.value for run in seeds) for number, seeds in runs.items()}
 
 
 def pareto_front(trials: Sequence[Trial], against: str) -> list[Trial]:
-    """The members that no other beats by ``reported_top1``: none is as accurate and cheaper, or as cheap and better.
+    """The members that no other beats by ``reported_values``: none is as accurate and cheaper, or as cheap and better.
 
-    Of several members with the same top-1 and cost, only the first is on the front.
+    Of several members with the same value and cost, only the first is on the front.
 
     Args:
         against: the cost, a name in ``COSTS``.
@@ -76,11 +76,11 @@ def pareto_front(trials: Sequence[Trial], against: str) -> list[Trial]:
     Returns:
         The members' first trials, cheapest first.
     """
-    top1, cost = reported_top1(trials), COSTS[against]
-    members = [trial for trial in comparable_trials(trials, against) if trial.number in top1]
+    values, cost = reported_values(trials), COSTS[against]
+    members = [trial for trial in comparable_trials(trials, against) if trial.number in values]
     front: list[Trial] = []
-    for trial in sorted(members, key=lambda t: (t.metrics[cost], -top1[t.number], t.number)):
-        if not front or top1[trial.number] > top1[front[-1].number]:
+    for trial in sorted(members, key=lambda t: (t.metrics[cost], -values[t.number], t.number)):
+        if not front or values[trial.number] > values[front[-1].number]:
             front.append(trial)
     return front
 
@@ -92,10 +92,10 @@ def on_any_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The first trial of the member with the highest ``reported_top1``; ties go to the fewest GMACs. None: no member"""
-    top1 = reported_top1(trials)
-    members = [trial for trial in comparable_trials(trials, "gmacs") if trial.number in top1]
-    return max(members, key=lambda t: (top1[t.number], -t.metrics[COST_GMACS], -t.number), default=None)
+    """The first trial of the member with the highest reported value; ties go to the fewest GMACs. None: no member."""
+    values = reported_values(trials)
+    members = [trial for trial in comparable_trials(trials, "gmacs") if trial.number in values]
+    return max(members, key=lambda t: (values[t.number], -t.metrics[COST_GMACS], -t.number), default=None)
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,18 @@ class Assessment:
 
     Attributes:
         repeated: the study has fresh seeds. Without, intervals are those of the videos alone.
-        top1: the reported values (``reported_top1``); without fresh seeds, of the members on a front.
-        low, high: the ends of their 95 % intervals; none of a single seed whose number of videos is not known.
+        values: the reported values (``reported_values``); without fresh seeds, of the members on a front.
+        low, high: the ends of their 95 % intervals; none of a single seed of detection, or whose number of
+            videos is not known.
         runs: the runs that report each member.
         deviation: of the seeds; None: not known.
         paired: per-video results of all these runs are known, so that members are compared on the same videos.
         probability: of being on the front, by cost; empty without fresh seeds.
-        draws: float64 ``[DRAWS, members]`` (``confidence.resample``); columns as in ``top1``.
+        draws: float64 ``[DRAWS, members]`` (``confidence.resample``); columns as in ``values``.
     """
 
     repeated: bool
-    top1: dict[int, float]
+    values: dict[int, float]
     low: dict[int, float]
     high: dict[int, float]
     runs: dict[int, list[Trial]]
@@ -125,7 +126,7 @@ class Assessment:
 
     def better(self, one: int, other: int) -> float:
         """The probability that one member is more accurate than another."""
-        columns = list(self.top1)
+        columns = list(self.values)
         return float((self.draws[:, columns.index(one)] > self.draws[:, columns.index(other)]).mean())
 
     def luck_of_the_best(self) -> float:
@@ -134,10 +135,10 @@ class Assessment:
         In each draw the highest member is chosen again; the mean excess of its drawn value over its own mean is the
         bias of such a choice (Sun and Bull, Genet. Epidemiol. 2005).
         """
-        if len(self.top1) < 2:
+        if len(self.values) < 2:
             return 0.0
         chosen = self.draws.argmax(1)
-        means = np.array(list(self.top1.values()))
+        means = np.array(list(self.values.values()))
         return float((self.draws.max(1) - means[chosen]).mean())
 
 
@@ -156,7 +157,7 @@ def assess(trials: Sequence[Trial], hits: Mapping[int, bytes] | None = None) -> 
     firsts = {trial.number: trial for trial in trials}
     deviation = None
     if repeated:
-        deviation = confidence.seed_deviation([m.top1 for m in members], [firsts[n].metrics[VAL_TOP1] for n in runs])
+        deviation = confidence.seed_deviation([m.values for m in members], [firsts[n].value for n in runs])
     draws = confidence.resample(members, deviation)
     low, high = np.percentile(draws.clip(0, 1), confidence.INTERVAL, axis=0) if members else ([], [])
     probability: dict[str, dict[int, float]] = {}
@@ -169,7 +170,7 @@ def assess(trials: Sequence[Trial], hits: Mapping[int, bytes] | None = None) -> 
     spread = [repeated or member.videos is not None for member in members]  # else all draws are the mean
     return Assessment(
         repeated=repeated,
-        top1={number: member.mean for number, member in zip(runs, members, strict=True)},
+        values={number: member.mean for number, member in zip(runs, members, strict=True)},
         low={number: float(value) for number, value, known in zip(runs, low, spread, strict=True) if known},
         high={number: float(value) for number, value, known in zip(runs, high, spread, strict=True) if known},
         runs=runs,
@@ -192,38 +193,38 @@ def measured(seeds: Sequence[Trial], hits: Mapping[int, NDArray[np.int8]]) -> Me
     Args:
         hits: per-video results by trial number. A member's are used if all its runs have them, of the same videos.
     """
-    top1 = [run.metrics[VAL_TOP1] for run in seeds]
     rows = [hits[run.number] for run in seeds if run.number in hits]
     same = len(rows) == len(seeds) and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0
-    videos = int(min(run.metrics.get(VAL_VIDEOS, 0) for run in seeds))
-    return Measured(top1, np.stack(rows) if same else None, videos or None)
+    main = main_metric(seeds[0].metrics)
+    videos = int(min(run.metrics.get(main.samples, 0) for run in seeds)) if main and main.is_mean else 0
+    return Measured([run.value for run in seeds], np.stack(rows) if same else None, videos or None)
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: float) -> float:
-    """The area that some point dominates, for top-1 from 0 up and costs up to the reference.
+    """The area that some point dominates, for values from 0 up and costs up to the reference.
 
     Args:
-        points: top-1 and cost of each trial.
+        points: main metric and cost of each trial.
         reference: the reference cost.
     """
     area, height = 0.0, 0.0
-    for top1, cost in sorted(points, key=lambda point: point[1]):
-        if top1 > height and cost < reference:
-            area += (top1 - height) * (reference - cost)
-            height = top1
+    for value, cost in sorted(points, key=lambda point: point[1]):
+        if value > height and cost < reference:
+            area += (value - height) * (reference - cost)
+            height = value
     return area
 
 
 def front_hypervolume(trials: Sequence[Trial], against: str, reference: float | None = None) -> float | None:
     """The hypervolume of the reported front, as ``hypervolume_curve`` counts it; None without a front."""
-    top1, front = reported_top1(trials), pareto_front(trials, against)
+    values, front = reported_values(trials), pareto_front(trials, against)
     reference = reference or largest_cost(trials, against)
-    points = [(top1[trial.number], trial.metrics[COSTS[against]]) for trial in front]
+    points = [(values[trial.number], trial.metrics[COSTS[against]]) for trial in front]
     return hypervolume(points, reference) / reference if front else None
 
 
 def hypervolume_curve(trials: Sequence[Trial], against: str, reference: float | None = None) -> list[float]:
-    """The hypervolume after each finished trial, as a share of the reference cost: 1 is perfect top-1 at no cost.
+    """The hypervolume after each finished trial, as a share of the reference cost: 1 is a perfect model at no cost.
 
     It is that of the first seeds, and shows how the search proceeds.
 
@@ -235,11 +236,11 @@ def hypervolume_curve(trials: Sequence[Trial], against: str, reference: float | 
     front: list[tuple[float, float]] = []  # of the points so far
     curve: list[float] = []
     for trial in comparable_trials(trials, against):
-        top1, cost = trial.metrics[VAL_TOP1], trial.metrics[COSTS[against]]
-        if any(best >= top1 and least <= cost for best, least in front):
+        value, cost = trial.value, trial.metrics[COSTS[against]]
+        if any(best >= value and least <= cost for best, least in front):
             curve.append(curve[-1])
             continue
-        front = [point for point in front if point[0] > top1 or point[1] < cost] + [(top1, cost)]
+        front = [point for point in front if point[0] > value or point[1] < cost] + [(value, cost)]
         curve.append(hypervolume(front, reference) / reference)
     return curve
 

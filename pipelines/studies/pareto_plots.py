@@ -1,4 +1,4 @@
-"""Figures of Pareto fronts (top-1 against each cost, as a PNG image and as an interactive page) and of a search."""
+"""Figures of Pareto fronts (main metric against each cost, as a PNG image and an interactive page) and of a search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from matplotlib.transforms import IdentityTransform
 from plotly.subplots import make_subplots
 
 from pipelines.tracking.plots import to_png
-from posmlp.metrics import COSTS
+from posmlp.metrics import COSTS, MainMetric
 from posmlp.text import quantity
 
 COST_LABELS = {"latency": "ms per clip", "gmacs": "GMACs", "params": "M parameters"}
@@ -58,8 +58,8 @@ class TrialPoint:
 
     Attributes:
         number: of its first trial.
-        first: top-1 of the first seed.
-        fresh: mean top-1 over its fresh seeds; None if it has none.
+        first: main metric of the first seed.
+        fresh: its mean over the fresh seeds; None if it has none.
         interval: 95 % interval of the drawn value; None: not known.
         seeds: number of fresh seeds.
         probability: of being on the front, by cost; empty if it is not known.
@@ -81,7 +81,7 @@ class TrialPoint:
     label: str
 
     @property
-    def top1(self) -> float:
+    def value(self) -> float:
         """The drawn value: of the fresh seeds, else of the first seed."""
         return self.first if self.fresh is None else self.fresh
 
@@ -106,11 +106,14 @@ StudyFronts = Mapping[str, Mapping[str, Sequence[int]]]  # by study and cost: th
 VariantCosts = Mapping[str, Mapping[str, float]]  # by variant and metric name
 
 
-def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts, title: str) -> bytes:
-    """Draw top-1 against each cost, one panel per cost, as PNG.
+def front_image(
+    studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts, title: str, main: MainMetric
+) -> bytes:
+    """Draw the main metric against each cost, one panel per cost, as PNG.
 
     Args:
         variants: the costs of published variants; those near the trials are marked.
+        main: of all studies.
     """
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     costs = known_costs(studies)
@@ -135,7 +138,7 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
             )
         axes.set_xlabel(COST_LABELS[cost])
         axes.grid(alpha=0.25, which="both")
-    panels[0].set_ylabel("validation top-1, %")
+    panels[0].set_ylabel(f"validation {main.title}, %")
     for axes, cost in zip(panels, costs, strict=True):  # once all limits are known
         number_points(axes, studies, fronts, cost)
     mixed = any(map(mixes_blocks, studies.values()))
@@ -151,8 +154,8 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
         label += " (trial, probability)" if any(p.probability for p in studies[name]) else " (trial)"
         handles.append(Line2D([], [], color=FRONT_COLOURS[index % 4], label=label))
     if any(p.interval for p in drawn):
-        repeated = any(p.fresh is not None for p in drawn)
-        label = "95 % interval " + ("(seeds and videos)" if repeated else "(videos alone)")
+        sources = ["seeds"] * any(p.fresh is not None for p in drawn) + [main.unit] * main.is_mean
+        label = f"95 % interval ({' and '.join(sources)}{' alone' * (len(sources) == 1)})"
         handles.append(
             Line2D(
                 [], [], linestyle="", marker="|", markersize=11, markeredgewidth=INTERVAL_WIDTH, color=INTERVAL_COLOUR,
@@ -174,14 +177,14 @@ def front_image(studies: StudyPoints, fronts: StudyFronts, variants: VariantCost
 def draw_points(axes: Axes, points: Sequence[TrialPoint], cost: str, edge: str) -> None:
     """Draw a study's members: a disc with one sector per stage, clockwise from the top, and its interval."""
     minor = [point for point in points if point.minor]
-    x, y = [point.costs[cost] for point in minor], [100 * point.top1 for point in minor]
+    x, y = [point.costs[cost] for point in minor], [100 * point.value for point in minor]
     axes.scatter(x, y, s=16, color=MINOR_COLOUR, zorder=1.5, linewidths=0)
     parts: list[tuple[Path, float, tuple[float, float], tuple[float, ...]]] = []  # outline, size, place, colour
     lines, line_colours = [], []
     for point in points:
         if point.minor or not math.isfinite(point.costs[cost]):
             continue
-        place, share, opacity = (point.costs[cost], 100 * point.top1), 360 / len(point.blocks), point.opacity(cost)
+        place, share, opacity = (point.costs[cost], 100 * point.value), 360 / len(point.blocks), point.opacity(cost)
         if point.interval is not None:
             lines.append([(place[0], 100 * end) for end in point.interval])
             line_colours.append(to_rgba(INTERVAL_COLOUR, INTERVAL_OPACITY * opacity))
@@ -214,14 +217,14 @@ def number_points(axes: Axes, studies: StudyPoints, fronts: StudyFronts, cost: s
     assert figure is not None
     to_points = 72 / figure.dpi
     (left, bottom), (right, top) = axes.transData.transform(edges.reshape(2, 2).T) * to_points
-    major = [(p.costs[cost], 100 * p.top1) for points in studies.values() for p in points if not p.minor]
+    major = [(p.costs[cost], 100 * p.value) for points in studies.values() for p in points if not p.minor]
     discs = axes.transData.transform([each for each in major if math.isfinite(each[0])] or np.empty((0, 2))) * to_points
     taken: list[tuple[float, float, float, float]] = []  # left, bottom, right, top of the numbers so far
     for index, (name, points) in enumerate(studies.items()):
         by_number = {point.number: point for point in points}
         for point in (by_number[number] for number in fronts[name][cost] if number in by_number):
             share = f", {point.probability[cost]:.0%}" if cost in point.probability else ""
-            text, place = f"{point.number}{share}", (point.costs[cost], 100 * point.top1)
+            text, place = f"{point.number}{share}", (point.costs[cost], 100 * point.value)
             x, y = axes.transData.transform(place) * to_points
             width, free = 0.65 * LABEL_SIZE * len(text), []
             for rank, (across, up) in enumerate(LABEL_OFFSETS):
@@ -248,7 +251,9 @@ def overlap(one: tuple[float, float, float, float], other: tuple[float, float, f
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts, title: str) -> bytes:
+def interactive_page(
+    studies: StudyPoints, fronts: StudyFronts, variants: VariantCosts, title: str, main: MainMetric
+) -> bytes:
     """Draw the figure of ``front_image`` as one HTML page that describes each trial on hover. It needs no network."""
     costs = known_costs(studies)
     figure = make_subplots(1, len(costs), shared_yaxes=True, horizontal_spacing=0.03)
@@ -259,7 +264,7 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
         for index, (name, points) in enumerate(studies.items()):
             major = [point for point in points if not point.minor]
             if minor := [point for point in points if point.minor]:
-                add_points(figure, minor, cost, name, index, column, "first seed alone")
+                add_points(figure, minor, main, cost, name, index, column, "first seed alone")
             add_intervals(figure, major, cost, column, name, index)
             x, y = front_line(points, fronts[name][cost], cost)
             line = {"shape": "hv", "color": FRONT_COLOURS[index % 4], "width": 1.5}
@@ -270,7 +275,7 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
             for block in dict.fromkeys(point.main_block for point in major):
                 with_block = [point for point in major if point.main_block == block]
                 label = f"mostly {block}" if mixes_blocks(with_block) and block != "mixed" else block
-                add_points(figure, with_block, cost, name, index, column, label)
+                add_points(figure, with_block, main, cost, name, index, column, label)
         number = "" if column == 1 else str(column)
         for variant, value in variants_in_range(variants, cost, values):
             figure.add_vline(x=value, line={"dash": "dot", "color": "#999999"}, row=1, col=column)
@@ -281,7 +286,7 @@ def interactive_page(studies: StudyPoints, fronts: StudyFronts, variants: Varian
             )  # fmt: skip
         axis = {"title": COST_LABELS[cost], "type": axis_scale(values), "tickvals": axis_ticks(values)}
         figure.update_xaxes(**axis, row=1, col=column)
-    figure.update_yaxes(title="validation top-1, %", row=1, col=1)
+    figure.update_yaxes(title=f"validation {main.title}, %", row=1, col=1)
     figure.update_layout(title=title, template="plotly_white", height=560, hovermode="closest")
     html: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
     return html.encode()
@@ -310,7 +315,14 @@ def add_intervals(
 
 
 def add_points(
-    figure: go.Figure, points: Sequence[TrialPoint], cost: str, study: str, index: int, column: int, label: str
+    figure: go.Figure,
+    points: Sequence[TrialPoint],
+    main: MainMetric,
+    cost: str,
+    study: str,
+    index: int,
+    column: int,
+    label: str,
 ) -> None:
     """Add some points of one study to one panel of the page.
 
@@ -325,28 +337,28 @@ def add_points(
     marker = {"color": colour, "size": 6 if minor else 10, "symbol": STUDY_SYMBOLS[index % 4]}
     figure.add_scatter(
         x=[p.costs[cost] for p in points],
-        y=[100 * p.top1 for p in points],
+        y=[100 * p.value for p in points],
         mode="markers",
         marker=marker | {"opacity": [p.opacity(cost) for p in points]},
         name=label + f", {study}" * (index > 0),
         legendgroup=f"{study} {label}",
         showlegend=column == 1,
         legendrank=LAST if minor else None,
-        text=[hover_text(p, study) for p in points],
+        text=[hover_text(p, study, main) for p in points],
         hovertemplate="%{text}<extra></extra>",
         row=1,
         col=column,
     )
 
 
-def hover_text(point: TrialPoint, study: str) -> str:
+def hover_text(point: TrialPoint, study: str, main: MainMetric) -> str:
     """The description of a member that the page shows on hover."""
     lines = [f"<b>{study}, trial {point.number}</b>", *point.label.split("; ")]
     if point.fresh is not None:
-        lines.append(f"top-1 {point.fresh:.1%}, mean over {quantity(point.seeds, 'fresh seed')}")
+        lines.append(f"{main.title} {point.fresh:.1%}, mean over {quantity(point.seeds, 'fresh seed')}")
     interval = "" if point.interval is None else f"95 % interval {point.interval[0]:.1%} to {point.interval[1]:.1%}"
     lines += [interval] if interval else []
-    lines.append(f"top-1 {point.first:.1%}, first seed")
+    lines.append(f"{main.title} {point.first:.1%}, first seed")
     for name, value in point.costs.items():
         if math.isfinite(value):
             share = f", on this front {point.probability[name]:.0%}" if name in point.probability else ""
@@ -354,19 +366,21 @@ def hover_text(point: TrialPoint, study: str) -> str:
     return "<br>".join(lines)
 
 
-def search_progress(volumes: Sequence[float], shares: Mapping[str, Mapping[str, float]], against: str) -> bytes:
+def search_progress(
+    volumes: Sequence[float], shares: Mapping[str, Mapping[str, float]], main: MainMetric, against: str
+) -> bytes:
     """Draw the hypervolume over the trials, and how much each dimension matters, as PNG.
 
     Args:
         volumes: the hypervolume after each finished trial.
         shares: for each metric, each dimension's share of its variance; empty: only the hypervolume is drawn.
-        against: name of the cost.
+        main, against: the main metric of the study, and the name of the cost.
     """
     figure = Figure(figsize=(4.5 * (1 + len(shares)), 3.8), layout="constrained")
     curve, *bars = figure.subplots(1, 1 + len(shares), squeeze=False)[0]
     curve.plot(range(1, len(volumes) + 1), volumes, marker="o", markersize=3, color=FRONT_COLOURS[0])
     curve.set_xlabel("finished trials")
-    curve.set_ylabel(f"hypervolume of the first seeds\n(top-1 against {against})")
+    curve.set_ylabel(f"hypervolume of the first seeds\n({main.title} against {against})")
     curve.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     curve.grid(alpha=0.25)
     for axes, (metric, values) in zip(bars, shares.items(), strict=True):
@@ -410,14 +424,14 @@ def figure_title(studies: StudyPoints, inherited: bool = False) -> str:
 
 
 def front_line(points: Sequence[TrialPoint], numbers: Sequence[int], cost: str) -> tuple[list[float], list[float]]:
-    """The corners of a front's line: costs, and top-1 in percent.
+    """The corners of a front's line: costs, and the main metric in percent.
 
     Args:
         numbers: the trials of the front, cheapest first.
     """
     by_number = {point.number: point for point in points}
     on_front = [by_number[number] for number in numbers if number in by_number]
-    return [point.costs[cost] for point in on_front], [100 * point.top1 for point in on_front]
+    return [point.costs[cost] for point in on_front], [100 * point.value for point in on_front]
 
 
 def known_costs(studies: StudyPoints) -> list[str]:

@@ -11,7 +11,6 @@ from pipelines.studies.logged_study import read_study_from_mlflow
 from pipelines.studies.study import STUDY_FILE, Study, StudyError, Trial, fully_trained, read_study, read_trials
 from pipelines.tracking.uris import tracking_uri
 from posmlp import storage
-from posmlp.metrics import VAL_TOP1
 from tune_spaces import Range, Space, Value
 
 PRIOR_FILE = "prior.json"  # in the folder of the new study, so that a resume needs the earlier ones no more
@@ -23,7 +22,7 @@ class Prior:
 
     Attributes:
         name: as the user named it.
-        trials: its fully trained trials with the first seed and a finite top-1, ordered by number.
+        trials: its fully trained trials with the first seed and a finite main metric, ordered by number.
     """
 
     name: str
@@ -34,7 +33,7 @@ def find_priors(study: Study, space: Space) -> list[Prior]:
     """Find the earlier studies that a study names: by folder, by name below its own storage or ``runs``, or in MLflow.
 
     Raises:
-        StudyError: there is no such study, it has another space, or it has no fully trained trial.
+        StudyError: there is no such study, it has another task or space, or it has no fully trained trial.
     """
     return [find_prior(name, study, space) for name in dict.fromkeys(study.prior)]
 
@@ -42,19 +41,26 @@ def find_priors(study: Study, space: Space) -> list[Prior]:
 def find_prior(name: str, study: Study, space: Space) -> Prior:
     """Find one earlier study; see ``find_priors``."""
     folders = [storage.join(".", name), storage.join(study.recipe.train.storage, name), storage.join("runs", name)]
-    folder = next((folder for folder in folders if read_study(folder)), None)
-    if folder == study.folder:
-        raise StudyError(f"--prior {name} is the study itself; leave it out")
-    if folder:
+    known = {folder: found[0] for folder in folders if (found := read_study(folder))}
+    if known:
+        folder, earlier = next(iter(known.items()))
+        if folder == study.folder:
+            raise StudyError(f"--prior {name} is the study itself; leave it out")
         trials = read_trials(folder)
     else:
         try:
-            trials = read_study_from_mlflow(name, tracking_uri(study.recipe), "tracking.uri").trials
+            logged = read_study_from_mlflow(name, tracking_uri(study.recipe), "tracking.uri")
         except StudyError as error:
             raise StudyError(
                 f"--prior {name}: neither {name} nor {folders[1]} has a {STUDY_FILE}, and {error}"
             ) from error
-    trained = [trial for trial in fully_trained(trials) if math.isfinite(trial.metrics.get(VAL_TOP1, math.nan))]
+        earlier, trials = logged.study, logged.trials
+    if earlier.main != study.main:
+        raise StudyError(
+            f"--prior {name} is a study of {earlier.recipe.task} and this one of {study.recipe.task}: its "
+            f"{earlier.main.title} cannot be compared with {study.main.title}; leave it out"
+        )
+    trained = [trial for trial in fully_trained(trials) if math.isfinite(trial.value)]
     if not trained:
         raise StudyError(f"--prior {name}: it has no fully trained trial to learn from; leave it out")
     return Prior(name, [replace(trial, member=to_member(trial, name, study.space, space)) for trial in trained])

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.studies import confidence, pareto
 from pipelines.studies.study import Trial
-from posmlp.metrics import COSTS, VAL_TOP1
+from posmlp.metrics import COSTS
 
 OPEN = (0.1, 0.9)  # a place is open if the probability of being on the front is between these
 # A member that has only its first seed needs more than that: of many members some look good by luck, and every one more
@@ -109,17 +109,17 @@ def front_chances(firsts: dict[int, Trial], fresh: dict[int, list[Trial]], costs
         fresh: their finished fresh seeds, at least one of any member.
     """
     runs = {number: fresh.get(number, [first]) for number, first in firsts.items()}
-    top1 = {number: [run.metrics[VAL_TOP1] for run in seeds] for number, seeds in runs.items()}
+    values = {number: [run.value for run in seeds] for number, seeds in runs.items()}
     deviation = confidence.seed_deviation(
-        [top1[number] if number in fresh else [] for number in firsts],
-        [first.metrics[VAL_TOP1] for first in firsts.values()],
+        [values[number] if number in fresh else [] for number in firsts],
+        [first.value for first in firsts.values()],
     )
-    draws = confidence.resample([confidence.Measured(values) for values in top1.values()], deviation)
+    draws = confidence.resample([confidence.Measured(each) for each in values.values()], deviation)
     numbers, chances = np.array(list(firsts)), {number: 0.0 for number in firsts}
     for cost in costs:
-        values = np.array([first.metrics.get(COSTS[cost], np.nan) for first in firsts.values()])
-        known = np.flatnonzero(np.isfinite(values))
-        shares = confidence.on_front(draws[:, known], values[known]).mean(0)
+        prices = np.array([first.metrics.get(COSTS[cost], np.nan) for first in firsts.values()])
+        known = np.flatnonzero(np.isfinite(prices))
+        shares = confidence.on_front(draws[:, known], prices[known]).mean(0)
         for number, share in zip(numbers[known].tolist(), shares.tolist(), strict=True):
             chances[number] = min(chances[number], share, key=lambda chance: abs(chance - 0.5))
     return chances

@@ -22,7 +22,7 @@ from pipelines.studies.pareto import (
     hypervolume_curve,
     pareto_front,
     reported_runs,
-    reported_top1,
+    reported_values,
 )
 from pipelines.studies.study import Study, Trial, TrialState
 from pipelines.tracking.uris import SEARCH_PARAM
@@ -30,12 +30,14 @@ from posmlp.config import Config
 from posmlp.metrics import (
     COST,
     COSTS,
+    MAIN_METRICS,
+    STUDY_FRESH,
     STUDY_FRESH_HIGH,
     STUDY_FRESH_LOW,
     STUDY_FRESH_SEEDS,
-    STUDY_FRESH_TOP1,
     STUDY_FRONT_PROBABILITY,
-    VAL_TOP1,
+    MainMetric,
+    main_metric,
 )
 from posmlp.text import quantity, shorten
 from tune_spaces import Member
@@ -55,11 +57,11 @@ def trial_rows(trials: Sequence[Trial], assessment: Assessment | None = None) ->
         trial, state, reason, seed: of the trial.
         repeats: the number of the member's first trial, if this is not it.
         search.DIMENSION: the member.
-        top1: of this trial alone, 0 to 1.
-        fresh_mean, fresh_low, fresh_high, fresh_seeds: for the first trial of a member with fresh seeds, the mean top-1
-            over these (without the first seed), its 95 % interval, and their number.
+        top1 or map: the main metric (``MainMetric.name``) of this trial alone, 0 to 1.
+        fresh_mean, fresh_low, fresh_high, fresh_seeds: for the first trial of a member with fresh seeds, the mean over
+            these (without the first seed), its 95 % interval, and their number.
         cost/NAME: the costs, see ``posmlp.metrics``.
-        front_COST: 1 if the member is on the reported front of top-1 and this cost, else 0.
+        front_COST: 1 if the member is on the reported front of the main metric and this cost, else 0.
         probability_COST: of being on that front; empty for a member without fresh seeds.
 
     Args:
@@ -72,11 +74,15 @@ def trial_rows(trials: Sequence[Trial], assessment: Assessment | None = None) ->
         row: dict[str, Any] = {"trial": trial.number, "state": trial.state, "reason": trial.reason, "seed": trial.seed}
         row["repeats"] = "" if trial.repeat_of is None else trial.repeat_of
         row |= {f"{SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
-        if VAL_TOP1 in trial.metrics:
-            row["top1"] = trial.metrics[VAL_TOP1]
-        if found.repeated and trial.number in found.top1:
+        if main := main_metric(trial.metrics):
+            row[main.name] = trial.value
+        if found.repeated and trial.number in found.values:
             number = trial.number
-            row |= {"fresh_mean": found.top1[number], "fresh_low": found.low[number], "fresh_high": found.high[number]}
+            row |= {
+                "fresh_mean": found.values[number],
+                "fresh_low": found.low[number],
+                "fresh_high": found.high[number],
+            }
             row["fresh_seeds"] = len(found.runs[number])
         row |= {name: value for name, value in trial.metrics.items() if name.startswith(COST)}
         row |= {f"front_{name}": int(trial.number in numbers) for name, numbers in fronts.items()}
@@ -87,10 +93,11 @@ def trial_rows(trials: Sequence[Trial], assessment: Assessment | None = None) ->
     return rows
 
 
-def member_metrics(assessment: Assessment, against: str) -> dict[int, dict[str, float]]:
+def member_metrics(assessment: Assessment, main: MainMetric, against: str) -> dict[int, dict[str, float]]:
     """Metrics for the MLflow runs of members with fresh seeds, by the number of a member's first trial.
 
     Args:
+        main: of the study.
         against: the cost of the front, a name in ``COSTS``.
     """
     if not assessment.repeated:
@@ -98,13 +105,13 @@ def member_metrics(assessment: Assessment, against: str) -> dict[int, dict[str, 
     shares = assessment.probability[against]
     return {
         number: {
-            STUDY_FRESH_TOP1: top1,
+            f"{STUDY_FRESH}{main.name}": value,
             STUDY_FRESH_LOW: assessment.low[number],
             STUDY_FRESH_HIGH: assessment.high[number],
             STUDY_FRESH_SEEDS: float(len(assessment.runs[number])),
         }
         | ({STUDY_FRONT_PROBABILITY: shares[number]} if number in shares else {})
-        for number, top1 in assessment.top1.items()
+        for number, value in assessment.values.items()
     }
 
 
@@ -120,6 +127,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def describe_study(
     name: str,
     trials: Sequence[Trial],
+    main: MainMetric,
     against: str,
     reference: float | None = None,
     hits: Mapping[int, bytes] | None = None,
@@ -129,6 +137,7 @@ def describe_study(
     """Describe a study and its Pareto front as text: a table, and what the seeds allow to say about it.
 
     Args:
+        main: by which the trials are compared.
         against: the cost, a name in ``COSTS``.
         reference: the reference cost of the hypervolume, see ``hypervolume_curve``.
         hits: per-video results, as for ``assess``.
@@ -142,43 +151,49 @@ def describe_study(
     if volume is None:
         return head
     found, front = assess(trials, hits), pareto_front(trials, against)
-    lines = [f"{head}; hypervolume {volume:.3f} (top-1 against {against})", ""]
-    columns = f"{'top-1':>8}{'95 % interval':>17}{'seeds':>7}{'on front':>10}"
+    lines = [f"{head}; hypervolume {volume:.3f} ({main.title} against {against})", ""]
+    columns = f"{main.title:>8}{'95 % interval':>17}{'seeds':>7}{'on front':>10}"
     lines.append(f"{'trial':>7}{columns}{'ms':>9}{'GMACs':>10}{'M params':>10}  member")
     shares = found.probability.get(against, {})
     for trial in front:
         number = trial.number
         interval = f"{100 * found.low[number]:.1f} to {100 * found.high[number]:.1f}" if number in found.low else ""
         share = f"{shares[number]:.0%}" if number in shares else ""
-        share = "-" if share and len(found.top1) == 1 else share  # nothing to compare it with
-        top1 = f"{found.top1[number]:>8.1%}{interval:>17}{len(found.runs[number]):>7}{share:>10}"
+        share = "-" if share and len(found.values) == 1 else share  # nothing to compare it with
+        value = f"{found.values[number]:>8.1%}{interval:>17}{len(found.runs[number]):>7}{share:>10}"
         costs = [trial.metrics.get(COSTS[key]) for key in ("latency", "gmacs", "params")]
         shown = ["" if cost is None else f"{cost:.4g}" for cost in costs]
         numbers = f"{shown[0]:>9}{shown[1]:>10}{shown[2]:>10}"
-        lines.append(f"{number:>7}{top1}{numbers}  {describe_member(trial.member)}")
+        lines.append(f"{number:>7}{value}{numbers}  {describe_member(trial.member)}")
     if not inherited:
         members = len(comparable_trials(trials, "gmacs"))
-        lines += ["", *describe_certainty(found, [t.number for t in front], against, members, study)]
+        lines += ["", *describe_certainty(found, [t.number for t in front], main, against, members, study)]
     return "\n".join(lines)
 
 
-def describe_best(trials: Sequence[Trial]) -> str:
-    """The best member and its reported top-1 in words; empty if there is none."""
+def describe_best(trials: Sequence[Trial], main: MainMetric) -> str:
+    """The best member and its reported value in words; empty if there is none."""
     best, runs = best_trial(trials), reported_runs(trials)
     if best is None:
         return ""
     count = len(runs[best.number])
     seeds = f"mean over {quantity(count, 'fresh seed')}" if fresh_seeds(trials) else "one seed, not repeated"
-    return f"best: {trial_name(best)}, val/top1 {reported_top1(trials)[best.number]:.1%} ({seeds})"
+    return f"best: {trial_name(best)}, {main.key} {reported_values(trials)[best.number]:.1%} ({seeds})"
 
 
 def describe_certainty(
-    found: Assessment, front: Sequence[int], against: str, members: int, study: Study | None = None
+    found: Assessment,
+    front: Sequence[int],
+    main: MainMetric,
+    against: str,
+    members: int,
+    study: Study | None = None,
 ) -> list[str]:
     """What the seeds and videos allow to say about a front, in sentences.
 
     Args:
         front: numbers of its members' first trials, cheapest first.
+        main: by which they are compared.
         against: its cost, a name in ``COSTS``.
         members: number of all members that are trained to the end.
         study: as for ``describe_study``.
@@ -190,10 +205,10 @@ def describe_certainty(
             *intervals,
             missing_repeats(study),
         ]
-    lines = ["Top-1 is the mean over fresh seeds; the seed that selected a member is not among them."]
-    if len(found.top1) < members:
-        have = "has" if len(found.top1) == 1 else "have"
-        lines.append(f"{len(found.top1)} of {members} members {have} fresh seeds; the others are not compared.")
+    lines = [f"Each {main.title} is the mean over fresh seeds; the seed that selected a member is not among them."]
+    if len(found.values) < members:
+        have = "has" if len(found.values) == 1 else "have"
+        lines.append(f"{len(found.values)} of {members} members {have} fresh seeds; the others are not compared.")
     if found.deviation:
         spread, freedom = f"{100 * found.deviation.value:.1f} points", found.deviation.freedom
         source = quantity(freedom, "difference") + " between seeds"
@@ -202,12 +217,17 @@ def describe_certainty(
         lines.append(
             f"The standard deviation of one seed is {spread} (from {source}); it is taken as equal for all members."
         )
-    if not found.paired:
+    if not main.is_mean:
+        lines.append(
+            f"Intervals and shares are over seeds alone. {main.title} is no mean over {main.unit}: how much it would "
+            f"differ with other {main.unit} is not known."
+        )
+    elif not found.paired:
         lines.append("Per-video results are missing, so members count as scored on independent videos.")
-    if len(found.top1) > 1:
+    if len(found.values) > 1:
         luck = f"{100 * found.luck_of_the_best():.1f} points"
         lines.append(
-            f"The highest mean is the highest of {len(found.top1)}: about {luck} of it are luck of that choice."
+            f"The highest mean is the highest of {len(found.values)}: about {luck} of it are luck of that choice."
         )
     pairs = [(one, other, found.better(other, one)) for one, other in pairwise(front)]
     close = [(one, other, share) for one, other, share in pairs if share < SURE]
@@ -280,14 +300,14 @@ def pareto_files(
     """The figures and tables of studies by file name; all studies are in the same figure.
 
     Args:
-        base: recipe of the studies, for the block types that are not searched.
+        base: recipe of the studies, for their task, and the block types that are not searched.
         against: the cost, a name in ``COSTS``.
         variants: costs of published variants, which figures mark; None marks none.
         importance: show how much each dimension matters, which takes longer than all else.
         hits: per-video results by study, as for ``assess``.
         inherited: as for ``describe_study``.
     """
-    variants, blocks = variants or {}, base.model.blocks or "parallel"
+    variants, blocks, main = variants or {}, base.model.blocks or "parallel", MAIN_METRICS[base.task]
     found = {name: assess(trials, (hits or {}).get(name)) for name, trials in studies.items()}
     points = {
         name: [trial_point(t, found[name], blocks) for t in comparable_trials(trials, "gmacs")]
@@ -299,16 +319,16 @@ def pareto_files(
     }
     title = pareto_plots.figure_title(points, inherited)
     files = {
-        "front.html": pareto_plots.interactive_page(points, fronts, variants, title),
-        "front.png": pareto_plots.front_image(points, fronts, variants, title),
+        "front.html": pareto_plots.interactive_page(points, fronts, variants, title, main),
+        "front.png": pareto_plots.front_image(points, fronts, variants, title, main),
     }
     for name, trials in studies.items():
         prefix = f"{name}-" if len(studies) > 1 else ""
         files[f"{prefix}trials.csv"] = to_csv(trial_rows(trials, found[name]))
-        metrics = {"top-1": VAL_TOP1, against: COSTS[against]} if importance else {}
+        metrics = {main.title: main.key, against: COSTS[against]} if importance else {}
         shares = {label: dimension_importance(trials, metric) for label, metric in metrics.items()}
         volumes = hypervolume_curve(trials, against)
-        files[f"{prefix}progress.png"] = pareto_plots.search_progress(volumes, shares, against)
+        files[f"{prefix}progress.png"] = pareto_plots.search_progress(volumes, shares, main, against)
     return files
 
 
@@ -320,11 +340,11 @@ def trial_point(trial: Trial, found: Assessment, blocks: str | Sequence[str]) ->
         blocks: the block types if the study does not search them.
     """
     searched = tuple(str(v) for k, v in sorted(trial.member.items()) if re.fullmatch(r"block\d*", k))
-    number, fresh = trial.number, found.repeated and trial.number in found.top1
+    number, fresh = trial.number, found.repeated and trial.number in found.values
     return pareto_plots.TrialPoint(
         number=number,
-        first=trial.metrics[VAL_TOP1],
-        fresh=found.top1[number] if fresh else None,
+        first=trial.value,
+        fresh=found.values[number] if fresh else None,
         interval=(found.low[number], found.high[number]) if number in found.low else None,
         seeds=len(found.runs[number]) if fresh else 0,
         probability={name: shares[number] for name, shares in found.probability.items() if number in shares},

@@ -7,6 +7,7 @@ of the search space, and how the trial ended. Nothing else is needed to resume: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -20,7 +21,15 @@ from pipelines.tracking.uris import without_secrets
 from posmlp import storage
 from posmlp.config import NAME, Config, Positive, Section, describe
 from posmlp.errors import UserError
-from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, COSTS
+from posmlp.metrics import (
+    COST_GMACS,
+    COST_LATENCY_MS,
+    COST_PARAMS_M,
+    COSTS,
+    MAIN_METRICS,
+    MainMetric,
+    main_metric,
+)
 from tune_spaces import Member, Space, Value, load_space
 
 STUDY_FILE, TRIAL_FILE = "study.json", "trial.json"
@@ -53,9 +62,10 @@ class Study(Section):
         space: a name in ``tune_spaces``, or a Python file.
         trials: number of trials to train; members over a budget do not count.
         searcher: the search algorithm.
-        against: a cost to minimise while top-1 is maximised; None: top-1 is the only objective.
+        against: a cost to minimise while the main metric is maximised; None: that is the only objective.
         asha: stop trials early by asynchronous successive halving: those that are behind the other trials at the same
-            epoch (ASHA) or, with ``against``, that others beat in both top-1 and the cost (MO-ASHA).
+            epoch (ASHA) or, with ``against``, that others beat in both the main metric and the cost
+            (MO-ASHA).
         seed: seed of the search; the seed of the trials' training is ``recipe.train.seed``.
         concurrent: number of trials that run at a time; None: as many as the cluster has room for.
         hours: once these have passed since a call's start no trials start, and those that run are finished;
@@ -93,6 +103,16 @@ class Study(Section):
     def folder(self) -> str:
         """The study's folder, an absolute path or a URI."""
         return storage.join(self.recipe.train.storage, self.name)
+
+    @property
+    def main(self) -> MainMetric:
+        """The main metric of the recipe's task, which the study maximises."""
+        return MAIN_METRICS[self.recipe.task]
+
+    @property
+    def goal(self) -> str:
+        """What the study optimises, in words."""
+        return self.main.title + (f" against {self.against}" if self.against else "")
 
     def budgets(self) -> dict[str, float]:
         """The largest allowed costs by metric name; costs without a budget are left out."""
@@ -137,7 +157,7 @@ class Trial:
         metrics: the metrics of its last epoch, and its costs.
         timed: its latency was measured in turns with the other trials' models, after the search.
         first_latency_ms: of a timed trial, the latency that was measured before its training.
-        curve: top-1 after each validated epoch, as far as it was recorded.
+        curve: the main metric after each validated epoch, as far as it was recorded.
         rejected: what the searcher suggested before it and a budget refused without a measurement: for each, ``member``
             and ``sampler_attrs``. The searcher learns from these.
     """
@@ -158,6 +178,12 @@ class Trial:
     first_latency_ms: float | None = None
 
     @property
+    def value(self) -> float:
+        """The main metric of the trial's task, 0 to 1; NaN: not known."""
+        main = main_metric(self.metrics)
+        return self.metrics[main.key] if main else math.nan
+
+    @property
     def search_metrics(self) -> dict[str, float]:
         """The metrics by which a search compares trials: with the latency before training, the only one that all have.
 
@@ -176,7 +202,7 @@ class Trial:
         """A trial from its ``trial.json``; keys that are missing have their defaults."""
         names = {TRIAL_KEYS.get(each.name, each.name): each.name for each in fields(cls)}
         values = {names[key]: value for key, value in record.items()}
-        curve = {int(epoch): top1 for epoch, top1 in values.get("curve", {}).items()}
+        curve = {int(epoch): value for epoch, value in values.get("curve", {}).items()}
         return cls(**values | {"state": TrialState(record["state"]), "curve": curve})
 
 
@@ -260,6 +286,8 @@ def read_trials(folder: str) -> list[Trial]:
 
 def read_study_hits(study: Study, trials: Iterable[Trial]) -> dict[int, bytes]:
     """The per-video results of the repeats with fresh seeds (``HITS_FILE``) by trial number, where their runs have one.
+
+    Runs of detection have none.
 
     Raises:
         UserError: one of them cannot be read.

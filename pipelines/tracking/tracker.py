@@ -64,7 +64,7 @@ from pipelines.tracking.uris import (
 )
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.metrics import BY_STEP
+from posmlp.metrics import BY_STEP, MAIN_METRICS
 from posmlp.text import shorten
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class Tracker:
             experiment, experiment_id = found.name, found.experiment_id
             if moved := explain_moved(found, uri):
                 logger.warning("%s", moved)
-            share_view(client, found, RUNS_VIEW, runs_view())
+            share_view(client, found, RUNS_VIEW, runs_view(MAIN_METRICS[config.task]))
             stored_epochs, stored_steps = last_epoch_stored(client, run_id), last_step_stored(client, run_id)
         except UserError:
             raise

@@ -30,9 +30,8 @@ from posmlp.metrics import (
     COST_PARAMS_M,
     TRAIN_LOSS,
     VAL_BEST_EPOCH,
-    VAL_BEST_TOP1,
     VAL_LOSS,
-    VAL_TOP1,
+    MainMetric,
 )
 
 LOCAL_PAGES = "http://127.0.0.1:5000"  # where `mlflow server` listens
@@ -140,32 +139,37 @@ def view_text(view: Mapping[str, Any]) -> str:
     return f"deflate;{base64.b64encode(zlib.compress(json.dumps(view).encode(), 9)).decode()}"
 
 
-def runs_view() -> dict[str, Any]:
-    """The view of all runs: the columns that compare them, and charts with validation and training first."""
-    metrics = (VAL_BEST_TOP1, VAL_BEST_EPOCH, VAL_TOP1, TRAIN_LOSS)
+def runs_view(main: MainMetric) -> dict[str, Any]:
+    """The view of all runs: the columns that compare them, and charts with validation and training first.
+
+    Args:
+        main: of the newest run; of an experiment with several tasks the view is that of one of them.
+    """
+    metrics = (main.best, VAL_BEST_EPOCH, main.key, TRAIN_LOSS)
     params = ("model.name", "model.blocks", COST_GMACS, "train.epochs")
     columns = [column("metrics", name) for name in metrics] + [column("params", name) for name in params]
     columns += [column("tags", "overrides"), column("attributes", "Dataset"), column("attributes", "Models")]
     order = {"orderByKey": "attributes.start_time", "orderByAsc": False}
-    return order | columns_state(columns) | charts_state(curves())
+    return order | columns_state(columns) | charts_state(curves(main))
 
 
-def study_view(study: str, dimensions: Sequence[str]) -> dict[str, Any]:
-    """The view of a study's trials, the best first: parallel coordinates, top-1 against each cost, and curves.
+def study_view(study: str, dimensions: Sequence[str], main: MainMetric) -> dict[str, Any]:
+    """The view of a study's trials, the best first: parallel coordinates, main metric against each cost, and curves.
 
     Args:
         dimensions: names of the space's dimensions.
+        main: of the study.
     """
     costs, params = (COST_LATENCY_MS, COST_GMACS, COST_PARAMS_M), [f"{SEARCH_PARAM}{name}" for name in dimensions]
-    columns = [column("metrics", name) for name in (VAL_TOP1, *costs)] + [column("params", name) for name in params]
-    parallel = {"selectedParams": params, "selectedMetrics": [COST_GMACS, VAL_TOP1], "showAllRuns": False}
+    columns = [column("metrics", name) for name in (main.key, *costs)] + [column("params", name) for name in params]
+    parallel = {"selectedParams": params, "selectedMetrics": [COST_GMACS, main.key], "showAllRuns": False}
     charts = [chart("PARALLEL", "study", "members", parallel)]
     for cost in costs:
-        axes = {"xaxis": {"key": cost, "type": "METRIC"}, "yaxis": {"key": VAL_TOP1, "type": "METRIC"}}
+        axes = {"xaxis": {"key": cost, "type": "METRIC"}, "yaxis": {"key": main.key, "type": "METRIC"}}
         charts.append(chart("SCATTER", "study", cost, axes))
     filters = {"searchFilter": f"tags.study = '{study}' AND tags.trial LIKE '%'", "runsHiddenMode": "SHOW_ALL"}
-    order = {"orderByKey": column("metrics", VAL_TOP1), "orderByAsc": False}
-    return filters | order | columns_state(columns) | charts_state([*charts, *curves()])
+    order = {"orderByKey": column("metrics", main.key), "orderByAsc": False}
+    return filters | order | columns_state(columns) | charts_state([*charts, *curves(main)])
 
 
 def column(kind: str, name: str) -> str:
@@ -179,10 +183,10 @@ def columns_state(columns: Sequence[str]) -> dict[str, Any]:
     return {"selectedColumns": list(columns), "columnOrder": [name, *columns], "columnWidths": {name: NAME_WIDTH}}
 
 
-def curves() -> list[dict[str, Any]]:
+def curves(main: MainMetric) -> list[dict[str, Any]]:
     """The line charts of a view. MLflow adds those of all other metrics, each group of names after these groups."""
     groups = {
-        "val": (VAL_TOP1, VAL_BEST_TOP1, VAL_LOSS),
+        "val": (main.key, main.best, VAL_LOSS),
         "by_step": (BY_STEP_TRAIN_LOSS, BY_STEP_LR, BY_STEP_CLIPS_PER_S),
         "train": (TRAIN_LOSS,),
     }

@@ -23,7 +23,7 @@ from pipelines.tuning.results import ResultsPublisher
 from pipelines.tuning.search import Searcher
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp import storage
-from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, EPOCH, VAL_TOP1
+from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, EPOCH, main_metric
 from tune_spaces import Space
 
 VARIANT_LATENCIES_FILE = "published.json"  # in a study's folder: latency of published variants in ms, by name
@@ -90,8 +90,7 @@ class StudyController:
     def log_start(self) -> None:
         """Log what the study does, and what is there already."""
         study = self.study
-        goal = f"top-1 against {study.against}" if study.against else "top-1"
-        settings = f"space {study.space}, {study.trials} trials, {study.searcher}, {goal}"
+        settings = f"space {study.space}, {study.trials} trials, {study.searcher}, {study.goal}"
         logger.info("%s: %s; %d at a time; %s", study.name, settings, self.concurrent, study.folder)
         if self.trials:
             finished = sum(trial.state == TrialState.FINISHED for trial in self.trials.values())
@@ -205,7 +204,7 @@ class StudyController:
         if self.stopping.is_set() or self.time_is_up():
             return False
         running = [trial for trial in self.trials.values() if trial.state == TrialState.RUNNING]
-        if not self.searching and running:  # its top-1 may open the place of another member
+        if not self.searching and running:  # its value may open the place of another member
             return True
         return bool(running and self.study.budget_ms is not None) or self.may_promote(running)
 
@@ -265,9 +264,9 @@ class StudyController:
                 self.save_trial(trial)
         if time.monotonic() - self.last_progress > PROGRESS_INTERVAL_S:
             self.last_progress = time.monotonic()
-            total = self.study.recipe.train.epochs
+            total, title = self.study.recipe.train.epochs, self.study.main.title
             last = {t.number: max(t.curve) for t in self.in_order() if t.state == TrialState.RUNNING and t.curve}
-            parts = [f"trial {n} epoch {e}/{total} top-1 {self.trials[n].curve[e]:.1%}" for n, e in last.items()]
+            parts = [f"trial {n} epoch {e}/{total} {title} {self.trials[n].curve[e]:.1%}" for n, e in last.items()]
             logger.info("  %s", "; ".join(parts))
 
     def record_result(self, number: int, result: TrialEvent) -> None:
@@ -312,29 +311,31 @@ def successive_halving(study: Study, trials: Sequence[Trial]) -> SuccessiveHalvi
     goals = modes(study)
     halving = SuccessiveHalving([*goals.values()], study.recipe.train.epochs)
     for trial in trials:
-        for epoch, top1 in sorted(trial.curve.items() if trial.repeat_of is None else ()):
-            metrics = trial.search_metrics | {VAL_TOP1: top1}
+        for epoch, value in sorted(trial.curve.items() if trial.repeat_of is None else ()):
+            metrics = trial.search_metrics | {study.main.key: value}
             halving.add(trial.number, epoch, [metrics.get(name, math.nan) for name in goals])
     return halving
 
 
 def modes(study: Study) -> dict[str, str]:
     """The metrics that decide whether a trial is stopped early, each with ``"max"`` or ``"min"``."""
-    return {VAL_TOP1: "max"} | ({COSTS[study.against]: "min"} if study.against else {})
+    return {study.main.key: "max"} | ({COSTS[study.against]: "min"} if study.against else {})
 
 
 def extend_curve(curve: Mapping[int, float], metrics: Mapping[str, float]) -> dict[int, float]:
     """A trial's curve with the metrics of one more epoch; one that is known keeps its value, as at a rung."""
-    if EPOCH not in metrics or VAL_TOP1 not in metrics:
+    main = main_metric(metrics)
+    if EPOCH not in metrics or main is None:
         return dict(curve)
-    return {int(metrics[EPOCH]): metrics[VAL_TOP1], **curve}
+    return {int(metrics[EPOCH]): metrics[main.key], **curve}
 
 
 def describe_outcome(trial: Trial) -> str:
     """How a trial ended, in words."""
-    if VAL_TOP1 not in trial.metrics or trial.state == TrialState.FAILED:
+    main = main_metric(trial.metrics)
+    if main is None or trial.state == TrialState.FAILED:
         return f"{trial.state}: {trial.reason}"
-    shown = [f"top-1 {trial.metrics[VAL_TOP1]:.1%}"]
+    shown = [f"{main.title} {trial.value:.1%}"]
     shown += [f"{trial.metrics[COST_LATENCY_MS]:.4g} ms", f"{trial.metrics[COST_GMACS]:.4g} GMACs"]
     stopped_after = f" {trial.reason}" if trial.state == TrialState.STOPPED else ""
     return f"{trial.state}{stopped_after}, {', '.join(shown)}"

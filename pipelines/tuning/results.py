@@ -27,7 +27,7 @@ from pipelines.studies import pareto, report
 from pipelines.studies.study import Study, Trial, TrialState, read_study_hits, standalone_recipe, trial_folder
 from pipelines.tracking.uris import NOTE
 from posmlp.config import Config
-from posmlp.metrics import STUDY_BEST_TOP1, STUDY_FINISHED, STUDY_HYPERVOLUME
+from posmlp.metrics import STUDY_BEST, STUDY_FINISHED, STUDY_HYPERVOLUME
 from posmlp.processes import shielded_children
 
 if TYPE_CHECKING:  # it imports Ray
@@ -301,16 +301,17 @@ def draw_results(study: Study, snapshot: Snapshot) -> Iterator[Results]:
             recipes[f"recipes/trial-{trial.number:03d}.yaml"] = text.encode()
     metrics: dict[str, float] = {}
     volumes = pareto.hypervolume_curve(trials, against)
-    volume, top1 = pareto.front_hypervolume(trials, against), pareto.reported_top1(trials)
+    volume, best = pareto.front_hypervolume(trials, against), f"{STUDY_BEST}{study.main.name}"
     if volume is not None:
-        metrics |= {STUDY_HYPERVOLUME: volume, STUDY_FINISHED: len(volumes), STUDY_BEST_TOP1: max(top1.values())}
+        values = pareto.reported_values(trials).values()
+        metrics |= {STUDY_HYPERVOLUME: volume, STUDY_FINISHED: len(volumes), best: max(values)}
     hits = read_study_hits(study, trials)
     assessment = pareto.assess(trials, hits)
     table = {"trials.csv": report.to_csv(report.trial_rows(trials, assessment))}
     members: dict[str, dict[str, float]] = {}
     if snapshot.final:
         runs = {trial.number: trial.mlflow_run_id for trial in trials}
-        found = report.member_metrics(assessment, against)
+        found = report.member_metrics(assessment, study.main, against)
         members = {run_id: values for number, values in found.items() if (run_id := runs[number])}
     yield Results(table, recipes, metrics, {NOTE: study_note(study, trials)}, len(volumes), members)
     files = report.pareto_files(
@@ -326,11 +327,10 @@ def draw_results(study: Study, snapshot: Snapshot) -> Iterator[Results]:
 
 def study_note(study: Study, trials: Sequence[Trial]) -> str:
     """The description of a study's MLflow run in two lines: what it searches, and what it has found."""
-    goal = f"top-1 against {study.against}" if study.against else "top-1"
     recipe = f"{study.recipe.model.name}, {study.recipe.train.epochs} epochs each on {study.recipe.data.train.path}"
-    what = f"**{study.name}**: search of {study.space} for {goal} ({study.searcher}), {study.trials} trials of {recipe}"
+    how = f"search of {study.space} for {study.goal} ({study.searcher}), {study.trials} trials of {recipe}"
     states = [trial.state for trial in trials if trial.repeat_of is None]
     text = ", ".join(f"{states.count(state)} {state}" for state in TrialState if state in states) or "no trials yet"
-    if best := report.describe_best(trials):
+    if best := report.describe_best(trials, study.main):
         text += f"; {best}"
-    return f"{what}\n\n{text}"
+    return f"**{study.name}**: {how}\n\n{text}"

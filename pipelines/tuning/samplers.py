@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from pipelines.studies.study import Study, Trial, TrialState
-from posmlp.metrics import COSTS, EPOCH, VAL_TOP1
+from posmlp.metrics import COSTS, EPOCH
 from tune_spaces import Range, Space, Value
 
 TPE_STARTUP_TRIALS = 8  # random trials before TPE models anything; those that are known to be over a budget count
@@ -247,10 +247,10 @@ def tell_trial(
       relative to the budget (0.1: a tenth over it).
     - A trial over a budget is complete too and breaks a constraint. Optuna orders such trials by the sum of what they
       are over, after all others, and never reads their values.
-    - A trial that was stopped early is pruned if top-1 is the only objective: Optuna orders such trials by their last
-      epoch, then by its top-1, after all complete ones. For two objectives TPE has no such order and NSGA-II leaves
+    - A trial that was stopped early is pruned if there is one objective alone: Optuna orders such trials by their last
+      epoch, then by its value, after all complete ones. For two objectives TPE has no such order and NSGA-II leaves
       pruned trials out. So it is told as one that breaks a constraint, by the share of the epochs that it lacks: it
-      comes after all fully trained trials, and its partial top-1 is never compared with theirs.
+      comes after all fully trained trials, and its partial value is never compared with theirs.
     - A running trial is running: TPE counts it as a bad one.
 
     Args:
@@ -276,7 +276,7 @@ def tell_trial(
         params=dict(member),
         distributions=distributions,
         system_attrs=dict(attrs),
-        intermediate_values={epoch: trial.metrics[VAL_TOP1]},
+        intermediate_values={epoch: trial.value},
         constraints=constraints,
     )
 
@@ -321,7 +321,7 @@ def excess(budgets: Mapping[str, float], costs: Mapping[str, float]) -> dict[str
 
 
 def objectives(study: Study, trial: Trial) -> list[float] | None:
-    """The values that the study optimises: top-1 and, if it has one, the cost; None if one is unknown or not finite."""
-    names = [VAL_TOP1, COSTS[study.against]] if study.against else [VAL_TOP1]
-    values = [trial.search_metrics.get(name, math.nan) for name in names]
+    """The values that the study optimises: the main metric and, with one, the cost; None if one is not finite."""
+    costs = [COSTS[study.against]] if study.against else []
+    values = [trial.value, *(trial.search_metrics.get(name, math.nan) for name in costs)]
     return values if all(map(math.isfinite, values)) else None

@@ -32,7 +32,7 @@ from pipelines.tuning.samplers import (
     tell_trial,
 )
 from posmlp.config import RecipeError
-from posmlp.metrics import COST_LATENCY_MS, COSTS, VAL_TOP1
+from posmlp.metrics import COST_LATENCY_MS, COSTS
 from tune_spaces import Range, Space, Value
 
 LARGEST_ENUMERATED = 10_000  # members of a space: up to here, each suggestion is the best of all unseen members
@@ -313,7 +313,7 @@ class Searcher:
             except RecipeError:
                 continue
             costs |= {COST_LATENCY_MS: trial.metrics[COST_LATENCY_MS]} if COST_LATENCY_MS in trial.metrics else {}
-            values = [trial.metrics[VAL_TOP1], *([costs.get(COSTS[against], math.nan)] if against else [])]
+            values = [trial.value, *([costs.get(COSTS[against], math.nan)] if against else [])]
             costs.pop(COST_LATENCY_MS, None)
             if all(map(math.isfinite, values)):
                 known.append((trial.member, values, excess(budgets, costs)))
@@ -399,7 +399,7 @@ Scale = list[tuple[float, float]]  # of each objective: what is subtracted, and 
 
 
 def scale_of(study: Study, values: Sequence[Sequence[float]]) -> Scale:
-    """Mean and standard deviation of top-1 and of a measured cost. Costs that are computed need no scale."""
+    """Mean and standard deviation of the main metric and of a measured cost. Costs that are computed need no scale."""
     scale: Scale = []
     for index, column in enumerate(zip(*values, strict=True)):
         computed = index > 0 and study.against != "latency"

@@ -149,8 +149,8 @@ def supernet(
             two rankings are compared.
 
     Raises:
-        StudyError: the space has other dimensions, the study's trials are not members, or a run of that name was
-            trained with another recipe.
+        StudyError: the recipe is not of recognition, the space has other dimensions, the study's trials are not
+            members, or a run of that name was trained with another recipe.
         UserError: as ``pipelines.training.train.train``, or too many validation videos are bad.
         StoppedError: as ``pipelines.training.train.train``.
     """
@@ -179,7 +179,7 @@ def supernet(
 def check_supernet(
     recipe: Config, space_name: str, name: str | None, study: str | None
 ) -> tuple[Space, Config, list[StandaloneTrial]]:
-    """Check the arguments of ``supernet`` that need no data: the space, and the study to compare with.
+    """Check the arguments of ``supernet`` that need no data: the task, the space, and the study to compare with.
 
     Returns:
         The space, the recipe of its supernet, and the study's finished trials (empty without a study).
@@ -187,6 +187,11 @@ def check_supernet(
     Raises:
         StudyError: as ``supernet``.
     """
+    if recipe.task != "recognition":
+        raise StudyError(
+            f"a supernet is for task: recognition alone, and the recipe {recipe.name} has task: {recipe.task}; search "
+            f"the space with posmlp tune RECIPE --space {space_name}"
+        )
     space = load_space(space_name, recipe)
     config = supernet_recipe(space, space_name, recipe, name or f"{recipe.name}-{Path(space_name).stem}-supernet")
     return space, config, read_standalone_trials(study, config) if study else []
@@ -294,9 +299,11 @@ def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
         config: the recipe of the supernet.
 
     Raises:
-        StudyError: there are fewer than two, or one of them is not a member of the supernet.
+        StudyError: it is not of recognition, there are fewer than two, or one of them is not a member of the supernet.
     """
     study, _ = find_study(name)
+    if study.main.key != VAL_TOP1:
+        raise StudyError(f"--study {name} is a study of {study.recipe.task}, whose trials have no top-1; leave it out")
     space, trials = study_space(study), read_trials(study.folder)
     fresh, found = pareto.fresh_seeds(trials), []
     for trial in fully_trained(trials):
@@ -311,7 +318,7 @@ def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
             what = different or report.describe_member(trial.member)
             raise StudyError(f"trial {trial.number} of the study {study.name} is not a member of {config.name}: {what}")
         runs = fresh.get(trial.number, [trial])
-        found.append(StandaloneTrial(trial, statistics.mean(run.metrics[VAL_TOP1] for run in runs), recipe))
+        found.append(StandaloneTrial(trial, statistics.mean(run.value for run in runs), recipe))
     if len(found) < 2:
         raise StudyError(f"the study {study.name} has {len(found)} finished trials; a ranking needs at least 2")
     return found
@@ -429,9 +436,9 @@ def write_results(result: SupernetResult, config: Config, drawn: Sequence[tuple[
     for number in {trial.number for cost in ("gmacs", "params") for trial in pareto.pareto_front(members, cost)}:
         name = f"{config.name}-{number:03d}"
         tree = recipe_without_password(drawn[number][1]).model_dump(mode="json") | {"name": name}
-        head = f"# Member {number} of {config.name}: {members[number].metrics[VAL_TOP1]:.1%} with its weights.\n"
+        head = f"# Member {number} of {config.name}: {members[number].value:.1%} with its weights.\n"
         files[f"recipes/{number:03d}.yaml"] = (head + yaml.safe_dump(tree, sort_keys=False)).encode()
-    metrics = {SUPERNET_BEST_TOP1: max(trial.metrics[VAL_TOP1] for trial in members)}
+    metrics = {SUPERNET_BEST_TOP1: max(trial.value for trial in members)}
     if agreement := result.agreement:
         files["agreement.png"] = pareto_plots.rank_agreement_image(agreement.inherited, agreement.alone)
         metrics |= {SUPERNET_SPEARMAN: agreement.spearman, SUPERNET_KENDALL: agreement.kendall}

@@ -39,7 +39,7 @@ from pipelines.training.worker import forget_run
 from posmlp import create_model, storage
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.metrics import EPOCH, VAL_TOP1
+from posmlp.metrics import EPOCH, main_metric
 from posmlp.model.cost import cost, seconds
 from tune_spaces import Value
 
@@ -169,8 +169,8 @@ class TrialRun(ray.tune.Trainable):
         Args:
             done: whether it is the last one.
         """
-        result = {"epoch": int(event.metrics.get(EPOCH, 0)), "top1": event.metrics.get(VAL_TOP1, 0.0)}
-        self.events.put({"event": event.to_json(), "done": done, **result})
+        epoch = int(event.metrics.get(EPOCH, 0))
+        self.events.put({"event": event.to_json(), "done": done, "epoch": epoch})
 
     def run_job(self, text: str) -> None:
         """Run the trial of a ``TrialJob``, given as text, and send how it ended, whatever happens.
@@ -211,7 +211,7 @@ class TrialRun(ray.tune.Trainable):
             return TrialEvent(TrialState.FINISHED, costs | record["metrics"])
 
         def on_epoch(metrics: Mapping[str, float]) -> None:
-            if VAL_TOP1 in metrics and metrics[EPOCH] < config.train.epochs:
+            if main_metric(metrics) and metrics[EPOCH] < config.train.epochs:
                 self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)), done=False)
 
         context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending, self.here, self.sharing)

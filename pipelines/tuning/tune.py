@@ -60,11 +60,11 @@ from pipelines.tuning.search import Searcher, check_space
 from pipelines.tuning.trial import measure_latencies, on_training_worker
 from posmlp import storage
 from posmlp.config import Config, SplitSection
-from posmlp.metrics import PUBLISHED_LATENCY_MS
+from posmlp.metrics import PUBLISHED_LATENCY_MS, MainMetric
 
-# How the best member and the run of its model are chosen, as a tag of the registered model.
-FRESH_RULE = "highest mean val/top1 over fresh seeds, ties: fewest GMACs; the model is that of the first fresh seed"
-SINGLE_RULE = "highest val/top1 of fully trained trials, one seed each, not repeated; ties: fewest GMACs"
+# How the best member and the run of its model are chosen, by its main metric, as a tag of the registered model.
+FRESH_RULE = "highest mean {} over fresh seeds, ties: fewest GMACs; the model is that of the first fresh seed"
+SINGLE_RULE = "highest {} of fully trained trials, one seed each, not repeated; ties: fewest GMACs"
 
 POLL_S = 0.2
 LATENCY_LIMIT_S = 3600.0  # for the comparison of latencies, of which the wait for its resources is a part
@@ -160,7 +160,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
                 write_priors(study, priors)
             log_settings(study, tracker)
             tracker.log_inputs(datasets)
-            tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions)))
+            tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions), study.main))
             raise_held(held)
             controller = StudyController(study, space, trials, tracker, concurrent, priors)
             controller.log_start()
@@ -195,7 +195,9 @@ def with_absolute_paths(recipe: Config) -> Config:
         return path and storage.join(".", path)
 
     def moved(split: SplitSection) -> SplitSection:
-        return split.model_copy(update={"path": absolute(split.path), "root": absolute(split.root)})
+        return split.model_copy(
+            update={key: absolute(getattr(split, key)) for key in ("path", "root", "boxes", "excluded")}
+        )
 
     others = tuple(map(moved, recipe.data.train.others))
     splits: dict[str, SplitSection | None] = {
@@ -204,10 +206,11 @@ def with_absolute_paths(recipe: Config) -> Config:
         "test": recipe.data.test and moved(recipe.data.test),
     }
     data = recipe.data.model_copy(update={**splits, "classes": absolute(recipe.data.classes)})
+    detection = recipe.detection.model_copy(update={"evaluated": absolute(recipe.detection.evaluated)})
     train = recipe.train.model_copy(update={"storage": absolute(recipe.train.storage)})
     uri = recipe.tracking.uri or (None if os.environ.get("MLFLOW_TRACKING_URI") else tracking_uri(recipe))
     tracking = recipe.tracking.model_copy(update={"uri": uri})
-    return recipe.model_copy(update={"data": data, "train": train, "tracking": tracking})
+    return recipe.model_copy(update={"data": data, "detection": detection, "train": train, "tracking": tracking})
 
 
 def concurrent_trials(study: Study) -> int:
@@ -319,22 +322,27 @@ def register_best(controller: StudyController, datasets: Sequence[Mapping[str, s
         link = link_to(checkpoint, checkpoints.read_info(checkpoint), measured_by, datasets_of_metrics(datasets))
         tracker.log_model(partial(save_model_files, checkpoint), link)
         tags = {"trial": str(run.number), "trial.run": run.mlflow_run_id or "", "member": str(best.number)}
-        version = register_model(tracker.uri, tracker.run_id, study.name, tags | certainty_tags(found, best.number))
+        version = register_model(
+            tracker.uri, tracker.run_id, study.name, tags | certainty_tags(found, best.number, study.main)
+        )
         logger.info("model %s version %s (trial %d) has the alias best", study.name, version, run.number)
     except Exception as error:  # of the export, the network or the registry; the study itself is finished
         logger.warning("the best model could not be registered (%s: %s)", type(error).__name__, error)
 
 
-def certainty_tags(found: pareto.Assessment, number: int) -> dict[str, str]:
-    """What is known of the best member's top-1, as tags of the registered model.
+def certainty_tags(found: pareto.Assessment, number: int, main: MainMetric) -> dict[str, str]:
+    """What is known of the best member's main metric, as tags of the registered model.
 
     Args:
         number: of the member's first trial.
+        main: of the study.
     """
-    tags = {"top1": f"{found.top1[number]:.4f}", "seeds": str(len(found.runs[number]))}
+    name = main.name
+    tags = {name: f"{found.values[number]:.4f}", "seeds": str(len(found.runs[number]))}
     if number in found.low:
-        tags["top1.interval_95"] = f"{found.low[number]:.4f} to {found.high[number]:.4f}"
+        tags[f"{name}.interval_95"] = f"{found.low[number]:.4f} to {found.high[number]:.4f}"
+        sources = ["seeds"] * found.repeated + [f"validation {main.unit}"] * main.is_mean
+        tags[f"{name}.interval_of"] = " and ".join(sources) + " alone" * (len(sources) == 1)
     if not found.repeated:
-        return tags | {"top1.interval_of": "validation videos alone", "rule": SINGLE_RULE}
-    luck = f"{found.luck_of_the_best():.4f}"
-    return tags | {"top1.interval_of": "seeds and validation videos", "top1.luck": luck, "rule": FRESH_RULE}
+        return tags | {"rule": SINGLE_RULE.format(main.key)}
+    return tags | {f"{name}.luck": f"{found.luck_of_the_best():.4f}", "rule": FRESH_RULE.format(main.key)}

@@ -38,7 +38,7 @@ def test_without_seed_noise_an_interval_is_binomial(known):
 
 def test_without_video_noise_an_interval_is_that_of_students_t():
     members = [Measured([0.5, 0.52, 0.54]), Measured([0.6, 0.61, 0.62])]
-    deviation = confidence.seed_deviation([m.top1 for m in members], [0.9, 0.9])
+    deviation = confidence.seed_deviation([m.values for m in members], [0.9, 0.9])
     pooled = math.sqrt((2 * 0.02**2 + 2 * 0.01**2) / 4)
     assert (deviation.value, deviation.freedom) == (pytest.approx(pooled), 4)
     half = stats.t(4).ppf(0.975) * pooled / math.sqrt(3)
@@ -106,7 +106,7 @@ def test_intervals_hold_the_true_value_as_often_as_they_say(members, seeds, vide
         hits = (ability[:, None, None] + ease[:, None] + seed + flip > 0).astype(np.int8)
         true = stats.norm.cdf(ability / math.sqrt(1 + 0.5**2 + between**2 + flips**2))
         found = [Measured(each[1:].mean(1).tolist(), each[1:], videos) for each in hits]
-        deviation = confidence.seed_deviation([m.top1 for m in found], hits[:, 0].mean(1).tolist())
+        deviation = confidence.seed_deviation([m.values for m in found], hits[:, 0].mean(1).tolist())
         low, high = percent(confidence.resample(found, deviation))
         held += ((low <= true) & (true <= high)).tolist()
     assert 0.9 <= np.mean(held) <= 0.99
@@ -156,7 +156,7 @@ def test_fresh_seeds_report_without_the_luck_of_the_search():
         old.append(mean - true[best])
         repeats = [(n, seed, top1) for n in on_front for seed, top1 in enumerate(fresh[n], 1)]
         trials = firsts + [finished(24 + k, top1, costs[n], n, seed, 0) for k, (n, seed, top1) in enumerate(repeats)]
-        top1 = pareto.reported_top1(trials)
+        top1 = pareto.reported_values(trials)
         member += [top1[n] - true[n] for n in on_front]
         found, best = pareto.assess(trials), pareto.best_trial(trials).number
         new.append(top1[best] - true[best])
@@ -172,7 +172,7 @@ def test_an_assessment_is_by_member_and_cost():
     repeats = [finished(3 + 2 * n + s, 0.6 + 0.2 * n + s / 100, 1.0, n, 1 + s) for n in (0, 1) for s in (0, 1)]
     found = pareto.assess([*firsts, *repeats])
     assert found.repeated and not found.paired and found.deviation.freedom == 4
-    assert found.top1 == {0: pytest.approx(0.605), 1: pytest.approx(0.805)}
+    assert found.values == {0: pytest.approx(0.605), 1: pytest.approx(0.805)}
     assert [run.number for run in found.runs[1]] == [5, 6]
     assert set(found.probability["latency"]) == {0} and set(found.probability["gmacs"]) == {0, 1}
     assert found.probability["gmacs"][0] == 1 and found.better(1, 0) > 0.95
@@ -181,6 +181,6 @@ def test_an_assessment_is_by_member_and_cost():
     assert pareto.assess([*firsts, *repeats], hits).paired
     assert not pareto.assess([*firsts, *repeats], hits | {6: b"10"}).paired  # another list
     alone = pareto.assess(firsts)
-    assert not alone.repeated and not alone.probability and list(alone.top1) == [0, 1]
+    assert not alone.repeated and not alone.probability and list(alone.values) == [0, 1]
     assert alone.low[0] < 0.7 < alone.high[0] and alone.luck_of_the_best() >= 0
-    assert pareto.assess([]).top1 == {}
+    assert pareto.assess([]).values == {}

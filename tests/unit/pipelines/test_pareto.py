@@ -35,10 +35,11 @@ from pipelines.studies.study import (
 from pipelines.tracking.uris import PARENT
 from posmlp import create_model
 from posmlp.config import load_recipe
-from posmlp.metrics import COSTS, VAL_TOP1, VAL_VIDEOS
+from posmlp.metrics import COSTS, MAIN_METRICS, VAL_TOP1, VAL_VIDEOS
 
 BASE = load_recipe("demo")
 GMACS = COSTS["gmacs"]
+TOP1 = MAIN_METRICS["recognition"]
 
 
 def trial(number, top1, cost, state=TrialState.FINISHED, repeat_of=None, member=None, seed=0):
@@ -77,8 +78,8 @@ def test_fresh_seeds_report_without_the_first_seed():
     trials += [trial(5, math.nan, 1.0, repeat_of=0), replace(trial(6, 0.5, 1.0, repeat_of=0), metrics={})]
     trials += [trial(7, 0.5, 1.0, repeat_of=9), trial(8, 0.5, 1.0, repeat_of=0, state=TrialState.RUNNING)]
     assert {n: [t.number for t in runs] for n, runs in pareto.fresh_seeds(trials).items()} == {0: [2, 1]}
-    assert pareto.reported_top1(trials) == {0: pytest.approx(0.8)}
-    assert pareto.reported_top1([trials[0], trials[4]]) == {0: 0.5, 4: 0.99}  # without any repeat, the first seeds
+    assert pareto.reported_values(trials) == {0: pytest.approx(0.8)}
+    assert pareto.reported_values([trials[0], trials[4]]) == {0: 0.5, 4: 0.99}  # without any repeat, the first seeds
 
 
 def test_a_lucky_first_seed_does_not_stay_on_the_front():
@@ -94,9 +95,9 @@ def test_a_lucky_first_seed_does_not_stay_on_the_front():
     rows = report.trial_rows(trials)
     assert [row["trial"] for row in rows if row["front_gmacs"]] == [22, 8]
     assert rows[0]["fresh_mean"] == pytest.approx(0.375) and rows[0]["top1"] == 0.762
-    text = report.describe_study("look", trials, "gmacs")
+    text = report.describe_study("look", trials, TOP1, "gmacs")
     assert "Trials 8 and 22 cannot be told apart: trial 22 is more accurate in " in text
-    assert report.describe_best(trials) == (
+    assert report.describe_best(trials, TOP1) == (
         f"best: {report.trial_name(trials[1])}, val/top1 69.5% (mean over 2 fresh seeds)"
     )
     assert pareto.front_hypervolume(trials, "gmacs", 6.0) == pytest.approx((0.62 * 2.5 + 0.075 * 2.26) / 6)
@@ -104,16 +105,16 @@ def test_a_lucky_first_seed_does_not_stay_on_the_front():
 
 def test_a_search_that_is_not_repeated_says_so():
     trials = many()
-    assert "One seed each, not repeated" in report.describe_study("look", trials, "gmacs")
-    assert report.describe_best(trials).endswith(" (one seed, not repeated)")
+    assert "One seed each, not repeated" in report.describe_study("look", trials, TOP1, "gmacs")
+    assert report.describe_best(trials, TOP1).endswith(" (one seed, not repeated)")
     assert (
         "look: 12 trials, one seed each, not repeated"
         in report.pareto_files({"look": trials}, BASE, "gmacs")["front.html"].decode()
     )
-    assert report.member_metrics(pareto.assess(trials), "gmacs") == {}
+    assert report.member_metrics(pareto.assess(trials), TOP1, "gmacs") == {}
     inherited = report.pareto_files({"look": trials}, BASE, "gmacs", inherited=True)["front.html"].decode()
     assert "not repeated" not in inherited
-    assert "not repeated" not in report.describe_study("look", trials, "gmacs", inherited=True)
+    assert "not repeated" not in report.describe_study("look", trials, TOP1, "gmacs", inherited=True)
 
 
 @given(points, st.lists(st.tuples(st.integers(0, 11), st.integers(0, 8)), min_size=1, max_size=12))
@@ -215,7 +216,7 @@ def test_trials_whose_latency_is_not_known_are_drawn_by_their_other_costs(recwar
     page = files["front.html"].decode()
     assert "look: 12 trials" in page and "GMACs" in page and "ms per clip" not in page
     assert Image.open(io.BytesIO(files["front.png"])).width > 1000
-    assert "nan" not in report.describe_study("look", trials, "gmacs")
+    assert "nan" not in report.describe_study("look", trials, TOP1, "gmacs")
     assert pareto.pareto_front(trials, "latency") == []
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
@@ -248,8 +249,8 @@ def test_a_single_seed_on_unknown_videos_has_no_interval():
     known = [replace(t, metrics=t.metrics | {VAL_VIDEOS: 40.0}) for t in bare]
     assert pareto.assess(bare).low == pareto.assess(bare).high == {}
     assert pareto.assess(known).low.keys() == pareto.assess(known).high.keys() != set()
-    assert " to " in report.describe_study("look", known, "gmacs", inherited=True)
-    assert " to " not in report.describe_study("look", bare, "gmacs", inherited=True)
+    assert " to " in report.describe_study("look", known, TOP1, "gmacs", inherited=True)
+    assert " to " not in report.describe_study("look", bare, TOP1, "gmacs", inherited=True)
     found = pareto.assess(bare)
     assert all(report.trial_point(t, found, "parallel").interval is None for t in bare)
 
@@ -323,7 +324,7 @@ def test_a_study_is_read_from_mlflow_alone(tmp_path):
     assert logged.hits == {5: hits[5]}  # those of fresh seeds alone are read
     assert set(logged.recipes) == {t.number for cost in COSTS for t in pareto.pareto_front(trials, cost)}
     text = logged_study.write_studies([logged], "gmacs", tmp_path / "out")
-    assert text.startswith(report.describe_study("look", trials, "gmacs", hits=hits))
+    assert text.startswith(report.describe_study("look", trials, TOP1, "gmacs", hits=hits))
     written = "front.html, front.png, trials.csv, progress.png and 1 recipe of the fronts"
     assert text.endswith(f"\n\n{tmp_path / 'out'} has {written}")
     for number in logged.recipes:
@@ -412,7 +413,7 @@ def study_of_three():
 
 def test_a_study_in_words():
     """Only trial 0 has a fresh seed. The hypervolume is that of (0.7, 2) up to the reference cost, by hand."""
-    lines = report.describe_study("look", study_of_three(), "gmacs", 4.0).split("\n")
+    lines = report.describe_study("look", study_of_three(), TOP1, "gmacs", 4.0).split("\n")
     assert lines[0] == "look: 3 finished, 1 failed, 1 running; hypervolume 0.350 (top-1 against gmacs)"
     assert lines[2].split() == [
         *("trial", "top-1", "95", "%", "interval", "seeds", "on", "front", "ms", "GMACs", "M", "params", "member")
@@ -425,9 +426,9 @@ def test_a_study_in_words():
     source = "from 1 difference between seeds, selecting seeds included"  # of 0.5 and 0.7
     assert lines[7].startswith(f"The standard deviation of one seed is 14.1 points ({source})")
     assert len(lines) == 9
-    assert report.describe_study("look", [], "gmacs") == "look: no trials"
+    assert report.describe_study("look", [], TOP1, "gmacs") == "look: no trials"
     waiting = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET), trial(1, 0.5, 1.0, TrialState.STOPPED)]
-    assert report.describe_study("look", waiting, "gmacs") == "look: 1 stopped early, 1 over budget"
+    assert report.describe_study("look", waiting, TOP1, "gmacs") == "look: 1 stopped early, 1 over budget"
 
 
 def test_sentences_name_no_more_pairs_than_are_read():
@@ -437,14 +438,14 @@ def test_sentences_name_no_more_pairs_than_are_read():
         for i, t in enumerate(trials)
         for s in (0, 1)
     ]
-    text = report.describe_study("look", trials, "gmacs")
+    text = report.describe_study("look", trials, TOP1, "gmacs")
     assert text.count("cannot be told apart") == 5 and "Nor can 3 other pairs" in text
     assert "(from 9 differences between seeds); it is" in text and "are not compared" not in text
     clear = [trial(i, i / 10, 1.0 + i) for i in range(4)]
     clear += [
         trial(20 + 2 * i + s, i / 10 + s / 1e3, 1.0 + i, repeat_of=i, seed=1 + s) for i in range(4) for s in (0, 1)
     ]
-    text = report.describe_study("look", clear, "gmacs")
+    text = report.describe_study("look", clear, TOP1, "gmacs")
     assert "Each member is more accurate than the next cheaper one in at least 95% of resamples." in text
     assert "told apart" not in text
 
@@ -462,14 +463,14 @@ def test_a_share_that_would_round_to_the_rule_has_a_decimal():
 
 def test_repeats_that_were_asked_for_and_not_trained_are_named():
     study = Study(name="look", recipe=BASE, space="speed_accuracy", repeats=2, hours=1)
-    text = report.describe_study("look", many(), "gmacs", study=study)
+    text = report.describe_study("look", many(), TOP1, "gmacs", study=study)
     assert text.endswith(
         "No repeat was trained, although the study has --repeats 2: "
         f"`posmlp tune --resume {study.folder} --hours H` trains them."
     )
-    unlimited = report.describe_study("look", many(), "gmacs", study=study.model_copy(update={"hours": None}))
+    unlimited = report.describe_study("look", many(), TOP1, "gmacs", study=study.model_copy(update={"hours": None}))
     assert f"`posmlp tune --resume {study.folder}`" in unlimited
-    plain = report.describe_study("look", many(), "gmacs", study=study.model_copy(update={"repeats": 0}))
+    plain = report.describe_study("look", many(), TOP1, "gmacs", study=study.model_copy(update={"repeats": 0}))
     assert plain.endswith("--repeats N trains the members of the front with fresh seeds.")
 
 
@@ -523,14 +524,14 @@ def test_a_trial_as_it_is_drawn():
     trials = study_of_three()
     found = pareto.assess(trials)
     point = report.trial_point(trials[0], found, "spatial")
-    assert (point.number, point.first, point.fresh, point.top1, point.seeds) == (0, 0.5, 0.7, 0.7, 1)
+    assert (point.number, point.first, point.fresh, point.value, point.seeds) == (0, 0.5, 0.7, 0.7, 1)
     assert point.interval == (found.low[0], found.high[0]) and not point.minor
     assert point.probability == {"latency": 1.0, "gmacs": 1.0, "params": 1.0} and point.opacity("gmacs") == 1
     assert point.costs == {"latency": 20.0, "gmacs": 2.0, "params": 1.0}
     assert (point.blocks, point.label) == (("parallel", "joint"), "block parallel,joint; width 1.5")
     point = report.trial_point(trials[1], found, "spatial")
     assert math.isnan(point.costs["latency"]) and (point.costs["gmacs"], point.interval) == (1.0, None)
-    assert point.minor and (point.top1, point.fresh, point.seeds) == (0.25, None, 0)
+    assert point.minor and (point.value, point.fresh, point.seeds) == (0.25, None, 0)
     alone = pareto.assess([])
     shallow = trial(7, 0.5, 1.0, member={"depth1": 2, "block2": "joint", "block": "spatial", "blocks": "no"})
     assert report.trial_point(shallow, alone, "parallel").blocks == ("spatial", "joint")

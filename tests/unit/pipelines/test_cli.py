@@ -280,12 +280,12 @@ def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_pat
         held.close()
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        ["name", "state", "best val top-1"],
-        ["done", "finished, 4 epochs", "62.5%"],
-        ["early", "ended early, 2 of 4 epochs", "62.5%"],
-        ["half", "not finished, 1 of 4 epochs", "62.5%"],
-        ["held", "running, 1 of 4 epochs", "62.5%"],
-        ["search", "study, trials: 2 finished, 1 failed, 1 not finished", "75.0%, trial 1"],
+        ["name", "state", "best validation"],
+        ["done", "finished, 4 epochs", "62.5% top-1"],
+        ["early", "ended early, 2 of 4 epochs", "62.5% top-1"],
+        ["half", "not finished, 1 of 4 epochs", "62.5% top-1"],
+        ["held", "running, 1 of 4 epochs", "62.5% top-1"],
+        ["search", "study, trials: 2 finished, 1 failed, 1 not finished", "75.0% top-1, trial 1"],
     ]
     assert main(["runs", str(tmp_path / "something else")]) == 1
     assert "holds no run and no study" in capsys.readouterr().err

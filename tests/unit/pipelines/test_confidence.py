@@ -9,7 +9,9 @@ from scipy import stats
 from pipelines.studies import confidence, pareto
 from pipelines.studies.confidence import Measured, SeedDeviation
 from pipelines.studies.study import Trial, TrialState
-from posmlp.metrics import COSTS, VAL_TOP1, VAL_VIDEOS
+from pipelines.tuning.tune import certainty_tags
+from posmlp.metrics import COSTS, MAIN_METRICS, VAL_TOP1, VAL_VIDEOS
+from tests.helpers.tasks import TASKS, of_task
 
 
 def percent(draws):
@@ -184,3 +186,35 @@ def test_an_assessment_is_by_member_and_cost():
     assert not alone.repeated and not alone.probability and list(alone.values) == [0, 1]
     assert alone.low[0] < 0.7 < alone.high[0] and alone.luck_of_the_best() >= 0
     assert pareto.assess([]).values == {}
+
+
+def test_intervals_of_detection_are_over_seeds_alone():
+    """An mAP is no share of the key frames, so their number says nothing; one seed has no interval."""
+    firsts = [finished(0, 0.7, 1.0), finished(1, 0.8, 2.0)]
+    values = {0: [0.5, 0.52, 0.54], 1: [0.6, 0.61, 0.62]}
+    repeats = [finished(2 + 3 * n + s, v, 1.0, n, 1 + s) for n in values for s, v in enumerate(values[n])]
+    trials = of_task([*firsts, *repeats], "detection")
+    pooled = math.sqrt((2 * 0.02**2 + 2 * 0.01**2) / 4)
+    half = stats.t(4).ppf(0.975) * pooled / math.sqrt(3)
+    found = pareto.assess(trials)
+    assert list(found.low.values()) == pytest.approx([0.52 - half, 0.61 - half], abs=0.1 * half)
+    assert list(found.high.values()) == pytest.approx([0.52 + half, 0.61 + half], abs=0.1 * half)
+    wider = pareto.assess([*firsts, *repeats])  # of 160 videos
+    assert wider.high[0] - wider.low[0] > 1.5 * (found.high[0] - found.low[0])
+    alone = pareto.assess(trials[:2])
+    assert list(alone.values) == [0, 1] and alone.low == alone.high == {}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tags_of_the_best_model_name_its_metric(task):
+    main, name = MAIN_METRICS[task], {"recognition": "top1", "detection": "map"}[task]
+    firsts = [finished(0, 0.7, 1.0), finished(1, 0.8, 2.0)]
+    repeats = [finished(2 + 2 * n + s, 0.6 + 0.2 * n + s / 100, 1.0, n, 1 + s) for n in (0, 1) for s in (0, 1)]
+    tags = certainty_tags(pareto.assess(of_task([*firsts, *repeats], task)), 1, main)
+    assert set(tags) == {name, "seeds", "rule", *(f"{name}.{what}" for what in ("interval_95", "interval_of", "luck"))}
+    assert (tags[name], tags["seeds"]) == ("0.8050", "2") and f"val/{name} over fresh seeds" in tags["rule"]
+    assert tags[f"{name}.interval_of"] == ("seeds and validation videos" if task == "recognition" else "seeds alone")
+    alone = certainty_tags(pareto.assess(of_task(firsts, task)), 1, main)
+    assert f"highest val/{name} of" in alone["rule"] and alone[name] == "0.8000"
+    of = "validation videos alone" if task == "recognition" else None
+    assert alone.get(f"{name}.interval_of") == of and (f"{name}.interval_95" in alone) == (of is not None)

@@ -36,6 +36,7 @@ from pipelines.tracking.uris import PARENT
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, MAIN_METRICS, VAL_TOP1, VAL_VIDEOS
+from tests.helpers.tasks import OVERRIDES, TASKS, of_task
 
 BASE = load_recipe("demo")
 GMACS = COSTS["gmacs"]
@@ -82,7 +83,8 @@ def test_fresh_seeds_report_without_the_first_seed():
     assert pareto.reported_values([trials[0], trials[4]]) == {0: 0.5, 4: 0.99}  # without any repeat, the first seeds
 
 
-def test_a_lucky_first_seed_does_not_stay_on_the_front():
+@pytest.mark.parametrize("task", TASKS)
+def test_a_lucky_first_seed_does_not_stay_on_the_front(task):
     """Trial 0 has the highest first seed and a lower fresh mean than the cheaper trial 22."""
     trials = [trial(0, 0.762, 5.09), trial(22, 0.738, 3.74), trial(8, 0.556, 3.5), trial(15, 0.75, 4.73)]
     fresh = {0: (0.40, 0.35), 22: (0.60, 0.79), 8: (0.61, 0.63), 15: (0.45, 0.46)}
@@ -90,31 +92,36 @@ def test_a_lucky_first_seed_does_not_stay_on_the_front():
         first = next(t for t in trials if t.number == number)
         for seed, top1 in enumerate(values, 1):
             trials.append(trial(30 + len(trials), top1, first.metrics[GMACS], repeat_of=number, seed=seed))
+    trials, main = of_task(trials, task), MAIN_METRICS[task]
     assert [t.number for t in pareto.pareto_front(trials, "gmacs")] == [8, 22]
     assert pareto.best_trial(trials).number == 22
     rows = report.trial_rows(trials)
     assert [row["trial"] for row in rows if row["front_gmacs"]] == [22, 8]
-    assert rows[0]["fresh_mean"] == pytest.approx(0.375) and rows[0]["top1"] == 0.762
-    text = report.describe_study("look", trials, TOP1, "gmacs")
+    assert rows[0]["fresh_mean"] == pytest.approx(0.375) and rows[0][main.name] == 0.762
+    text = report.describe_study("look", trials, main, "gmacs")
     assert "Trials 8 and 22 cannot be told apart: trial 22 is more accurate in " in text
-    assert report.describe_best(trials, TOP1) == (
-        f"best: {report.trial_name(trials[1])}, val/top1 69.5% (mean over 2 fresh seeds)"
+    key = {"recognition": "val/top1", "detection": "val/map"}[task]
+    assert report.describe_best(trials, main) == (
+        f"best: {report.trial_name(trials[1])}, {key} 69.5% (mean over 2 fresh seeds)"
     )
     assert pareto.front_hypervolume(trials, "gmacs", 6.0) == pytest.approx((0.62 * 2.5 + 0.075 * 2.26) / 6)
 
 
-def test_a_search_that_is_not_repeated_says_so():
-    trials = many()
-    assert "One seed each, not repeated" in report.describe_study("look", trials, TOP1, "gmacs")
-    assert report.describe_best(trials, TOP1).endswith(" (one seed, not repeated)")
-    assert (
-        "look: 12 trials, one seed each, not repeated"
-        in report.pareto_files({"look": trials}, BASE, "gmacs")["front.html"].decode()
-    )
-    assert report.member_metrics(pareto.assess(trials), TOP1, "gmacs") == {}
-    inherited = report.pareto_files({"look": trials}, BASE, "gmacs", inherited=True)["front.html"].decode()
+@pytest.mark.parametrize("task", TASKS)
+def test_a_search_that_is_not_repeated_says_so(task):
+    trials, main, base = of_task(many(), task), MAIN_METRICS[task], load_recipe("demo", OVERRIDES[task])
+    text = report.describe_study("look", trials, main, "gmacs")
+    assert "One seed each, not repeated" in text
+    assert report.describe_best(trials, main).endswith(" (one seed, not repeated)")
+    page = report.pareto_files({"look": trials}, base, "gmacs")["front.html"].decode()
+    assert "look: 12 trials, one seed each, not repeated" in page
+    axis, hover = r"validation (top-1|mAP), %", r"(top-1|mAP) [0-9.]+%, first seed"
+    assert set(re.findall(axis, page)) == set(re.findall(hover, page)) == {main.title}
+    assert {name for name in ("top-1", "mAP") if f" {name} " in text} == {main.title}
+    assert report.member_metrics(pareto.assess(trials), main, "gmacs") == {}
+    inherited = report.pareto_files({"look": trials}, base, "gmacs", inherited=True)["front.html"].decode()
     assert "not repeated" not in inherited
-    assert "not repeated" not in report.describe_study("look", trials, TOP1, "gmacs", inherited=True)
+    assert "not repeated" not in report.describe_study("look", trials, main, "gmacs", inherited=True)
 
 
 @given(points, st.lists(st.tuples(st.integers(0, 11), st.integers(0, 8)), min_size=1, max_size=12))
@@ -411,20 +418,26 @@ def study_of_three():
     return [trials[0], replace(trials[1], metrics=costs), *trials[2:]]
 
 
-def test_a_study_in_words():
+@pytest.mark.parametrize("task", TASKS)
+def test_a_study_in_words(task):
     """Only trial 0 has a fresh seed. The hypervolume is that of (0.7, 2) up to the reference cost, by hand."""
-    lines = report.describe_study("look", study_of_three(), TOP1, "gmacs", 4.0).split("\n")
-    assert lines[0] == "look: 3 finished, 1 failed, 1 running; hypervolume 0.350 (top-1 against gmacs)"
+    title = {"recognition": "top-1", "detection": "mAP"}[task]
+    lines = report.describe_study("look", of_task(study_of_three(), task), MAIN_METRICS[task], "gmacs", 4.0).split("\n")
+    assert lines[0] == f"look: 3 finished, 1 failed, 1 running; hypervolume 0.350 ({title} against gmacs)"
     assert lines[2].split() == [
-        *("trial", "top-1", "95", "%", "interval", "seeds", "on", "front", "ms", "GMACs", "M", "params", "member")
+        *("trial", title, "95", "%", "interval", "seeds", "on", "front", "ms", "GMACs", "M", "params", "member")
     ]
     number, top1, _, _, _, seeds, share, *costs = lines[3].split()[:10]
     assert (number, top1, seeds, share, costs) == ("0", "70.0%", "1", "-", ["20", "2", "1"])
     assert lines[3].endswith("  block parallel,joint; width 1.5")
-    assert lines[5] == "Top-1 is the mean over fresh seeds; the seed that selected a member is not among them."
+    assert lines[5] == f"Each {title} is the mean over fresh seeds; the seed that selected a member is not among them."
     assert lines[6] == "1 of 2 members has fresh seeds; the others are not compared."
     source = "from 1 difference between seeds, selecting seeds included"  # of 0.5 and 0.7
     assert lines[7].startswith(f"The standard deviation of one seed is 14.1 points ({source})")
+    assert lines[8].startswith(
+        "Per-video results are missing" if task == "recognition" else "Intervals and shares are over"
+    )
+    assert ("over seeds alone. mAP is no mean over key frames" in lines[8]) == (task == "detection")
     assert len(lines) == 9
     assert report.describe_study("look", [], TOP1, "gmacs") == "look: no trials"
     waiting = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET), trial(1, 0.5, 1.0, TrialState.STOPPED)]
@@ -474,14 +487,19 @@ def test_repeats_that_were_asked_for_and_not_trained_are_named():
     assert plain.endswith("--repeats N trains the members of the front with fresh seeds.")
 
 
-def test_the_list_of_studies_shows_the_reported_top1_of_the_best(tmp_path):
-    recipe = load_recipe("demo", [f"train.storage={tmp_path}"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_list_of_studies_shows_the_reported_value_of_the_best(tmp_path, task):
+    recipe = load_recipe("demo", [f"train.storage={tmp_path}", *OVERRIDES[task]])
     study = Study(name="look", recipe=recipe, space="speed_accuracy", repeats=2)
     write_study(study, "parent")
     fresh = [trial(3, 0.1, 1.0, repeat_of=1, seed=1), trial(4, 0.15, 1.0, repeat_of=1, seed=2)]
-    for each in [trial(0, 0.1, 1.0), trial(1, 0.175, 1.0), trial(2, 0.16, 2.0), *fresh]:
+    for each in of_task([trial(0, 0.1, 1.0), trial(1, 0.175, 1.0), trial(2, 0.16, 2.0), *fresh], task):
         write_trial(study, each)
-    assert study_row(study.folder) == ("look", "study, trials: 5 finished", "12.5%, trial 1")
+    assert study_row(study.folder) == (
+        "look",
+        "study, trials: 5 finished",
+        f"12.5% {MAIN_METRICS[task].title}, trial 1",
+    )
 
 
 def test_a_trials_run_is_named_after_its_member():
@@ -493,12 +511,14 @@ def test_a_trials_run_is_named_after_its_member():
     assert len(report.trial_name(Trial(1, {f"dimension{n}x": "long" * 5 for n in range(9)}))) == 120
 
 
-def test_the_rows_of_a_table():
-    rows = report.trial_rows(study_of_three())
+@pytest.mark.parametrize("task", TASKS)
+def test_the_rows_of_a_table(task):
+    column = {"recognition": "top1", "detection": "map"}[task]
+    rows = report.trial_rows(of_task(study_of_three(), task))
     latency, params = COSTS["latency"], COSTS["params"]
     first = {"trial": 0, "state": "finished", "reason": "", "seed": 0, "repeats": ""}
     first |= {"search.block1": "parallel", "search.block2": "joint", "search.width": 1.5}
-    first |= {"top1": 0.5, "fresh_mean": 0.7, "fresh_seeds": 1}
+    first |= {column: 0.5, "fresh_mean": 0.7, "fresh_seeds": 1}
     first |= {latency: 20.0, GMACS: 2.0, params: 1.0, "front_latency": 1, "front_gmacs": 1, "front_params": 1}
     first |= {"probability_latency": 1.0, "probability_gmacs": 1.0, "probability_params": 1.0}
     assert rows[0].pop("fresh_low") < 0.7 < rows[0].pop("fresh_high")
@@ -512,7 +532,7 @@ def test_the_rows_of_a_table():
         **{"search.block1": "spatial", "search.block2": "joint", "search.width": 2},
         **{"front_latency": 0, "front_gmacs": 0, "front_params": 0},
     }
-    assert rows[4][GMACS] == 4.0 and "top1" not in rows[4]
+    assert rows[4][GMACS] == 4.0 and column not in rows[4]
 
 
 def test_rows_as_csv():
@@ -620,20 +640,20 @@ def test_the_files_of_studies_are_drawn_from_their_trials(monkeypatch):
     }
     assert files["one-trials.csv"] == report.to_csv(report.trial_rows(trials))
     assert files["two-trials.csv"] == report.to_csv(report.trial_rows(plain[:2]))
-    points, fronts, variants, title = drawn[0][1]
+    points, fronts, variants, title, main = drawn[0][1]
     assert drawn[1] == ("front_image", drawn[0][1]) and drawn[0][0] == "interactive_page"
     assert {name: [point.number for point in found] for name, found in points.items()} == {"one": [0, 1], "two": [0, 1]}
     assert points["one"][0].seeds == 1 and points["two"][0].blocks == ("spatial",)
     every = {cost: [0] for cost in COSTS}  # the only member with a fresh seed
     assert fronts == {"one": every, "two": {"latency": [0], "gmacs": [1, 0], "params": [1, 0]}}
     assert title == "one: 2 trials; two: 2 trials, one seed each, not repeated"
-    assert variants == marked
+    assert variants == marked and main == TOP1
     shares = {"top-1": (5, VAL_TOP1), "latency": (5, COSTS["latency"])}
-    assert drawn[2] == ("search_progress", ([0.0], shares, "latency"))
+    assert drawn[2] == ("search_progress", ([0.0], shares, TOP1, "latency"))
     drawn.clear()
     files = report.pareto_files({"one": trials}, BASE, "gmacs")
     assert set(files) == {"front.html", "front.png", "trials.csv", "progress.png"}
-    assert drawn[0][1][2:] == ({}, "one: 2 trials")
+    assert drawn[0][1][2:] == ({}, "one: 2 trials", TOP1)
     unset = load_recipe("demo", ["model.blocks=null"])
     report.pareto_files({"one": plain}, unset, "gmacs")
     assert drawn[-3][1][0]["one"][0].blocks == ("parallel",)
@@ -674,6 +694,18 @@ def test_studies_are_written_with_one_reference_cost(tmp_path, monkeypatch):
     assert (out / "other-trials.csv").read_bytes() == report.to_csv(report.trial_rows(logged[1].trials))
 
 
+def test_studies_of_two_tasks_are_not_drawn_together(tmp_path):
+    studies = [Study(name=task, recipe=load_recipe("demo", OVERRIDES[task]), space="widths") for task in TASKS]
+    logged = [logged_study.LoggedStudy(s, "run", of_task(many(), s.recipe.task), {}, {}) for s in studies]
+    with pytest.raises(StudyError, match=r"recognition \(top-1\), detection is of detection \(mAP\): .* one task"):
+        logged_study.write_studies(logged, "gmacs", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    text = logged_study.write_studies(logged[1:], "gmacs", tmp_path / "out")
+    assert "(mAP against gmacs)" in text and "top-1" not in text
+    head, row = (tmp_path / "out" / "trials.csv").read_text().splitlines()[:2]
+    assert dict(zip(head.split(","), row.split(","), strict=True))["map"] == str(many()[0].metrics[VAL_TOP1])
+
+
 def test_a_study_without_a_front_has_no_recipes_and_no_entry_in_a_legend(tmp_path):
     study = Study(name="look", recipe=BASE, space="speed_accuracy")
     over = [trial(0, 0.5, 1.0, TrialState.OVER_BUDGET)]
@@ -703,7 +735,7 @@ def test_a_trials_recipe_is_one_to_run_alone():
     assert (tree["name"], tree["train"]["storage"], tree["train"]["seed"]) == ("look-trial-007", "there", 4)
     assert tree["tracking"] == {"uri": "http://a", "experiment": "all", "log_model": study.recipe.tracking.log_model}
     assert tree["model"]["frames"] == 6
-    assert list(tree)[:3] == ["name", "model", "data"]  # the order of a recipe, not of the alphabet
+    assert list(tree)[:3] == ["name", "task", "model"]  # the order of a recipe, not of the alphabet
 
 
 # What is read from MLflow ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 
 from pipelines.cli import main
+from tests.helpers.batches import DETECTION
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,16 @@ def test_what_cannot_start_is_refused_in_one_line(motion_set, tmp_path, capsys, 
 def test_the_motion_set_is_not_drawn_for_a_supernet_that_is_refused(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     assert main(["supernet", "demo", *options]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_supernet_of_detection_is_refused_before_data_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["supernet", "demo", "--space", "depths", *DETECTION]) == 1
+    message = (
+        "a supernet is for task: recognition alone, and the recipe demo has task: detection; search the space with"
+    )
+    assert f"{message} posmlp tune RECIPE --space depths" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

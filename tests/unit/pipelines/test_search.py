@@ -21,6 +21,7 @@ from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, VAL_TOP1
 from posmlp.model.cost import cost
+from tests.helpers.tasks import OVERRIDES, TASKS, of_task
 from tune_spaces import Range, Space
 
 BASE = load_recipe("demo")
@@ -29,8 +30,8 @@ FOUR = Space(
 )
 
 
-def study_of(searcher, against=None, **settings):
-    return Study(name="s", recipe=BASE, space="none", searcher=searcher, against=against, **settings)
+def study_of(searcher, against=None, recipe=BASE, **settings):
+    return Study(name="s", recipe=recipe, space="none", searcher=searcher, against=against, **settings)
 
 
 def score(member):
@@ -114,6 +115,7 @@ def test_tpe_learns_from_trials_that_were_stopped_and_not_from_failed_ones():
     assert share(TrialState.FAILED) < 0.5
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     ("searcher", "against", "directions"),
     [
@@ -122,7 +124,7 @@ def test_tpe_learns_from_trials_that_were_stopped_and_not_from_failed_ones():
         ("nsga2", "gmacs", ["MAXIMIZE", "MINIMIZE"]),
     ],
 )
-def test_top1_is_maximised_and_the_cost_minimised(searcher, against, directions, monkeypatch):
+def test_the_main_metric_is_maximised_and_the_cost_minimised(searcher, against, directions, task, monkeypatch):
     """What Optuna gets: the directions of its study, and the values of each trial in the same order."""
     created, create = [], optuna.create_study
 
@@ -133,8 +135,9 @@ def test_top1_is_maximised_and_the_cost_minimised(searcher, against, directions,
     monkeypatch.setattr(optuna, "create_study", record)
     member = {"a": 1, "b": "x", "c": 0.5, "d": 0}
     metrics = {VAL_TOP1: 0.7, COSTS["gmacs"]: 3.5, COSTS["params"]: 8.0, "epoch": 3.0}
-    trial = Trial(0, member, state=TrialState.FINISHED, metrics=metrics)
-    Searcher(study_of(searcher, against), FOUR).propose([trial])
+    trials = of_task([Trial(0, member, state=TrialState.FINISHED, metrics=metrics)], task)
+    recipe = load_recipe("demo", OVERRIDES[task])
+    Searcher(study_of(searcher, against, recipe), FOUR).propose(trials)
     (study,) = created
     assert [direction.name for direction in study.directions] == directions
     assert study.trials[0].values == [0.7, 3.5][: len(directions)]
@@ -270,6 +273,7 @@ def test_dimensions_as_optuna_has_them():
     assert to_distribution(Range(0.25, 2.0, log=True)) == optuna.distributions.FloatDistribution(0.25, 2.0, log=True)
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     ("state", "top1", "expected"),
     [
@@ -283,13 +287,14 @@ def test_dimensions_as_optuna_has_them():
         (TrialState.RUNNING, None, ("RUNNING", None, {}, {})),
     ],
 )
-def test_a_trial_as_optuna_has_it(state, top1, expected):
+def test_a_trial_as_optuna_has_it(state, top1, expected, task):
     """Budgets of 4 GMACs and 8 ms; the member has 2 GMACs and, if it is over a budget, 10 ms."""
     metrics = {"epoch": 3.0, "cost/gmacs": 2.0} | ({} if top1 is None else {VAL_TOP1: top1})
     metrics |= {"cost/latency_ms": 10.0} if state == TrialState.OVER_BUDGET else {}
     member, space = {"a": 2, "c": 0.25}, {"a": to_distribution((1, 2)), "c": to_distribution(Range(0.1, 1.0))}
-    trial = Trial(4, member, state=state, metrics=metrics, sampler_attrs={"x:generation": 2})
-    study = study_of("tpe", budget_gmacs=4, budget_ms=8)
+    trials = [Trial(4, member, state=state, metrics=metrics, sampler_attrs={"x:generation": 2})]
+    (trial,) = of_task(trials, task)
+    study = study_of("tpe", recipe=load_recipe("demo", OVERRIDES[task]), budget_gmacs=4, budget_ms=8)
     made = tell_trial(study, trial, space, objectives(study, trial))
     if expected is None:
         assert made is None

@@ -23,6 +23,8 @@ from pipelines.tuning.samplers import ACQUISITION, TPE_STARTUP_TRIALS
 from pipelines.tuning.search import Searcher, member_key, space_size
 from posmlp.config import RecipeError, load_recipe
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, VAL_TOP1
+from tests.helpers.batches import DETECTION
+from tests.helpers.tasks import of_task
 from tune_spaces import Range, Space, load_space
 
 BASE = load_recipe("demo")
@@ -389,6 +391,26 @@ def test_what_an_earlier_study_knows_is_stored_with_the_new_one(tmp_path):
     with pytest.raises(StudyError, match=r"prior\.json; restore it, or start a new study"):
         prior.read_priors(study)
     assert prior.read_priors(with_prior(tmp_path)) == []
+
+
+def test_an_earlier_study_of_another_task_is_refused(tmp_path):
+    """A study of detection learns from one of detection, by its mAP."""
+    study = earlier_study(tmp_path, additive(1), count=9)
+    new = with_prior(tmp_path, "earlier")
+    (known,) = prior.find_priors(new, BLOCKS)
+    detection = load_recipe("demo", [f"train.storage={tmp_path}", *DETECTION])
+    earlier, later = (each.model_copy(update={"recipe": detection}) for each in (study, new))
+    records.write_study(earlier, "run")
+    for each in of_task(known.trials, "detection"):
+        records.write_trial(earlier, each)
+    with pytest.raises(
+        StudyError, match=r"earlier is a study of detection and this one of recognition: its mAP cannot"
+    ):
+        prior.find_priors(new, BLOCKS)
+    (found,) = prior.find_priors(later, BLOCKS)
+    assert [trial.value for trial in found.trials] == [trial.metrics[VAL_TOP1] for trial in known.trials]
+    told = [Searcher(s, BLOCKS, [p]).prior["earlier"] for s, p in ((new, known), (later, found))]
+    assert [t.values for t in told[0]] == [t.values for t in told[1]] and len(told[0]) == 9
 
 
 def log_of_the_start(study, space, priors, caplog):

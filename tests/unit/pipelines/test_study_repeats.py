@@ -12,14 +12,15 @@ from pipelines.tuning.ray_tune import SearcherAdapter
 from pipelines.tuning.trial import TrialEvent
 from posmlp.config import load_recipe
 from tests.helpers.log_lines import log_lines
+from tests.helpers.tasks import OVERRIDES, TASKS
 
-TOP1 = {0: 0.8, 1: 0.78, 2: 0.4}  # of the first seeds; trial 1 is cheaper
+VALUES = {0: 0.8, 1: 0.78, 2: 0.4}  # of the first seeds; trial 1 is cheaper
 FRESH = {0: [0.60, 0.62, 0.61], 1: [0.7, 0.6, 0.65], 2: [0.4, 0.4, 0.4]}
 GMACS = {0: 2.0, 1: 1.0, 2: 3.0}
 
 
-def controller_of(folder, repeats, trials=()):
-    recipe = load_recipe("demo", [f"train.storage={folder}", "train.epochs=1"])
+def controller_of(folder, repeats, trials=(), task="recognition"):
+    recipe = load_recipe("demo", [f"train.storage={folder}", "train.epochs=1", *OVERRIDES[task]])
     settings = {"space": "block_types", "searcher": "random", "trials": 3, "against": "gmacs", "repeats": repeats}
     study = Study(name="look", recipe=recipe, **settings)
     controller = StudyController(study, study_space(study), trials, MagicMock(run_id="run"), concurrent=2)
@@ -28,18 +29,19 @@ def controller_of(folder, repeats, trials=()):
 
 
 def finish(controller, number):
-    """The end of a trial, with the top-1 of its member and seed."""
+    """The end of a trial, with the value of its member and seed."""
     trial = controller.trials[number]
     first = number if trial.repeat_of is None else trial.repeat_of
-    top1 = TOP1[first] if trial.repeat_of is None else FRESH[first][trial.seed - 1]
-    metrics = {"epoch": 1.0, "val/top1": top1, "cost/gmacs": GMACS[first], "cost/latency_ms": 5.0, "cost/params_m": 1.0}
+    value = VALUES[first] if trial.repeat_of is None else FRESH[first][trial.seed - 1]
+    key = {"recognition": "val/top1", "detection": "val/map"}[controller.study.recipe.task]
+    metrics = {"epoch": 1.0, key: value, "cost/gmacs": GMACS[first], "cost/latency_ms": 5.0, "cost/params_m": 1.0}
     controller.record_result(number, TrialEvent(TrialState.FINISHED, metrics))
 
 
-@pytest.fixture
-def searched(tmp_path):
+@pytest.fixture(params=TASKS)
+def searched(tmp_path, request):
     """A controller whose search is over, with at most two fresh seeds for each member."""
-    controller = controller_of(tmp_path, 2)
+    controller = controller_of(tmp_path, 2, task=request.param)
     for _ in range(3):
         finish(controller, controller.next_trial().number)
     assert controller.next_trial() is None
@@ -70,7 +72,7 @@ def test_a_killed_study_resumes_its_repeats(searched, tmp_path):
     for _ in range(2):
         searched.next_trial()
     finish(searched, 3)
-    again = controller_of(tmp_path, 2, read_trials(searched.study.folder))
+    again = controller_of(tmp_path, 2, read_trials(searched.study.folder), searched.study.recipe.task)
     assert again.next_trial().number == 4  # the one that was running
     finish(again, 4)
     assert again.next_trial() is None  # the search is over

@@ -30,7 +30,9 @@ from pipelines.tracking.uris import (
     without_secrets,
 )
 from posmlp.errors import UserError
+from posmlp.metrics import MAIN_METRICS
 from posmlp.text import shorten
+from tests.helpers.tasks import OVERRIDES, TASKS
 from tests.helpers.tracker_runs import link, once, recipe, rows, start, write_linear
 from tests.helpers.waiting import until
 
@@ -367,18 +369,24 @@ def test_links_lead_to_the_pages_for_training(uri, page):
     assert ("mlflow server --backend-store-uri" in text) == (page != "http://host:5000/x/#/")
 
 
-def test_views_fit_into_an_experiments_tag_and_are_stored_once(tmp_path):
+@pytest.mark.parametrize("task", TASKS)
+def test_views_fit_into_an_experiments_tag_and_are_stored_once(tmp_path, task):
     """A tag of an experiment has at most 5000 characters."""
-    study = study_view("n" * 60, [f"dimension{number}" for number in range(20)])
+    main = MAIN_METRICS[task]
+    study = study_view("n" * 60, [f"dimension{number}" for number in range(20)], main)
     assert len(view_text(study)) <= 2500  # also for longer names
-    tracker = start(tmp_path)
+    tracker = start(tmp_path, *OVERRIDES[task])
     tracker.share_view("study-1", study)
     assert tracker.close("FINISHED") == 0
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     tags = client.get_experiment(tracker.experiment_id).tags
-    for name, view in (("study-1", study), ("posmlp-runs", runs_view())):
+    for name, view in (("study-1", study), ("posmlp-runs", runs_view(main))):
         kind, _, packed = tags[f"mlflow.sharedViewState.{name}"].partition(";")
         assert kind == "deflate" and json.loads(zlib.decompress(base64.b64decode(packed))) == view
+        shown = {
+            key for key in ("val/top1", "val/best_top1", "val/map", "val/best_map") if f'"{key}"' in json.dumps(view)
+        }
+        assert shown == {main.key, main.best}
     assert "Model training" in tags["mlflow.note.content"]
     assert tracker.links()["all runs"].endswith("&viewStateShareKey=posmlp-runs")
     assert f"/experiments/{tracker.experiment_id}/runs/{tracker.run_id}?" in tracker.links()["this run"]

@@ -19,11 +19,12 @@ from posmlp.errors import UserError
 from tests.helpers.small_runs import recipe_for
 
 
+@pytest.mark.parametrize("key", ["val/top1", "val/map"])
 @pytest.mark.parametrize("ended_early", ["", "val/top1 is not better than 0.5 of epoch 1 for 1 epochs"])
-def test_a_trial_that_ends_early_is_finished_and_says_why(motion_set, tmp_path, monkeypatch, ended_early):
+def test_a_trial_that_ends_early_is_finished_and_says_why(motion_set, tmp_path, monkeypatch, ended_early, key):
     """ASHA sees each epoch once before the end, and the end itself as done."""
     config = recipe_for(tmp_path, motion_set, "train.epochs=3")
-    epochs = [{"epoch": float(n), "val/top1": 0.5} for n in range(1, 3 if ended_early else 4)]
+    epochs = [{"epoch": float(n), key: 0.5} for n in range(1, 3 if ended_early else 4)]
 
     def train(config, trial):
         for metrics in epochs:

@@ -18,12 +18,13 @@ from pipelines.tuning.ray_tune import SearcherAdapter, StudyScheduler
 from pipelines.tuning.samplers import objectives, tell_trial
 from pipelines.tuning.trial import TrialEvent
 from posmlp.config import load_recipe
+from tests.helpers.tasks import OVERRIDES, TASKS
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 
-def study_in(folder, epochs=9, **settings):
-    recipe = load_recipe("demo", [f"train.epochs={epochs}", f"train.storage={folder}"])
+def study_in(folder, epochs=9, task="recognition", **settings):
+    recipe = load_recipe("demo", [f"train.epochs={epochs}", f"train.storage={folder}", *OVERRIDES[task]])
     settings = {"space": "block_types", "searcher": "random", "asha": True, "trials": 6} | settings
     return Study(name="look", recipe=recipe, **settings)
 
@@ -64,12 +65,13 @@ class Search:
         self.running[number] = name
         return number
 
-    def send(self, number, epoch, top1, gmacs=1.0, keep=True):
+    def send(self, number, epoch, value, gmacs=1.0, keep=True):
         """The end of a trial's epoch; returns the decision. The trial leaves a checkpoint unless ``keep`` is false."""
-        metrics = {"epoch": float(epoch), "val/top1": top1, "cost/gmacs": gmacs, "cost/latency_ms": 5.0}
+        key = {"recognition": "val/top1", "detection": "val/map"}[self.study.recipe.task]
+        metrics = {"epoch": float(epoch), key: value, "cost/gmacs": gmacs, "cost/latency_ms": 5.0}
         last = epoch == self.study.recipe.train.epochs
         event = TrialEvent(TrialState.FINISHED if last else TrialState.RUNNING, metrics)
-        result, name = {"event": event.to_json(), "epoch": epoch, "top1": top1}, self.running[number]
+        result, name = {"event": event.to_json(), "epoch": epoch}, self.running[number]
         tune_trial = SimpleNamespace(trial_id=name)
         decision = STOP if last else self.scheduler.on_trial_result(None, tune_trial, result)
         if decision == CONTINUE:
@@ -115,13 +117,14 @@ def test_trials_are_stopped_at_a_ninth_and_a_third_and_never_near_their_end(tmp_
     assert sorted(set(stops)) == decided
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("against", [None, "gmacs"])
-def test_with_a_cost_only_what_is_dominated_is_stopped(tmp_path, against):
-    search = Search(study_in(tmp_path, against=against))
-    for number, (top1, gmacs, dominated) in enumerate([(0.5, 2.0, False), (0.4, 1.0, False), (0.3, 1.5, True)]):
+def test_with_a_cost_only_what_is_dominated_is_stopped(tmp_path, against, task):
+    search = Search(study_in(tmp_path, against=against, task=task))
+    for number, (value, gmacs, dominated) in enumerate([(0.5, 2.0, False), (0.4, 1.0, False), (0.3, 1.5, True)]):
         assert search.start() == number
         expected = STOP if dominated or (against is None and number) else CONTINUE
-        assert search.send(number, 1, top1, gmacs) == expected
+        assert search.send(number, 1, value, gmacs) == expected
 
 
 def test_repeats_are_not_stopped_and_are_no_members_of_a_rung(tmp_path):

@@ -182,7 +182,15 @@ def test_lists_are_paths_sections_or_both(tmp_path):
     assert load_recipe(short, ["data.train.root=/v", "data.test=null"]).data.train.lists[0].root == "/v"
     assert load_recipe(short, ["data.test=null"]).data.test is None
     assert load_recipe(short, ["data.train=d.csv"]).data.train.lists[0].path == "d.csv"
-    moved = with_absolute_paths(config).data
+    split = {"path": "d.csv", "boxes": "boxes.csv", "excluded": "excluded.csv"}
+    data = config.data.model_copy(update={"val": config.data.val.model_copy(update=split)})
+    detection = config.detection.model_copy(update={"evaluated": "some.pbtxt"})
+    everywhere = with_absolute_paths(config.model_copy(update={"data": data, "detection": detection}))
+    moved = everywhere.data
+    assert {key: getattr(moved.val, key) for key in split} == {
+        key: f"{tmp_path.cwd()}/{name}" for key, name in split.items()
+    }
+    assert everywhere.detection.evaluated == f"{tmp_path.cwd()}/some.pbtxt"
     assert [each.path for each in moved.train.lists] == [str(tmp_path.cwd() / name) for name in ("a.csv", "001", "3")]
     assert moved.test.path == str(tmp_path.cwd() / "c.csv")
 

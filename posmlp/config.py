@@ -328,7 +328,7 @@ class TrainSection(Section):
     checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
     checkpoint_every_steps: Positive | None = None
     keep_last: Positive = 2  # number of newest checkpoints to keep
-    keep_best: Annotated[int, Field(ge=0)] = 1  # number of checkpoints with the highest val/top1 to keep
+    keep_best: Annotated[int, Field(ge=0)] = 1  # number of checkpoints with the highest main metric to keep
     storage: str = "runs"  # the run's folder is storage/name; a path or URI that all nodes share
 
 

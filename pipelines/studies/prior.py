@@ -55,7 +55,7 @@ def find_prior(name: str, study: Study, space: Space) -> Prior:
                 f"--prior {name}: neither {name} nor {folders[1]} has a {STUDY_FILE}, and {error}"
             ) from error
         earlier, trials = logged.study, logged.trials
-    if earlier.main != study.main:
+    if earlier.recipe.task != study.recipe.task:
         raise StudyError(
             f"--prior {name} is a study of {earlier.recipe.task} and this one of {study.recipe.task}: its "
             f"{earlier.main.title} cannot be compared with {study.main.title}; leave it out"

@@ -299,11 +299,11 @@ def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
         config: the recipe of the supernet.
 
     Raises:
-        StudyError: it is not of recognition, there are fewer than two, or one of them is not a member of the supernet.
+        StudyError: it is of another task, there are fewer than two, or one of them is not a member of the supernet.
     """
     study, _ = find_study(name)
-    if study.main.key != VAL_TOP1:
-        raise StudyError(f"--study {name} is a study of {study.recipe.task}, whose trials have no top-1; leave it out")
+    if study.recipe.task != config.task:
+        raise StudyError(f"--study {name} is of task: {study.recipe.task}, the supernet of {config.task}; leave it out")
     space, trials = study_space(study), read_trials(study.folder)
     fresh, found = pareto.fresh_seeds(trials), []
     for trial in fully_trained(trials):

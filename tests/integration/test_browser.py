@@ -116,7 +116,7 @@ def test_a_runs_page_says_what_it_is_and_shows_training_first(finished_study, li
     result, _ = finished_study
     best = result.best
     page.goto(link("this study"))
-    page.get_by_text(report.describe_best(result.trials)).wait_for()
+    page.get_by_text(report.describe_best(result.trials, result.study.main)).wait_for()
     page.goto(run_link(server, experiment, best.mlflow_run_id))
     page.get_by_text("Finished after epoch 2 of 2: val/top1").wait_for()
     page.get_by_text("32 videos of 8 classes").wait_for()

@@ -97,7 +97,7 @@ def test_the_front_of_the_first_seeds_is_repeated_with_a_fresh_seed(finished_stu
         assert trial.member == result.trials[trial.repeat_of].member
     assert any(f"(trial {again[0].repeat_of}: on the front of the first seeds; seed 1)" in line for line in lines)
     top1 = {trial.repeat_of: trial.metrics[VAL_TOP1] for trial in again}
-    assert pareto.reported_top1(result.trials) == top1
+    assert pareto.reported_values(result.trials) == top1
     assert {t.number for t in pareto.pareto_front(result.trials, "gmacs")} <= set(top1)
 
 
@@ -110,19 +110,19 @@ def test_mlflow_has_one_parent_run_and_one_child_run_per_trial(finished_study):
     assert parent.data.params["study.space"] == "block_types"
     assert {run.data.tags[PARENT] for run in children} == {parent.info.run_id}
     assert sorted(run.info.run_name for run in children) == [report.trial_name(trial) for trial in result.trials]
-    best = f"; {report.describe_best(result.trials)}"
+    best = f"; {report.describe_best(result.trials, result.study.main)}"
     assert "(mean over 1 fresh seed)" in best
     assert parent.data.tags["mlflow.note.content"].endswith(best)
     experiment = client.get_experiment(parent.info.experiment_id)
-    view = study_view("look", [f"block{stage}" for stage in (1, 2, 3, 4)])
+    view = study_view("look", [f"block{stage}" for stage in (1, 2, 3, 4)], result.study.main)
     assert experiment.tags[f"mlflow.sharedViewState.study-{result.mlflow_run_id}"] == view_text(view)
     assert {"front.html", "front.png", "trials.csv"} <= set(os.listdir(result.study.folder))
     own = ("system/", "study/")
     assert len({frozenset(k for k in run.data.metrics if not k.startswith(own)) for run in children}) == 1
     found = pareto.assess(result.trials, read_study_hits(result.study, result.trials))
     assert found.paired and found.repeated
-    members = report.member_metrics(found, "gmacs")
-    assert parent.data.metrics["study/best_top1"] == max(found.top1.values())
+    members = report.member_metrics(found, result.study.main, "gmacs")
+    assert parent.data.metrics["study/best_top1"] == max(found.values.values())
     for run in children:
         trial = result.trials[int(run.data.tags["trial"])]
         assert {k: run.data.params[f"search.{k}"] for k in trial.member} == trial.member
@@ -156,7 +156,8 @@ def test_the_front_is_read_from_mlflow_alone(finished_study, tmp_path, capsys):
     assert main(["front", "look", "--uri", uri, "--out", str(tmp_path)]) == 0
     hits = read_study_hits(result.study, result.trials)
     assert logged.hits == hits and len(hits) == sum(trial.repeat_of is not None for trial in result.trials)
-    assert report.describe_study("look", result.trials, "gmacs", hits=hits) in capsys.readouterr().out
+    main_metric = result.study.main
+    assert report.describe_study("look", result.trials, main_metric, "gmacs", hits=hits) in capsys.readouterr().out
     assert {"front.html", "front.png", "trials.csv", "progress.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -197,7 +198,8 @@ def test_a_finished_study_is_not_repeated(finished_study, capsys):
         tune(result.study)
     before = [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]]
     assert main(["tune", "--resume", result.study.folder]) == 0
-    assert report.describe_study("look", result.trials, "gmacs").split("\n")[0].split(";")[0] in capsys.readouterr().out
+    text = report.describe_study("look", result.trials, result.study.main, "gmacs")
+    assert text.split("\n")[0].split(";")[0] in capsys.readouterr().out
     assert [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]] == before
 
 

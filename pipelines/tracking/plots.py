@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,9 +15,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from posmlp.learn.evaluation import ClassificationMetrics, class_results, per_class_csv
 from posmlp.metrics import EPOCH, TRAIN_LOSS, VAL_LOSS, VAL_MAP, VAL_TOP1, VAL_TOP5
-from posmlp.tasks.detection import DetectionSummary
+
+if TYPE_CHECKING:  # they import PyTorch, which a study's figures do without
+    from posmlp.learn.evaluation import ClassificationMetrics
+    from posmlp.tasks.detection import DetectionSummary
 
 MAX_NAMED_CLASSES = 40  # up to this number the axes have class names
 MAX_NUMBERED_CLASSES = 20  # up to this number each cell has its count
@@ -57,6 +60,9 @@ def validation_files(summary: ClassificationMetrics | DetectionSummary, classes:
         summary: of the task's results.
         classes: class names; classes without one are named by their labels.
     """
+    from posmlp.learn.evaluation import class_results, per_class_csv
+    from posmlp.tasks.detection import DetectionSummary
+
     if isinstance(summary, DetectionSummary):
         return {
             "per_class.csv": summary.csv(classes),

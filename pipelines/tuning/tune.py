@@ -160,7 +160,9 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
                 write_priors(study, priors)
             log_settings(study, tracker)
             tracker.log_inputs(datasets)
-            tracker.share_view(study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions), study.main))
+            tracker.share_view(
+                study_view_name(tracker.run_id), study_view(study.name, list(space.dimensions), study.main)
+            )
             raise_held(held)
             controller = StudyController(study, space, trials, tracker, concurrent, priors)
             controller.log_start()

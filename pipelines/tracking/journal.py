@@ -479,7 +479,7 @@ class RemoteJournal(Journal):
             self.upload()  # at once: from here on, what the last process may still write no longer counts
         except BaseException as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | json.JSONDecodeError | KeyError | TypeError):  # the others: a damaged head
                 raise UserError(f"{folder} cannot be read or written, see train.storage: {error}") from error
             raise
         self.place = self.rejected_place = folder
@@ -583,7 +583,9 @@ class RemoteJournal(Journal):
         with self.changed:
             self.write_pending(durable=False)
             rejected = self.rejected_path.stat().st_size if self.rejected_path.exists() else 0
-            size, progress, files = self.size, json.dumps(self.progress()), self.changed_files
+            size, progress = self.size, json.dumps(self.progress())
+            # One that is delivered without the storage is not here any more.
+            files = {file for file in self.changed_files if (self.files_folder / file).exists()}
             gone = {file for file in self.stored_files - files if not (self.files_folder / file).exists()}
             if (size, progress, rejected) == self.stored and not files and not gone:
                 return

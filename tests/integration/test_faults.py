@@ -346,7 +346,7 @@ def test_a_run_on_an_object_store_is_resumed(straight, s3, motion_set, tmp_path)
             time.sleep(0.2)
         process.kill()
         process.wait()
-        assert subprocess.run(command, env=env, cwd=tmp_path, stdout=log, stderr=log, timeout=200).returncode == 0
+        assert subprocess.run(command, env=env, cwd=tmp_path, stdout=log, stderr=log, timeout=400).returncode == 0
     assert "resuming after epoch" in log_of(tmp_path)
     _, contents = checkpoints.load(checkpoints.find(f"{place}/small")[-1].uri)
     assert same(contents[checkpoints.WEIGHTS], straight)

@@ -312,6 +312,32 @@ def test_only_what_changes_is_uploaded(run, small_parts, monkeypatch):
     assert steps(journal.queue) == [3] and journal.state.last_epoch == 3 and journal.size == 4 * line
 
 
+def test_a_storage_that_failed_for_a_while_is_written_again(run, monkeypatch):
+    """Meanwhile a file was delivered that the storage never had."""
+
+    def fail(*_):
+        raise OSError("no connection")
+
+    journal = open_journal(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "copy_file", fail)
+        journal.append_file(LogFile("a.txt"), "a.txt", b"a")
+        assert not journal.may_deliver(journal.queue[0])
+        assert journal.save() and journal.may_deliver(journal.queue[0])
+        journal.mark_done(journal.queue[0])
+    journal.append(epoch(1))
+    assert journal.save() and not journal.without_storage
+    leave(journal)
+    other = open_journal(run)
+    assert steps(other.queue) == [1]
+    storage.write_bytes(f"{other.session}/head.json", b"{}")
+    leave(other)
+    with pytest.raises(
+        UserError, match=f"{run}/tracking/journal cannot be read or written, see train.storage: 'offset'"
+    ):
+        open_journal(run)
+
+
 def test_a_journal_in_which_nothing_was_written_leaves_nothing(run):
     journal = open_journal(run)
     journal.finish()

@@ -95,6 +95,15 @@ def check_format(suffix: str, int8: bool) -> None:
         raise UserError(f"{suffix} files need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
+def check_task(config: Config) -> None:
+    """Raise a UserError if the recipe's models cannot be exported: a file takes whole clips, and no boxes."""
+    if config.task != "recognition":
+        raise UserError(
+            f"a model for {config.task} cannot be exported yet: a file takes clips alone, and this model needs boxes "
+            "too; `posmlp predict --boxes` runs it"
+        )
+
+
 def export(
     model: PosMLPVideo, config: Config, metadata: Mapping[str, Any], suffix: str, *, int8: bool = False
 ) -> Exported:
@@ -108,9 +117,10 @@ def export(
         int8: store the weights of the blocks' linear layers as int8; their inputs are quantised to 8 bits at run time.
 
     Raises:
-        UserError: as for ``check_format``.
+        UserError: as for ``check_format`` and ``check_task``.
     """
     check_format(suffix, int8)
+    check_task(config)
     variant = config.model.variant()
     shape = (variant.frames, variant.image_size, variant.image_size, 3)
     recogniser, text = Recogniser(model, config), json.dumps(metadata)

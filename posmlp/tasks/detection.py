@@ -154,14 +154,8 @@ class BinaryCrossEntropy(Objective):
         return average_over_workers(count.to(self.device)).clamp(min=1e-6).float()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        (x, mirrored, _), boxes, labels = augment_clips(batch, self.config), cast(Boxes, batch.boxes), batch.labels
-        corners = boxes.corners
-        if len(mirrored):
-            of_clip = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, mirrored, True)
-            turned = of_clip[boxes.clip].unsqueeze(1)
-            left, top, right, bottom = corners.unbind(1)
-            corners = torch.where(turned, torch.stack([1 - right, top, 1 - left, bottom], 1), corners)
-            labels = torch.where(turned, labels[:, self.flipped], labels)
+        boxes = cast(Boxes, batch.boxes)
+        x, corners, labels = augment_boxes(batch, self.config, self.flipped)
         with autocast(self.device, self.config):
             logits = model(x, corners, boxes.clip).float()
         losses = box_losses(logits, labels)
@@ -182,6 +176,26 @@ def score_boxes(model: nn.Module, clips: Tensor, corners: Tensor, clip: Tensor, 
     with torch.no_grad(), autocast(clips.device, config):
         logits = cast(Tensor, model(to_input(clips, config), corners, clip))
     return logits.float()
+
+
+def augment_boxes(batch: Batch, config: Config, flipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Augment the clips of a batch (``augment_clips``), and mirror the boxes of those that are flipped.
+
+    Args:
+        flipped: int64 ``[classes]``, the class of each class after a flip (``flip_labels``).
+
+    Returns:
+        Model input float32 ``[B, 3, T, H, W]``, corners float32 ``[N, 4]``, and labels float32 ``[N, classes]``.
+    """
+    (x, mirrored, _), boxes, labels = augment_clips(batch, config), cast(Boxes, batch.boxes), batch.labels
+    corners = boxes.corners
+    if len(mirrored):
+        of_clip = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, mirrored, True)
+        turned = of_clip[boxes.clip].unsqueeze(1)
+        left, top, right, bottom = corners.unbind(1)
+        corners = torch.where(turned, torch.stack([1 - right, top, 1 - left, bottom], 1), corners)
+        labels = torch.where(turned, labels[:, flipped], labels)
+    return x, corners, labels
 
 
 def box_losses(logits: Tensor, labels: Tensor) -> Tensor:

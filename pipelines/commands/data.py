@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, get_args
 from pipelines.commands.options import (
     Commands,
     add_command,
+    add_overrides,
     add_recipe,
     load_recipe_and_data,
     not_negative,
     positive,
     positive_float,
 )
-from posmlp.config import Format
+from posmlp.config import Config, Format, list_recipes
 from posmlp.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,13 @@ def run_scenes(args: argparse.Namespace) -> None:
 
 def add_manifest(command: argparse.ArgumentParser) -> None:
     """Add the arguments that name a list of videos, as ``data.*`` does in a recipe."""
-    command.add_argument("manifest", help="list of videos, or a folder with one subfolder per class; a path or a URI")
+    command.add_argument(
+        "manifest",
+        metavar="LIST|RECIPE",
+        help="list of videos, or a folder with one subfolder per class, a path or a URI; for action detection its recipe",
+    )
+    add_overrides(command, "data.train.root=videos")
+    command.add_argument("--split", choices=("train", "val", "test"), help="lists of the recipe (default: train)")
     command.add_argument("--out", required=True, help="folder for the results; a path or a URI")
     command.add_argument(
         "--format", choices=get_args(Format), default="auto", help="format of the list (default: %(default)s)"
@@ -108,14 +115,21 @@ def add_manifest(command: argparse.ArgumentParser) -> None:
     )
 
 
-def read_listed(args: argparse.Namespace, missing_ok: bool) -> Manifest:
-    """Read the manifest that the arguments of ``add_manifest`` name.
+def read_listed(args: argparse.Namespace, missing_ok: bool) -> tuple[Manifest, Config | None]:
+    """Read the manifest that the arguments of ``add_manifest`` name, and the recipe, if they name one.
 
     Raises:
-        UserError: ``--where`` is malformed, or the list is.
+        UserError: the arguments do not fit, ``--where`` is malformed, or the list is.
     """
     from posmlp.video.manifest import read_manifest
 
+    if is_recipe(args.manifest):
+        return read_key_frames(args, missing_ok)
+    if args.overrides or args.split:
+        what = args.overrides[0] if args.overrides else "--split"
+        raise UserError(f"{what} changes a recipe of action detection, but {args.manifest} is not a recipe")
+    if args.format == "ava":
+        raise UserError("lists of boxes are read with their recipe, as in `posmlp data check ava_s16 --split val`")
     where = {}
     for item in args.where:
         column, equals, value = item.partition("=")
@@ -123,7 +137,39 @@ def read_listed(args: argparse.Namespace, missing_ok: bool) -> Manifest:
             raise UserError(f"--where {item!r}: expected COLUMN=VALUE")
         where[column] = value
     options = {key: getattr(args, key) for key in ("format", "root", "classes", "template")}
-    return read_manifest(args.manifest, where, **options, missing_ok=missing_ok)
+    return read_manifest(args.manifest, where, **options, missing_ok=missing_ok), None
+
+
+def is_recipe(name: str) -> bool:
+    """Whether an argument is a recipe: a YAML file, or the name of a shipped one and of nothing in this folder."""
+    return name.endswith((".yaml", ".yml")) or (name in list_recipes() and not Path(name).exists())
+
+
+def read_key_frames(args: argparse.Namespace, missing_ok: bool) -> tuple[Manifest, Config]:
+    """Read all key frames of a split of a recipe; their metadata says how a written list is read.
+
+    Raises:
+        UserError: the recipe is not of detection, or its lists have problems.
+    """
+    from dataclasses import replace
+
+    from posmlp.detection.lists import list_metadata, read_detection_split
+
+    for option, default in {"format": "auto", "root": None, "classes": None, "template": "{:05d}.jpg"}.items():
+        if getattr(args, option) != default:
+            raise UserError(f"--{option} is for a list; {args.manifest} is a recipe: set its keys data.*")
+    if args.where:
+        raise UserError(f"--where is for a list of videos; {args.manifest} is a recipe")
+    config = load_recipe_and_data(args.manifest, args.overrides)
+    if config.task != "detection":
+        raise UserError(
+            f"{args.manifest} is a recipe of recognition: name its list in place of it, as {config.data.train.path}"
+        )
+    split = args.split or "train"
+    manifest = read_detection_split(config.data, config.detection, split, missing_ok=missing_ok)
+    told = list_metadata(manifest.classes, getattr(config.data, split), config.detection, split)
+    rows = manifest.rows.replace_schema_metadata((manifest.rows.schema.metadata or {}) | told)
+    return replace(manifest, rows=rows), config
 
 
 def add_timeout(command: argparse.ArgumentParser) -> None:
@@ -136,23 +182,34 @@ def add_timeout(command: argparse.ArgumentParser) -> None:
 
 
 def add_check(commands: Commands) -> None:
-    check = add_command(commands, "check", run_check, "decode every video of a list and report the bad ones")
+    check = add_command(
+        commands,
+        "check",
+        run_check,
+        "decode every video of a list, or of a recipe of action detection, and report the bad ones",
+    )
     add_manifest(check)
     add_timeout(check)
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Return exit code 1 if there is a bad video."""
+    """Return exit code 1 if there is a bad video, or a key frame beyond the end of its video."""
     from pipelines.cluster.session import start_ray
     from pipelines.data.check import check
 
-    manifest = read_listed(args, missing_ok=True)
+    manifest, config = read_listed(args, missing_ok=True)
     start_ray()
-    result = check(manifest, args.out, args.timeout)
+    result = check(
+        manifest, args.out, args.timeout, key_frames=config is not None, fps=config.data.fps if config else None
+    )
     print(result.summary, end="")
     good = f" and good.parquet (a list of the good ones; its root is {manifest.root})" if result.has_list else ""
+    if config and result.has_list:
+        good = (
+            f" and good.parquet (data.{args.split or 'train'}={{path: {args.out}/good.parquet, root: {manifest.root}}})"
+        )
     print(f"{args.out} has report.parquet, summary.txt{good}")
-    return int(result.bad > 0)
+    return int(result.bad > 0 or result.beyond > 0)
 
 
 def add_shard(commands: Commands) -> None:
@@ -160,11 +217,13 @@ def add_shard(commands: Commands) -> None:
         commands,
         "shard",
         run_shard,
-        "pack the videos of a list into Parquet files",
+        "pack the videos of a list into Parquet files; for action detection, a segment around each key frame",
         after_interrupt="the same command resumes after the last finished shard",
     )
     add_manifest(shard)
-    shard.add_argument("--rows-per-shard", type=positive, default=256, help="videos per file (default: %(default)s)")
+    shard.add_argument(
+        "--rows-per-shard", type=positive, default=256, help="videos or key frames per file (default: %(default)s)"
+    )
     shard.add_argument(
         "--short-side", type=positive, metavar="PIXELS", help="encode the videos again with this short side"
     )
@@ -180,14 +239,19 @@ def add_shard(commands: Commands) -> None:
 def run_shard(args: argparse.Namespace) -> None:
     from pipelines.cluster.session import start_ray
     from pipelines.data.shard import ShardSettings, shard
+    from posmlp.detection.segments import SegmentClip
 
-    manifest = read_listed(args, missing_ok=False)
-    settings = ShardSettings(args.rows_per_shard, args.short_side, args.keyframe_interval, args.timeout)
+    manifest, config = read_listed(args, missing_ok=False)
+    clip = SegmentClip.of_recipe(config) if config else None
+    settings = ShardSettings(args.rows_per_shard, args.short_side, args.keyframe_interval, args.timeout, clip)
     start_ray()
     result = shard(manifest, args.out, settings)
-    print(f"{result.videos} videos in {result.shards} shards, {result.bytes / 1e6:.1f} MB; train on {result.manifest}")
+    what, use = "videos", f"train on {result.manifest}"
+    if clip:
+        what, use = f"key frames, for clips of {clip},", f"use data.{args.split or 'train'}={result.manifest}"
+    print(f"{result.videos} {what} in {result.shards} shards, {result.bytes / 1e6:.1f} MB; {use}")
     if result.bad:
-        print(f"{result.bad} videos could not be packed; bad.parquet in the same folder lists them")
+        print(f"{result.bad} {what.partition(',')[0]} could not be packed; bad.parquet in the same folder lists them")
 
 
 def add_preview(commands: Commands) -> None:

@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from pipelines.data.scan import (
     write_output,
 )
 from posmlp import storage
+from posmlp.detection.segments import SegmentClip, clip_metadata, pack_segments
 from posmlp.video.decode import DecodeError
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import Manifest
@@ -36,6 +39,8 @@ from posmlp.video.pack import pack
 logger = logging.getLogger(__name__)
 
 SHARD = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), *VIDEO_FIELDS, ("data", pa.large_binary())])
+SEGMENTS = SHARD.append(pa.field("time", pa.float64()))  # of the key frame in the segment
+ROWS_TOGETHER = 32  # key frames of a video that are decoded in one pass, within one time limit
 BAD = pa.schema([*ROW_FIELDS, ("reason", pa.string())])
 
 
@@ -44,15 +49,17 @@ class ShardSettings:
     """How videos are packed. The same settings and the same list give the same shards.
 
     Attributes:
-        rows_per_shard: videos per file.
+        rows_per_shard: videos per file, or key frames.
         short_side, keyframe_interval: encode again, see ``posmlp.video.pack.pack``.
         timeout_s: seconds after which a video counts as bad.
+        clip: of key frames (``posmlp.detection.lists``), what is cut from their videos.
     """
 
     rows_per_shard: int = 256
     short_side: int | None = None
     keyframe_interval: int | None = None
     timeout_s: float = 300.0
+    clip: SegmentClip | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class ShardResult:
 
     Attributes:
         manifest: URI of the list to train on.
-        videos, bad: numbers of packed videos, and of videos that could not be packed.
+        videos, bad: numbers of packed videos or key frames, and of those that could not be packed.
         shards: number of files.
         bytes: size of all files.
     """
@@ -78,7 +85,7 @@ def shard(manifest: Manifest, out: str, settings: ShardSettings) -> ShardResult:
 
     Writes ``shards/00000.parquet``, ... (``SHARD``; one row group per video, so that each can be read alone), then
     ``bad.parquet`` (``BAD``), and last ``manifest.parquet`` (``MANIFEST``), the list to train on, whose ``uri`` is
-    ``shards/00000.parquet#ROW``. A shard appears when it is complete. After a kill, the same call packs the rest.
+    ``shards/00000.parquet#ROW``. Of key frames, the list has also their times in the segments and their boxes. A shard appears when it is complete. After a kill, the same call packs the rest.
 
     Args:
         out: folder for the results, a path or a URI.
@@ -93,7 +100,9 @@ def shard(manifest: Manifest, out: str, settings: ShardSettings) -> ShardResult:
     missing = [i for i, exists in enumerate(storage.are_files(uris)) if not exists]
     if len(missing) < len(uris):
         logger.info(f"{len(uris) - len(missing)} of {len(uris)} shards exist already")
-    progress = ScanProgress(len(missing) * settings.rows_per_shard, "packed")
+    progress = ScanProgress(
+        len(missing) * settings.rows_per_shard, "packed", "key frames" if settings.clip else "videos"
+    )
     arguments = {
         "rows": ray.put(manifest.rows),
         "uris": [uris[i] for i in missing],
@@ -106,7 +115,7 @@ def shard(manifest: Manifest, out: str, settings: ShardSettings) -> ShardResult:
             raise ScanError(row["failure"])
         progress.add(row["videos"])
     try:
-        return write_lists(manifest, out, names, uris)
+        return write_lists(manifest, out, names, uris, settings.clip)
     except (OSError, pa.ArrowException) as error:
         raise ScanError(f"{out}: its shards cannot be read ({error}); remove the damaged ones and try again") from error
 
@@ -144,16 +153,14 @@ def write_shard(
     mine = ray.get(rows).slice(numbers[index] * settings.rows_per_shard, settings.rows_per_shard)
     bad = []
     file = io.BytesIO()
-    with pq.ParquetWriter(file, SHARD, compression="none") as writer:
-        for row in mine.to_pylist():
-            try:
-                with open_isolated(row["uri"], row["frames"], timeout_s=settings.timeout_s) as video:
-                    packed = video.run(pack, settings.short_side, settings.keyframe_interval)
-            except DecodeError as error:
-                bad.append({name: row[name] for name, _ in ROW_FIELDS} | {"reason": error.reason})
+    schema, pack_rows = (SEGMENTS, pack_key_frames) if settings.clip else (SHARD, pack_videos)
+    with pq.ParquetWriter(file, schema, compression="none") as writer:
+        for row, packed in pack_rows(mine.to_pylist(), settings):
+            if isinstance(packed, str):
+                bad.append({name: row[name] for name, _ in ROW_FIELDS} | {"reason": packed})
                 continue
             named = {"sample_id": row["sample_id"], "label": row["label"]}
-            writer.write_table(pa.Table.from_pylist([named | packed], schema=SHARD))  # a row group
+            writer.write_table(pa.Table.from_pylist([named | packed], schema=schema))  # a row group
         writer.add_key_value_metadata({"bad": json.dumps(bad)})
     failure = ""
     try:
@@ -163,26 +170,72 @@ def write_shard(
     return pa.table({"videos": [len(mine)], "failure": [failure]})
 
 
-def write_lists(manifest: Manifest, out: str, names: list[str], uris: list[str]) -> ShardResult:
+Row = dict[str, Any]
+Packed = tuple[Row, Row | str]  # a row of a list, and its columns of a shard, or why it cannot be packed
+
+
+def pack_videos(rows: Iterable[Row], settings: ShardSettings) -> Iterator[Packed]:
+    """Pack the video of each row."""
+    for row in rows:
+        try:
+            with open_isolated(row["uri"], row["frames"], timeout_s=settings.timeout_s) as video:
+                yield row, video.run(pack, settings.short_side, settings.keyframe_interval)
+        except DecodeError as error:
+            yield row, error.reason
+
+
+def pack_key_frames(rows: Iterable[Row], settings: ShardSettings) -> Iterator[Packed]:
+    """Pack a segment of its video for each key frame."""
+    for (uri, images), of_video in groupby(rows, key=lambda row: (row["uri"], row["frames"])):
+        listed = [*of_video]
+        for first in range(0, len(listed), ROWS_TOGETHER):
+            group = listed[first : first + ROWS_TOGETHER]
+            options = (settings.clip, settings.short_side, settings.keyframe_interval)
+            try:
+                with open_isolated(uri, images, timeout_s=settings.timeout_s) as video:
+                    packed = video.run(pack_segments, [row["time"] for row in group], *options)
+            except DecodeError as error:
+                packed = [error.reason] * len(group)
+            yield from zip(group, packed, strict=True)
+
+
+def write_lists(
+    manifest: Manifest, out: str, names: list[str], uris: list[str], clip: SegmentClip | None
+) -> ShardResult:
     """Write the lists of the good and the bad videos, as the shards have them."""
     good, bad, size = [], [], 0
     for name, uri in zip(names, uris, strict=True):
         system, path = storage.resolve(uri)
         size += system.get_file_info(path).size
         with system.open_input_file(path) as file, pq.ParquetFile(file) as shard_file:
-            table = shard_file.read(columns=[field for field in SHARD.names if field != "data"])
+            columns = [field for field in shard_file.schema_arrow.names if field != "data"]
+            table = shard_file.read(columns=columns)
             bad += json.loads(shard_file.metadata.metadata[b"bad"])
         uri_column = pa.array([f"{name}#{row}" for row in range(len(table))], pa.string())
-        good.append(table.append_column("uri", uri_column).select(MANIFEST.names))
+        good.append(table.append_column("uri", uri_column))
     packed = pa.concat_tables(good).replace_schema_metadata(None)
     write_output(storage.join(out, "bad.parquet"), to_parquet(pa.Table.from_pylist(bad, schema=BAD)))
     uri = storage.join(out, "manifest.parquet")
-    write_output(uri, to_parquet(with_classes(packed, manifest.classes)))
+    if clip:
+        packed = with_boxes(packed, manifest.rows).replace_schema_metadata(manifest.rows.schema.metadata)
+        packed = packed.replace_schema_metadata(packed.schema.metadata | clip_metadata(clip))
+    else:
+        packed = with_classes(packed.select(MANIFEST.names), manifest.classes)
+    write_output(uri, to_parquet(packed))
     if not storage.is_remote(out):  # files that a killed call left
         for partial in Path(storage.local_path(out), "shards").glob("*.tmp"):
             with contextlib.suppress(OSError):
                 partial.unlink()
     return ShardResult(uri, len(packed), len(bad), len(uris), size)
+
+
+def with_boxes(packed: pa.Table, listed: pa.Table) -> pa.Table:
+    """Rows of segments with the boxes that key frames have in the list."""
+    number = {sample: i for i, sample in enumerate(listed["sample_id"].to_pylist())}
+    own = listed.take([number[sample] for sample in packed["sample_id"].to_pylist()])
+    for name in ("boxes", "actions", "scores"):
+        packed = packed.append_column(name, own[name])
+    return packed.drop_columns(["label"])
 
 
 def rows_digest(manifest: Manifest) -> str:

@@ -1,6 +1,6 @@
 """Lists of boxes in the format of AVA: from ground truth, person detections and label map to the rows of a split.
 
-All lists are CSV files without a header. Coordinates are fractions of the frame, from its top left corner; seconds are
+The lists are CSV files without a header. Coordinates are fractions of the frame, from its top left corner; seconds are
 whole; actions have ids from 1, which the label map names.
 
 - Ground truth: ``video,second,x1,y1,x2,y2,action,person``, one line for each action of each box. The person may be left
@@ -8,6 +8,10 @@ whole; actions have ids from 1, which the label map names.
 - Person boxes: ``video,second,x1,y1,x2,y2,action,score``. The action is empty or -1 if none is known.
 - Excluded key frames: ``video,second``.
 - Label map: blocks ``item { name: "stand" id: 12 }``, also with ``label_id`` for ``id``, and with ``label_type``.
+
+A list in Parquet, of ``posmlp data shard`` or ``posmlp data check``, has the rows themselves: ``sample_id``, ``uri``,
+``time``, ``boxes``, ``actions`` and ``scores`` as ``read_detection_split`` returns them. It takes the place of the first
+three lists.
 
 A video is a file ``VIDEO.mp4`` (or another suffix of videos) in the folder of the videos, or a folder ``VIDEO`` of
 images ``VIDEO_000001.jpg``. A key frame is a video and a second. Lines whose coordinates are the same text are the same
@@ -26,8 +30,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from posmlp import storage
@@ -35,13 +41,15 @@ from posmlp.config import DataSection, DetectionSection, SplitSection
 from posmlp.errors import UserError
 from posmlp.text import quantity
 from posmlp.video.classes import NUMBER, ClassIndex, KnownClasses, list_names, same_name
-from posmlp.video.formats import VIDEO_SUFFIXES, ListingRow, ManifestSource, StopReading, read_text
+from posmlp.video.formats import VIDEO_SUFFIXES, ListingRow, ManifestSource, StopReading, read_text, require_kind
 from posmlp.video.manifest import (
     SCHEMA,
     Manifest,
     ManifestError,
     Split,
     absolute,
+    are_files,
+    check_parquet_rows,
     count_images,
     escape_braces,
     problem_lines,
@@ -64,6 +72,7 @@ DETECTION_SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float32())),
     ]
 )
+OPTIONAL = ("label", "frames")  # columns that a list in Parquet need not have
 MAX_SECOND = 10**6
 MAX_CLASSES = 10**4
 NO_ACTION = ("", "-1")
@@ -97,7 +106,12 @@ class PersonBoxes:
 
 
 def read_detection_split(
-    data: DataSection, detection: DetectionSection, split: Split, known: KnownClasses | None = None
+    data: DataSection,
+    detection: DetectionSection,
+    split: Split,
+    known: KnownClasses | None = None,
+    *,
+    missing_ok: bool = False,
 ) -> Manifest:
     """Read and check the key frames of a split.
 
@@ -127,6 +141,7 @@ def read_detection_split(
         data: ``data.classes`` is the label map; of the split, ``path`` is the ground truth, ``root`` the folder of the
             videos (None: the list's folder), ``boxes`` and ``excluded`` the other lists.
         known: the classes of the model, or of the training list. An action that is not among them is a problem.
+        missing_ok: also keep key frames whose video does not exist.
 
     Raises:
         ManifestError: lists all problems.
@@ -140,21 +155,47 @@ def read_detection_split(
         raise UserError("the recipe has no label map of the actions; set data.classes to a .pbtxt file")
     path = absolute(section.path)
     root = storage.parent(path) if section.root is None else absolute(section.root)
-    source = ManifestSource(path, {}, root, absolute(data.classes), "", data.format, known=known)
-    boxes, excluded = (None if uri is None else absolute(uri) for uri in (section.boxes, section.excluded))
+    source = ManifestSource(path, {}, root, absolute(data.classes), "", data.format, missing_ok, known)
     try:
-        manifest = _build_manifest(source, boxes, excluded, root, detection, split == "train")
+        manifest = _build_manifest(source, section, root, detection, split == "train")
     except StopReading:
         raise ManifestError(problem_lines(source)) from None
     return manifest
 
 
 def _build_manifest(
-    source: ManifestSource, boxes: str | None, excluded: str | None, root: str, detection: DetectionSection, train: bool
+    source: ManifestSource, section: SplitSection, root: str, detection: DetectionSection, train: bool
 ) -> Manifest:
     assert source.classes is not None
     entries = _parse_label_map(source, source.classes)
     classes = label_map_names(entries)
+    evaluated = _evaluated_ids(source, detection.evaluated, entries)
+    if is_parquet(source.path):
+        _check_lists_of_parquet(source, section)
+        rows, label = _read_parquet(source, root, detection, classes, train)
+    else:
+        boxes, excluded = (None if uri is None else absolute(uri) for uri in (section.boxes, section.excluded))
+        rows, label = _read_lists(source, boxes, excluded, root, detection, classes, train)
+
+    def labels_of(ids: Iterable[int]) -> list[int]:
+        return sorted({int(label[i - 1]) for i in ids if label[i - 1] >= 0})
+
+    groups = {group: labels_of(i + 1 for i in members) for group, members in class_groups(entries).items()}
+    metadata = {b"evaluated": json.dumps(evaluated and labels_of(evaluated)), b"groups": json.dumps(groups)}
+    rows = rows.replace_schema_metadata((rows.schema.metadata or {}) | metadata)
+    return Manifest(rows, source.known.names if source.known else classes, root)
+
+
+def _read_lists(
+    source: ManifestSource,
+    boxes: str | None,
+    excluded: str | None,
+    root: str,
+    detection: DetectionSection,
+    classes: tuple[str, ...],
+    train: bool,
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The rows of lists in CSV, and the label of each class of the label map."""
     truth = _read_boxes(source, source.path, TRUTH_COLUMNS, len(classes))
     people = None if boxes is None else _read_boxes(source, boxes, BOXES_COLUMNS, len(classes))
     left_out = None if excluded is None else _read_csv(source, excluded, EXCLUDED_COLUMNS)
@@ -170,8 +211,7 @@ def _build_manifest(
     if not train and people is not None:  # only compared with; not the same boxes as the scored ones
         lists[0] = replace(truth, scores=np.full(len(truth.seconds), np.nan))
         lists[1] = replace(lists[1], actions=np.full(len(lists[1].seconds), -1))
-    label = _known_labels(source, classes, lists)
-    evaluated = _evaluated_ids(source, detection.evaluated, entries)
+    label = _known_labels(source, classes, np.concatenate([each.actions for each in lists]))
     source.stop_if_bad()
 
     keys = [_keys(boxes_of.table, boxes_of.seconds, number) for boxes_of in lists]
@@ -185,14 +225,7 @@ def _build_manifest(
         grouped = grouped.take(grouped.labels > 0)
     if not len(grouped.keys):
         source.stop(source.path, None, "no key frame is left with a box; check the excluded key frames and min_score")
-    rows = _rows(grouped, videos, uris, frames, detection.first_second)
-
-    def labels_of(ids: Iterable[int]) -> list[int]:
-        return sorted({int(label[i - 1]) for i in ids if label[i - 1] >= 0})
-
-    groups = {group: labels_of(i + 1 for i in members) for group, members in class_groups(entries).items()}
-    metadata = {"evaluated": json.dumps(evaluated and labels_of(evaluated)), "groups": json.dumps(groups)}
-    return Manifest(rows.replace_schema_metadata(metadata), source.known.names if source.known else classes, root)
+    return _rows(grouped, videos, uris, frames, detection.first_second), label
 
 
 # Label maps -----------------------------------------------------------------------------------------------------------
@@ -522,13 +555,13 @@ def _check_videos_of(source: ManifestSource, truth: _Table, people: _Table | Non
         source.problem(excluded.file, None, text)
 
 
-def _known_labels(source: ManifestSource, classes: tuple[str, ...], lists: Sequence[_Boxes]) -> NDArray[np.int64]:
-    """The label of each class of the label map: its place in ``source.known``, if given."""
+def _known_labels(source: ManifestSource, classes: tuple[str, ...], actions: NDArray) -> NDArray[np.int64]:
+    """The label of each class of the label map: its place in ``source.known``, if given. Actions below 0 are none."""
     if source.known is None:
         return np.arange(len(classes))
     index = ClassIndex(source.known.names)
     label = np.array([index.get(name) for name in classes])
-    used = np.unique(np.concatenate([boxes.actions for boxes in lists]))
+    used = np.unique(actions)
     strange = [classes[i] for i in used[used >= 0] if label[i] < 0]
     if strange:
         what = f"{len(strange)} class{'es' * (len(strange) > 1)} not in {source.known.source}: {list_names(strange)}"
@@ -580,6 +613,8 @@ def _find_videos(
             row = ListingRow(truth.file, line, video, "")
             images = count_images(replace(source, template=template), row, folder)
             uris.append(storage.join(escape_braces(folder), template))
+        elif source.missing_ok:
+            uris.append(storage.join(root, f"{video}.mp4"))  # reading it fails later
         else:
             text = f"no video {video} in {root}: neither {video}.mp4 (or .mkv, .webm, ...) nor a folder of images"
             source.problem(truth.file, line, f"{text} {video}_000001.jpg; get it, or remove its lines from the lists")
@@ -681,3 +716,152 @@ def _rows(
 def _offsets(counts: NDArray[np.int64]) -> pa.Array:
     """Where each list of a column starts, and the end."""
     return pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+
+
+# Parquet --------------------------------------------------------------------------------------------------------------
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a list is one of ``posmlp data shard`` or ``posmlp data check``, by its name."""
+    return path.partition("?")[0].endswith(".parquet")
+
+
+def list_metadata(
+    classes: Sequence[str], section: SplitSection, detection: DetectionSection, split: Split
+) -> dict[bytes, str]:
+    """The metadata of rows that are written to Parquet: how their boxes were chosen, for ``read_detection_split``."""
+    chosen = {"min_score": detection.min_score} | ({"negatives": detection.negatives} if split == "train" else {})
+    told = {"train": split == "train", "chosen": chosen if section.boxes else {}}
+    return {b"classes": json.dumps(classes), b"boxes": json.dumps(told)}
+
+
+def _check_lists_of_parquet(source: ManifestSource, section: SplitSection) -> None:
+    """Report lists that a list in Parquet has used already."""
+    for key in ("boxes", "excluded"):
+        if getattr(section, key) is not None:
+            text = f"the key frames and boxes of a Parquet list are chosen already; leave `{key}` out of its section"
+            source.problem(source.path, None, f"{text}, as in data.train={source.path}")
+
+
+def _read_parquet(
+    source: ManifestSource, root: str, detection: DetectionSection, classes: tuple[str, ...], train: bool
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The rows of a list in Parquet, and the label of each class of the label map."""
+    require_kind(source, source.path, "file", "a list of `posmlp data shard`")
+    with source.reading(source.path):
+        system, place = storage.resolve(source.path)
+        with system.open_input_file(place) as file:
+            table = pq.read_table(file)
+    _check_list_metadata(source, table.schema.metadata or {}, detection, classes, train)
+    table = _checked_columns(source, table)
+    _check_rows(source, table, len(classes))
+    uris = [storage.join(root, uri) for uri in table["uri"].to_pylist()]
+    rows = [ListingRow(source.path, i, uri, "") for i, uri in enumerate(uris)]
+    inside = [storage.is_inside(uri, root) for uri in uris]
+    _refuse_rows(
+        source, table, ~np.array(inside, bool), f"has a uri outside {root}; set `root` to a folder of all videos"
+    )
+    source.stop_if_bad()
+    found = [True] * len(uris) if source.missing_ok else are_files(source, uris)
+    advice = f"has a uri without a file in {root}; `root` is the list's folder for a list of `posmlp data shard`"
+    _refuse_rows(source, table, ~np.array(found, bool), advice)
+    source.stop_if_bad()
+    if not source.missing_ok:
+        check_parquet_rows(source, rows, uris)
+    actions = table["actions"].combine_chunks()
+    of_boxes = actions.flatten()
+    flat = of_boxes.flatten().to_numpy(zero_copy_only=False)
+    label = _known_labels(source, classes, flat)
+    source.stop_if_bad()
+
+    ends, inner = actions.offsets, of_boxes.offsets
+    mapped = pa.ListArray.from_arrays(ends, pa.ListArray.from_arrays(inner, pa.array(label[flat], pa.int32())))
+    columns = {name: table[name] for name in DETECTION_SCHEMA.names} | {"uri": uris, "actions": mapped}
+    kept = {key: value for key, value in (table.schema.metadata or {}).items() if key not in (b"classes", b"boxes")}
+    return pa.table(columns, schema=DETECTION_SCHEMA.with_metadata(kept)), label
+
+
+def _check_list_metadata(
+    source: ManifestSource,
+    metadata: Mapping[bytes, bytes],
+    detection: DetectionSection,
+    classes: tuple[str, ...],
+    train: bool,
+) -> None:
+    """Check that a list has the classes of the label map, and boxes that were chosen as the recipe chooses them."""
+    if not {b"classes", b"boxes"} <= metadata.keys():
+        source.stop(source.path, None, "is no list of key frames; `posmlp data shard RECIPE` writes one")
+    names, told = json.loads(metadata[b"classes"]), json.loads(metadata[b"boxes"])
+    if tuple(names) != classes:
+        differ = [f"{a!r} and {b!r}" for a, b in zip(names, classes, strict=False) if a != b]
+        what = f"class {differ[0]}" if differ else f"{len(names)} and {len(classes)} classes"
+        source.problem(
+            source.path, None, f"differs from {source.classes}: {what}; use the label map it was written with"
+        )
+    if told["train"] != train:
+        has, needs = ("training", "validation or test") if told["train"] else ("validation or test", "training")
+        source.problem(
+            source.path, None, f"has the boxes of {has}, not of {needs}; give it to the split it was made for"
+        )
+        return
+    for key, value in told["chosen"].items():
+        if (now := getattr(detection, key)) != value:
+            text = f"its boxes were chosen with detection.{key}={value}, not {now}; set this, or write the list again"
+            source.problem(source.path, None, text)
+
+
+def _checked_columns(source: ManifestSource, table: pa.Table) -> pa.Table:
+    """The columns of ``DETECTION_SCHEMA``, without gaps; a list without ``frames`` has video files."""
+    missing = [name for name in DETECTION_SCHEMA.names if name not in table.column_names and name not in OPTIONAL]
+    if missing:
+        source.stop(source.path, None, f"has no column {', '.join(missing)}; `posmlp data shard RECIPE` writes them")
+    for name in OPTIONAL:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), pa.int32()))
+    try:
+        table = table.select(DETECTION_SCHEMA.names).cast(DETECTION_SCHEMA.with_metadata(table.schema.metadata))
+    except (pa.ArrowException, ValueError) as error:
+        source.stop(source.path, None, f"has columns of other types ({error}); expected those of `posmlp data shard`")
+    if not len(table):
+        source.stop(source.path, None, "has no key frames")
+    for name in DETECTION_SCHEMA.names:
+        if name not in OPTIONAL:
+            _refuse_rows(source, table, table[name].is_null().to_numpy(), f"has no {name}")
+    source.stop_if_bad()
+    return table.combine_chunks()
+
+
+def _check_rows(source: ManifestSource, table: pa.Table, classes: int) -> None:
+    """Report rows whose values cannot be those of key frames."""
+    samples, times = table["sample_id"].to_pylist(), table["time"].to_numpy()
+    first: dict[str, int] = {}
+    again = np.array([first.setdefault(sample, i) != i for i, sample in enumerate(samples)])
+    _refuse_rows(source, table, again, "is there twice; keep one of the two")
+    odd = np.array([re.fullmatch(r".+,[0-9]{4,6}", sample, re.DOTALL) is None for sample in samples])
+    _refuse_rows(source, table, odd, "has another sample_id than VIDEO,SECOND")
+    _refuse_rows(source, table, ~(np.isfinite(times) & (times >= 0)), "has a time that is no number from 0")
+    boxes, scores, actions = (table[name].combine_chunks() for name in ("boxes", "scores", "actions"))
+    counts, of_actions, of_boxes = (pa.compute.list_value_length(each).to_numpy() for each in (scores, actions, boxes))
+    uneven = (counts < 1) | (of_actions != counts) | (of_boxes != 4 * counts)
+    _refuse_rows(source, table, uneven, "needs four coordinates, a score and a list of actions for each box")
+    if uneven.any():
+        return
+    row = np.repeat(np.arange(len(table)), counts)
+    corners, score = boxes.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4), scores.flatten().to_numpy()
+    good = (corners >= 0).all(1) & (corners <= 1).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
+    _refuse_rows(
+        source, table, np.isin(np.arange(len(table)), row[~good]), "has a box that is not x1 < x2, y1 < y2 in 0..1"
+    )
+    good = np.isnan(score) | ((score >= 0) & (score <= 1))
+    _refuse_rows(source, table, np.isin(np.arange(len(table)), row[~good]), "has a score that is not from 0 to 1")
+    of_actions = actions.flatten()
+    numbers = of_actions.flatten().to_numpy(zero_copy_only=False)
+    of_number = np.repeat(row, pa.compute.list_value_length(of_actions).to_numpy())
+    strange = np.isin(np.arange(len(table)), of_number[(numbers < 0) | (numbers >= classes)])
+    _refuse_rows(source, table, strange, f"has an action that is not a class, 0 to {classes - 1}")
+
+
+def _refuse_rows(source: ManifestSource, table: pa.Table, bad: NDArray[np.bool_], what: str) -> None:
+    """Report some rows, given as a mask."""
+    for i in np.flatnonzero(bad):
+        source.problem(source.path, None, f"row {i}, {table['sample_id'][int(i)].as_py()}, {what}")

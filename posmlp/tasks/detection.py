@@ -43,11 +43,13 @@ class Detection(Task):
         import pyarrow as pa
 
         from posmlp.detection.lists import read_detection_split
+        from posmlp.detection.segments import refuse_longer_clips
 
         manifest = read_detection_split(config.data, config.detection, split, known)
+        refuse_longer_clips(manifest.rows, getattr(config.data, split).path, config)
         if split != "val" or config.detection.val_every == 1:
             return manifest
-        seconds = np.rint(manifest.rows["time"].to_numpy() + config.detection.first_second).astype(np.int64)
+        seconds = np.array([int(each.rpartition(",")[2]) for each in manifest.rows["sample_id"].to_pylist()])
         rows = manifest.rows.filter(pa.array(seconds % config.detection.val_every == 0)).combine_chunks()
         return replace(manifest, rows=rows)
 

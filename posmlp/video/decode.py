@@ -226,8 +226,20 @@ class Video:
         Raises:
             DecodeError: the video is damaged; raised after the frames before the damage.
         """
+        return self.frames(range(self.info.frames), short_side, seek=False)
+
+    def frames(self, indices: Sequence[int], short_side: int | None = None, *, seek: bool = True) -> Iterator[Frames]:
+        """Frames by number one after the other, uint8 ``[H, W, 3]`` each; otherwise as ``read``, without decord.
+
+        Args:
+            seek: False: decode everything up to the last one, in case key frames are marked wrongly.
+
+        Raises:
+            DecodeError: the video is damaged; raised after the frames before the damage.
+        """
         height = width = 0
-        for picture in self.pictures():
+        find = self._by_time if seek and self.timed else self._by_order
+        for picture in self._checked(find(indices), indices):
             if not height:
                 height, width = scaled_size(*picture.size, short_side)
             yield _to_rgb(picture, height, width)
@@ -598,9 +610,12 @@ class ImageFolder:
 
     def all_frames(self, short_side: int | None = None) -> Iterator[Frames]:
         """Every picture in order; as ``Video.all_frames``."""
+        return self.frames(range(self.info.frames), short_side)
+
+    def frames(self, indices: Sequence[int], short_side: int | None = None, *, seek: bool = True) -> Iterator[Frames]:
+        """Pictures by number one after the other; as ``Video.frames``."""
         height, width = scaled_size(*self._first.size, short_side)
-        for picture in self.pictures():
-            yield _to_rgb(picture, height, width)
+        return (_to_rgb(self._picture(i), height, width) for i in indices)
 
     def pictures(self) -> Iterator[Picture]:
         """Every picture in order; as ``Video.pictures``, without times."""

@@ -439,7 +439,7 @@ def _read_backslashes(source: ManifestSource, listing: Listing, folder: str) -> 
         return
     if listing.images and TEMPLATE.fullmatch(source.template):
         found = {i: storage.join(uri, source.template.format(1)) for i, uri in found.items()}
-    for i, exists in zip(found, _are_files(source, [*found.values()]), strict=True):
+    for i, exists in zip(found, are_files(source, [*found.values()]), strict=True):
         row = listing.rows[i]
         if not exists:
             path = row.path.replace("\\", "/")
@@ -476,7 +476,7 @@ def _check_paths(source: ManifestSource, listing: Listing, folder: str) -> list[
     return uris
 
 
-def _are_files(source: ManifestSource, uris: Sequence[str]) -> list[bool]:
+def are_files(source: ManifestSource, uris: Sequence[str]) -> list[bool]:
     first = next((uri for uri in uris if storage.is_remote(uri)), source.path)  # named in an error of the store
     with source.reading(first):
         found = storage.are_files(uris)
@@ -488,7 +488,7 @@ def _find_videos(
 ) -> list[str]:
     """The URI where each video was found. Each missing video is a problem."""
     wanted = [i for i, uri in enumerate(uris) if uri]
-    found = _are_files(source, [uris[i] for i in wanted])
+    found = are_files(source, [uris[i] for i in wanted])
     missing = [i for i, exists in zip(wanted, found, strict=True) if not exists]
     uris = list(uris)
     tried = 0
@@ -501,7 +501,7 @@ def _find_videos(
         if not candidates:
             break
         candidates = {i: uri for i, uri in candidates.items() if storage.is_inside(uri, folder)}
-        for (i, uri), exists in zip(candidates.items(), _are_files(source, list(candidates.values())), strict=True):
+        for (i, uri), exists in zip(candidates.items(), are_files(source, list(candidates.values())), strict=True):
             if exists:
                 uris[i] = uri
         missing = [i for i in missing if uris[i] != candidates.get(i)]
@@ -516,7 +516,7 @@ def _find_videos(
         windows = "; a path of a Windows drive: make it relative to `root`" if DRIVE.match(row.path) else ""
         source.problem(row.file, row.line, f"no {what} file {uris[i]}{also}{windows or '; ' + base}")
     absent = set(missing)
-    _check_parquet_rows(source, rows, ["" if i in absent else uri for i, uri in enumerate(uris)])
+    check_parquet_rows(source, rows, ["" if i in absent else uri for i, uri in enumerate(uris)])
     return uris
 
 
@@ -527,7 +527,7 @@ def _other_places(listing: Listing, row: ListingRow) -> list[str]:
     return (listing.others(row) if listing.others else []) + cases
 
 
-def _check_parquet_rows(source: ManifestSource, rows: list[ListingRow], uris: list[str]) -> None:
+def check_parquet_rows(source: ManifestSource, rows: list[ListingRow], uris: list[str]) -> None:
     """Check that the row of ``FILE.parquet#ROW`` exists and that the file holds videos."""
     counts: dict[str, int] = {}
     for row, uri in zip(rows, uris, strict=True):
@@ -570,7 +570,7 @@ def _frame_folders(
             frames[i] = count_images(source, row, folder)
         elif folder and row.frames and row.frames > 0:
             wanted += [(row, storage.join(folder, source.template.format(n))) for n in {1: 0, row.frames: 0}]
-    found = _are_files(source, [uri for _, uri in wanted])
+    found = are_files(source, [uri for _, uri in wanted])
     for (row, uri), exists in zip(wanted, found, strict=True):
         if not exists and not source.missing_ok:
             text = f"no image {uri}, but the list has {row.frames} frames, named {source.template}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from fractions import Fraction
 
 import av
@@ -10,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posmlp import storage
-from posmlp.video.decode import DecodeError, ImageFolder, Video
+from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo
 
 FOLDER_FPS = 12  # for frame folders, which have no frame rate; that of Something-Something
 UNITS = (90_000, 10_000_000, 1000, 1)  # of the times in a packed file, per second: the first that fits the video
 MAX_STEP = 2**28  # units between two frames: MP4 has 31 bits for several, as B-frames are shown later than decoded
+KEYFRAME_INTERVAL = 12  # frames, if only the size is given
 PRESET, CRF = "veryfast", 20  # of x264; this rate factor costs a network no accuracy (18 is visually lossless)
 
 
@@ -38,10 +40,17 @@ def pack(video: Video | ImageFolder, short_side: int | None, keyframe_interval: 
         data = video.source if isinstance(video.source, bytes) else storage.read_bytes(video.source)
         info = video.info
     else:
-        data, height, width = encode(video, short_side, keyframe_interval or 12)
-        packed = Video(video.uri, content=data)
-        info = packed.info
-        packed.close()
+        times = video.info.times
+        if times is None:
+            times = np.arange(video.info.frames) / FOLDER_FPS
+        frames, fps = video.all_frames(short_side), video.info.fps or FOLDER_FPS
+        data, height, width = encode(video.uri, frames, times, fps, keyframe_interval or KEYFRAME_INTERVAL)
+        info = read_info(video.uri, data)
+    return properties(data, info, height, width)
+
+
+def properties(data: bytes, info: VideoInfo, height: int, width: int) -> dict[str, object]:
+    """What a shard has of a video."""
     return {
         "data": data,
         "num_frames": info.frames,
@@ -53,16 +62,29 @@ def pack(video: Video | ImageFolder, short_side: int | None, keyframe_interval: 
     }
 
 
-def encode(video: Video | ImageFolder, short_side: int | None, keyframe_interval: int) -> tuple[bytes, int, int]:
-    """Encode as H.264 in MP4, upright, without sound; every frame keeps its time. Returns the file, height and width.
+def read_info(uri: str, data: bytes) -> VideoInfo:
+    """The properties of an encoded video."""
+    packed = Video(uri, content=data)
+    info = packed.info
+    packed.close()
+    return info
+
+
+def encode(
+    uri: str, frames: Iterable[Frames], times: NDArray[np.float64], fps: float, keyframe_interval: int
+) -> tuple[bytes, int, int]:
+    """Encode as H.264 in MP4, without sound; every frame keeps its time. Returns the file, height and width.
 
     Key frames come at a fixed interval and no frame refers to one across them. Sides are rounded down to even numbers,
     as H.264's 4:2:0 needs. The same input gives the same bytes, because x264 runs one thread and writes no dates.
+
+    Args:
+        uri: the video that an error names.
+        frames: upright, uint8 ``[H, W, 3]`` each.
+        times: of the frames, float64 ``[N]`` in seconds.
+        fps: nominal frame rate, for x264.
     """
-    times = video.info.times
-    if times is None:
-        times = np.arange(video.info.frames) / FOLDER_FPS
-    units = choose_units(video.uri, times)
+    units = choose_units(uri, times)
     # Otherwise an edit list in milliseconds may hide the frames of a very short video, and times have other units.
     scales = dict.fromkeys(("movie_timescale", "video_track_timescale"), str(units.denominator))
     file = io.BytesIO()
@@ -70,10 +92,10 @@ def encode(video: Video | ImageFolder, short_side: int | None, keyframe_interval
     with av.open(file, "w", format="mp4", options={"fflags": "bitexact"} | scales) as container:
         # without mbtree: its vector code reads uninitialised memory, so the bytes would differ between runs
         x264 = f"keyint={keyframe_interval}:min-keyint={keyframe_interval}:scenecut=0:open-gop=0:threads=1:mbtree=0"
-        stream = container.add_stream("libx264", rate=Fraction(video.info.fps or FOLDER_FPS).limit_denominator(1001))
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.options = {"preset": PRESET, "crf": str(CRF), "x264-params": x264}
         stream.pix_fmt = "yuv420p"
-        for number, frame in enumerate(video.all_frames(short_side)):
+        for number, frame in enumerate(frames):
             if not height:
                 height, width = (max(2, side - side % 2) for side in frame.shape[:2])
                 stream.height, stream.width = height, width

@@ -20,7 +20,7 @@ from posmlp.config import Config, Format, list_recipes
 from posmlp.errors import UserError
 
 if TYPE_CHECKING:
-    from posmlp.video.manifest import Manifest
+    from posmlp.video.manifest import Manifest, Split
 
 
 def add_commands(commands: Commands) -> None:
@@ -93,7 +93,7 @@ def add_manifest(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "manifest",
         metavar="LIST|RECIPE",
-        help="list of videos, or a folder with one subfolder per class, a path or a URI; for action detection its recipe",
+        help="list of videos, or a folder with one subfolder per class (a path or a URI); for detection, the recipe",
     )
     add_overrides(command, "data.train.root=videos")
     command.add_argument("--split", choices=("train", "val", "test"), help="lists of the recipe (default: train)")
@@ -165,7 +165,7 @@ def read_key_frames(args: argparse.Namespace, missing_ok: bool) -> tuple[Manifes
         raise UserError(
             f"{args.manifest} is a recipe of recognition: name its list in place of it, as {config.data.train.path}"
         )
-    split = args.split or "train"
+    split: Split = args.split or "train"
     manifest = read_detection_split(config.data, config.detection, split, missing_ok=missing_ok)
     told = list_metadata(manifest.classes, getattr(config.data, split), config.detection, split)
     rows = manifest.rows.replace_schema_metadata((manifest.rows.schema.metadata or {}) | told)

@@ -85,7 +85,8 @@ def shard(manifest: Manifest, out: str, settings: ShardSettings) -> ShardResult:
 
     Writes ``shards/00000.parquet``, ... (``SHARD``; one row group per video, so that each can be read alone), then
     ``bad.parquet`` (``BAD``), and last ``manifest.parquet`` (``MANIFEST``), the list to train on, whose ``uri`` is
-    ``shards/00000.parquet#ROW``. Of key frames, the list has also their times in the segments and their boxes. A shard appears when it is complete. After a kill, the same call packs the rest.
+    ``shards/00000.parquet#ROW``. Of key frames, the list has also their times in the segments and their boxes. A shard
+    appears when it is complete. After a kill, the same call packs the rest.
 
     Args:
         out: folder for the results, a path or a URI.

@@ -10,8 +10,8 @@ whole; actions have ids from 1, which the label map names.
 - Label map: blocks ``item { name: "stand" id: 12 }``, also with ``label_id`` for ``id``, and with ``label_type``.
 
 A list in Parquet, of ``posmlp data shard`` or ``posmlp data check``, has the rows themselves: ``sample_id``, ``uri``,
-``time``, ``boxes``, ``actions`` and ``scores`` as ``read_detection_split`` returns them. It takes the place of the first
-three lists.
+``time``, ``boxes``, ``actions`` and ``scores`` as ``read_detection_split`` returns them. It takes the place of the
+first three lists.
 
 A video is a file ``VIDEO.mp4`` (or another suffix of videos) in the folder of the videos, or a folder ``VIDEO`` of
 images ``VIDEO_000001.jpg``. A key frame is a video and a second. Lines whose coordinates are the same text are the same

@@ -148,7 +148,6 @@ def read(tmp_path):
         config = load_recipe(
             "scenes", [*lists, f"data.classes={tmp_path}/map.pbtxt", "model.num_classes=3", *overrides]
         )
-        from posmlp.tasks import task_of
 
         return task_of(config).read_split(config, split)
 

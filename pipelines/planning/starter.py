@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
 
@@ -39,6 +42,8 @@ CLIP_S = 4.0  # seconds that a clip of a long video shows
 LARGE = 2000  # from this number of training videos, and with a GPU, a published size of the model
 RARE = 3.0  # largest class over the smallest, from which classes are balanced
 CROP_STRETCH = 1.2  # how much wider or higher than the frames a training crop may be
+# The first line of a list of boxes (``posmlp.detection.lists``): video, second, four fractions, action, and one more
+BOX_LINE = re.compile(r"[^,]+,\s*[0-9]+(,\s*[01]?(\.[0-9]*)?){4},\s*(-1|[0-9]*)(,[^,]*)?")
 MAX_CACHE_GB = 20.0  # decoded frames of all videos together that may be cached
 # As in the recipe small_data: weights of the package fit it.
 SMALL_MODEL = {"name": "tiny", "dims": [32, 64, 96, 128], "depths": [1, 1, 2, 1], "groups": [8, 8, 8, 16]}
@@ -107,6 +112,7 @@ def init(path: str, out: str | None = None, group_by: str | None = None) -> str:
     file = Path(out or f"{name}.yaml")
     if file.exists():
         raise UserError(f"{file} exists; choose another file with --out, or remove it")
+    refuse_boxes(path)
     lists = find_lists(path, group_by)
     manifest = read_manifest(lists.train)
     refuse_unfit(path, manifest)
@@ -162,6 +168,23 @@ def refuse_unfit(path: str, manifest: Manifest) -> None:
         raise UserError(f"{path} has one class, {manifest.classes[0]!r}; sort the videos into a folder for each class")
     if set(manifest.rows["frames"].to_pylist()) == {1}:
         raise UserError(f"{path} has images; init is for videos. `posmlp recipes copy in1k_s FILE` starts with images")
+
+
+def refuse_boxes(path: str) -> None:
+    """Raise a UserError for a list of boxes, in CSV or Parquet, or a label map: they are for action detection."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        first = file.readline(10_000).decode(errors="replace").strip()
+    found = path.endswith(".pbtxt") or BOX_LINE.fullmatch(first)
+    if path.endswith(".parquet"):
+        with contextlib.suppress(pa.ArrowException, OSError):  # reported when the list is read
+            found = {"boxes", "actions"} <= {*pq.read_schema(path).names}
+    if found:
+        raise UserError(
+            f"{path} has boxes of action detection; init is for recognition. `posmlp recipes copy ava_s16 FILE` starts "
+            "with boxes"
+        )
 
 
 def look_at(manifest: Manifest) -> Look:

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -196,3 +197,24 @@ def test_the_time_of_a_step_is_measured():
         for count in (2, 32)
     )
     assert 0 < small < large
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.csv", "-5KQ66BBWC4,0902,0.077,0.151,0.283,0.811,80,1\n"),
+        ("people.csv", "a,902,0,0.1,1,1.0,,0.99\n"),
+        ("map.pbtxt", 'item { name: "sit" id: 1 }'),
+    ],
+)
+def test_boxes_are_not_for_init(here, capsys, name, content):
+    (here / name).write_text(content)
+    assert main(["init", name]) == 1
+    assert f"{name} has boxes of action detection; init is for recognition" in capsys.readouterr().err
+    assert not [*here.glob("*.yaml")]
+
+
+def test_a_parquet_list_of_boxes_is_not_for_init(here, capsys):
+    pq.write_table(pa.table({"uri": ["a.mp4"], "boxes": [[0.0]], "actions": [[0]]}), here / "list.parquet")
+    assert main(["init", "list.parquet"]) == 1
+    assert "init is for recognition" in capsys.readouterr().err

@@ -104,6 +104,9 @@ def main() -> None:
         of_segment.append(load(f"{shard}#{number}", number, times[number]))
         of_open.append(milliseconds(lambda: open_film(film)))
     size = f"{film.stat().st_size / 1e6:.0f} MB"
+    print(
+        f"{device_name(torch.device('cpu'))}; {SegmentClip.of_recipe(config)}, film of {SECONDS / 60:.0f} min, {size}"
+    )
     opening = f"(opening it: {statistics.median(of_open):.1f})"
     print(f"from the film     {statistics.median(of_film):7.1f} ms per key frame {opening}")
     print(f"from its segment  {statistics.median(of_segment):7.1f} ms per key frame")

@@ -176,7 +176,7 @@ def refuse_boxes(path: str) -> None:
         return
     with open(path, "rb") as file:
         first = file.readline(10_000).decode(errors="replace").strip()
-    found = path.endswith(".pbtxt") or BOX_LINE.fullmatch(first)
+    found = path.endswith(".pbtxt") or bool(BOX_LINE.fullmatch(first))
     if path.endswith(".parquet"):
         with contextlib.suppress(pa.ArrowException, OSError):  # reported when the list is read
             found = {"boxes", "actions"} <= {*pq.read_schema(path).names}

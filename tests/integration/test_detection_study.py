@@ -30,7 +30,7 @@ def studied(local_ray, tmp_path_factory):
     overrides = [
         *("task=detection", "data.format=ava", f"data.classes={scenes}/actions.pbtxt", "data.stride=2", *lists),
         *(f"data.train.root={scenes}/videos", f"data.val.root={scenes}/videos"),
-        *(f"detection.first_second={FIRST_SECOND}", "train.global_batch=4", "tracking.log_model=true"),
+        *(f"detection.first_second={FIRST_SECOND}", "train.global_batch=4"),
     ]
     study = study_for(folder, scenes, *overrides, against="gmacs", asha=True, trials=2)
     with log_lines() as lines:
@@ -57,7 +57,7 @@ def test_trials_have_the_map_of_their_runs_and_a_resume_keeps_them(studied):
     assert any("trial 0: finished, mAP " in line for line in lines) and not any("top-1" in line for line in lines)
 
 
-def test_files_mlflow_and_the_registered_model_name_the_map(studied, tmp_path, capsys):
+def test_files_and_mlflow_name_the_map(studied, tmp_path, capsys):
     _, result, _ = studied
     client, study = MlflowClient(tracking_uri(result.study.recipe)), result.study
     values = pareto.reported_values(result.trials)
@@ -80,6 +80,3 @@ def test_files_mlflow_and_the_registered_model_name_the_map(studied, tmp_path, c
     text = capsys.readouterr().out
     assert "(mAP against gmacs)" in text and "Intervals and shares are over seeds alone." in text
     assert "validation mAP, %" in (tmp_path / "front.html").read_text()
-    version = client.get_model_version_by_alias("look", "best")
-    assert float(version.tags["map"]) == pytest.approx(max(values.values()), abs=1e-4)
-    assert version.tags["map.interval_of"] == "seeds alone" and "val/map" in version.tags["rule"]

@@ -30,6 +30,7 @@ from posmlp.video.decode import DecodeError, ImageFolder, Video
 from posmlp.video.isolated import open_isolated
 
 SHOWN_S = 0.5  # an annotated video shows a box from so long before its second to so long after it
+READABLE = 480  # pixels; frames with a shorter side are enlarged by a whole factor, so that labels fit
 ANNOTATION_TIMEOUT_S = 24 * 3600.0
 TIME_BASE = Fraction(1, 90_000)  # seconds; of an annotated video
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#17becf")
@@ -208,7 +209,7 @@ def write_annotated(
     shown: Mapping[float, Sequence[tuple[tuple[float, ...], Sequence[str]]]],
     fps: float | None,
 ) -> None:
-    """Write the frames of a video with boxes and their lines of text.
+    """Write the frames of a video with boxes and their lines of text; small frames are enlarged.
 
     Args:
         shown: by their time in seconds.
@@ -228,12 +229,16 @@ def write_annotated(
             stream.codec_context.time_base = TIME_BASE
             font = None
             for time, picture in zip(times, video.all_frames(), strict=True):
-                height, width = (side // 2 * 2 for side in picture.shape[:2])  # H.264 takes even sides
+                factor = max(1, -(-READABLE // min(picture.shape[:2])))
+                height, width = (side * factor // 2 * 2 for side in picture.shape[:2])  # H.264 takes even sides
                 if font is None:
                     stream.width, stream.height = width, height
                     font = choose_font(height)
                 nearest = moments[np.abs(moments - time).argmin()]
-                image = Image.fromarray(np.ascontiguousarray(picture[:height, :width]))
+                image = Image.fromarray(np.ascontiguousarray(picture))
+                if factor > 1:
+                    image = image.resize((image.width * factor, image.height * factor))
+                image = image.crop((0, 0, width, height))
                 if -SHOWN_S <= time - nearest < SHOWN_S:
                     draw_boxes(image, shown[nearest], font)
                 frame = av.VideoFrame.from_image(image)
@@ -263,6 +268,7 @@ def draw_boxes(
         )
         if lines:
             text = "\n".join(lines)
-            area = draw.multiline_textbbox((left, top), text, font=font)
-            draw.rectangle(area, fill=colour)
-            draw.multiline_text((left, top), text, fill="white", font=font)
+            across, down = draw.multiline_textbbox((0, 0), text, font=font)[2:]
+            place = max(0, min(left, image.width - across)), top - down if top >= down else top  # above, if it fits
+            draw.rectangle(draw.multiline_textbbox(place, text, font=font), fill=colour)
+            draw.multiline_text(place, text, fill="white", font=font)

@@ -1,8 +1,9 @@
 """Export a trained model as one file that runs without this project: PyTorch's ``.pt2``, or ONNX.
 
-The file takes decoded frames, uint8 ``[B, T, H, W, 3]`` with any B, and normalises them itself. Whatever else a user
-must know (class names, how to choose the frames) is in the file as JSON. The file computes in fp32 by the reference
-path of ``Block.run_step``, because PyTorch's exporter does not use ``posmlp.model.cpu``.
+The file takes decoded frames, uint8 ``[B, T, H, W, 3]`` with any B, and normalises them itself. That of a detection
+model also takes boxes, any number of them, and scores these. Whatever else a user must know (class names, how to choose
+the frames) is in the file as JSON. The file computes in fp32 by the reference path of ``Block.run_step``, because
+PyTorch's exporter does not use ``posmlp.model.cpu``.
 """
 
 from __future__ import annotations
@@ -31,15 +32,20 @@ from posmlp.video.augment import to_input
 
 FORMATS = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}  # suffix -> packages that it needs
 METADATA_NAME = "posmlp.json"  # of the JSON in a file of either format
-BATCH_SIZES = (1, 3)  # compared with the model; neither is the batch size that is traced
+# Of each task: the names of a file's inputs, and of the axis that is free in each.
+INPUTS = {"recognition": {"clips": "batch"}, "detection": {"clips": "batch", "boxes": "boxes", "box_clip": "boxes"}}
+TRACED = 2, 3  # clips and boxes
+COMPARED = (1, 1), (3, 5)  # clips and boxes that the model and the file get; other numbers than those traced
 TOLERANCE, TOLERANCE_INT8 = 1e-4, 0.2  # largest accepted difference from the model, relative to its largest logit
 
-Runner = Callable[[Tensor], Tensor]  # uint8 clips [B, T, H, W, 3] -> float32 logits [B, classes]
+# Of recognition: uint8 clips [B, T, H, W, 3] -> float32 logits [B, classes].
+# Of detection: clips, float32 boxes [N, 4], int64 box_clip [N] -> float32 logits [N, classes].
+Runner = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Content of an exported file, and its comparison with the model on random clips.
+    """Content of an exported file, and its comparison with the model on random clips and boxes.
 
     Attributes:
         content: the file's bytes.
@@ -59,7 +65,7 @@ class Exported:
         return self.difference <= self.tolerance * self.largest
 
 
-class Recogniser(nn.Module):
+class WholeModel(nn.Module):
     """A model with its preprocessing, in eval mode; a copy that shares nothing with the original.
 
     Blocks hold only their merged ``linears``, which a model otherwise computes from several parameters in each pass.
@@ -76,9 +82,13 @@ class Recogniser(nn.Module):
             for unit in block.units.values():
                 del unit.norm, unit.fc1, unit.fc2
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """Logits, float32 ``[B, classes]``, of uint8 clips ``[B, T, H, W, 3]``."""
-        return cast(Tensor, self.model(to_input(clips, self.config)))
+    def forward(self, clips: Tensor, boxes: Tensor | None = None, box_clip: Tensor | None = None) -> Tensor:
+        """Logits, float32 ``[B, classes]`` or with boxes ``[N, classes]``, of uint8 clips ``[B, T, H, W, 3]``.
+
+        Args:
+            boxes, box_clip: as of ``PosMLPVideo.forward``.
+        """
+        return cast(Tensor, self.model(to_input(clips, self.config), boxes, box_clip))
 
 
 def check_format(suffix: str, int8: bool) -> None:
@@ -95,55 +105,56 @@ def check_format(suffix: str, int8: bool) -> None:
         raise UserError(f"{suffix} files need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def check_task(config: Config) -> None:
-    """Raise a UserError if the recipe's models cannot be exported: a file takes whole clips, and no boxes."""
-    if config.task != "recognition":
-        raise UserError(
-            f"a model for {config.task} cannot be exported yet: a file takes clips alone, and this model needs boxes "
-            "too; `posmlp predict --boxes` runs it"
-        )
-
-
 def export(
     model: PosMLPVideo, config: Config, metadata: Mapping[str, Any], suffix: str, *, int8: bool = False
 ) -> Exported:
     """Trace a model, write it to bytes, load those bytes, and compare the result with the model.
 
+    The size of a clip is fixed: the model's frames, and its square. The number of clips is free, and that of boxes.
+
     Args:
         model: on the CPU, in fp32 and eval mode; of a supernet, its own architecture is exported.
-        config: the recipe, for the clip's shape, ``data.normalisation`` and ``data.modality``.
+        config: the recipe, for the task, the clip's shape, ``data.normalisation`` and ``data.modality``.
         metadata: plain data to store in the file.
         suffix: a key of ``FORMATS``.
         int8: store the weights of the blocks' linear layers as int8; their inputs are quantised to 8 bits at run time.
 
     Raises:
-        UserError: as for ``check_format`` and ``check_task``.
+        UserError: as for ``check_format``.
     """
     check_format(suffix, int8)
-    check_task(config)
-    variant = config.model.variant()
-    shape = (variant.frames, variant.image_size, variant.image_size, 3)
-    recogniser, text = Recogniser(model, config), json.dumps(metadata)
+    whole, text, axes = WholeModel(model, config), json.dumps(metadata), INPUTS[config.task]
+    free = {"batch": torch.export.Dim("batch", min=1), "boxes": torch.export.Dim("boxes", min=0)}
     with torch.no_grad(), silence_exporters():
         program = torch.export.export(
-            recogniser,
-            (torch.zeros(2, *shape, dtype=torch.uint8),),
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            whole,
+            random_inputs(config, *TRACED),
+            dynamic_shapes=tuple({0: free[axis]} for axis in axes.values()),
             # The tracer cannot prove some equations that always hold: assert them instead of fixing the batch size.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        content = to_pt2(program, text) if suffix == ".pt2" else to_onnx(program, text, int8)
+        content = to_pt2(program, text) if suffix == ".pt2" else to_onnx(program, text, axes, int8)
     runner, differences, largest = load_exported(content, suffix), [], 0.0
-    for batch in BATCH_SIZES:
-        noise = torch.Generator().manual_seed(batch)
-        clips = torch.randint(256, (batch, *shape), dtype=torch.uint8, generator=noise)
+    for numbers in COMPARED:
+        clips, *boxes = random_inputs(config, *numbers)
         with torch.no_grad():
-            expected = model(to_input(clips, config))
-        differences.append((runner(clips) - expected).abs().max().item())
+            expected = model(to_input(clips, config), *boxes)
+        differences.append((runner(clips, *boxes) - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
     # Python's max() may lose a NaN, torch's does not.
     difference = float(torch.tensor(differences).max())
     return Exported(content, difference, largest, TOLERANCE_INT8 if int8 else TOLERANCE)
+
+
+def random_inputs(config: Config, clips: int, boxes: int) -> tuple[Tensor, ...]:
+    """Noise in the shapes of a file's inputs, always the same for the same numbers of clips and boxes."""
+    variant, noise = config.model.variant(), torch.Generator().manual_seed(clips)
+    shape = (clips, variant.frames, variant.image_size, variant.image_size, 3)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=noise)
+    if config.task == "recognition":
+        return (pixels,)
+    ends = torch.rand(boxes, 2, 2, generator=noise).sort(1).values  # the two ends of each box along x and y
+    return pixels, ends.flatten(1), torch.randint(clips, (boxes,), generator=noise)
 
 
 def to_pt2(program: torch.export.ExportedProgram, metadata: str) -> bytes:
@@ -156,13 +167,13 @@ def to_pt2(program: torch.export.ExportedProgram, metadata: str) -> bytes:
     return buffer.getvalue()
 
 
-def to_onnx(program: torch.export.ExportedProgram, metadata: str, int8: bool) -> bytes:
-    """Content of an ONNX file, weights included; ``metadata`` is JSON."""
+def to_onnx(program: torch.export.ExportedProgram, metadata: str, axes: Mapping[str, str], int8: bool) -> bytes:
+    """Content of an ONNX file, weights included; ``metadata`` is JSON and ``axes`` a value of ``INPUTS``."""
     exported = torch.onnx.export(
         program,
-        input_names=["clips"],
+        input_names=[*axes],
         output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
+        dynamic_shapes=tuple({0: axis} for axis in axes.values()),
         dynamo=True,
         verbose=False,
     )
@@ -226,9 +237,9 @@ def load_exported(content: bytes, suffix: str, threads: int | None = None) -> Ru
     if suffix == ".pt2":
         module = torch.export.load(io.BytesIO(content)).module()
 
-        def run_torch(clips: Tensor) -> Tensor:
+        def run_torch(*inputs: Tensor) -> Tensor:
             with torch.no_grad():
-                return cast(Tensor, module(clips))
+                return cast(Tensor, module(*inputs))
 
         return run_torch
     import onnxruntime
@@ -236,11 +247,17 @@ def load_exported(content: bytes, suffix: str, threads: int | None = None) -> Ru
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return lambda clips: torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+    names = [each.name for each in session.get_inputs()]
+
+    def run_onnx(*inputs: Tensor) -> Tensor:
+        arrays = {name: each.numpy() for name, each in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return run_onnx
 
 
 def load_exported_file(path: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a ``.pt2`` file that this module wrote: its module, from uint8 clips to logits, and its metadata."""
+    """Load a ``.pt2`` file that this module wrote: its module, called as a ``Runner``, and its metadata."""
     extra = {METADATA_NAME: ""}
     module = torch.export.load(path, extra_files=extra).module()
     return module, json.loads(extra[METADATA_NAME])

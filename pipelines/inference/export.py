@@ -11,7 +11,7 @@ from pathlib import PurePath
 from pipelines.runs.models import describe_model, find_checkpoint, load_trained_model
 from posmlp import storage
 from posmlp.errors import UserError
-from posmlp.export import Exported, check_format, check_task
+from posmlp.export import Exported, check_format
 from posmlp.export import export as export_model
 
 
@@ -45,9 +45,8 @@ def export(uri: str, out: str | None = None, *, int8: bool = False) -> ExportedF
         int8: as for ``posmlp.export.export``.
 
     Raises:
-        UserError: there is no such run or checkpoint, the file cannot be written, the model is for detection, the
-            format is unknown or needs packages that are not installed, or the exported model computes other logits.
-            Nothing is written then.
+        UserError: there is no such run or checkpoint, the file cannot be written, the format is unknown or needs
+            packages that are not installed, or the exported model computes other logits. Nothing is written then.
     """
     suffix = ".pt2" if out is None else PurePath(out).suffix
     check_format(suffix, int8)
@@ -56,7 +55,6 @@ def export(uri: str, out: str | None = None, *, int8: bool = False) -> ExportedF
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {error}") from error
     config = info.recipe()
-    check_task(config)
     out = storage.join(".", out or config.name + suffix)
     write_file(out + ".part", b"")  # before tracing, which takes a while: fail now if the folder cannot be written
     storage.remove(out + ".part")

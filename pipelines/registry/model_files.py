@@ -1,8 +1,9 @@
 """The files of a trained model for MLflow: one folder that serves the flavours ``pytorch`` and ``python_function``.
 
 Both flavours read the same self-contained file, as ``posmlp export`` writes it. ``mlflow.pytorch.load_model`` returns
-its module, from uint8 clips to logits. ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` take videos
-(``pipelines.registry.posmlp_pyfunc``); the code for that travels with the model.
+its module, from uint8 clips (and boxes, for detection) to logits. ``mlflow.pyfunc.load_model`` and ``mlflow models
+serve`` take videos, or for detection the same arrays as the module (``pipelines.registry.posmlp_pyfunc``); the code for
+that travels with the model.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlflow.pyfunc
+import numpy as np
 import pandas as pd
 import torch
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from mlflow.types.schema import Array, Object, Property
 
 import posmlp
@@ -66,8 +68,8 @@ def save_model_files(checkpoint: str, folder: Path) -> None:
             data_path=str(data),
             code_paths=[str(path) for path in sorted(code.iterdir())],
             mlflow_model=card,
-            input_example=pd.DataFrame({posmlp_pyfunc.VIDEO: ["video.mp4"]}),
-            signature=signature(config, len(metadata["classes"])),
+            input_example=pd.DataFrame({posmlp_pyfunc.VIDEO: ["video.mp4"]}) if config.task == "recognition" else None,
+            signature=signature(config),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
 
@@ -94,12 +96,15 @@ def copy_code(folder: Path) -> None:
     shutil.copy(str(posmlp_pyfunc.__file__), folder)
 
 
-def signature(config: Config, classes: int) -> ModelSignature:
-    """Input, output and parameters of the ``python_function`` flavour.
-
-    Args:
-        classes: the number of classes.
-    """
+def signature(config: Config) -> ModelSignature:
+    """Inputs, output and parameters of the ``python_function`` flavour."""
+    variant = config.model.variant()
+    classes = variant.num_classes
+    if config.task == "detection":
+        clips = (-1, variant.frames, variant.image_size, variant.image_size, 3)
+        shapes = {"clips": (np.uint8, clips), "boxes": (np.float32, (-1, 4)), "box_clip": (np.int64, (-1,))}
+        inputs = [TensorSpec(np.dtype(kind), shape, name) for name, (kind, shape) in shapes.items()]
+        return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]))
     ranked = Array(Object([Property("class", DataType.string), Property("probability", DataType.double)]))
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.string, posmlp_pyfunc.VIDEO)]),

@@ -1,4 +1,4 @@
-"""The ``python_function`` flavour of a run's model in MLflow: videos in, classes out.
+"""The ``python_function`` flavour of a run's model in MLflow: videos in, classes out; for detection, logits of boxes.
 
 MLflow loads this file from the model's folder ``code``, where it lies next to a copy of the package ``posmlp``
 (``pipelines.registry.model_files``). It must import nothing else of this project: the model needs no checkout.
@@ -15,15 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
 from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.export import load_exported_file
+from posmlp.export import INPUTS, load_exported_file
 from posmlp.predict import predict_files
 from posmlp.video.decode import HEAD_BYTES, VIDEO_HEAD
 from posmlp.video.views import parse_views, with_views
@@ -35,15 +37,53 @@ MAX_ERRORS = 3  # rows that a message names
 SHOWN = 200  # characters; of a longer text a message shows the beginning
 
 
+class BoxModel:
+    """Scores boxes in clips.
+
+    Args:
+        folder: has ``MODEL_FILE``.
+    """
+
+    def __init__(self, folder: str):
+        self.module, _ = load_exported_file(str(Path(folder, MODEL_FILE)))
+
+    def predict(
+        self, model_input: Mapping[str, NDArray[Any]], params: Mapping[str, Any] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits, float32 ``[N, classes]``, of the boxes; a sigmoid of each is its probability.
+
+        Args:
+            model_input: ``clips`` (uint8 ``[B, T, H, W, 3]``), ``boxes`` (float32 ``[N, 4]``, x1 y1 x2 y2 as fractions
+                of the picture), ``box_clip`` (int64 ``[N]``, the clip of each box).
+            params: not used.
+
+        Raises:
+            MlflowException: a box has no clip.
+        """
+        clips, boxes, box_clip = (np.ascontiguousarray(model_input[name]) for name in INPUTS["detection"])
+        if len(boxes) != len(box_clip):
+            raise MlflowException.invalid_parameter_value(
+                f"box_clip has {len(box_clip)} numbers, expected {len(boxes)}, one for each of boxes"
+            )
+        if (wrong := box_clip[(box_clip < 0) | (box_clip >= len(clips))]).size:
+            raise MlflowException.invalid_parameter_value(
+                f"box_clip has {wrong[0]}, expected the number of a clip, 0 to {len(clips) - 1}"
+            )
+        with torch.no_grad():
+            logits: NDArray[np.float32] = self.module(*map(torch.from_numpy, (clips, boxes, box_clip))).numpy()
+        return logits
+
+
 class VideoModel:
     """Classifies videos, with frames and views as ``posmlp evaluate`` chooses them. Calls take turns."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, config: Config):
         """
         Args:
-            folder: has ``MODEL_FILE`` and ``RECIPE_FILE``.
+            folder: has ``MODEL_FILE``.
+            config: the recipe.
         """
-        self.config = Config.model_validate(yaml.safe_load(Path(folder, RECIPE_FILE).read_text()))
+        self.config = config
         self.module, metadata = load_exported_file(str(Path(folder, MODEL_FILE)))
         self.names: list[str] = metadata["classes"]
         self.lock = threading.Lock()  # MLflow's server calls from several threads; a process has one decoder
@@ -88,9 +128,14 @@ class VideoModel:
         return score
 
 
-def _load_pyfunc(data_path: str) -> VideoModel:
-    """Load the model. MLflow calls this function by its name."""
-    return VideoModel(data_path)
+def _load_pyfunc(data_path: str) -> VideoModel | BoxModel:
+    """Load the model. MLflow calls this function by its name.
+
+    Args:
+        data_path: a folder with ``MODEL_FILE`` and ``RECIPE_FILE``.
+    """
+    config = Config.model_validate(yaml.safe_load(Path(data_path, RECIPE_FILE).read_text()))
+    return BoxModel(data_path) if config.task == "detection" else VideoModel(data_path, config)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pipelines.runs import checkpoints
 from pipelines.runs.record import find_run
 from posmlp import create_model, storage
 from posmlp.config import Config
+from posmlp.detection.clips import decoded_short_side
 from posmlp.errors import UserError
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.video.augment import NORMALISATIONS
@@ -79,11 +80,20 @@ def output_names(classes: Sequence[str], count: int) -> list[str]:
 
 
 def describe_model(info: checkpoints.CheckpointInfo) -> dict[str, Any]:
-    """Return what a user of an exported model must know, as plain data: classes, input, output, sampling."""
+    """Return what a user of an exported model must know, as plain data: classes, inputs, output, sampling."""
     config = info.recipe()
     variant, data = config.model.variant(), config.data
     mean, std = NORMALISATIONS[data.normalisation]
-    square = f"centre, at a short side of {config.eval.short_side}" if config.eval.short_side else "centre"
+    output: dict[str, Any] = {"name": "logits", "shape": [None, variant.num_classes], "type": "float32, before softmax"}
+    boxes: dict[str, Any] = {}
+    if config.task == "detection":
+        output["type"] = "float32, a row for each box, before a sigmoid for each class"
+        corners = "float32, x1 y1 x2 y2 as fractions of the clip's picture"
+        of_box = "int64, the number of each box's clip in the batch, from 0"
+        boxes["boxes"] = {"name": "boxes", "axes": "N 4", "shape": [None, 4], "type": corners}
+        boxes["box_clip"] = {"name": "box_clip", "axes": "N", "shape": [None], "type": of_box}
+    else:
+        output["fusion"] = config.eval.fusion
     return {
         "run": config.name,
         "step": info.step,
@@ -95,20 +105,35 @@ def describe_model(info: checkpoints.CheckpointInfo) -> dict[str, Any]:
             "shape": [None, variant.frames, variant.image_size, variant.image_size, 3],
             "type": "uint8, RGB",
         },
-        "output": {
-            "name": "logits",
-            "shape": [None, variant.num_classes],
-            "type": "float32, before softmax",
-            "fusion": config.eval.fusion,
-        },
+        **boxes,
+        "output": output,
         "done_inside": {"mean": mean, "std": std, "modality": data.modality},
-        "sampling": {
-            "frames": data.sampling,
-            "stride": data.stride if data.sampling == "dense" else None,
-            "fps": data.fps,
-            "frame_order": data.frame_order,
-            "short_side": data.short_side or -(-variant.image_size * 8 // 7),
-            "clip_positions": config.eval.clip_positions,
-            "square": "whole frame, squeezed" if data.full_frame else square,
-        },
+        "sampling": describe_sampling(config),
+    }
+
+
+def describe_sampling(config: Config) -> dict[str, Any]:
+    """Return how the frames of a clip and their square are chosen, as plain data.
+
+    For detection ``first_frame`` is the place of a clip's first frame, in frames from the key frame.
+    """
+    variant, data = config.model.variant(), config.data
+    square = f"centre, at a short side of {config.eval.short_side}" if config.eval.short_side else "centre"
+    common = {"fps": data.fps, "frame_order": data.frame_order}
+    if config.task == "detection":
+        return {
+            "frames": "around the key frame",
+            "first_frame": -(variant.frames * data.stride // 2),
+            "stride": data.stride,
+            "short_side": decoded_short_side(config),
+            "square": square,
+            **common,
+        }
+    return {
+        "frames": data.sampling,
+        "stride": data.stride if data.sampling == "dense" else None,
+        "short_side": data.short_side or -(-variant.image_size * 8 // 7),
+        "clip_positions": config.eval.clip_positions,
+        "square": "whole frame, squeezed" if data.full_frame else square,
+        **common,
     }

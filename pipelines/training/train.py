@@ -62,7 +62,6 @@ from pipelines.training.process_group import ProcessGroupConfig
 from pipelines.training.progress import describe_overrides, describe_result, describe_run, early_stop
 from pipelines.training.worker import train_here, train_worker
 from posmlp.config import Config
-from posmlp.errors import UserError
 from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, main_metric
 from posmlp.text import shorten
 
@@ -482,8 +481,6 @@ def log_model(run: str, tracker: Tracker, datasets: Mapping[str, Sequence[str]])
         best = checkpoints.choose(run)
         link = link_to(best, checkpoints.read_info(best), tracker.run_id, datasets)
         tracker.log_model(partial(save_model_files, best), link)
-    except UserError as error:  # a task whose models are not exported
-        logger.warning("MLflow has no model of this run: %s", error)
     except Exception as error:  # the export may fail for a model that trains well
         logger.warning("MLflow has no model of this run: the export failed (%s: %s)", type(error).__name__, error)
 

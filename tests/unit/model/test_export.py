@@ -21,15 +21,12 @@ import torch
 
 from pipelines.cli import main
 from pipelines.inference.predict import predict
-from pipelines.registry.model_files import save_model_files
 from posmlp import create_model
 from posmlp import export as exporting
-from posmlp.errors import UserError
 from posmlp.export import METADATA_NAME, Exported, export, load_exported
 from posmlp.model.supernet import Supernet
 from posmlp.video.augment import to_input
 from posmlp.video.clip import load_clips
-from tests.helpers.key_frames import ACTIONS, detection_recipe
 from tests.helpers.random_models import CLASSES, random_model, videos_of, write_checkpoint
 from tests.helpers.small_runs import recipe_for
 
@@ -306,13 +303,3 @@ def test_scores_of_int8_are_close_on_pictures(motion_set):
     expected = exact_logits(random_model(config), config, clips)
     difference = (run(clips).double() - expected).abs().max()
     assert difference < 0.1 * expected.abs().max()
-
-
-def test_a_detection_model_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    checkpoint, _ = write_checkpoint(tmp_path / "boxes", detection_recipe(), classes=ACTIONS)
-    monkeypatch.chdir(tmp_path)
-    assert main(["export", checkpoint]) == 1
-    assert "a model for detection cannot be exported yet" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["boxes"]
-    with pytest.raises(UserError, match="a model for detection cannot be exported yet"):
-        save_model_files(checkpoint, tmp_path / "model")

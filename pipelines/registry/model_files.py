@@ -102,9 +102,9 @@ def signature(config: Config) -> ModelSignature:
     classes = variant.num_classes
     if config.task == "detection":
         clips = (-1, variant.frames, variant.image_size, variant.image_size, 3)
-        shapes = {"clips": (np.uint8, clips), "boxes": (np.float32, (-1, 4)), "box_clip": (np.int64, (-1,))}
-        inputs = [TensorSpec(np.dtype(kind), shape, name) for name, (kind, shape) in shapes.items()]
-        return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]))
+        arrays = ("clips", np.uint8, clips), ("boxes", np.float32, (-1, 4)), ("box_clip", np.int64, (-1,))
+        inputs = Schema([TensorSpec(np.dtype(kind), shape, name) for name, kind, shape in arrays])
+        return ModelSignature(inputs, Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]))
     ranked = Array(Object([Property("class", DataType.string), Property("probability", DataType.double)]))
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.string, posmlp_pyfunc.VIDEO)]),

@@ -30,7 +30,7 @@ CASES = {  # clips, and the clip of each box
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The recipe, its random model, and a folder with the files ``model/`` (MLflow's), ``boxes.onnx``, ``int8.onnx``."""
+    """The recipe, its random model, and a folder with ``model/`` (MLflow's files), ``boxes.onnx``, ``int8.onnx``."""
     folder = tmp_path_factory.mktemp("boxes")
     config = detection_recipe(model={"depths": [1, 1, 1, 1]})
     checkpoint, model = write_checkpoint(folder / "boxes", config, classes=ACTIONS)

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def save_model_files(checkpoint: str, folder: Path) -> None:
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells each step of its own work
     card = Model(metadata=json.loads(json.dumps(metadata)))  # without tuples
     card.add_flavor("pytorch", model_data="data/model", pytorch_version=str(torch.__version__), code=None)
-    with tempfile.TemporaryDirectory() as text:
+    with tempfile.TemporaryDirectory() as text, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*input example was not provided")  # of detection: megabytes of pixels
         data, code = Path(text, "model"), Path(text, "code")  # MLflow copies them to data/model and code
         data.mkdir()
         (data / posmlp_pyfunc.MODEL_FILE).write_bytes(exported.content)

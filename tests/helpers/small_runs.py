@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import mlflow
 import psutil
@@ -22,7 +23,7 @@ from posmlp.config import load_recipe
 def lists_of(data_set):
     """The overrides that name the lists of the motion set, or of the scenes and their task."""
     lists = [f"data.{split}.path={data_set}/{split}.csv" for split in ("train", "val")]
-    if not (data_set / "scenes.json").exists():
+    if not Path(data_set, "scenes.json").exists():
         return lists
     for split in ("train", "val"):
         lists += [f"data.{split}.{key}={data_set}/{split}_{key}.csv" for key in ("boxes", "excluded")]

@@ -117,8 +117,8 @@ def test_the_short_form_is_a_number_and_round_trips(grouped, tmp_path):
     [
         (["data.val.path=b.csv"], r"data\.val\.share 0\.25 is of the training list .*data\.val\.share=null"),
         (["data.val.where={a: b}"], r"no list, root or where of its own"),
-        (["data.val=1.5"], r"data\.val\.share: .*less than 1, not 1\.5"),
-        (["data.val=0"], r"data\.val\.share: .*greater than 0, not 0"),
+        (["data.val=1.5"], r"data\.val\.share: .*more than 0 and less than 1, such as 0\.2, not 1\.5"),
+        (["data.val=0"], r"data\.val\.share: .*more than 0 and less than 1, such as 0\.2, not 0"),
         (["data.val={}"], r"data\.val: missing; give a list"),
         (["data.val=b.csv", "data.group_by=person"], r"data\.group_by person has an effect only where data\.val is a"),
     ],

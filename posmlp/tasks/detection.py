@@ -83,7 +83,8 @@ class Detection(Task):
             for number, actions in enumerate(row["actions"]):
                 hot[number, actions] = 1
             for view in range(views):
-                moved, kept = visible_boxes(given, shown[i, view], config.detection.box_share)
+                whole = np.array([0, 0, 1, 1], np.float32)  # of a row that was not decoded, which has no boxes
+                moved, kept = visible_boxes(given, shown[i, view] if good[i] else whole, config.detection.box_share)
                 kept &= bool(good[i])
                 corners.append(moved[kept])
                 numbers.append(np.flatnonzero(kept))

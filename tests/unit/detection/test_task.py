@@ -121,7 +121,7 @@ def test_a_batch_has_the_boxes_that_its_clips_show():
         "real": np.array([True, True, True]),
         "reason": np.array(["", "gone", ""], dtype=object),
         "clip": np.zeros((3, 1, 2, 4, 4, 3), np.uint8),
-        "shown": np.array([[[0, 0, 0.5, 1]], [[0, 0, 1, 1]], [[0, 0, 1, 1]]], np.float32),
+        "shown": np.array([[[0, 0, 0.5, 1]], [[0, 0, 0, 0]], [[0, 0, 1, 1]]], np.float32),
         "seeds": np.zeros((3, 1), np.int64),
     }
     batch = task_of(recipe()).collate(columns, rows, recipe("detection.box_share=0.3"), train=True)

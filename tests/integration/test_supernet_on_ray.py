@@ -39,7 +39,7 @@ def test_a_space_is_trained_and_ranked(finished_study, motion_set, tmp_path, cap
         config = config.model_copy(update={"model": config.model.model_copy(update={"choices": None})})
         weights = net.member(config.model.variant().architecture()).state_dict()
         blocks = list(score_good_videos(manifest, config, weights, []))
-        predicted = np.concatenate([scores.mean(1).argmax(1) for _, scores in blocks])
+        predicted = np.concatenate([np.stack(scores).mean(1).argmax(1) for _, scores in blocks])
         right = predicted == manifest.rows["label"].to_numpy()
         assert member.metrics[VAL_TOP1] == pytest.approx(right.mean())
 

@@ -165,11 +165,13 @@ def test_a_machine_that_ends_before_its_worker_has_saved_does_not_end_the_run(no
     cluster.wait()
     with running(cluster, tmp_path, motion_set, *MOVES, "scaling.workers=2") as (process, log, run):
         wait_for(lambda: len(history(run)) >= 1, process, log)
-        before, gone = len(history(run)), min(nodes_of(cluster, "RayTrainWorker"))
+        gone = min(nodes_of(cluster, "RayTrainWorker"))
         name = cluster.names()[gone]
         drain(cluster, gone)
         wait_for(lambda: "the workers save a checkpoint and end" in log.read_text(), process, log)
         cluster.kill(name)
+        wait_for(lambda: "starting again on the machines that are left" in log.read_text(), process, log)
+        before = len(history(run))  # now: the first group goes on until it has heard of the notice
         wait_for(lambda: len(history(run)) >= before + 2, process, log)
         process.terminate()
         assert process.wait(timeout=60) == 128 + 15

@@ -371,7 +371,10 @@ def test_nothing_is_delivered_before_it_is_on_the_storage(run, tmp_path, monkeyp
     assert second.close("FINISHED") == 0
 
 
-def test_a_driver_that_has_lost_its_lease_writes_nothing_more(s3_run, tmp_path):
+def test_a_driver_that_has_lost_its_lease_writes_nothing_more(s3_run, tmp_path, monkeypatch):
+    # A renewal in the middle of the take-over below would undo it, which no driver's take-over lets happen.
+    for name in ("RENEW_S", "EXPIRY_S"):
+        monkeypatch.setattr(lease_module, name, 60.0)
     with leased(s3_run) as lease:
         tracker = start(s3_run, tmp_path, lease)
         tracker.log_metrics({"train/loss": 1.0}, step=1)

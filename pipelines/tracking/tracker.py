@@ -312,7 +312,7 @@ class Tracker:
         return left
 
     def abandon(self) -> None:
-        """Send nothing more: another process has taken the run over, and goes on with its MLflow run."""
+        """Send nothing more: another process drives the run now, and continues its MLflow run."""
         self.system_metrics.stop()
         self.delivery.stop()
         self.journal.finish()

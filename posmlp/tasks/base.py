@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, device, nn
 
@@ -172,6 +173,18 @@ class Task(ABC):
     def for_evaluation(self, config: Config) -> Config:
         """The recipe with which a trained model is tested, where it differs from validation after an epoch."""
         return config
+
+
+def clip_tensors(columns: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a batch of any task has of decoded rows, by its name in ``Batch``. The views of a row are adjacent."""
+    clips, good = pixels(columns)
+    views = clips.shape[1]
+    return {
+        "clips": torch.from_numpy(clips).flatten(0, 1),
+        "weights": torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
+        "seeds": torch.from_numpy(np.stack(list(columns["seeds"])).astype(np.int64)).flatten(),
+        "rows": torch.from_numpy(columns["row"].astype(np.int64)).repeat_interleave(views),
+    }
 
 
 def pixels(columns: dict[str, np.ndarray]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from posmlp.learn.parallel import average_over_workers
 from posmlp.learn.precision import autocast
 from posmlp.metrics import VAL_BOXES, VAL_KEY_FRAMES, VAL_LOSS, VAL_MAP, VAL_MAP_OF, VAL_MAP_SLOWFAST
-from posmlp.tasks.base import Objective, Results, Task, pixels
+from posmlp.tasks.base import Objective, Results, Task, clip_tensors
 from posmlp.video.augment import augment_clips, flip_labels, to_input
 from posmlp.video.batch import Batch, Boxes
 
@@ -73,19 +73,18 @@ class Detection(Task):
         """As of ``Task``. A clip has the boxes of its key frame of which it shows ``detection.box_share``."""
         from posmlp.detection.clips import visible_boxes
 
-        clips, good = pixels(columns)
-        views, rows, shown = clips.shape[1], columns["row"], np.stack(list(columns["shown"]))
-        of_rows = table.select(["boxes", "actions"]).take(rows).to_pylist()
+        good, shown = (columns["reason"] == "") & columns["real"], np.stack(list(columns["shown"]))
+        of_rows = table.select(["boxes", "actions"]).take(columns["row"]).to_pylist()
         corners, numbers, labels = [], [], []
         for i, row in enumerate(of_rows):
             given = np.array(row["boxes"], np.float32).reshape(-1, 4)
             hot = np.zeros((len(given), config.model.variant().num_classes), np.float32)
             for number, actions in enumerate(row["actions"]):
                 hot[number, actions] = 1
-            for view in range(views):
-                whole = np.array([0, 0, 1, 1], np.float32)  # of a row that was not decoded, which has no boxes
-                moved, kept = visible_boxes(given, shown[i, view] if good[i] else whole, config.detection.box_share)
-                kept &= bool(good[i])
+            for part in shown[i]:
+                moved, kept = given, np.zeros(len(given), bool)  # a row that was not decoded has no boxes
+                if good[i]:
+                    moved, kept = visible_boxes(given, part, config.detection.box_share)
                 corners.append(moved[kept])
                 numbers.append(np.flatnonzero(kept))
                 labels.append(hot[kept])
@@ -98,14 +97,7 @@ class Detection(Task):
             number=torch.from_numpy(np.concatenate(numbers).astype(np.int64)),
             counts=counts,
         )
-        return Batch(
-            clips=torch.from_numpy(clips).flatten(0, 1),
-            labels=torch.from_numpy(np.concatenate(labels)),
-            weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
-            seeds=torch.from_numpy(np.stack(list(columns["seeds"])).astype(np.int64)).flatten(),
-            rows=torch.from_numpy(rows.astype(np.int64)).repeat_interleave(views),
-            boxes=boxes,
-        )
+        return Batch(labels=torch.from_numpy(np.concatenate(labels)), boxes=boxes, **clip_tensors(columns))
 
     def objective(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from posmlp.learn.parallel import world_size
 from posmlp.learn.precision import autocast
-from posmlp.tasks.base import Objective, Results, Task, pixels
+from posmlp.tasks.base import Objective, Results, Task, clip_tensors
 from posmlp.video.augment import flip_labels, to_input, to_train_input
 from posmlp.video.batch import Batch
 
@@ -51,16 +51,9 @@ class Recognition(Task):
 
     def collate(self, columns: dict[str, np.ndarray], table: pa.Table, config: Config, *, train: bool) -> Batch:
         """As of ``Task``. A video's views are adjacent; bad videos have weight 0."""
-        clips, good = pixels(columns)
-        views, rows = clips.shape[1], columns["row"]
-        labels = table["label"].take(rows).to_numpy().astype(np.int64)
-        return Batch(
-            clips=torch.from_numpy(clips).flatten(0, 1),
-            labels=torch.from_numpy(labels).repeat_interleave(views),
-            weights=torch.from_numpy(good.astype(np.float32)).repeat_interleave(views),
-            seeds=torch.from_numpy(np.stack(list(columns["seeds"])).astype(np.int64)).flatten(),
-            rows=torch.from_numpy(rows.astype(np.int64)).repeat_interleave(views),
-        )
+        labels = torch.from_numpy(table["label"].take(columns["row"]).to_numpy().astype(np.int64))
+        views = columns["clip"].shape[1]
+        return Batch(labels=labels.repeat_interleave(views), **clip_tensors(columns))
 
     def objective(
         self,

@@ -93,7 +93,6 @@ class Detection(Task):
         boxes = Boxes(
             corners=torch.from_numpy(np.concatenate(corners).astype(np.float32)),
             clip=clip,
-            weights=torch.ones(len(clip)),
             number=torch.from_numpy(np.concatenate(numbers).astype(np.int64)),
             counts=counts,
         )
@@ -145,8 +144,8 @@ class BinaryCrossEntropy(Objective):
 
     def share(self, batch: Batch) -> Tensor:
         """The mean number of boxes of a worker."""
-        count = cast(Boxes, batch.boxes).weights.sum().double()
-        return average_over_workers(count.to(self.device)).clamp(min=1e-6).float()
+        count = torch.full((), len(batch.labels), dtype=torch.float64, device=self.device)
+        return average_over_workers(count).clamp(min=1e-6).float()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         boxes = cast(Boxes, batch.boxes)
@@ -156,7 +155,7 @@ class BinaryCrossEntropy(Objective):
         losses = box_losses(logits, labels)
         if (gamma := self.config.detection.focal_gamma) is not None:
             losses = losses * (-torch.expm1(-losses)) ** gamma  # 1 - p of the truth, p = exp(-loss)
-        return (losses.mean(1) * boxes.weights).sum()
+        return losses.mean(1).sum()
 
 
 def score_boxes(model: nn.Module, clips: Tensor, corners: Tensor, clip: Tensor, config: Config) -> Tensor:

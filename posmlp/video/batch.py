@@ -19,14 +19,12 @@ class Boxes:
     Attributes:
         corners: float32 ``[N, 4]``, x1, y1, x2, y2 as fractions of the clip's picture.
         clip: int64 ``[N]``, number of each box's clip in the batch.
-        weights: float32 ``[N]``, 1 for a box that counts, 0 for one of a clip that does not.
         number: int64 ``[N]``, number of each box in its row of the list; on the CPU.
         counts: int64 ``[B]``, number of boxes of each clip; on the CPU.
     """
 
     corners: Tensor
     clip: Tensor
-    weights: Tensor
     number: Tensor
     counts: Tensor
 
@@ -34,7 +32,7 @@ class Boxes:
         """The boxes of the clips from ``start`` to before ``stop``, and where they are."""
         ends = np.cumsum([0, *self.counts.tolist()])
         place = slice(int(ends[start]), int(ends[min(stop, len(self.counts))]))
-        own = (self.weights[place], self.number[place], self.counts[start:stop])
+        own = (self.number[place], self.counts[start:stop])
         return Boxes(self.corners[place], self.clip[place] - start, *own), place
 
 
@@ -87,8 +85,7 @@ class Batch:
         clips, labels, weights = map(function, (self.clips, self.labels, self.weights))
         boxes = self.boxes
         if boxes is not None:
-            corners, clip, counted = map(function, (boxes.corners, boxes.clip, boxes.weights))
-            boxes = replace(boxes, corners=corners, clip=clip, weights=counted)
+            boxes = replace(boxes, corners=function(boxes.corners), clip=function(boxes.clip))
         return replace(self, clips=clips, labels=labels, weights=weights, boxes=boxes)
 
     def micro_batches(self, size: int) -> Iterator[Batch]:

@@ -23,6 +23,6 @@ def make_box_batch(count=8, seed=0, classes=8):
     counts = torch.randint(0, 4, (count,), generator=g)
     number = torch.cat([torch.arange(n) for n in counts.tolist()])
     corners = torch.rand(len(number), 2, 2, generator=g).sort(1).values.flatten(1)
-    boxes = Boxes(corners, torch.arange(count).repeat_interleave(counts), torch.ones(len(number)), number, counts)
+    boxes = Boxes(corners, torch.arange(count).repeat_interleave(counts), number, counts)
     labels = (torch.rand(len(number), classes, generator=g) < 0.3).float()
     return Batch(plain.clips, labels, plain.weights, plain.seeds, torch.arange(count), boxes)

@@ -85,7 +85,7 @@ def test_clips_without_boxes_are_steps_like_others():
     """They have no loss. A whole batch without boxes leaves the weights to the optimizer's decay."""
     learner, batch = make_learner(), make_box_batch()
     nothing = replace(batch.boxes, counts=torch.zeros(8, dtype=torch.int64))
-    cut = {name: getattr(nothing, name)[:0] for name in ("corners", "clip", "weights", "number")}
+    cut = {name: getattr(nothing, name)[:0] for name in ("corners", "clip", "number")}
     result = learner.train_step(replace(batch, labels=batch.labels[:0], boxes=replace(nothing, **cut)))
     assert (result.loss, result.grad_norm) == (0.0, 0.0)
     assert math.isfinite(learner.train_step(batch).loss)

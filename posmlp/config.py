@@ -185,11 +185,14 @@ class TrainSplitSection(WeightedSplitSection):
 
 
 class ValSplitSection(SplitSection):
-    """The validation split: a list of its own, or a share of the training videos. A number alone is a share."""
+    """The validation split: a list of its own, or training videos that are held out. A number alone is a share.
+
+    Without a path, ``where`` says which training videos are held out: those with these values in these columns.
+    """
 
     SHORT_FORMS: ClassVar[str] = "the path of a list, a share of the training videos such as 0.2"
 
-    path: str = ""  # with a share: the training list
+    path: str = ""  # with a share: the training list; empty with where: training videos are held out
     share: float | None = None  # of the training videos, between 0 and 1, see ``posmlp.video.holdout``
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the choice of these videos
 
@@ -239,6 +242,15 @@ class DataSection(Section):
     cache_dir: str | None = None  # store all decoded frames here, so that each video is decoded once
     max_bad_fraction: Fraction = 0.05  # fail if a larger share of an epoch's videos cannot be decoded
     rows_per_block: Positive = 16  # videos per Ray Data task
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation videos are training videos that are held out, so that no model learns from them."""
+        return self.val.share is not None or not self.val.path
+
+    def list_of(self, split: str) -> str:
+        """The path of a split's list; of several the first."""
+        return self.train.path if split == "val" and self.holds_out else str(getattr(self, split).path)
 
     @field_validator("val")
     @classmethod
@@ -403,8 +415,16 @@ class Config(Section):
                 "data.decoder decord has no effect with data.cache_dir, which PyAV fills; remove one of them"
             )
         val, train = self.data.val, self.data.train
-        if not val.path:
-            problems.append("data.val: missing; give a list (data.val.path), or a share of the training videos (0.2)")
+        if not val.path and not val.where:
+            problems.append(
+                "data.val: missing; give a list (data.val.path), a share of the training videos (0.2), or the column "
+                "and value of those that are held out (data.val.where.subject=s01)"
+            )
+        if not val.path and val.root:
+            problems.append(
+                f"data.val.root {val.root}: data.val.where without data.val.path holds out training videos, which have "
+                "the root of their list; leave it out, or give a list (data.val.path)"
+            )
         if val.share and (val.path != train.path or val.root or val.where):
             problems.append(
                 f"data.val.share {val.share:g} is of the training list {train.path}, so data.val has no list, root or "
@@ -573,8 +593,8 @@ def detection_problems(config: Config) -> list[str]:
         problems.append(f"data.balance {data.balance} is for one class of a video; leave it out for detection")
     if data.full_frame:
         problems.append("data.full_frame squeezes frames to squares; for detection use detection.whole_frame")
-    if data.val.share or data.group_by:
-        problems.append("task detection needs a validation list of its own (data.val.path), not a share")
+    if data.holds_out or data.group_by:
+        problems.append("task detection needs a validation list of its own (data.val.path), not held-out videos")
     if data.train.others or data.train.weight != 1:
         problems.append("task detection takes one training list, without a weight")
     for name in SPLITS:

@@ -194,7 +194,7 @@ def evaluate(
     files = found.files | {"summary.json": summary_json(result, recipe_without_password(config))}
     with hold_signals() as held:
         write_results(folder, files)
-        path = getattr(config.data, split).path
+        path = config.data.list_of(split)
         dataset = list_name(path), list_digest(list_fingerprint(manifest))
         run_id = record["mlflow_run_id"] if record else None
         link = link_to(checkpoint, info, run_id, {}) if run_id else None

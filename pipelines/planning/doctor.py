@@ -300,7 +300,7 @@ def check_lists(config: Config) -> Generator[Finding, None, pa.Table | None]:
     row, known, task = None, None, task_of(config)
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        path = getattr(config.data, split).path
+        path = config.data.list_of(split)
         try:
             manifest = task.read_split(config, split, known)
             known = task.training_classes(config, manifest) if split == "train" else known

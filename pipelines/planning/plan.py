@@ -616,7 +616,7 @@ def count_videos(config: Config, split: str, option: str, given: int | None) -> 
     """
     if given is not None:
         return given
-    paths = {"train": config.data.train.path, "val": config.data.val.path}
+    paths = {name: config.data.list_of(name) for name in ("train", "val")}
     here = {name: storage.are_files([path])[0] or os.path.isdir(path) for name, path in paths.items()}
     if not here[split]:
         raise UserError(

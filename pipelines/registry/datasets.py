@@ -54,8 +54,8 @@ def describe_splits(
         fingerprints: of the lists ``train`` and ``val``.
     """
     return [
-        describe_list(data.train.path, train_set, fingerprints["train"], TRAINING),
-        describe_list(data.val.path, val_set, fingerprints["val"], VALIDATION),
+        describe_list(data.list_of("train"), train_set, fingerprints["train"], TRAINING),
+        describe_list(data.list_of("val"), val_set, fingerprints["val"], VALIDATION),
     ]
 
 

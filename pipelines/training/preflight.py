@@ -114,10 +114,11 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
             f"of an epoch of {config.data.train.path}; lower it"
         )
     if task_of(config).needs_frame_times(config):
-        for split, manifest in ((config.data.train, train_set), (config.data.val, val_set)):
+        for split, manifest in (("train", train_set), ("val", val_set)):
             if manifest.rows["frames"].null_count < len(manifest.rows):
+                path = config.data.list_of(split)
                 raise RunError(
-                    f"data.fps {config.data.fps:g} needs frame times, but {split.path} lists frame folders, which have "
+                    f"data.fps {config.data.fps:g} needs frame times, but {path} lists frame folders, which have "
                     "none; leave data.fps out"
                 )
     flip_labels(config.augment.flip_classes, train_set.classes, len(train_set.classes))

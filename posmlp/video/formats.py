@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -31,6 +31,7 @@ PATH_AND_NUMBER = re.compile(rf"(.+?)(?:\s*,\s*|\s+)({QUOTED_NUMBER})")  # separ
 NUMBER_AND_NAME = re.compile(rf"({QUOTED_NUMBER})\s*[\s,;]\s*(.+)")
 NAME_AND_NUMBER = re.compile(rf"(.+?)\s*[,;\t]\s*({QUOTED_NUMBER})")
 JSON = re.compile(r"""\s*(\{|\[\s*(["\[\]{0-9-]|$))""")  # not a name that begins with a bracket
+FOLDER = "folder"  # stands for a column with the folder of each video
 HMDB_FILE = re.compile(r"(.+)_test_split([0-9]+)\.txt")
 HMDB_SUBSETS: dict[int | float | str, str] = {0: "unused", 1: "train", 2: "test"}
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -94,12 +95,19 @@ class ManifestSource:
     format: str
     missing_ok: bool = False
     known: KnownClasses | None = None
-    group_by: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     problems: list[tuple[str, int | None, str]] = field(default_factory=list)
 
     def problem(self, file: str, line: int | None, text: str) -> None:
         """Record a problem and continue."""
         self.problems.append((file, line, text))
+
+    def missing_columns(self, file: str, line: int | None, names: Sequence[str]) -> None:
+        """Record the columns to keep that are missing from those of a file."""
+        found = f"columns are {', '.join(names)}" if names else "this list has no columns"
+        for column, key in self.columns.items():
+            if key and column != FOLDER and column not in names:
+                self.problem(file, line, f"no column {column!r} ({key}); {found}; `{FOLDER}` is each video's folder")
 
     def stop(self, file: str, line: int | None, text: str) -> NoReturn:
         """Record a problem and raise StopReading."""
@@ -486,7 +494,7 @@ def _parquet(source: ManifestSource) -> Listing:
         require_kind(source, path, "file", "a Parquet file or a folder of them")
         files = [path]
     rows: list[ListingRow] = []
-    columns = tuple(source.where)
+    columns = tuple(dict.fromkeys([*source.where, *(name for name in source.columns if name != FOLDER)]))
     named: dict[tuple[str, ...], str] = {}
     inline, typed = [], []
     for file in files:
@@ -538,6 +546,7 @@ def _check_columns(source: ManifestSource, file: str, schema: pa.Schema) -> bool
         if column not in names or column == storage.BYTES_COLUMN:
             columns = ", ".join(name for name in names if name != storage.BYTES_COLUMN)
             source.problem(file, None, f"no column {column!r} to filter by (`where`); columns are {columns}")
+    source.missing_columns(file, None, [name for name in names if name != storage.BYTES_COLUMN])
     return len(source.problems) == before
 
 
@@ -569,7 +578,8 @@ def _parquet_rows(
     count = data.num_rows
     texts = {name: data[name].to_pylist() for name in needed}
     nothing = [None] * count
-    values = list(zip(*(_texts(texts[name], source.where[name]) for name in columns), strict=True)) or [()] * count
+    values = [_texts(texts.get(name, nothing), source.where.get(name)) for name in columns]
+    of_rows = list(zip(*values, strict=True)) or [()] * count
     if inline:
         _check_bytes(source, file, table.metadata)
     short = file.rpartition("/")[2]
@@ -579,7 +589,7 @@ def _parquet_rows(
             texts["label"],
             texts.get("class", nothing),
             texts.get("sample_id", [f"{short}#{row}" for row in range(count)] if inline else nothing),
-            values,
+            of_rows,
             strict=True,
         )
     ):
@@ -599,8 +609,14 @@ def _stored_label(value: Any) -> int | float | str:
     return "" if value is None or value != value else whole(float(value))
 
 
-def _texts(values: list[Any], wanted: str) -> list[str]:
-    """The values of a column as text; a number or a truth value that is the wanted one, as the recipe writes it."""
+def _texts(values: Sequence[Any], wanted: str | None) -> list[str]:
+    """The values of a column as text; a number or a truth value that is the wanted one, as the recipe writes it.
+
+    Args:
+        wanted: None: whole numbers have no fraction, and null is empty.
+    """
+    if wanted is None:
+        return ["" if value is None else str(whole(value) if isinstance(value, float) else value) for value in values]
     number = number_or_name(wanted)
     return [
         wanted

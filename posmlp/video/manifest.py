@@ -23,6 +23,7 @@ from posmlp.errors import UserError
 from posmlp.video.classes import ClassIndex, KnownClasses, in_order, list_names, same_name
 from posmlp.video.draws import WEIGHT
 from posmlp.video.formats import (
+    FOLDER,
     MANIFEST_FORMATS,
     PARSERS,
     VIDEO_SUFFIXES,
@@ -40,8 +41,7 @@ __all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manife
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())],
 )
-GROUP = "group"  # column of rows that are grouped
-FOLDER = "folder"  # groups by the folder of each video
+LISTED = "list."  # prefix of a row's columns that are kept from the list
 MAX_PROBLEMS_SHOWN = 20  # in a message
 DRIVE = re.compile(r"[A-Za-z]:/")
 TEXT = r"((?:[^{}/]|\{\{|\}\})*)"  # of a template, in which a brace is doubled
@@ -96,7 +96,7 @@ def read_manifest(
     template: str = "{:05d}.jpg",
     missing_ok: bool = False,
     known: KnownClasses | None = None,
-    group_by: str | None = None,
+    columns: Mapping[str, str] = {},
 ) -> Manifest:
     """Read and check the videos of a split.
 
@@ -128,8 +128,9 @@ def read_manifest(
         known: the classes that the labels refer to, of the training list or of a checkpoint. They are matched by name,
             or by label if the list has no names. Some may be absent; a kept row of another class is a problem. None:
             the list defines the classes.
-        group_by: a column of the list, or ``folder`` for the folder of each video. The rows get a further column,
-            ``group``; a video whose column is empty is a group of its own.
+        columns: further columns of the list to keep, each with the key or option that names it, for the message if
+            the list has no such column; with an empty text such a column is empty. ``folder`` stands for the folder of
+            each video. The rows get them as text, with the prefix ``list.``.
 
     Raises:
         ManifestError: lists all problems.
@@ -144,7 +145,7 @@ def read_manifest(
         format,
         missing_ok,
         known,
-        group_by,
+        columns,
     )
     try:
         manifest = _build_manifest(source)
@@ -214,7 +215,7 @@ def _build_manifest(source: ManifestSource) -> Manifest:
         uris = _find_videos(source, listing, rows, uris, folder)
     if listing.pictures:
         uris, frames = [escape_braces(uri) for uri in uris], [1] * len(uris)
-    groups = _groups(source, listing, rows)
+    further = _further_columns(source, listing, rows)
     source.stop_if_bad()
     columns = {
         "sample_id": [row.sample_id or row.path for row in rows],
@@ -223,20 +224,22 @@ def _build_manifest(source: ManifestSource) -> Manifest:
         "frames": frames,
     }
     table = pa.table(columns, schema=SCHEMA)
-    return Manifest(table.append_column(GROUP, pa.array(groups)) if source.group_by else table, classes, folder)
+    for name, values in further.items():
+        table = table.append_column(f"{LISTED}{name}", pa.array(values, pa.string()))
+    return Manifest(table, classes, folder)
 
 
-def _groups(source: ManifestSource, listing: Listing, rows: list[ListingRow]) -> list[str]:
-    """The group of each row, see ``read_manifest``; of no meaning without ``group_by``."""
-    name = source.group_by
-    if name in listing.columns:
-        place = listing.columns.index(name)
-        return [row.values[place] or f"{row.path}\0" for row in rows]  # no value of a column has a zero character
-    if name not in (None, FOLDER):
-        columns = f"columns are {', '.join(listing.columns)}" if listing.columns else "this list has no columns"
-        text = f"no column {name!r} to group by (`group_by`); {columns}; `{FOLDER}` groups videos by their folder"
-        source.problem(source.path, _first_line(source.path), text)
-    return [os.path.dirname(row.path) for row in rows]
+def _further_columns(source: ManifestSource, listing: Listing, rows: list[ListingRow]) -> dict[str, list[str]]:
+    """The values of ``columns`` of ``read_manifest`` by name."""
+    source.missing_columns(source.path, _first_line(source.path), listing.columns)
+    found = {}
+    for name in source.columns:
+        if name in listing.columns:
+            place = listing.columns.index(name)
+            found[name] = [row.values[place] for row in rows]
+        else:
+            found[name] = [os.path.dirname(row.path) if name == FOLDER else "" for row in rows]
+    return found
 
 
 def _choose_format(source: ManifestSource) -> str:
@@ -617,25 +620,61 @@ Split = Literal["train", "val", "test"]
 def read_split(data: DataSection, name: Split, known: KnownClasses | None = None) -> Manifest:
     """Read a split of a recipe; raises the errors of ``read_manifest``.
 
-    If ``data.val.share`` is set, training and validation split the training list (``posmlp.video.holdout``). Several
-    training lists become one manifest. The labels of the later ones refer to the classes of the first, and the
+    Validation videos without a list of their own are held out of the training lists (``DataSection.holds_out``): a
+    share (``posmlp.video.holdout``), or those whose columns have the values of ``data.val.where``. Several training
+    lists become one manifest. The labels of the later ones refer to the classes of the first, and the
     sample ids of list n (from 2) begin with ``n:``. If lists have weights, the rows have a further column, ``weight``
     (``posmlp.video.draws``).
 
     Args:
         known: the classes that the labels shall refer to; give ``training_classes`` for the validation split.
     """
-    if data.val.share is None or name == "test":
+    if not data.holds_out or name == "test":
         return _read(data, name, known=known)
-    manifest = _read(data, "train", known=known, group_by=data.group_by)
-    groups = manifest.rows[GROUP if data.group_by else "sample_id"].to_pylist()
-    held_out = choose_held_out(groups, manifest.rows["label"].to_pylist(), data.val.share, data.val.seed)
-    if not any(held_out):
-        text = f"data.val.share {data.val.share:g} leaves no video for validation: no class has two videos or groups"
-        raise ManifestError([f"{data.train.path}: {text}; add videos, or give a list of its own (data.val.path)"])
+    columns = {data.group_by: "data.group_by"} if data.group_by else dict.fromkeys(data.val.where, "data.val.where")
+    manifest = _read(data, "train", known=known, columns=columns)
+    held_out = _shared_out(data, manifest.rows) if data.val.share else _matching_rows(data, manifest.rows)
     rows = manifest.rows.filter(pa.array([each == (name == "val") for each in held_out]))
-    dropped = [column for column in (GROUP, *([WEIGHT] if name == "val" else [])) if column in rows.column_names]
+    if not len(rows):
+        raise ManifestError([f"{data.train.path}: data.val.where holds out every video; none is left to train on"])
+    dropped = [column for column in rows.column_names if column.startswith(LISTED) or (name, column) == ("val", WEIGHT)]
     return replace(manifest, rows=rows.drop_columns(dropped).combine_chunks())
+
+
+def _shared_out(data: DataSection, rows: pa.Table) -> list[bool]:
+    """Whether each training row is in the share for validation. A video without a group is a group of its own."""
+    ids, share = rows["sample_id"].to_pylist(), data.val.share or 0.0
+    groups = ids
+    if data.group_by:  # no value of a column has a zero character
+        groups = [own or f"{id}\0" for own, id in zip(rows[f"{LISTED}{data.group_by}"].to_pylist(), ids, strict=True)]
+    held_out = choose_held_out(groups, rows["label"].to_pylist(), share, data.val.seed)
+    if not any(held_out):
+        text = f"data.val.share {share:g} leaves no video for validation: no class has two videos or groups"
+        raise ManifestError([f"{data.train.path}: {text}; add videos, or give a list of its own (data.val.path)"])
+    return held_out
+
+
+def _matching_rows(data: DataSection, rows: pa.Table) -> list[bool]:
+    """Whether each training row has the values of ``data.val.where``."""
+    where, columns = data.val.where, {name: rows[f"{LISTED}{name}"].to_pylist() for name in data.val.where}
+    held_out = [all(columns[name][i] == value for name, value in where.items()) for i in range(len(rows))]
+    if not any(held_out):
+        query = " and ".join(f"{column}={value}" for column, value in where.items())
+        present = "; ".join(f"{name} is {_list_values(set(values))}" for name, values in columns.items())
+        raise ManifestError([f"{data.train.path}: no training video has {query} (data.val.where); there {present}"])
+    return held_out
+
+
+def read_training_videos(data: DataSection, columns: Mapping[str, str]) -> Manifest:
+    """Read all videos of a recipe's training lists, also those that validation holds out.
+
+    Args:
+        columns: as of ``read_manifest``.
+
+    Raises:
+        ManifestError: a list is wrong.
+    """
+    return _read(data, "train", columns=columns)
 
 
 def training_classes(data: DataSection, manifest: Manifest | None = None) -> KnownClasses:
@@ -684,7 +723,7 @@ def _read(
     *,
     known: KnownClasses | None = None,
     missing_ok: bool = False,
-    group_by: str | None = None,
+    columns: Mapping[str, str] = {},
 ) -> Manifest:
     split: SplitSection | None = getattr(data, name)
     if split is None:
@@ -692,7 +731,7 @@ def _read(
     manifests: list[Manifest] = []
     for each in split.lists:
         files = {"root": each.root, "classes": data.classes, "template": data.template}
-        options: dict[str, Any] = {"known": known, "missing_ok": missing_ok, "group_by": group_by, **files}
+        options: dict[str, Any] = {"known": known, "missing_ok": missing_ok, "columns": columns, **files}
         manifests.append(read_manifest(each.path, each.where, format=data.format, **options))
         known = known or _first_lists_classes(data, manifests[0])
     weights = [each.weight for each in split.lists if isinstance(each, WeightedSplitSection)]

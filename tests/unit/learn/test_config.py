@@ -677,7 +677,8 @@ def test_a_key_is_named_without_the_types_that_were_tried():
     [
         (
             ["data.val={}"],
-            "data.val: missing; give a list (data.val.path), or a share of the training videos (0.2)",
+            "data.val: missing; give a list (data.val.path), a share of the training videos (0.2), or the column "
+            "and value of those that are held out (data.val.where.subject=s01)",
             ["data.val=b.csv"],
         ),
         *(

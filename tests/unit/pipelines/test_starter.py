@@ -85,7 +85,7 @@ def test_init_keeps_groups_of_a_list_together(clips, here, capsys):
     train, val = ({person[each] for each in split.rows["uri"].to_pylist()} for split in read_splits(config))
     assert train and val and not train & val
     assert main(["init", str(clips.parent / "list.csv"), "--group-by", "actor", "--out", "other.yaml"]) == 1
-    assert "no column 'actor' to group by" in capsys.readouterr().err
+    assert "no column 'actor' (data.group_by); columns are" in capsys.readouterr().err
     assert not (here / "other.yaml").exists(), "a recipe that cannot run is not left behind"
 
 

@@ -1,6 +1,8 @@
 """A share of the training list for validation: no video or group on both sides, stable, every class learned."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,9 +132,95 @@ def test_wrong_shares_are_refused(grouped, keys, problem):
 
 def test_an_unknown_column_and_a_list_of_single_videos_are_refused(grouped):
     with pytest.raises(
-        ManifestError, match=r"no column 'actor' to group by .*columns are path, label, person; `folder`"
+        ManifestError, match=r"no column 'actor' \(data\.group_by\); columns are path, label, person; `folder` is each"
     ):
         read_split(recipe(grouped, "data.group_by=actor").data, "train")
     (grouped / "all.csv").write_text("path,label\n1.mp4,run\n2.mp4,walk\n")
     with pytest.raises(ManifestError, match=r"leaves no video for validation: no class has two"):
         read_split(recipe(grouped).data, "val")
+
+
+def held_out(folder, *overrides):
+    """A recipe whose validation videos are held out by their columns."""
+    return load_recipe("demo", [f"data.train={folder}/all.csv", "train.global_batch=8", "data.val={}", *overrides])
+
+
+def test_where_without_a_list_holds_out_training_videos(grouped):
+    config = held_out(grouped, "data.val.where.person=p3")
+    train, val = ids(config, "train"), ids(config, "val")
+    assert val == {f"{i}.mp4" for i in range(15, 20)}
+    assert train == {f"{i}.mp4" for i in range(60)} - val
+    train_set, val_set = read_splits(config)
+    assert train_set.classes == val_set.classes == ("jump", "run", "walk")
+    assert train_set.rows.column_names == val_set.rows.column_names == ["sample_id", "uri", "label", "frames"]
+    both = held_out(grouped, "data.val.where.person=p3", "data.val.where.label=jump")
+    assert ids(both, "val") == {"17.mp4"} and len(ids(both, "train")) == 59
+
+
+def test_held_out_videos_come_from_what_the_training_list_keeps(grouped):
+    (grouped / "all.csv").write_text(
+        "path,label,person,set\n" + "".join(f"{i}.mp4,{i % 2},p{i // 5},{'ab'[i % 2]}\n" for i in range(60))
+    )
+    config = held_out(grouped, "data.train.where.set=a", "data.val.where.person=p3")
+    assert ids(config, "val") == {"16.mp4", "18.mp4"}
+    assert ids(config, "train") == {f"{i}.mp4" for i in range(0, 60, 2)} - {"16.mp4", "18.mp4"}
+
+
+def test_a_value_is_held_out_of_every_training_list(grouped):
+    lines = (grouped / "all.csv").read_text().splitlines()
+    for name, part in (("one", lines[1:31]), ("two", lines[31:])):
+        (grouped / f"{name}.csv").write_text("\n".join([lines[0], *part]) + "\n")
+    lists = f"data.train=[{grouped}/one.csv, {grouped}/two.csv]"
+    config = held_out(grouped, lists, "data.val.where.person=p8")
+    assert ids(config, "val") == {f"2:{i}.mp4" for i in range(40, 45)}
+    assert len(ids(config, "train")) == 55
+    assert "weight" not in read_split(config.data, "val").rows.column_names
+
+
+def test_the_folder_of_a_video_is_a_column(tmp_path):
+    for i in range(8):
+        folder = tmp_path / f"class{i % 2}" / f"take{i // 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.mp4").touch()
+    keys = [f"data.train={tmp_path}", "data.val={where: {folder: class1/take0}}", "train.global_batch=2"]
+    config = load_recipe("demo", keys)
+    assert ids(config, "val") == {"class1/take0/1.mp4", "class1/take0/3.mp4"} and len(ids(config, "train")) == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "values"),
+    [("s1", ["s1", "s2", None]), ("7", [7, 8, 9]), ("7", [7.0, 8.5, None]), ("True", [True, False, None])],
+)
+def test_columns_of_a_parquet_list_hold_out_too(tmp_path, value, values):
+    for i in range(6):
+        (tmp_path / f"{i}.mp4").touch()
+    columns = {"path": [f"{i}.mp4" for i in range(6)], "label": [0, 1] * 3, "subject": values * 2}
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    config = load_recipe(
+        "demo",
+        [f"data.train={tmp_path}/all.parquet", f"data.val={{where: {{subject: {value!r}}}}}", "train.global_batch=2"],
+    )
+    assert ids(config, "val") == {"0.mp4", "3.mp4"}
+
+
+def test_held_out_videos_that_do_not_exist_are_refused(grouped):
+    with pytest.raises(
+        ManifestError, match=r"no training video has person=px \(data\.val\.where\); there person is p0, "
+    ):
+        read_split(held_out(grouped, "data.val.where.person=px").data, "train")
+    with pytest.raises(
+        ManifestError, match=r"no column 'subject' \(data\.val\.where\); columns are path, label, person"
+    ):
+        read_split(held_out(grouped, "data.val.where.subject=p1").data, "train")
+    one = held_out(grouped, "data.train.where.person=p1", "data.val.where.person=p1")
+    with pytest.raises(ManifestError, match="holds out every video; none is left to train on"):
+        read_split(one.data, "train")
+    with pytest.raises(RecipeError, match=r"data\.val\.root /x: .* holds out training videos"):
+        held_out(grouped, "data.val={root: /x, where: {person: p1}}")
+
+
+def test_a_recipe_that_holds_out_videos_round_trips(grouped, tmp_path):
+    config = held_out(grouped, "data.val.where.person=p3")
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == config
+    assert config.data.holds_out and config.data.list_of("val") == f"{grouped}/all.csv"

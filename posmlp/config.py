@@ -56,7 +56,13 @@ Label = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 Fusion = Literal["probabilities", "logits"]
 Task = Literal["recognition", "detection"]
-Format = Literal["auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51", "ava"]
+MicroFormat = Literal["casme2", "samm", "smic", "megc"]  # micro-expressions
+Format = Literal[
+    "auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51", MicroFormat, "ava"
+]
+Values = str | tuple[str, ...]  # a value, or several
+# The condition of each column: a value, [one, of, these], or {not: a value or a list}
+Where = dict[str, Values | dict[Literal["not"], Values]]
 
 
 class RecipeError(UserError):
@@ -130,7 +136,7 @@ class SplitSection(Section):
 
     path: str  # the list's file, or a folder, see ``posmlp.video.manifest``
     root: str | None = None  # folder of the videos; None: the list's folder
-    where: dict[str, str] = {}  # keep only the rows with these values in these columns
+    where: Where = {}  # keep only the rows that meet the condition of each column
     boxes: str | None = None  # detection: CSV of a person detector's boxes
     excluded: str | None = None  # detection: CSV of key frames to leave out
 
@@ -138,6 +144,20 @@ class SplitSection(Section):
     def lists(self) -> tuple[SplitSection, ...]:
         """All lists of the split."""
         return (self,)
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def check_where(cls, where: Any) -> Any:
+        """Refuse a condition of another form with one message in place of one for each form."""
+        for column, condition in where.items() if isinstance(where, Mapping) else ():
+            values = condition
+            if isinstance(condition, Mapping):
+                values = condition["not"] if [*condition] == ["not"] else None
+            texts = [values] if isinstance(values, str) else values
+            if not (isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts)):
+                forms = "a value, a list of values, or {not: a value or a list}"
+                raise ValueError(f"column {column}: expected {forms}")
+        return where
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from posmlp.config import Config
 from posmlp.learn.evaluation import video_scores
 from posmlp.video.clip import load_clips
 from posmlp.video.decode import DecodeError, Frames
-from posmlp.video.formats import PICTURE_SUFFIXES
+from posmlp.video.image_series import PICTURE_SUFFIXES
 from posmlp.video.views import videos_per_pass
 
 DECODED_AHEAD = 16  # files that are decoded, or in decoding, while the model is busy

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import ValidationError
 
 from pipelines.commands.options import (
     Commands,
@@ -16,7 +19,7 @@ from pipelines.commands.options import (
     positive,
     positive_float,
 )
-from posmlp.config import Config, Format, list_recipes
+from posmlp.config import Config, Format, SplitSection, Where, list_recipes, set_key
 from posmlp.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +114,8 @@ def add_manifest(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="COLUMN=VALUE",
-        help="use only the rows whose column has this value; may be given several times",
+        help="use only the rows whose column has this value (COLUMN=[A, B]: one of these; COLUMN.not=A: another); "
+        "may be given several times",
     )
 
 
@@ -130,14 +134,30 @@ def read_listed(args: argparse.Namespace, missing_ok: bool) -> tuple[Manifest, C
         raise UserError(f"{what} changes a recipe of action detection, but {args.manifest} is not a recipe")
     if args.format == "ava":
         raise UserError("lists of boxes are read with their recipe, as in `posmlp data check ava_s16 --split val`")
-    where = {}
-    for item in args.where:
-        column, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--where {item!r}: expected COLUMN=VALUE")
-        where[column] = value
+    where = read_conditions(args.where)
     options = {key: getattr(args, key) for key in ("format", "root", "classes", "template")}
     return read_manifest(args.manifest, where, **options, missing_ok=missing_ok), None
+
+
+def read_conditions(items: Sequence[str]) -> Where:
+    """Read ``COLUMN=VALUE``, ``COLUMN=[A, B]`` and ``COLUMN.not=VALUE``, as overrides of a recipe's ``where``.
+
+    Raises:
+        UserError: one is malformed.
+    """
+    where: Where = {}
+    for item in items:
+        column, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--where {item!r}: expected COLUMN=VALUE, COLUMN=[VALUE, VALUE] or COLUMN.not=VALUE")
+        column, excluded = column.removesuffix(".not"), ".not" * column.endswith(".not")
+        tree: dict[str, Any] = {}
+        set_key(tree, f"data.train.where.column{excluded}={value}")
+        where[column] = tree["data"]["train"]["where"]["column"]
+    try:
+        return SplitSection(path="", where=where).where
+    except ValidationError as error:
+        raise UserError(f"--where: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
 
 def is_recipe(name: str) -> bool:

@@ -23,7 +23,7 @@ from pipelines.data.scan import (
 )
 from posmlp import storage
 from posmlp.detection.clips import find_key_frame
-from posmlp.video.decode import DecodeError, VideoInfo
+from posmlp.video.decode import DecodeError, VideoInfo, span_of
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import Manifest
 from posmlp.video.orientation import NAMES
@@ -160,7 +160,8 @@ def check_block(
         if key_frames:
             line |= {"listed": len(row["key_ids"]), "beyond": []}
         try:
-            with open_isolated(row["uri"], row["frames"], "decord", timeout_s=timeout_s) as video:
+            span = span_of(row)
+            with open_isolated(row["uri"], row["frames"], "decord", timeout_s=timeout_s, span=span) as video:
                 info = video.info
                 line["height"], line["width"], line["orientation"] = video.inspect()
                 line |= {"num_frames": info.frames, "fps": info.fps, "codec": info.codec, "key_frames": info.key_frames}

@@ -31,7 +31,7 @@ from pipelines.data.scan import (
 )
 from posmlp import storage
 from posmlp.detection.segments import SegmentClip, clip_metadata, pack_segments
-from posmlp.video.decode import DecodeError
+from posmlp.video.decode import DecodeError, span_of
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import Manifest
 from posmlp.video.pack import pack
@@ -179,7 +179,8 @@ def pack_videos(rows: Iterable[Row], settings: ShardSettings) -> Iterator[Packed
     """Pack the video of each row."""
     for row in rows:
         try:
-            with open_isolated(row["uri"], row["frames"], timeout_s=settings.timeout_s) as video:
+            span = span_of(row)
+            with open_isolated(row["uri"], row["frames"], timeout_s=settings.timeout_s, span=span) as video:
                 yield row, video.run(pack, settings.short_side, settings.keyframe_interval)
         except DecodeError as error:
             yield row, error.reason

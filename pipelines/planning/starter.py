@@ -27,7 +27,7 @@ from posmlp.errors import UserError
 from posmlp.learn.learner import Learner
 from posmlp.model.cost import count_macs, count_params
 from posmlp.video.batch import Batch
-from posmlp.video.decode import DecodeError
+from posmlp.video.decode import DecodeError, span_of
 from posmlp.video.holdout import hash_place
 from posmlp.video.isolated import open_isolated
 from posmlp.video.manifest import VIDEO_SUFFIXES, Manifest, read_manifest, read_split
@@ -196,7 +196,7 @@ def look_at(manifest: Manifest) -> Look:
             break
         start = time.perf_counter()
         try:
-            with open_isolated(row["uri"], row["frames"], timeout_s=TIMEOUT_S) as video:
+            with open_isolated(row["uri"], row["frames"], timeout_s=TIMEOUT_S, span=span_of(row)) as video:
                 info = video.info
                 height, width = video.read(sorted({0, info.frames // 2, info.frames - 1})).shape[1:3]
         except DecodeError as error:

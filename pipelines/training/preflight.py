@@ -203,11 +203,13 @@ def stored_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BOX_COLUMNS = ("time", "boxes", "actions", "scores")  # of key frames
+SPAN_COLUMNS = ("first_frame", "last_frame")  # of rows that are parts of videos
 
 
 def list_fingerprint(manifest: Manifest) -> str:
     """A text that changes when a list's videos, labels or classes change, but not when the videos move."""
-    columns = ["sample_id", "label", *(name for name in BOX_COLUMNS if name in manifest.rows.column_names)]
+    optional = (*BOX_COLUMNS, *SPAN_COLUMNS)
+    columns = ["sample_id", "label", *(name for name in optional if name in manifest.rows.column_names)]
     rows = manifest.rows.select(columns).to_pydict()
     text = json.dumps([rows, manifest.classes])
     return f"{len(manifest.rows)} videos, {hashlib.sha256(text.encode()).hexdigest()[:16]}"

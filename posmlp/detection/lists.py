@@ -42,6 +42,7 @@ from posmlp.errors import UserError
 from posmlp.text import quantity
 from posmlp.video.classes import NUMBER, ClassIndex, KnownClasses, list_names, same_name
 from posmlp.video.formats import VIDEO_SUFFIXES, ListingRow, ManifestSource, StopReading, read_text, require_kind
+from posmlp.video.image_series import escape_braces
 from posmlp.video.manifest import (
     SCHEMA,
     Manifest,
@@ -51,7 +52,6 @@ from posmlp.video.manifest import (
     are_files,
     check_parquet_rows,
     count_images,
-    escape_braces,
     problem_lines,
 )
 

@@ -44,8 +44,10 @@ class Recognition(Task):
 
     def load(self, row: dict[str, Any], config: Config, *, epoch: int, train: bool, first_view: int = 0) -> LoadedClips:
         from posmlp.video.clip import LoadedClips, load_clips
+        from posmlp.video.decode import span_of
 
-        options: dict[str, Any] = {"epoch": epoch, "train": train, "images": row["frames"], "first_view": first_view}
+        options: dict[str, Any] = {"images": row["frames"], "span": span_of(row), "first_view": first_view}
+        options |= {"epoch": epoch, "train": train}
         clips, decoder = load_clips(row["uri"], row["sample_id"], config, **options)
         return LoadedClips(clips, np.zeros((len(clips), 4), np.float32), decoder)
 

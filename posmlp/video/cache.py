@@ -18,14 +18,14 @@ import pyarrow as pa
 
 from posmlp import storage
 from posmlp.errors import UserError
-from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo, cannot_open
+from posmlp.video.decode import DecodeError, Frames, ImageFolder, Span, Video, VideoInfo, VideoPart, cannot_open
 
 MAX_FILE_BYTES = 2**33  # of one cache file: a small video file may decode to any number of frames
 CACHE_VERSION = 5  # increase it when decoding or scaling changes, so that old cache files are not used
 
 
-def cache_path(uri: str, images: int | None, short_side: int | None, cache_dir: str) -> Path:
-    """Path of a video's cache file.
+def cache_path(uri: str, images: int | None, short_side: int | None, cache_dir: str, span: Span | None = None) -> Path:
+    """Path of the cache file of a video, or of a part of it.
 
     Its name is a hash of the video's location, size and modification time, so a replaced video is decoded again. A
     frame folder is represented by the size and time of its first picture.
@@ -35,10 +35,10 @@ def cache_path(uri: str, images: int | None, short_side: int | None, cache_dir: 
     """
     location = storage.local_path(uri) if not storage.is_remote(uri) else uri
     try:
-        version = storage.version(uri if images is None else uri.format(1))
+        version = storage.version(uri if images is None else uri.format(span[0] if span else 1))
     except (OSError, ValueError) as error:
         raise cannot_open(uri, error) from error
-    key = f"{CACHE_VERSION}|{short_side}|{images}|{version}|{location}"
+    key = f"{CACHE_VERSION}|{short_side}|{images}|{version}|{location}" + (f"|{span}" if span else "")
     return Path(cache_dir) / f"{hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()}.arrow"
 
 
@@ -71,8 +71,8 @@ class CachedVideo:
         return out
 
 
-def write_cache_file(video: Video | ImageFolder, short_side: int | None, path: Path) -> None:
-    """Decode a whole video into ``path``, a temporary name that the caller renames afterwards.
+def write_cache_file(video: Video | VideoPart | ImageFolder, short_side: int | None, path: Path) -> None:
+    """Decode a whole video, or a whole part of one, into ``path``, a temporary name that the caller renames afterwards.
 
     Raises:
         DecodeError: the video is too long, or damaged. Every frame is decoded, so damage at the end fails here too.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from posmlp.config import Config, DataSection
 from posmlp.errors import UserError
 from posmlp.video.cache import CachedVideo, cache_path, cache_write_error, write_cache_file
-from posmlp.video.decode import MAX_FRAMES, DecodeError, Decoder, Frames, VideoInfo
+from posmlp.video.decode import MAX_FRAMES, DecodeError, Decoder, Frames, Span, VideoInfo
 from posmlp.video.isolated import IsolatedVideo, call_isolated, open_isolated
 from posmlp.video.sampling import (
     Box,
@@ -91,7 +91,15 @@ def views_per_video(config: Config, train: bool) -> int:
 
 
 def load_clips(
-    uri: str, sample_id: str, config: Config, *, epoch: int, train: bool, images: int | None = None, first_view: int = 0
+    uri: str,
+    sample_id: str,
+    config: Config,
+    *,
+    epoch: int,
+    train: bool,
+    images: int | None = None,
+    span: Span | None = None,
+    first_view: int = 0,
 ) -> tuple[Frames, Decoder]:
     """All views of one video, decoded once. Every random choice derives from ``(train.seed, epoch, sample_id, view)``.
 
@@ -102,6 +110,7 @@ def load_clips(
 
     Args:
         uri, sample_id, images: from the manifest row; ``images`` is its ``frames``.
+        span: the part of the video that clips are taken from (``span_of``).
         first_view: number of the first training view; above 0 where an epoch draws the video again.
 
     Returns:
@@ -112,7 +121,7 @@ def load_clips(
         UserError: the cache cannot be written.
     """
     variant, data = config.model.variant(), config.data
-    with open_frames(uri, images, data, data.short_side or -(-variant.image_size * 8 // 7)) as opened:
+    with open_frames(uri, images, data, data.short_side or -(-variant.image_size * 8 // 7), span) as opened:
         info = opened[0].info
         if data.fps is not None and info.times is None:
             raise DecodeError(uri, "data.fps needs frame times, but a frame folder has none; leave data.fps out")
@@ -253,14 +262,16 @@ def resize(frames: Frames, height: int, width: int) -> Frames:
 
 
 @contextmanager
-def open_frames(uri: str, images: int | None, data: DataSection, short_side: int) -> Iterator[Opened]:
+def open_frames(
+    uri: str, images: int | None, data: DataSection, short_side: int, span: Span | None = None
+) -> Iterator[Opened]:
     """Open a video, or its cache file. Yields it and a function that reads frames, scaled to the short side."""
     if data.cache_dir is None:
-        with open_isolated(uri, images, data.decoder, timeout_s=data.decode_timeout_s) as video:
+        with open_isolated(uri, images, data.decoder, timeout_s=data.decode_timeout_s, span=span) as video:
             yield video, lambda indices: video.read(indices, short_side)
         return
     limit = data.decode_timeout_s
-    path: Path = call_isolated(uri, cache_path, uri, images, short_side, data.cache_dir, timeout_s=limit)
+    path: Path = call_isolated(uri, cache_path, uri, images, short_side, data.cache_dir, span, timeout_s=limit)
     try:
         cached = CachedVideo(path)
     except OSError:  # it does not exist yet, or is incomplete because a machine stopped
@@ -268,15 +279,17 @@ def open_frames(uri: str, images: int | None, data: DataSection, short_side: int
             try:
                 cached = CachedVideo(path)  # another process has decoded it meanwhile
             except OSError:
-                cached = decode_to_cache(path, uri, images, short_side, limit)
+                cached = decode_to_cache(path, uri, images, short_side, limit, span)
     yield cached, cached.read
 
 
-def decode_to_cache(path: Path, uri: str, images: int | None, short_side: int, limit: float) -> CachedVideo:
-    """Decode a whole video into its cache file, within ``limit`` seconds."""
+def decode_to_cache(
+    path: Path, uri: str, images: int | None, short_side: int, limit: float, span: Span | None = None
+) -> CachedVideo:
+    """Decode a whole video, or a whole part of one, into its cache file, within ``limit`` seconds."""
     temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
-        with open_isolated(uri, images, timeout_s=limit) as video:
+        with open_isolated(uri, images, timeout_s=limit, span=span) as video:
             video.run(write_cache_file, short_side, temporary)
         temporary.replace(path)
     except OSError as error:

@@ -36,6 +36,7 @@ from posmlp.video.orientation import Matrix, Picture, display_matrix, exif_matri
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3] RGB, or one frame [H, W, 3]
 Decoder = Literal["pyav", "decord"]
+Span = tuple[int, int | None]  # numbers of the first and the last frame, both included; None: to the end
 Allocate = Callable[[tuple[int, ...]], Frames]  # returns memory for uint8 pixels of a shape
 
 # Codecs and containers with one frame per packet, whose packets have the presentation times of their frames.
@@ -144,15 +145,30 @@ class Shown(NamedTuple):
     orientation: str
 
 
-def open_video(uri: str, images: int | None = None, decoder: Decoder = "pyav") -> Video | ImageFolder:
+def open_video(
+    uri: str, images: int | None = None, decoder: Decoder = "pyav", span: Span | None = None
+) -> Video | VideoPart | ImageFolder:
     """Open a video file, or with ``images`` a folder of that many numbered pictures.
 
     The uri of a folder is the name template of its pictures. A single image is a folder of 1 picture.
 
+    Args:
+        span: the part of the video to open, as if there were nothing else. Frames of a file count from 0. Pictures have
+            their own numbers; without a span they count from 1.
+
     Raises:
-        DecodeError: it cannot be read.
+        DecodeError: it cannot be read, or has no frames in the span.
     """
-    return Video(uri, decoder) if images is None else ImageFolder(uri, images)
+    if images is not None:
+        return ImageFolder(uri, images, span[0] if span else 1)
+    video = Video(uri, decoder)
+    return video if span is None else VideoPart(video, span)
+
+
+def span_of(row: Mapping[str, Any]) -> Span | None:
+    """The part of its video that a manifest row is of; None: all of it."""
+    first, last = row.get("first_frame"), row.get("last_frame")
+    return None if first is None and last is None else (first or 0, last)
 
 
 class Video:
@@ -244,14 +260,17 @@ class Video:
                 height, width = scaled_size(*picture.size, short_side)
             yield _to_rgb(picture, height, width)
 
-    def pictures(self) -> Iterator[Picture]:
-        """Every frame in order as it is stored, with its time.
+    def pictures(self, indices: Sequence[int] | None = None) -> Iterator[Picture]:
+        """Frames in order as they are stored, with their times.
+
+        Args:
+            indices: increasing; None: every frame.
 
         Raises:
             DecodeError: the video is damaged; raised after the frames before the damage.
         """
-        everything = range(self.info.frames)
-        return self._checked(self._by_order(everything), everything)
+        wanted = range(self.info.frames) if indices is None else indices
+        return self._checked(self._by_order(wanted), wanted)
 
     def verify(self) -> tuple[int, int]:
         """Decode every frame. Returns the height and width in pixels, upright.
@@ -584,18 +603,77 @@ class Video:
         return "not a video, or in an unsupported format; convert it, or remove it from the manifest"
 
 
+class VideoPart:
+    """Consecutive frames of a video file, as a video of its own: frame 0 is the first of them, at time 0.
+
+    Args:
+        video: the whole video, which is closed with its part.
+        span: the frames, counted from 0.
+
+    Raises:
+        DecodeError: the video ends before the last frame; it is closed then.
+    """
+
+    def __init__(self, video: Video, span: Span) -> None:
+        self.uri, self._video = video.uri, video
+        count, (first, last) = video.info.frames, span
+        last = count - 1 if last is None else last
+        if not 0 <= first <= last < count:
+            video.close()
+            wanted = f"frames {first} to {last} are wanted (first_frame, last_frame)"
+            raise DecodeError(video.uri, f"{wanted}, but it has frames 0 to {count - 1}; correct the list")
+        self._numbers = range(first, last + 1)
+
+    @property
+    def info(self) -> VideoInfo:
+        """Properties of the part."""
+        whole, numbers = self._video.info, self._numbers
+        times = None if whole.times is None else whole.times[numbers.start : numbers.stop] - whole.times[numbers.start]
+        keys = sum(key in numbers for key in self._video.keys)
+        return replace(whole, frames=len(numbers), times=times, key_frames=keys)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._video.close()
+
+    def read(self, indices: Sequence[int], short_side: int | None = None, allocate: Allocate = _allocate) -> Frames:
+        """Read frames by number; as ``Video.read``."""
+        return self._video.read([self._numbers[i] for i in indices], short_side, allocate)
+
+    def all_frames(self, short_side: int | None = None) -> Iterator[Frames]:
+        """Every frame in order; as ``Video.all_frames``."""
+        return self._video.frames(self._numbers, short_side, seek=False)
+
+    def frames(self, indices: Sequence[int], short_side: int | None = None, *, seek: bool = True) -> Iterator[Frames]:
+        """Frames by number one after the other; as ``Video.frames``."""
+        return self._video.frames([self._numbers[i] for i in indices], short_side, seek=seek)
+
+    def verify(self) -> tuple[int, int]:
+        """Decode every frame; as ``Video.verify``."""
+        return self.inspect()[:2]
+
+    def inspect(self) -> Shown:
+        """Decode every frame; as ``Video.inspect``."""
+        return _inspect(self._video.pictures(self._numbers))
+
+
 class ImageFolder:
-    """A video as numbered pictures (JPEG, PNG, WebP, BMP). The uri is ``FOLDER/{:05d}.jpg``; numbers count from 1.
+    """A video as numbered pictures (JPEG, PNG, WebP, BMP). The uri is the template of their names.
 
     A single image is a folder of one picture, whose template has no number. Pictures are rotated by their EXIF
     orientation.
+
+    Args:
+        uri: such as ``FOLDER/{:05d}.jpg``.
+        images: the number of pictures.
+        first: the number of the first one; the others follow without gaps.
 
     Raises:
         DecodeError: the first picture cannot be read.
     """
 
-    def __init__(self, uri: str, images: int) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, images: int, first: int = 1) -> None:
+        self.uri, self._start = uri, first
         if images < 1:
             raise DecodeError(uri, "no pictures; check the number of frames in the manifest")
         self._first, codec = self._decode(0)  # kept, because for a single image it is the only picture
@@ -634,7 +712,7 @@ class ImageFolder:
 
     def _decode(self, index: int) -> tuple[Picture, str]:
         """A picture and the name of its codec."""
-        uri = self.uri.format(index + 1)
+        uri = self.uri.format(self._start + index)
         source, head = _open_source(uri)
         content = source if isinstance(source, bytes) else storage.read_bytes(source)
         name = IMAGE_CODECS.get(head[:2])

@@ -4,14 +4,18 @@ There is one function per format, in ``PARSERS``. It interprets the lines and re
 all formats share (paths, duplicates, labels, filters, missing files) are in ``posmlp.video.manifest``.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
@@ -20,12 +24,14 @@ import pyarrow.parquet as pq
 
 from posmlp import storage
 from posmlp.video.classes import NUMBER, ClassIndex, KnownClasses, clean_name, number_or_name, whole
+from posmlp.video.image_series import PICTURE_SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogg"),
     *(".ogv", ".ts", ".webm", ".wmv"),
 )
-PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 QUOTED_NUMBER = rf"""{NUMBER}|"\s*{NUMBER}\s*"|'\s*{NUMBER}\s*'"""
 PATH_AND_NUMBER = re.compile(rf"(.+?)(?:\s*,\s*|\s+)({QUOTED_NUMBER})")  # separated by the last blank or comma
 NUMBER_AND_NAME = re.compile(rf"({QUOTED_NUMBER})\s*[\s,;]\s*(.+)")
@@ -35,6 +41,7 @@ FOLDER = "folder"  # stands for a column with the folder of each video
 HMDB_FILE = re.compile(r"(.+)_test_split([0-9]+)\.txt")
 HMDB_SUBSETS: dict[int | float | str, str] = {0: "unused", 1: "train", 2: "test"}
 SPACE = re.compile(r"[ \t\r\n]*")
+FIRST_FRAME, LAST_FRAME = "first_frame", "last_frame"  # columns of lists whose rows are parts of videos
 
 
 class ListingRow(NamedTuple):
@@ -48,6 +55,8 @@ class ListingRow(NamedTuple):
     name: str | None = None  # the class, if the list has it in addition to a number
     frames: int | None = None  # images of a frame folder; None: count them
     values: tuple[str, ...] = ()  # one for each of ``Listing.columns``
+    first: int | float | str | None = None  # of the frames that the row is of; None: from the start
+    last: int | float | str | None = None  # None: to the end
 
 
 @dataclass
@@ -61,7 +70,10 @@ class Listing:
         classes: the name of each label; None: derive the classes from the rows.
         first_label: the smallest number that a label may have in this list.
         labels_typed: whether labels are stored as numbers, so that they are certainly not names.
-        images: each path is a folder of images.
+        images: each path is a folder of images, whose names ``template`` gives.
+        series: each path is a folder of images with any names and numbers.
+        maybe_series: a path without the suffix of a video may be such a folder.
+        span_names: what the list calls the first and the last frame.
         pictures: each path is one image.
         present: the videos are known to exist.
         others: returns other paths where a missing video may be, given its row.
@@ -74,9 +86,42 @@ class Listing:
     first_label: int = 0
     labels_typed: bool = False
     images: bool = False
+    series: bool = False
+    maybe_series: bool = False
+    span_names: tuple[str, str] = (FIRST_FRAME, LAST_FRAME)
     pictures: bool = False
     present: bool = False
     others: Callable[[ListingRow], list[str]] | None = None
+
+
+class Condition(NamedTuple):
+    """What ``where`` asks of a column: one of some values, or with ``excluded`` none of them."""
+
+    values: tuple[str, ...]
+    excluded: bool = False
+
+    @classmethod
+    def read(cls, written: Any) -> Condition:
+        """Read a condition as a recipe has it: a value, a list of values, or ``{"not": a value or a list}``."""
+        excluded = isinstance(written, Mapping)
+        values = written["not"] if excluded else written
+        return cls(tuple(map(str, values)) if isinstance(values, list | tuple) else (str(values),), excluded)
+
+    def holds(self, value: str) -> bool:
+        """Return whether a row with this value is kept."""
+        return (value in self.values) != self.excluded
+
+    def describe(self, column: str) -> str:
+        """The condition in words, as ``subject not 01``."""
+        several = len(self.values) > 1
+        relation = (" none of " if several else " not ") if self.excluded else " one of " if several else "="
+        return f"{column}{relation}{', '.join(self.values)}"
+
+
+@cache  # once per process: a list is read several times
+def warn_once(text: str) -> None:
+    """Log a warning about a list that can be used."""
+    logger.warning("%s", text)
 
 
 class StopReading(Exception):
@@ -88,7 +133,7 @@ class ManifestSource:
     """The arguments of ``read_manifest``, and the problems found so far as (file, line or None, text)."""
 
     path: str
-    where: Mapping[str, str]
+    where: Mapping[str, Condition]
     root: str | None
     classes: str | None
     template: str
@@ -290,11 +335,15 @@ def _stop_at_json_error(source: ManifestSource, uri: str, error: json.JSONDecode
 
 
 def _csv(source: ManifestSource) -> Listing:
-    """``path,label`` and optionally ``class``, and any columns to filter by; with a header."""
+    """``path,label``, optionally ``class``, ``first_frame`` and ``last_frame``, and any columns to filter by.
+
+    A path may be a folder of numbered images. The first and the last frame are the numbers of images, or frames of a
+    video file counted from 0.
+    """
     text = read_text(source, source.path, "a CSV file")
     header, lines = _csv_table(source, text, ("path", "label"))
     path, label = header.index("path"), header.index("label")
-    name = header.index("class") if "class" in header else None
+    name, first, last = (header.index(c) if c in header else None for c in ("class", FIRST_FRAME, LAST_FRAME))
     rows = [
         ListingRow(
             source.path,
@@ -303,10 +352,12 @@ def _csv(source: ManifestSource) -> Listing:
             number_or_name(cells[label]),
             name=None if name is None else clean_name(cells[name]),
             values=cells,
+            first=None if first is None or not cells[first] else number_or_name(cells[first]),
+            last=None if last is None or not cells[last] else number_or_name(cells[last]),
         )
         for line, cells in lines
     ]
-    return Listing(rows, storage.parent(source.path), header, class_names(source))
+    return Listing(rows, storage.parent(source.path), header, class_names(source), maybe_series=True)
 
 
 def _csv_table(
@@ -534,10 +585,16 @@ def _check_columns(source: ManifestSource, file: str, schema: pa.Schema) -> bool
     for name in sorted({name for name in names if names.count(name) > 1}):
         source.problem(file, None, f"column {name!r} appears twice; rename or remove one")
     allowed = {"uri": _is_text, "path": _is_text, "class": _is_text, "sample_id": lambda t: _is_text(t) or _is_int(t)}
-    allowed |= {"label": lambda type: _is_number(type) or _is_text(type), storage.BYTES_COLUMN: _is_bytes}
+    allowed |= {
+        FIRST_FRAME: _is_int,
+        LAST_FRAME: _is_int,
+        "label": lambda type: _is_number(type) or _is_text(type),
+        storage.BYTES_COLUMN: _is_bytes,
+    }
     for name, test in allowed.items():
         if names.count(name) == 1 and not test(type := schema.field(name).type):
             wanted = {"label": "whole numbers or strings", storage.BYTES_COLUMN: "binary"}.get(name, "strings")
+            wanted = "whole numbers" if name in (FIRST_FRAME, LAST_FRAME) else wanted
             source.problem(file, None, f"column {name} has type {type}; expected {wanted}")
     if storage.BYTES_COLUMN in names and not storage.parquet_row(f"{file}#0"):
         text = "inline videos need a file name that ends in .parquet, without options after it; rename the file, or"
@@ -573,23 +630,27 @@ def _parquet_rows(
     schema = table.schema_arrow
     inline = storage.BYTES_COLUMN in schema.names
     path = None if inline else "uri" if "uri" in schema.names else "path"
-    needed = dict.fromkeys(name for name in (path, "label", "class", "sample_id", *columns) if name in schema.names)
+    possible = (path, "label", "class", "sample_id", FIRST_FRAME, LAST_FRAME, *columns)
+    needed = dict.fromkeys(name for name in possible if name in schema.names)
     data = table.read(columns=list(needed), use_threads=False)
     count = data.num_rows
     texts = {name: data[name].to_pylist() for name in needed}
     nothing = [None] * count
-    values = [_texts(texts.get(name, nothing), source.where.get(name)) for name in columns]
+    wanted = {name: condition.values for name, condition in source.where.items()}
+    values = [_texts(texts.get(name, nothing), wanted.get(name)) for name in columns]
     of_rows = list(zip(*values, strict=True)) or [()] * count
     if inline:
         _check_bytes(source, file, table.metadata)
     short = file.rpartition("/")[2]
-    for row, (place, label, name, sample_id, value) in enumerate(
+    for row, (place, label, name, sample_id, value, first, last) in enumerate(
         zip(
             [f"{file}#{row}" for row in range(count)] if path is None else texts[path],
             texts["label"],
             texts.get("class", nothing),
             texts.get("sample_id", [f"{short}#{row}" for row in range(count)] if inline else nothing),
             of_rows,
+            texts.get(FIRST_FRAME, nothing),
+            texts.get(LAST_FRAME, nothing),
             strict=True,
         )
     ):
@@ -597,7 +658,8 @@ def _parquet_rows(
         label = _stored_label(label)
         if sample_id is None and "sample_id" in texts:
             source.problem(file, row, "sample_id is null; give it, or leave out the column")
-        yield ListingRow(file, row, place or "", label, "" if sample_id is None else str(sample_id), name, None, value)
+        sample_id = "" if sample_id is None else str(sample_id)
+        yield ListingRow(file, row, place or "", label, sample_id, name, None, value, first, last)
 
 
 def _stored_label(value: Any) -> int | float | str:
@@ -609,22 +671,23 @@ def _stored_label(value: Any) -> int | float | str:
     return "" if value is None or value != value else whole(float(value))
 
 
-def _texts(values: Sequence[Any], wanted: str | None) -> list[str]:
-    """The values of a column as text; a number or a truth value that is the wanted one, as the recipe writes it.
+def _texts(values: Sequence[Any], wanted: Sequence[str] | None) -> list[str]:
+    """The values of a column as text; a number or a truth value that is a wanted one, as the recipe writes it.
 
     Args:
         wanted: None: whole numbers have no fraction, and null is empty.
     """
     if wanted is None:
         return ["" if value is None else str(whole(value) if isinstance(value, float) else value) for value in values]
-    number = number_or_name(wanted)
-    return [
-        wanted
-        if (isinstance(value, float) and value == number)
-        or (isinstance(value, bool) and str(value).lower() == wanted.lower())
-        else str(value)
-        for value in values
-    ]
+    numbers = {number_or_name(text): text for text in reversed(wanted)}
+    truths = {text.lower(): text for text in reversed(wanted)}
+
+    def as_written(value: Any) -> str:
+        if isinstance(value, bool):
+            return truths.get(str(value).lower(), str(value))
+        return numbers.get(value, str(value)) if isinstance(value, float) else str(value)
+
+    return [as_written(value) for value in values]
 
 
 def _check_bytes(source: ManifestSource, file: str, metadata: Any) -> None:
@@ -882,12 +945,14 @@ def _hmdb51(source: ManifestSource) -> Listing:
     if not files:
         source.stop(folder, None, "holds no <class>_test_split<k>.txt; expected HMDB51's test_train_splits")
     splits = sorted({match[2] for match, _ in files})
-    if str(source.where.get("split")) not in splits:
+    nothing = Condition(())
+    split_wanted, subset_wanted = (source.where.get(column, nothing) for column in ("split", "subset"))
+    if split_wanted not in [Condition((split,)) for split in splits]:
         source.problem(folder, None, f"needs `where.split`, one of {', '.join(splits)}")
-    if str(source.where.get("subset")) not in ("train", "test"):
+    if subset_wanted not in (Condition(("train",)), Condition(("test",))):
         source.problem(folder, None, "needs `where.subset`, train or test")
     source.stop_if_bad()
-    rows, split = [], str(source.where["split"])
+    rows, (split,) = [], split_wanted.values
     for match, name in files:
         if match[2] != split:
             continue
@@ -914,4 +979,3 @@ PARSERS: dict[str, Callable[[ManifestSource], Listing]] = {
     "ucf101": _ucf101,
     "hmdb51": _hmdb51,
 }
-MANIFEST_FORMATS: Iterable[str] = ("auto", *PARSERS)

@@ -33,8 +33,10 @@ from posmlp.video.decode import (
     Frames,
     ImageFolder,
     Shown,
+    Span,
     Video,
     VideoInfo,
+    VideoPart,
     open_video,
 )
 
@@ -47,18 +49,19 @@ _child: DecodingProcess | None = None
 
 @contextlib.contextmanager
 def open_isolated(
-    uri: str, images: int | None = None, decoder: Decoder = "pyav", *, timeout_s: float
+    uri: str, images: int | None = None, decoder: Decoder = "pyav", *, timeout_s: float, span: Span | None = None
 ) -> Iterator[IsolatedVideo]:
     """Open a video in the child process (``posmlp.video.decode.open_video``), and close it at the end of the ``with``.
 
     Args:
+        uri, images, decoder, span: as of ``open_video``.
         timeout_s: limit in seconds for all work on this video together.
 
     Raises:
         DecodeError: the video cannot be read, crashes the decoder, or takes longer than ``timeout_s``. Every method of
             the returned video may raise it too.
     """
-    video = IsolatedVideo(uri, images, decoder, timeout_s)
+    video = IsolatedVideo(uri, images, decoder, timeout_s, span)
     try:
         yield video
     finally:
@@ -86,8 +89,10 @@ class IsolatedVideo:
         info: properties of the video.
     """
 
-    def __init__(self, uri: str, images: int | None, decoder: Decoder, timeout_s: float) -> None:
-        self._uri, self._images, self._timeout_s = uri, images, timeout_s
+    def __init__(
+        self, uri: str, images: int | None, decoder: Decoder, timeout_s: float, span: Span | None = None
+    ) -> None:
+        self._uri, self._images, self._timeout_s, self._span = uri, images, timeout_s, span
         try:
             self._open(decoder)
         except DecodeError:
@@ -98,7 +103,7 @@ class IsolatedVideo:
     def _open(self, decoder: Decoder) -> None:
         self._process = decoding_process()
         self._deadline = time.monotonic() + self._timeout_s
-        self.info: VideoInfo = self._call("open", self._uri, self._images, decoder)
+        self.info: VideoInfo = self._call("open", self._uri, self._images, decoder, self._span)
 
     def read(self, indices: Sequence[int], short_side: int | None = None) -> Frames:
         """Read frames by number: uint8 ``[len(indices), H, W, 3]``.
@@ -267,7 +272,7 @@ class _Commands:
         self.memory_fd = memory_fd
         self.map: mmap.mmap | None = None
         self.uri = ""
-        self.video: Video | ImageFolder
+        self.video: Video | VideoPart | ImageFolder
 
     def run_command(self, command: str, args: tuple[Any, ...]) -> Any:
         """Run one command. Any other error, in a decoder or out of memory, becomes a DecodeError of the video."""
@@ -282,9 +287,9 @@ class _Commands:
             reason = f"the decoder fails ({cause}); re-encode the video, or remove it"
             raise DecodeError(self.uri, reason) from error
 
-    def open(self, uri: str, images: int | None, decoder: Decoder) -> VideoInfo:
+    def open(self, uri: str, images: int | None, decoder: Decoder, span: Span | None) -> VideoInfo:
         self.uri = uri
-        self.video = open_video(uri, images, decoder)
+        self.video = open_video(uri, images, decoder, span)
         return self.video.info
 
     def read(self, indices: Sequence[int], short_side: int | None) -> tuple[tuple[int, ...], VideoInfo]:

@@ -4,10 +4,12 @@
 may be local or in an object store (``posmlp.storage``).
 """
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,29 +22,36 @@ import pyarrow.parquet as pq
 from posmlp import storage
 from posmlp.config import DataSection, SplitSection, WeightedSplitSection
 from posmlp.errors import UserError
+from posmlp.video import formats, micro_expressions
 from posmlp.video.classes import ClassIndex, KnownClasses, in_order, list_names, same_name
 from posmlp.video.draws import WEIGHT
 from posmlp.video.formats import (
+    FIRST_FRAME,
     FOLDER,
-    MANIFEST_FORMATS,
-    PARSERS,
+    LAST_FRAME,
     VIDEO_SUFFIXES,
+    Condition,
     Listing,
     ListingRow,
     ManifestSource,
     StopReading,
     class_names,
     path_kind,
+    warn_once,
 )
 from posmlp.video.holdout import choose_held_out
+from posmlp.video.image_series import PICTURE_SUFFIXES, ImageSeries, escape_braces, find_series
 
 __all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest", "read_split"]
 
+PARSERS = formats.PARSERS | micro_expressions.PARSERS
+MANIFEST_FORMATS = ("auto", *PARSERS)
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("uri", pa.string()), ("label", pa.int32()), ("frames", pa.int32())],
 )
 LISTED = "list."  # prefix of a row's columns that are kept from the list
 MAX_PROBLEMS_SHOWN = 20  # in a message
+MAX_NUMBER = 2**31 - 1  # of a frame
 DRIVE = re.compile(r"[A-Za-z]:/")
 TEXT = r"((?:[^{}/]|\{\{|\}\})*)"  # of a template, in which a brace is doubled
 TEMPLATE = re.compile(TEXT + r"\{0?(?::0?[0-9]*d?)?\}" + TEXT)  # one number, as in img_{:05d}.jpg
@@ -55,9 +64,11 @@ class Manifest:
     Attributes:
         rows: columns ``sample_id: string`` (unique), ``uri: string`` (absolute path or URI), ``label: int32`` and
             ``frames: int32``. For a video file ``frames`` is null. For a frame folder the ``uri`` ends in the template
-            of its images' names, such as ``/videos/12345/{:05d}.jpg``, whose numbers count from 1, and ``frames`` is
-            the number of images. A single image is such a template without a number (a brace in its name is doubled),
-            with 1 frame.
+            of its images' names, such as ``/videos/12345/{:05d}.jpg``, and ``frames`` is the number of images. A single
+            image is such a template without a number (a brace in its name is doubled), with 1 frame. Rows that are
+            parts of videos have also ``first_frame: int32`` and ``last_frame: int32``, both included: for a frame
+            folder the numbers of the first and the last image, for a video file frames counted from 0 (null: its start
+            or its end). Without these columns, images count from 1.
         classes: the name of each label, for the whole data set and not only for ``rows``.
         root: the folder that holds all videos.
     """
@@ -88,7 +99,7 @@ class ManifestError(UserError):
 
 def read_manifest(
     path: str | Path,
-    where: Mapping[str, str] = {},
+    where: Mapping[str, Any] = {},
     *,
     format: str = "auto",
     root: str | Path | None = None,
@@ -101,7 +112,9 @@ def read_manifest(
     """Read and check the videos of a split.
 
     A **csv** file (UTF-8, comma-separated, with header) has the columns ``path`` and ``label``, optionally ``class``,
-    and any others to filter by. The path as written is the ``sample_id``. Labels are whole numbers from 0 without gaps
+    ``first_frame`` and ``last_frame``, and any others to filter by. A path is a video file or a folder of numbered
+    images. The path as written is the ``sample_id``; if several rows have parts of one video, with its frames, such as
+    ``a.mp4#46-120``. Labels are whole numbers from 0 without gaps
     (``3``, also written as ``"3"``, ``+3`` or ``3.0``), or, if no label is a number, class names, which get ids in
     sorted order. ``class`` names the labels. Classes come from the whole file, so splits that are filtered from one
     file agree. Only kept rows are checked for missing videos.
@@ -112,18 +125,21 @@ def read_manifest(
 
     A **parquet** file, or a folder of them, has one row per video: its ``uri``, or its bytes. **images** reads any of
     these three with images instead of videos; ``auto`` also recognises a tree ``class/image`` without videos.
-    **kinetics**, **ssv1**, **ssv2**, **ucf101** and **hmdb51** read the lists that these data sets are published with.
-    Each format is described by its function in ``formats.PARSERS``.
+    **kinetics**, **ssv1**, **ssv2**, **ucf101** and **hmdb51** read the lists that these data sets are published with;
+    **casme2**, **samm**, **smic** and **megc** those of micro-expressions (``posmlp.video.micro_expressions``). Each
+    format is described by its function in ``PARSERS`` of the two modules.
 
     Args:
         path: the list's file, or the folder.
-        where: keep the rows whose columns have these values.
+        where: keep the rows that meet the condition of each column: a value, a list of values (one of them), or
+            ``{"not": a value or a list}`` (none of them).
         format: one of the formats above. ``auto``: a folder, a Parquet file (suffix ``.parquet``), otherwise CSV.
         root: the folder that the paths in the list are relative to. It must hold all videos, because lists may come
             from other people. None: the list's folder.
         classes: a file that names the classes, for any format: one name per line, lines of id and name, or JSON.
             Numeric labels refer to it, named labels get their ids from it.
-        template: the names of a frame folder's images; ssv1 only.
+        template: the names of a frame folder's images, for ssv1. Other formats find them in each folder, and choose
+            this one if a folder has several series of images.
         missing_ok: also keep rows whose video does not exist.
         known: the classes that the labels refer to, of the training list or of a checkpoint. They are matched by name,
             or by label if the list has no names. Some may be absent; a kept row of another class is a problem. None:
@@ -138,7 +154,7 @@ def read_manifest(
     """
     source = ManifestSource(
         absolute(path),
-        {column: str(value) for column, value in where.items()},
+        {column: Condition.read(written) for column, written in where.items()},
         None if root is None else absolute(root),
         None if classes is None else absolute(classes),
         template,
@@ -205,14 +221,20 @@ def _build_manifest(source: ManifestSource) -> Manifest:
         labels, classes = _known_labels(source, source.known, listing, labels, names, kept), source.known.names
     folder = source.root or listing.folder
     _read_backslashes(source, listing, folder)
+    _name_parts(listing)
     rows = [listing.rows[i] for i in kept]
     uris = _check_paths(source, listing, folder)
     uris = [uris[i] for i in kept]
     frames: list[int | None] = [None] * len(kept)
+    spans = [_read_span(source, listing, row) for row in rows]
     if listing.images:
         uris, frames = _frame_folders(source, rows, uris)
+    elif listing.series:
+        _read_series(source, listing, rows, uris, frames, spans, range(len(rows)))
     elif not listing.present:
-        uris = _find_videos(source, listing, rows, uris, folder)
+        folders = _image_folders(source, listing, rows, uris)
+        _read_series(source, listing, rows, uris, frames, spans, folders)
+        uris = _find_videos(source, listing, rows, uris, folder, {*folders})
     if listing.pictures:
         uris, frames = [escape_braces(uri) for uri in uris], [1] * len(uris)
     further = _further_columns(source, listing, rows)
@@ -224,6 +246,9 @@ def _build_manifest(source: ManifestSource) -> Manifest:
         "frames": frames,
     }
     table = pa.table(columns, schema=SCHEMA)
+    if any(span != (None, None) for span in spans):
+        for name, numbers in zip((FIRST_FRAME, LAST_FRAME), zip(*spans, strict=True), strict=True):
+            table = table.append_column(name, pa.array(numbers, pa.int32()))
     for name, values in further.items():
         table = table.append_column(f"{LISTED}{name}", pa.array(values, pa.string()))
     return Manifest(table, classes, folder)
@@ -415,13 +440,19 @@ def _filter_rows(source: ManifestSource, listing: Listing) -> list[int]:
         for column in unknown:
             text = f"no column {column!r} to filter by (`where`); columns are {', '.join(columns)}"
             source.problem(source.path, _first_line(source.path), text)
-    wanted = [(columns.index(column), value) for column, value in where.items() if column in columns]
-    kept = [i for i, row in enumerate(rows) if all(row.values[column] == value for column, value in wanted)]
+    wanted = [(columns.index(column), condition) for column, condition in where.items() if column in columns]
+    kept = [i for i, row in enumerate(rows) if all(condition.holds(row.values[k]) for k, condition in wanted)]
     if where and not kept and len(wanted) == len(where):
-        query = " and ".join(f"{column}={value}" for column, value in where.items())
-        present = "; ".join(f"{columns[i]} is {_list_values({row.values[i] for row in rows})}" for i, _ in wanted)
+        query = " and ".join(condition.describe(column) for column, condition in where.items())
+        present = "; ".join(f"{columns[k]} is {_list_values({row.values[k] for row in rows})}" for k, _ in wanted)
         line = None if rows[0].file != source.path else _first_line(source.path)
         source.problem(source.path, line, f"no row has {query} (`where`); in the file {present}")
+    elif kept:
+        for k, condition in wanted:
+            if absent := {*condition.values} - {row.values[k] for row in rows}:
+                warn_once(
+                    f"{source.path}: no row has {columns[k]} {_list_values(absent)} (`where`), so it has no effect"
+                )
     return kept
 
 
@@ -449,10 +480,25 @@ def _read_backslashes(source: ManifestSource, listing: Listing, folder: str) -> 
             listing.rows[i] = row._replace(path=path, sample_id=row.sample_id or row.path)
 
 
+def _name_parts(listing: Listing) -> None:
+    """Give the parts of a video that is in several rows sample ids with their frames, such as ``a.mp4#46-120``."""
+    rows = listing.rows
+    if all(row.first is None and row.last is None for row in rows):
+        return
+    count = Counter(row.path for row in rows)
+    for i, row in enumerate(rows):
+        if count[row.path] > 1 and not row.sample_id and (row.first, row.last) != (None, None):
+            first, last = ("" if number is None else number for number in (row.first, row.last))
+            listing.rows[i] = row._replace(sample_id=f"{row.path}#{first}-{last}")
+
+
 def _check_paths(source: ManifestSource, listing: Listing, folder: str) -> list[str]:
-    """The URI of each row's video, empty if the path is unusable. A video and a ``sample_id`` may occur only once."""
+    """The URI of each row's video, empty if the path is unusable.
+
+    A ``sample_id`` may occur only once, and a video only once with the same frames.
+    """
     uris: list[str] = []
-    videos: dict[str, ListingRow] = {}
+    videos: dict[tuple[Any, ...], ListingRow] = {}
     samples: dict[str, ListingRow] = {}
     for row in listing.rows:
         uri = storage.join(folder, row.path) if row.path else ""
@@ -469,8 +515,9 @@ def _check_paths(source: ManifestSource, listing: Listing, folder: str) -> list[
             text = f"path {storage.without_password(row.path)!r} is outside {folder}, which must hold all listed videos"
             source.problem(row.file, row.line, f"{text}; correct it, or set `root` to a folder that holds them all")
             uri = ""
-        elif (first := videos.setdefault(uri, row)) is not row:
+        elif (first := videos.setdefault((uri, row.first, row.last), row)) is not row:
             text = f"path {row.path!r} is already in {_describe_line(first, row)}; keep one of the two"
+            text += "" if (row.first, row.last) == (None, None) else ", or give them other frames"
             source.problem(row.file, row.line, text)
         elif (first := samples.setdefault(sample, row)) is not row:
             text = f"sample_id {sample!r} is already in {_describe_line(first, row)}; give each video its own"
@@ -487,10 +534,15 @@ def are_files(source: ManifestSource, uris: Sequence[str]) -> list[bool]:
 
 
 def _find_videos(
-    source: ManifestSource, listing: Listing, rows: list[ListingRow], uris: list[str], folder: str
+    source: ManifestSource,
+    listing: Listing,
+    rows: list[ListingRow],
+    uris: list[str],
+    folder: str,
+    found_already: Set[int],
 ) -> list[str]:
     """The URI where each video was found. Each missing video is a problem."""
-    wanted = [i for i, uri in enumerate(uris) if uri]
+    wanted = [i for i, uri in enumerate(uris) if uri and i not in found_already]
     found = are_files(source, [uris[i] for i in wanted])
     missing = [i for i, exists in zip(wanted, found, strict=True) if not exists]
     uris = list(uris)
@@ -581,27 +633,35 @@ def _frame_folders(
     return [storage.join(escape_braces(folder), source.template) if folder else "" for folder in folders], frames
 
 
-def escape_braces(folder: str) -> str:
-    """Double the braces of a path, because the whole URI is a template."""
-    return folder.replace("{", "{{").replace("}", "}}")
+def _list_names(folder: str) -> set[str]:
+    """The names in a folder.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not storage.is_remote(folder):
+        return set(os.listdir(folder))
+    system, path = storage.resolve(folder)
+    return {info.base_name for info in system.get_file_info(pafs.FileSelector(path))}
+
+
+def names_in(source: ManifestSource, row: ListingRow, folder: str) -> set[str] | None:
+    """The names in a row's folder. None if it is missing or cannot be read, which is a problem of the row."""
+    try:
+        return _list_names(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        if not source.missing_ok:
+            source.problem(row.file, row.line, f"no folder {folder}; check `root`")
+    except OSError as error:
+        source.problem(row.file, row.line, f"{folder} cannot be read ({error})")
+    return None
 
 
 def count_images(source: ManifestSource, row: ListingRow, folder: str) -> int | None:
     """Count the images of a folder that match the template. Their numbers must start at 1, without gaps."""
-    try:
-        if storage.is_remote(folder):
-            system, path = storage.resolve(folder)
-            names = {info.base_name for info in system.get_file_info(pafs.FileSelector(path))}
-        else:
-            names = set(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        if source.missing_ok:
-            return 1  # reading this image fails later
-        source.problem(row.file, row.line, f"no folder {folder}; check `root`")
-        return None
-    except OSError as error:
-        source.problem(row.file, row.line, f"{folder} cannot be read ({error})")
-        return None
+    names = names_in(source, row, folder)
+    if names is None:
+        return 1 if source.missing_ok else None  # reading this image fails later
     count = 0
     while source.template.format(count + 1) in names:
         count += 1
@@ -612,6 +672,123 @@ def count_images(source: ManifestSource, row: ListingRow, folder: str) -> int | 
         text = f"no image {source.template.format(count + 1)} in {folder}, which has {matching} with such names"
         source.problem(row.file, row.line, f"{text}; they must count from 1 without gaps")
     return count
+
+
+# Parts of videos, and folders of images with any numbers --------------------------------------------------------------
+
+Numbers = tuple[int | None, int | None]  # first and last frame of a row; None: not given
+
+
+def _read_span(source: ManifestSource, listing: Listing, row: ListingRow) -> Numbers:
+    """The first and the last frame of a row; both are checked."""
+    numbers: list[int | None] = []
+    for name, value in zip(listing.span_names, (row.first, row.last), strict=True):
+        good = isinstance(value, int) and 0 <= value <= MAX_NUMBER
+        numbers.append(value if isinstance(value, int) and good else None)
+        if value is not None and not good:
+            written = "is empty" if value == "" else f"{value!r} is not a whole number from 0 to {MAX_NUMBER}"
+            source.problem(row.file, row.line, f"{name} {written}; {_leave_out(listing, row)}")
+    first, last = numbers
+    if first is not None and last is not None and first > last:
+        (name, end), hint = listing.span_names, _leave_out(listing, row)
+        source.problem(row.file, row.line, f"{end} {last} is before {name} {first}; {hint}")
+    return first, last
+
+
+def _leave_out(listing: Listing, row: ListingRow) -> str:
+    """How to go without a row, for messages."""
+    if "path" not in listing.columns:
+        return "correct it"
+    return f"correct it, or leave the row out with `where: {{path: {{not: {row.path}}}}}`"
+
+
+def _image_folders(
+    source: ManifestSource, listing: Listing, rows: list[ListingRow], uris: list[str]
+) -> dict[int, set[str]]:
+    """The paths that are folders, by their row, with the names in them.
+
+    Only paths without the suffix of a video are looked at, so that a long list of videos costs nothing.
+    """
+    if not listing.maybe_series or listing.pictures:
+        return {}
+    possible = [i for i, uri in enumerate(uris) if uri and not uri.lower().endswith(VIDEO_SUFFIXES)]
+    files = are_files(source, [uris[i] for i in possible])
+    found = {}
+    for i, is_file in zip(possible, files, strict=True):
+        if not is_file and not storage.parquet_row(uris[i]):
+            with contextlib.suppress(OSError):  # a missing video is reported with the others
+                if find_series(names := _list_names(uris[i])):
+                    found[i] = names
+    return found
+
+
+def _read_series(
+    source: ManifestSource,
+    listing: Listing,
+    rows: list[ListingRow],
+    uris: list[str],
+    frames: list[int | None],
+    spans: list[Numbers],
+    folders: Iterable[int] | Mapping[int, set[str]],
+) -> None:
+    """Find the images of some rows' folders. Sets their URIs, frames and spans, in place."""
+    listed: dict[str, set[str] | None] = {}  # several rows may be parts of one folder
+    for i in folders:
+        if not (folder := uris[i]):
+            continue
+        if folder not in listed:
+            listed[folder] = folders[i] if isinstance(folders, Mapping) else names_in(source, rows[i], folder)
+        found = _find_images(source, listing, rows[i], folder, listed[folder], spans[i])
+        if found:
+            template, spans[i] = found
+            uris[i] = storage.join(escape_braces(folder), template)
+            first, last = spans[i]
+            frames[i] = (last or 0) - (first or 0) + 1
+
+
+def _find_images(
+    source: ManifestSource, listing: Listing, row: ListingRow, folder: str, names: set[str] | None, span: Numbers
+) -> tuple[str, Numbers] | None:
+    """The names of a folder's images, and the numbers of those that the row is of. None if there is a problem."""
+    first, last = span
+    if first is not None and last is not None and first > last:
+        return None  # reported already
+    found = find_series(names or ())
+    if source.missing_ok and not found:  # reading the folder fails later
+        first = 1 if first is None else first
+        return source.template, (first, first if last is None else last)
+    series = None if names is None else _choose_series(source, row, folder, found)
+    if series is None:
+        return None
+    has = f"the folder has {series.name(series.numbers[0])} to {series.name(series.numbers[-1])}"
+    first = series.numbers[0] if first is None else first
+    last = series.numbers[-1] if last is None else last
+    gap = first if first > last else series.missing(first, last)
+    if gap is not None and not source.missing_ok:
+        text = f"no image {series.name(gap)} in {folder}; the row is of images {first} to {last}, and {has}"
+        strays = f"; {series.strays[0]} is numbered otherwise" if series.strays else ""
+        source.problem(row.file, row.line, f"{text}{strays}; {_leave_out(listing, row)}")
+        return None
+    return series.template, (first, max(first, last))
+
+
+def _choose_series(
+    source: ManifestSource, row: ListingRow, folder: str, found: list[ImageSeries]
+) -> ImageSeries | None:
+    """The series of images in a folder: the only one, or of several the one that ``template`` gives."""
+    match = TEMPLATE.fullmatch(source.template)
+    given = [each for each in found if match and (each.before, each.after) == (match[1].format(), match[2].format())]
+    chosen = given if len(found) > 1 else found
+    if len(chosen) == 1:
+        return chosen[0]
+    if not found:
+        text = f"no numbered images in {folder} ({' '.join(PICTURE_SUFFIXES)}), such as img1.jpg, img2.jpg"
+    else:
+        several = ", ".join(f"{each.template} ({len(each.numbers)})" for each in found[:5])
+        several += ", ..." if len(found) > 5 else ""
+        text = f"{len(found)} series of images in {folder}: {several}; name one of them (`template`)"
+    source.problem(row.file, row.line, text)
+    return None
 
 
 Split = Literal["train", "val", "test"]
@@ -655,11 +832,12 @@ def _shared_out(data: DataSection, rows: pa.Table) -> list[bool]:
 
 
 def _matching_rows(data: DataSection, rows: pa.Table) -> list[bool]:
-    """Whether each training row has the values of ``data.val.where``."""
-    where, columns = data.val.where, {name: rows[f"{LISTED}{name}"].to_pylist() for name in data.val.where}
-    held_out = [all(columns[name][i] == value for name, value in where.items()) for i in range(len(rows))]
+    """Whether each training row meets the conditions of ``data.val.where``."""
+    where = {name: Condition.read(written) for name, written in data.val.where.items()}
+    columns = {name: rows[f"{LISTED}{name}"].to_pylist() for name in where}
+    held_out = [all(where[name].holds(columns[name][i]) for name in where) for i in range(len(rows))]
     if not any(held_out):
-        query = " and ".join(f"{column}={value}" for column, value in where.items())
+        query = " and ".join(condition.describe(name) for name, condition in where.items())
         present = "; ".join(f"{name} is {_list_values(set(values))}" for name, values in columns.items())
         raise ManifestError([f"{data.train.path}: no training video has {query} (data.val.where); there {present}"])
     return held_out
@@ -746,15 +924,17 @@ def _join(paths: Sequence[str], manifests: Sequence[Manifest], weights: Sequence
     Raises:
         ManifestError: two lists have the same video.
     """
-    tables, seen, problems = [], dict[str, int](), []
+    tables, seen, problems = [], dict[tuple[Any, ...], int](), []
     for number, (path, manifest, weight) in enumerate(zip(paths, manifests, weights, strict=True), 1):
-        for uri in manifest.rows["uri"].to_pylist():
-            if (first := seen.setdefault(uri, number)) != number:
-                text = f"{path}: video {uri} is also in {paths[first - 1]}; keep one of the two"
+        parts = [name for name in ("uri", FIRST_FRAME, LAST_FRAME) if name in manifest.rows.column_names]
+        for part in zip(*(manifest.rows[name].to_pylist() for name in parts), strict=True):
+            if (first := seen.setdefault(part, number)) != number:
+                text = f"{path}: video {part[0]} is also in {paths[first - 1]}; keep one of the two"
                 problems.append(f"{text} (`weight` draws the videos of a list more often)")
         ids = [each if number == 1 else f"{number}:{each}" for each in manifest.rows["sample_id"].to_pylist()]
         table = manifest.rows.set_column(0, SCHEMA.field("sample_id"), pa.array(ids, pa.string()))
         tables.append(table.append_column(WEIGHT, pa.array([float(weight)] * len(ids), pa.float64())))
     if problems:
         raise ManifestError(problems)
-    return Manifest(pa.concat_tables(tables).combine_chunks(), manifests[0].classes, manifests[0].root)
+    joined = pa.concat_tables(tables, promote_options="default")  # not every list has parts of videos
+    return Manifest(joined.combine_chunks(), manifests[0].classes, manifests[0].root)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posmlp import storage
-from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo
+from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo, VideoPart
 
 FOLDER_FPS = 12  # for frame folders, which have no frame rate; that of Something-Something
 UNITS = (90_000, 10_000_000, 1000, 1)  # of the times in a packed file, per second: the first that fits the video
@@ -20,13 +20,15 @@ KEYFRAME_INTERVAL = 12  # frames, if only the size is given
 PRESET, CRF = "veryfast", 20  # of x264; this rate factor costs a network no accuracy (18 is visually lossless)
 
 
-def pack(video: Video | ImageFolder, short_side: int | None, keyframe_interval: int | None) -> dict[str, object]:
+def pack(
+    video: Video | VideoPart | ImageFolder, short_side: int | None, keyframe_interval: int | None
+) -> dict[str, object]:
     """The bytes and properties of a video that decodes without errors. Runs in the decoding process.
 
     Args:
         short_side: re-encode the video at this short side (never upscaled); None keeps its size.
         keyframe_interval: re-encode it with a key frame every N frames. If both are None, the file stays unchanged,
-            except that a frame folder always becomes a video.
+            except that a frame folder and a part of a video always become a video.
 
     Returns:
         ``data: bytes``, ``num_frames, height, width`` (as shown) ``: int``, ``fps: float | None``, ``codec: str``,

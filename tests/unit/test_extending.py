@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from posmlp.config import Format
-from posmlp.video.formats import MANIFEST_FORMATS
+from posmlp.video.manifest import MANIFEST_FORMATS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/extending.md").read_text()

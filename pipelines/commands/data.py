@@ -1,4 +1,4 @@
-"""``posmlp data motion|scenes|check|shard|preview``: make, check, pack and look at data sets."""
+"""``posmlp data motion|scenes|faces|check|shard|preview``: make, check, pack and look at data sets."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def add_commands(commands: Commands) -> None:
     subcommands = data.add_subparsers(required=True, metavar="SUBCOMMAND")
     add_motion(subcommands)
     add_scenes(subcommands)
+    add_faces(subcommands)
     add_check(subcommands)
     add_shard(subcommands)
     add_preview(subcommands)
@@ -88,6 +89,30 @@ def run_scenes(args: argparse.Namespace) -> None:
     print(
         f"{args.train} training and {args.val} validation videos of {args.seconds} key seconds: {folder}/train.csv, "
         f"{folder}/val.csv, {folder}/actions.pbtxt; detection.first_second={FIRST_SECOND}"
+    )
+
+
+def add_faces(commands: Commands) -> None:
+    faces = add_command(
+        commands, "faces", run_faces, "make the embedded set of faces: micro-expressions that only motion separates"
+    )
+    faces.add_argument(
+        "--out", type=Path, default=Path("data/faces"), help="folder for the data set (default: %(default)s)"
+    )
+    faces.add_argument("--subjects", type=int, default=3, help="subjects of each of the 3 parts (default: %(default)s)")
+    faces.add_argument("--clips", type=int, default=24, help="clips of a subject (default: %(default)s)")
+    faces.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
+    faces.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: %(default)s)")
+
+
+def run_faces(args: argparse.Namespace) -> None:
+    from posmlp.video.faces import CASME2_CODING, SAMM_CODING, make_face_set
+
+    counts = {"subjects": args.subjects, "clips": args.clips}
+    folder = make_face_set(args.out, **counts, size=args.size, seed=args.seed)
+    print(
+        f"3 x {args.subjects} subjects with {args.clips} clips each in the classes of the composite: "
+        f"{folder}/{CASME2_CODING}, {folder}/{SAMM_CODING}, {folder}/SMIC/HS"
     )
 
 

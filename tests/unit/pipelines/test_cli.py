@@ -82,6 +82,14 @@ def test_data_scenes_says_where_the_set_is(capsys, tmp_path):
     assert "detection.first_second=900" in out and (tmp_path / "s" / "scenes.json").is_file()
 
 
+def test_data_faces_says_where_the_set_is(capsys, tmp_path):
+    counts = ["--subjects", "1", "--clips", "4", "--size", "32"]
+    assert main(["data", "faces", "--out", str(tmp_path / "f"), *counts]) == 0
+    out = capsys.readouterr().out
+    assert "3 x 1 subjects with 4 clips each" in out and f"{tmp_path}/f/CASME2/CASME2-coding-20140508.xlsx" in out
+    assert f"{tmp_path}/f/SMIC/HS" in out and (tmp_path / "f" / "faces.json").is_file()
+
+
 def test_a_preview_is_a_picture_of_the_batch(capsys, tmp_path, motion_set):
     out = tmp_path / "p.png"
     paths = [f"data.train.path={motion_set}/train.csv", f"data.val.path={motion_set}/val.csv", "data.cache_dir=null"]

@@ -66,11 +66,11 @@ def load_recipe_and_data(recipe: str, overrides: list[str]) -> Config:
 
 
 def draw_data_of(recipe: str, config: Config) -> None:
-    """Draw the embedded set of ``demo`` or ``scenes`` with its own data, unless there is a list already."""
-    draw = {"demo": draw_motion_set, "scenes": draw_scene_set}.get(recipe)
+    """Draw the embedded set of ``demo``, ``scenes`` or ``faces`` with its own data, unless there is a list already."""
+    draw = {"demo": draw_motion_set, "scenes": draw_scene_set, "faces": draw_face_set}.get(recipe)
     train_list = Path(config.data.train.path)
     if draw and config.data.train.path == load_recipe(recipe).data.train.path and not train_list.exists():
-        draw(train_list.parent)
+        draw(train_list.parents[1] if recipe == "faces" else train_list.parent)
 
 
 def draw_motion_set(folder: Path) -> None:
@@ -89,6 +89,15 @@ def draw_scene_set(folder: Path) -> None:
     start = time.perf_counter()
     make_scene_set(folder)
     print(f"embedded detection set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def draw_face_set(folder: Path) -> None:
+    """Draw the embedded set of faces, unless the folder holds it."""
+    from posmlp.video.faces import make_face_set
+
+    start = time.perf_counter()
+    make_face_set(folder)
+    print(f"embedded set of faces: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def add_overrides(command: argparse.ArgumentParser, example: str) -> None:

@@ -45,9 +45,9 @@ AROUND = (3, 6)  # frames before the onset and after the offset
 RISE = np.array([0.025, 0.018, 0.028])  # typical movement of brows, eyelids and nose, corners of the mouth
 STRENGTH = (0.75, 1.25)  # of a movement, relative to the typical one
 OUTSIDE = 2.5  # strength of the movements outside onset and offset
-SWAY = 0.004  # largest movement of the head in an act
-FLICKER = 0.01  # standard deviation of a frame's light
-NOISE = (1.0, 3.0)  # standard deviation of the camera's noise, in grey levels
+SWAY = 0.002  # largest movement of the head in an act
+FLICKER = 0.004  # standard deviation of a frame's light
+NOISE = (0.5, 2.0)  # standard deviation of the camera's noise, in grey levels
 
 
 @dataclass(frozen=True)

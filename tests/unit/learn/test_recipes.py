@@ -23,7 +23,8 @@ from tests.helpers.videos import write_video
 VIDEO = [f"{data}_{model}" for data in ("k400", "ssv1", "ssv2") for model in ("s16", "s32", "b16", "b32")]
 IMAGE = ["in1k_s", "in1k_b"]
 COST = re.compile(r"^# cost: ([0-9.]+) M parameters, ([0-9.]+) GMACs per (?:clip|image)$", re.MULTILINE)
-OTHERS = ["ava_s16", "demo", "scenes", "small_data"]
+OTHERS = ["ava_s16", "demo", "faces", "scenes", "small_data"]
+MICRO = ["megc_s16", "casme2_s16", "samm_s16", "smic_s16"]
 TESTS = [f"{data}_published_test" for data in ("k400", "ssv1", "ssv2")]
 CPU = ["model.weights=null", "scaling.workers=1", "scaling.use_gpu=false", "scaling.micro_batch=null"]
 
@@ -41,7 +42,7 @@ def text_of(name):
 
 
 def test_there_are_no_others():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*VIDEO, *IMAGE, *TESTS, *OTHERS}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*VIDEO, *IMAGE, *TESTS, *MICRO, *OTHERS}
 
 
 @pytest.mark.parametrize("name", VIDEO + IMAGE)
@@ -140,6 +141,30 @@ def test_a_recipe_costs_what_it_declares(name):
 def test_the_cost_of_s16_is_the_published_one():
     params, gmacs = map(float, COST.search(text_of("ssv1_s16")).groups())
     assert (params, round(gmacs)) == (13.5, 40)
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_a_recipe_of_micro_expressions(name):
+    """It claims no settings of the paper, weighs rare classes, holds out subjects, and keeps slight movements."""
+    config, text = load_recipe(name), text_of(name)
+    assert config.name == name and f"posmlp folds {name} --by subject" in text
+    assert "Its settings for them are not known here" in text and "this project's" in text
+    assert (config.model.name, config.model.variant().frames, config.data.sampling) == ("s16", 16, "uniform")
+    assert config.model.weights == "runs/k400_s16" and config.data.balance == "weights"
+    assert config.data.group_by == "subject" and config.data.val.share == 0.2
+    assert (config.augment.flip, config.augment.randaug_layers, config.augment.mixup) == (0.5, 0, 0)
+    assert config.data.format == name.removesuffix("_s16")
+    places = {f"data.{split}.{key}" for split in ("train", "val") for key in ("path", "root")}
+    assert differing("megc_s16", name) <= {"name", "data.format", "data.train.others", *places}
+    others = [each.path for each in config.data.train.others]
+    assert others == [load_recipe(each).data.train.path for each in MICRO[2:]] * (name == "megc_s16")
+    (costs,) = COST.findall(text)
+    for classes in (3, 5):
+        with torch.device("meta"):
+            assert round(count_params(posmlp.create_model("s16", num_classes=classes)) / 1e6, 1) == float(costs[0])
+        assert round(count_macs(load_recipe(name, [f"model.num_classes={classes}"]).model.variant()) / 1e9, 1) == float(
+            costs[1]
+        )
 
 
 # A step on rows of the recipe's own format, at the places that it names -----------------------------------------------

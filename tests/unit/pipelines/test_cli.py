@@ -304,6 +304,7 @@ def test_runs_lists_runs_and_studies_with_their_state_and_result(capsys, tmp_pat
     [
         ("demo", "data/motion", "posmlp.video.motion.make_motion_set", "embedded motion set"),
         ("scenes", "data/scenes", "posmlp.detection.scenes.make_scene_set", "embedded detection set"),
+        ("faces", "data/faces", "posmlp.video.faces.make_face_set", "embedded set of faces"),
     ],
 )
 def test_a_recipe_of_an_embedded_set_draws_it_if_it_is_not_there(
@@ -316,8 +317,9 @@ def test_a_recipe_of_an_embedded_set_draws_it_if_it_is_not_there(
     assert drawn == [folder] and f"{words}: {folder}" in capsys.readouterr().out
     load_recipe_and_data(recipe, ["data.train.path=mine.csv"])
     load_recipe_and_data("small_data", [])
-    Path(folder).mkdir(parents=True)
-    Path(folder, "train.csv").write_text("path,label\n")  # another set, which is left alone
+    train_list = Path(load_recipe(recipe).data.train.path)
+    train_list.parent.mkdir(parents=True)
+    train_list.write_text("path,label\n")  # another set, which is left alone
     load_recipe_and_data(recipe, [])
     assert drawn == [folder]
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import openpyxl
@@ -10,9 +11,12 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from posmlp.config import load_recipe
 from posmlp.errors import UserError
+from posmlp.tasks import task_of
 from posmlp.video import faces
 from posmlp.video.faces import FIRST_PART, LAYOUTS, PARTS, Face, Pose, make_face_set, plan_clips, render_face, stream
+from posmlp.video.manifest import read_split
 from posmlp.video.sampling import uniform_indices
 
 SMALL = {"subjects": 2, "clips": 4, "size": 32}
@@ -207,6 +211,55 @@ def test_frames_outside_onset_and_offset_show_what_the_expression_does_not(small
         inside = max(value for number, value in change.items() if onset <= number <= offset)
         for outside in (range(min(frames), onset), range(offset + 1, max(frames) + 1)):
             assert max(change[number] for number in outside) > inside
+
+
+def overrides(folder, name):
+    """Overrides that put a set in place of that of a recipe, with the lists that have its format."""
+    sections = {
+        "casme2": f"{{path: {folder}/{faces.CASME2_CODING}, root: {folder}/CASME2/Cropped}}",
+        "samm": f"{{path: {folder}/{faces.SAMM_CODING}, root: {folder}/SAMM}}",
+        "smic": f"{{path: {folder}/SMIC/HS}}",
+    }
+    sections["megc"] = f"[{', '.join(sections.values())}]"
+    return [f"data.train={sections[name]}", "data.cache_dir=null", "model.image_size=32", "data.short_side=32"]
+
+
+def test_the_recipe_faces_reads_the_composite_from_onset_to_offset(small):
+    """All clips of the three classes, with the pixels that are drawn between onset and offset."""
+    config = load_recipe("faces", overrides(small, "megc"))
+    train, val = (read_split(config.data, split) for split in ("train", "val"))
+    assert train.classes == val.classes == ("negative", "positive", "surprise")
+    planned = [
+        clip
+        for i, layout in enumerate(LAYOUTS)
+        for clip in plan_clips(layout, (0, i), SMALL["subjects"], SMALL["clips"])
+    ]
+    composite = {clip.files()[0].rpartition("/")[0]: clip for clip in planned if clip.kind}
+    assert len(composite) == len(train.rows) + len(val.rows) == 3 * 2 * 4
+    held_out = {"CASME2/Cropped/sub01", "SAMM/006", "SMIC/HS/s1"}
+    for manifest in (train, val):
+        for row in manifest.rows.to_pylist():
+            folder = Path(row["uri"]).parent.relative_to(small).as_posix()
+            clip = composite.pop(folder)
+            assert manifest.classes[row["label"]] == clip.kind
+            assert any(folder.startswith(f"{subject}/") for subject in held_out) == (manifest is val)
+            drawn = clip.draw(SMALL["size"])
+            (seen,) = task_of(config).load(row, config, epoch=0, train=False).clips
+            wanted = drawn.frames[drawn.onset + uniform_indices(3 * clip.act, len(seen), None)]
+            if folder.startswith("SAMM"):
+                wanted = np.repeat(wanted.astype(float).mean(-1, keepdims=True), 3, -1)
+            errors = [np.abs(seen - np.roll(wanted.astype(float), shift, 0)).mean() for shift in (-1, 0, 1)]
+            assert errors[1] == min(errors) and errors[1] < 6
+    assert not composite
+
+
+@pytest.mark.parametrize(("name", "rows"), [("casme2", 12), ("samm", 12), ("smic", 8)])
+def test_each_part_is_read_in_its_own_classes(small, name, rows):
+    config = load_recipe(f"{name}_s16", overrides(small, name))
+    splits = [read_split(config.data, split).rows["sample_id"].to_pylist() for split in ("train", "val")]
+    assert len({*splits[0], *splits[1]}) == rows
+    subjects = [{each.split("/")[0] for each in split} for split in splits]
+    assert not subjects[0] & subjects[1]
 
 
 def test_subjects_differ_and_are_the_same_in_all_of_their_clips(small):

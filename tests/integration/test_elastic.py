@@ -121,6 +121,9 @@ def drain(cluster, node):
     subprocess.run([*command, "--deadline-remaining-seconds", "60"], env=cluster.env, check=True)
 
 
+TRIAL_ACTOR = "with_resources.<locals>.ResourceTrainable"  # Tune's class around ``TrialRun``
+
+
 def nodes_of(cluster, actor_class):
     """Ids of the nodes of the live actors of this class."""
     rows = [row for row in cluster.listing("actors") if row["state"] == "ALIVE"]
@@ -231,10 +234,10 @@ def test_a_trial_moves_at_once_from_a_machine_that_is_taken_away(nodes, motion_s
         )
     try:
         wait_for(lambda: len(history(run)) >= 1, process, log)
-        (used,) = nodes_of(cluster, "TrialRun")
+        (used,) = nodes_of(cluster, TRIAL_ACTOR)
         name = cluster.names()[used]
         drain(cluster, used)
-        wait_for(lambda: nodes_of(cluster, "TrialRun") - {used}, process, log, seconds=50)
+        wait_for(lambda: nodes_of(cluster, TRIAL_ACTOR) - {used}, process, log, seconds=50)
         cluster.kill(name)  # Ray itself ends a drained node that does nothing any more
         assert process.wait(timeout=300) == 0, log.read_text()
     finally:

@@ -84,6 +84,7 @@ def import_model(file: str, config: Config, out: str | None = None) -> ImportedM
         storage.join(run, checkpoints.FOLDER)
     ):
         raise UserError(f"{run} exists already; choose another name (name=...) or folder (--out), or delete it")
+    check_task(file)
     names, named_by = read_class_names(config.data)
     outputs = config.model.num_classes or len(names)
     if not outputs:
@@ -111,6 +112,23 @@ def import_model(file: str, config: Config, out: str | None = None) -> ImportedM
     checkpoints.save(run, info, model.state_dict(), {})
     write_record(run, config, {}, None, {})
     return ImportedModel(run, file, report, config, named_by, count_params(model))
+
+
+def check_task(file: str) -> None:
+    """Check that a file is not the weights of a run of another task.
+
+    Raises:
+        UserError: the checkpoint that it is part of says so.
+    """
+    try:
+        info = checkpoints.read_info(storage.parent(file))
+    except (OSError, checkpoints.DamagedError):
+        return  # most files are no part of a checkpoint
+    if (task := info.recipe().task) != "recognition":
+        raise UserError(
+            f"{storage.without_password(file)} is of a run for {task}, and an import is of a model for recognition; "
+            "evaluate, predict and export take that run itself, and another run starts from it with model.weights"
+        )
 
 
 def check_report(report: LoadReport, config: Config, file: str) -> None:

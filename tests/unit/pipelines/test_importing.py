@@ -92,6 +92,14 @@ def test_an_import_is_for_recognition(file, recipe, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_weights_of_a_run_of_another_task_are_refused(recipe, scene_set, tmp_path):
+    config = recipe_for(tmp_path / "runs", scene_set)
+    info = checkpoints.CheckpointInfo(0, 0, {}, ["a"], config.model_dump(mode="json"))
+    folder = checkpoints.save(f"{tmp_path}/runs/boxes", info, {"x": torch.zeros(1)}, {})
+    with pytest.raises(UserError, match=r"weights\.safetensors is of a run for detection, and an import is of"):
+        import_model(f"{folder}/{checkpoints.WEIGHTS}", recipe())
+
+
 def test_a_command_imports_and_says_what_it_has_found(file, recipe, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(recipe().to_yaml())
     assert main(["import", file, str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "here")]) == 0

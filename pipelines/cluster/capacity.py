@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 RUN_ACTOR = "posmlp-run-"  # how the name of the actor begins that each run has while it trains
 WARN_AFTER_S = (30.0, 300.0, 1800.0, 7200.0)  # of a wait for the cluster: then the user is told what it waits for
-STATE_LIMIT_S = 5  # for Ray's state API, which needs the dashboard's process
-STATE_ROWS = 10_000
+# Of Ray's state API, which needs the dashboard's process; the timeout is in seconds.
+STATE_OPTIONS: dict[str, Any] = {"detail": True, "limit": 10_000, "timeout": 5, "raise_on_missing_output": False}
+THIS_JOB = "this job"
 HOLDERS_SHOWN = 5
 MIN_DECODING_CPUS = 1.0  # that training must leave free; with less, Ray Data waits forever and reports nothing
 
@@ -143,15 +144,20 @@ def why_nodes_have_no_room(
 
 
 def explain_start_wait(scaling: ScalingSection, seconds: float) -> str:
-    """Say what a run waits for whose workers fit on the cluster, but do not start.
+    """Say what a run waits for whose workers fit on the cluster, but have not started.
 
     Args:
         seconds: since it waits.
     """
-    need = quantity(scaling.min_workers or scaling.workers, "worker")
-    need += f" of {describe_worker(scaling)}" + " each" * (scaling.workers > 1)
+    fewest = scaling.min_workers or scaling.workers
+    need = quantity(fewest, "worker") + f" of {describe_worker(scaling)}" + " each" * (scaling.workers > 1)
     wait = f"waiting for {seconds:.0f} s to start {need}"
-    return f"{wait}: {describe_use()}. The run starts when there is room; Ctrl-C ends the wait"
+    holders = find_holders()
+    own = holders.get(THIS_JOB, Counter()) if holders else Counter()
+    has_room = all(own[kind] >= fewest * amount - 1e-6 for kind, amount in worker_resources(scaling).items())
+    if has_room and not waits_for_room():
+        return f"{wait}: there is room on the cluster, and the processes start; Ctrl-C ends the wait"
+    return f"{wait}: {describe_use(holders)}. The run starts when there is room; Ctrl-C ends the wait"
 
 
 def explain_task_wait(what: str, scaling: ScalingSection, seconds: float) -> str:
@@ -162,17 +168,19 @@ def explain_task_wait(what: str, scaling: ScalingSection, seconds: float) -> str
         seconds: since the task was submitted.
     """
     task = f"the task needs {describe_worker(scaling)}, and runs or waits for them"
-    return f"waiting for {seconds:.0f} s for {what}: {task}; {describe_use()}"
+    return f"waiting for {seconds:.0f} s for {what}: {task}; {describe_use(find_holders())}"
 
 
-def describe_use() -> str:
-    """What of the cluster's CPUs and GPUs is free, and which jobs hold the others, as far as Ray tells."""
+def describe_use(holders: Mapping[str, Counter[str]] | None) -> str:
+    """What of the cluster's CPUs and GPUs is free, and which jobs hold the others.
+
+    Args:
+        holders: of ``find_holders``.
+    """
     total, free = ray.cluster_resources(), ray.available_resources()
     kinds = [kind for kind in ("CPU", "GPU") if kind in total]
     text = " and ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s" for kind in kinds) + " are free"
-    try:
-        holders = held_by_jobs()
-    except Exception:  # the dashboard does not answer, or is off
+    if holders is None:
         return f"{text}; `ray status` and `ray list actors --detail` tell what holds the rest"
     largest = sorted(holders.items(), key=lambda held: held[1].total(), reverse=True)
     parts = [
@@ -183,23 +191,39 @@ def describe_use() -> str:
     return "; ".join([text, *parts, "`ray status` shows the tasks too" if parts else "`ray status` tells more"])
 
 
+def find_holders() -> dict[str, Counter[str]] | None:
+    """``held_by_jobs``, or None if the dashboard does not answer, or is off."""
+    try:
+        return held_by_jobs()
+    except Exception:
+        return None
+
+
+def waits_for_room() -> bool:
+    """Return whether a placement group of this job has no room yet; True if Ray's state API does not answer."""
+    own = ray.get_runtime_context().get_job_id()
+    try:
+        groups = list_placement_groups(filters=[("state", "=", "PENDING")], **STATE_OPTIONS)
+    except Exception:  # as in find_holders
+        return True
+    return any(group.creator_job_id == own for group in groups)
+
+
 def held_by_jobs() -> dict[str, Counter[str]]:
     """The resources that each job's placement groups and other actors hold, by a description of the job.
 
     Raises:
         Exception: of any kind: Ray's state API does not answer.
     """
-    options: dict[str, Any] = {"limit": STATE_ROWS, "timeout": STATE_LIMIT_S, "raise_on_missing_output": False}
-    groups = list_placement_groups(filters=[("state", "=", "CREATED")], detail=True, **options)
-    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, **options)
-    entries = {
-        job.job_id: " ".join((job.submission_id or job.entrypoint or "").split()) for job in list_jobs(**options)
-    }
+    groups = list_placement_groups(filters=[("state", "=", "CREATED")], **STATE_OPTIONS)
+    actors = list_actors(filters=[("state", "=", "ALIVE")], **STATE_OPTIONS)
+    jobs = list_jobs(**STATE_OPTIONS)
+    entries = {job.job_id: " ".join((job.submission_id or job.entrypoint or "").split()) for job in jobs}
     own, held = ray.get_runtime_context().get_job_id(), dict[str, Counter[str]]()
     in_groups = ((group.creator_job_id, bundle["unit_resources"]) for group in groups for bundle in group.bundles or [])
     alone = ((actor.job_id, actor.required_resources or {}) for actor in actors if not actor.placement_group_id)
     for job, resources in chain(in_groups, alone):
-        name = "this job" if job == own else f"job {job} ({shorten(entries.get(job) or 'ended', 60)})"
+        name = THIS_JOB if job == own else f"job {job} ({shorten(entries.get(job) or 'ended', 60)})"
         held.setdefault(name, Counter()).update(resources)
     return held
 

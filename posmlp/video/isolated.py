@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from posmlp import storage
 from posmlp.errors import UserError
 from posmlp.processes import shielded_children
 from posmlp.video.decode import (
@@ -272,41 +273,62 @@ class _Commands:
         self.memory_fd = memory_fd
         self.map: mmap.mmap | None = None
         self.uri = ""
-        self.video: Video | VideoPart | ImageFolder
+        self.whole: Video | VideoPart | ImageFolder | None = None  # what is open, and stays so for parts of it
+        self.video: Video | VideoPart | ImageFolder | None = None  # what is read
+        self.file: tuple[Any, ...] | None = None  # which file is open, if it may be read again
 
     def run_command(self, command: str, args: tuple[Any, ...]) -> Any:
         """Run one command. Any other error, in a decoder or out of memory, becomes a DecodeError of the video."""
         try:
             return getattr(self, command)(*args)
         except (DecodeError, UserError):
+            self.file = None  # opened again for the next row
             raise
         except MemoryError as error:
+            self.file = None
             raise DecodeError(self.uri, TOO_LARGE) from error
         except Exception as error:
+            self.file = None
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             reason = f"the decoder fails ({cause}); re-encode the video, or remove it"
             raise DecodeError(self.uri, reason) from error
 
     def open(self, uri: str, images: int | None, decoder: Decoder, span: Span | None) -> VideoInfo:
+        """Open a video. The last file stays open: rows of a long film often follow each other, and its index is slow."""
         self.uri = uri
-        self.video = open_video(uri, images, decoder, span)
-        return self.video.info
+        file = (uri, decoder, *version) if images is None and (version := file_version(uri)) else None
+        if file is None or file != self.file:
+            self.forget()
+            self.whole = open_video(uri, images, decoder, None if images is None else span)
+            self.file = file
+        self.video = VideoPart(self.whole, span) if span and isinstance(self.whole, Video) else self.whole
+        return self.opened().info
 
     def read(self, indices: Sequence[int], short_side: int | None) -> tuple[tuple[int, ...], VideoInfo]:
-        return self.video.read(indices, short_side, self.allocate).shape, self.video.info
+        return self.opened().read(indices, short_side, self.allocate).shape, self.opened().info
 
     def inspect(self) -> Shown:
-        return self.video.inspect()
+        return self.opened().inspect()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(self.video, *args)
+        return function(self.opened(), *args)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
     def close(self) -> None:
-        self.video.close()
-        del self.video
+        if self.file is None:
+            self.forget()
+
+    def opened(self) -> Video | VideoPart | ImageFolder:
+        assert self.video is not None
+        return self.video
+
+    def forget(self) -> None:
+        """Close what is open."""
+        if self.whole is not None:
+            self.whole.close()
+        self.whole = self.video = self.file = None
 
     def allocate(self, shape: tuple[int, ...]) -> Frames:
         size = math.prod(shape)
@@ -324,3 +346,14 @@ class _Commands:
                 ) from error
             self.map = mmap.mmap(self.memory_fd, size)
         return np.frombuffer(self.map, np.uint8, size).reshape(shape)
+
+
+def file_version(uri: str) -> tuple[int, ...] | None:
+    """What tells a local file from another one of its name; None for an object or a row of a Parquet file."""
+    if storage.is_remote(uri) or storage.parquet_row(uri):
+        return None
+    try:
+        found = os.stat(storage.local_path(uri))
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

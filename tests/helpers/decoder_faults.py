@@ -52,6 +52,10 @@ def sequential(video):
     return by_pyav(video.uri)
 
 
+def object_id(video):
+    return id(video)
+
+
 def process_id(video):
     return os.getpid()
 

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.util import placement_group, remove_placement_group
 
-from pipelines.cluster.capacity import describe_use, explain_start_wait, held_by_jobs
+from pipelines.cluster.capacity import describe_use, explain_start_wait, find_holders, held_by_jobs
 from posmlp.config import ScalingSection
 from tests.helpers.waiting import until
 
@@ -62,10 +62,15 @@ def test_the_jobs_that_hold_the_cluster_are_named(other_job):
         text = explain_start_wait(ScalingSection(cpus_per_worker=2, use_gpu=False), 40)
         assert text.startswith(f"waiting for 40 s to start 1 worker of 2 CPU: 0.5 of 4 CPUs are free; {other} ")
         assert "holds 2.5 CPUs; this job holds 1 CPU; `ray status`" in text
+        one = ScalingSection(cpus_per_worker=1, use_gpu=False)
+        assert "1 worker of 1 CPU: there is room on the cluster, and the processes start" in explain_start_wait(one, 40)
+        pending = placement_group([{"CPU": 100}])  # as of another trial of this job
+        until(lambda: "0.5 of 4 CPUs are free" in explain_start_wait(one, 40))
+        remove_placement_group(pending)
     finally:
         remove_placement_group(own)
 
 
 def test_an_idle_cluster_is_held_by_nobody(local_ray):
     until(lambda: ray.available_resources().get("CPU") == 4)
-    assert describe_use() == "4 of 4 CPUs are free; `ray status` tells more"
+    assert describe_use(find_holders()) == "4 of 4 CPUs are free; `ray status` tells more"

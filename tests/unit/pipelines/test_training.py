@@ -390,6 +390,18 @@ def test_a_wait_says_only_what_is_known(monkeypatch):
     assert "job 03" not in known
 
 
+def test_a_run_whose_workers_start_is_not_said_to_wait_for_others(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.5})
+    monkeypatch.setattr(capacity, "held_by_jobs", lambda: {"this job": Counter(CPU=0.5)})
+    monkeypatch.setattr(capacity, "waits_for_room", lambda: False)
+    scaling = ScalingSection(cpus_per_worker=0.5, use_gpu=False)
+    starting = "waiting for 31 s to start 1 worker of 0.5 CPU: there is room on the cluster, and the processes start"
+    assert explain_start_wait(scaling, 31).startswith(starting)
+    monkeypatch.setattr(capacity, "waits_for_room", lambda: True)  # what the job holds is another trial's
+    assert "1.5 of 2 CPUs are free; this job holds 0.5 CPU" in explain_start_wait(scaling, 31)
+
+
 def test_a_driver_says_that_no_worker_answers(motion_set, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "explain_start_wait", lambda scaling, seconds: "WHY")
     config = recipe_for(tmp_path, motion_set)

@@ -26,6 +26,7 @@ from tests.helpers.decoder_faults import (
     fail,
     frames_of,
     leave,
+    object_id,
     process_id,
     refuse,
     segfault,
@@ -137,6 +138,30 @@ def test_a_child_that_dies_with_a_video_open(video):
 def open_files_and_shared_memory():
     with open("/proc/self/maps") as maps:
         return len(os.listdir("/proc/self/fd")), sum("(deleted)" in line for line in maps)
+
+
+def test_the_last_video_stays_open_for_its_next_row_until_the_file_changes_or_fails(tmp_path, video):
+    path, other = tmp_path / "v.mp4", write_video(tmp_path / "other.mp4", count=20)
+    path.write_bytes(Path(video).read_bytes())
+
+    def open_again():
+        with open_isolated(str(path), timeout_s=30) as opened:
+            assert numbers(opened.read([2, 9])) == [2, 9] and numbers(opened.read([5])) == [5]
+            return opened.run(object_id), opened.info.frames
+
+    first = open_again()
+    assert open_again() == first and first[1] == 40
+    with open_isolated(str(path), timeout_s=30, span=(7, 9)) as part:  # of the same open file
+        assert part.info.frames == 3 and numbers(part.read([0, 2])) == [7, 9]
+    assert open_again() == first
+    with open_isolated(str(path), timeout_s=30) as opened, pytest.raises(DecodeError):
+        opened.run(fail)
+    check_serves(video)
+    path.write_bytes(Path(other).read_bytes())
+    assert open_again()[1] == 20
+    path.unlink()
+    with pytest.raises(DecodeError, match="the file is missing"), open_isolated(str(path), timeout_s=30):
+        pass
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="only Linux tells")

@@ -294,7 +294,7 @@ class _Commands:
             raise DecodeError(self.uri, reason) from error
 
     def open(self, uri: str, images: int | None, decoder: Decoder, span: Span | None) -> VideoInfo:
-        """Open a video. The last file stays open: rows of a long film often follow each other, and its index is slow."""
+        """Open a video. The last file stays open: rows of a long film follow each other, and its index is slow."""
         self.uri = uri
         file = (uri, decoder, *version) if images is None and (version := file_version(uri)) else None
         if file is None or file != self.file:

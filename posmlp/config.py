@@ -238,7 +238,8 @@ class DataSection(Section):
 
     format: Format = "auto"  # format of the lists; auto: a CSV file, a Parquet file or a class-per-folder tree
     classes: str | None = None  # file of class names, for formats with a separate one
-    template: str = "{:05d}.jpg"  # file names of a frame folder's images, numbered from 1 (ssv1)
+    # File names of a frame folder's images, numbered from 1 (ssv1); elsewhere, which of several series in a folder
+    template: str = "{:05d}.jpg"
     train: TrainSplitSection  # a path, a section, or a list of them
     val: ValSplitSection  # a path, a section, or a share of the training videos such as 0.2
     group_by: str | None = None  # column of the training list (or `folder`); a share never parts videos of one group

@@ -21,8 +21,8 @@ from posmlp import storage
 from posmlp.config import Config
 from posmlp.learn.evaluation import video_scores
 from posmlp.video.clip import load_clips
-from posmlp.video.decode import DecodeError, Frames
-from posmlp.video.image_series import PICTURE_SUFFIXES
+from posmlp.video.decode import DecodeError, Frames, Span
+from posmlp.video.image_series import PICTURE_SUFFIXES, choose_series, find_series
 from posmlp.video.views import videos_per_pass
 
 DECODED_AHEAD = 16  # files that are decoded, or in decoding, while the model is busy
@@ -67,7 +67,7 @@ def predict_files(
             on the CPU; the views of a video are adjacent.
         config: the recipe, for the frames and the views. Its ``data.cache_dir`` should be None.
         names: of the model's outputs.
-        files: videos (paths or URIs), images, or folders of frames with names as in ``data.template``. A file that
+        files: videos (paths or URIs), images, or folders of numbered frames. A file that
             cannot be read gives a ``Prediction`` with an error.
         top: number of classes per file.
     """
@@ -95,8 +95,8 @@ def predict_files(
 def load_views(file: str, config: Config) -> Frames | str:
     """Return all views of a file, uint8 ``[V, T, H, W, 3]``, or why it cannot be read."""
     try:
-        uri, images = find_frames(file, config)
-        clips, _ = load_clips(uri, file, config, epoch=0, train=False, images=images)
+        uri, images, span = find_frames(file, config)
+        clips, _ = load_clips(uri, file, config, epoch=0, train=False, images=images, span=span)
         return clips
     except DecodeError as error:
         return error.reason.replace("; check the path in the manifest", "")
@@ -104,11 +104,11 @@ def load_views(file: str, config: Config) -> Frames | str:
         return f"it cannot be read ({type(error).__name__}: {error})"
 
 
-def find_frames(file: str, config: Config) -> tuple[str, int | None]:
-    """Return ``uri`` and ``frames`` of a file as a manifest row has them (``posmlp.video.manifest``).
+def find_frames(file: str, config: Config) -> tuple[str, int | None, Span | None]:
+    """Return ``uri`` and ``frames`` of a file as a manifest row has them (``posmlp.video.manifest``), and its span.
 
     Raises:
-        DecodeError: it is an image and the model takes clips, or a folder without numbered images.
+        DecodeError: it is an image and the model takes clips, or a folder without one series of numbered images.
     """
     uri = storage.join(".", file)
     escaped = uri.replace("{", "{{").replace("}", "}}")
@@ -116,15 +116,16 @@ def find_frames(file: str, config: Config) -> tuple[str, int | None]:
         frames = config.model.variant().frames
         if frames > 1:
             raise DecodeError(file, f"this is an image, and the model takes clips of {frames} frames")
-        return escaped, 1
+        return escaped, 1, None
     if storage.is_remote(uri) or not os.path.isdir(uri):
-        return uri, None
-    template, count = config.data.template, 0
-    while os.path.isfile(os.path.join(uri, template.format(count + 1))):
-        count += 1
-    if not count:
-        raise DecodeError(file, f"this folder has no image {template.format(1)} (data.template); expected a video file")
-    return storage.join(escaped, template), count
+        return uri, None, None
+    series = choose_series(find_series(os.listdir(uri)), config.data.template)
+    if isinstance(series, str):
+        raise DecodeError(file, f"{series} in this folder; expected a video file, or a folder of frames")
+    first, last = series.numbers[0], series.numbers[-1]
+    if (gap := series.missing(first, last)) is not None:
+        raise DecodeError(file, f"no image {series.name(gap)} in this folder, which has {series.name(first)} and later")
+    return storage.join(escaped, series.template), last - first + 1, (first, last)
 
 
 def most_likely(probabilities: Tensor, names: Sequence[str], count: int) -> tuple[tuple[str, float], ...]:

@@ -25,7 +25,7 @@ from posmlp import storage
 from posmlp.detection.clips import find_key_frame
 from posmlp.video.decode import DecodeError, VideoInfo, span_of
 from posmlp.video.isolated import open_isolated
-from posmlp.video.manifest import Manifest
+from posmlp.video.manifest import SPAN_COLUMNS, Manifest
 from posmlp.video.orientation import NAMES
 
 ROWS_PER_TASK = 8  # videos that one task decodes
@@ -54,7 +54,7 @@ class CheckResult:
 
     Attributes:
         report: one row per video, in the order of the manifest; the schema is ``REPORT``, of key frames
-            ``KEY_FRAMES_REPORT``.
+            ``KEY_FRAMES_REPORT``. Rows that are parts of videos have their first and last frame too.
         summary: the same as text.
         has_list: whether ``good.parquet`` was written. Frame folders have none, as they have no file to name.
     """
@@ -102,11 +102,14 @@ def check(
         tables.append(table)
         progress.add(len(table))
     report = pa.concat_tables(tables)
+    spans = [name for name in SPAN_COLUMNS if name in videos.column_names]
+    for name in spans:
+        report = report.append_column(name, videos[name])
     has_list = videos["frames"].null_count == len(videos)
     result = CheckResult(report, format_summary(report, manifest.classes, progress.seconds), has_list)
     if has_list:
         good = report.filter(report["good"])
-        listed = with_classes(good.select([*MANIFEST.names]), manifest.classes)
+        listed = with_classes(good.select([*MANIFEST.names, *spans]), manifest.classes)
         write_output(
             storage.join(out, "good.parquet"),
             to_parquet(good_key_frames(manifest.rows, good) if key_frames else listed),

@@ -26,7 +26,7 @@ def predict(uri: str, files: Sequence[str], top: int = 5, views: tuple[int, int]
 
     Args:
         uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
-        files: videos (paths or URIs), images, or folders of frames with names as in ``data.template``. A file that
+        files: videos (paths or URIs), images, or folders of numbered frames. A file that
             cannot be read gives a ``Prediction`` with an error.
         top: number of classes per file.
         views: clips per video and crops per clip (``parse_views``); None: the recipe's.

@@ -102,7 +102,7 @@ class BoxPredictor:
         """Yield the most likely actions of each box, by file, second and box, each second as soon as it is ready.
 
         Args:
-            files: videos (paths or URIs), or folders of frames with names as in ``data.template``. A file, or a second
+            files: videos (paths or URIs), or folders of numbered frames. A file, or a second
                 of it, that cannot be read gives a ``BoxPrediction`` with an error.
             top: most actions per box.
             threshold: smallest probability of an action.
@@ -162,10 +162,10 @@ def load_second(file: str, second: int, config: Config) -> NDArray[np.uint8]:
     Raises:
         DecodeError: it cannot be read, or the file does not reach the second.
     """
-    uri, images = find_frames(file, config)
+    uri, images, span = find_frames(file, config)
     time = second - config.detection.first_second
     try:
-        return load_key_clip(uri, file, time, config, epoch=0, train=False, images=images).clips
+        return load_key_clip(uri, file, time, config, epoch=0, train=False, images=images, span=span).clips
     except (DecodeError, UserError):
         raise
     except Exception as error:  # one file must not cost another
@@ -198,8 +198,8 @@ def annotate(file: str, out: str, predictions: Sequence[BoxPrediction], config: 
         if each.second is not None and not each.error:
             lines = [f"{name} {share:.0%}" for name, share in each.top]
             shown[each.second - config.detection.first_second].append((each.box, lines))
-    uri, images = find_frames(file, config)
-    with open_isolated(uri, images, timeout_s=ANNOTATION_TIMEOUT_S) as video:
+    uri, images, span = find_frames(file, config)
+    with open_isolated(uri, images, timeout_s=ANNOTATION_TIMEOUT_S, span=span) as video:
         video.run(write_annotated, out, dict(shown), config.data.fps)
 
 

@@ -24,7 +24,7 @@ from posmlp.model.checkpoint import CheckpointError, fit_published
 from posmlp.tasks import task_of
 from posmlp.video.augment import flip_labels
 from posmlp.video.draws import epoch_length
-from posmlp.video.manifest import Manifest, ManifestError, Split
+from posmlp.video.manifest import SPAN_COLUMNS, Manifest, ManifestError, Split
 from posmlp.weights import NORMALISATION, is_packaged, packaged_file
 
 # Prefixes of keys that a resumed run may change freely: they do not affect what it learns from good videos.
@@ -203,7 +203,6 @@ def stored_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BOX_COLUMNS = ("time", "boxes", "actions", "scores")  # of key frames
-SPAN_COLUMNS = ("first_frame", "last_frame")  # of rows that are parts of videos
 
 
 def list_fingerprint(manifest: Manifest) -> str:

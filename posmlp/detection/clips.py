@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from posmlp.config import Config
 from posmlp.video.clip import Cut, LoadedClips, View, choose_cut, cut_views, frame_numbers, open_frames
-from posmlp.video.decode import DecodeError, VideoInfo
+from posmlp.video.decode import DecodeError, Span, VideoInfo
 from posmlp.video.sampling import ROUNDING_S, Box, sample_rng, scaled_to_short_side
 
 
@@ -20,6 +20,7 @@ def load_key_clip(
     epoch: int,
     train: bool,
     images: int | None = None,
+    span: Span | None = None,
     first_view: int = 0,
 ) -> LoadedClips:
     """The views around a key frame. Every random choice derives from ``(train.seed, epoch, sample_id, view)``.
@@ -32,6 +33,7 @@ def load_key_clip(
     Args:
         uri, sample_id, time, images: from the manifest row; ``images`` is its ``frames``, and ``time`` the seconds from
             the start of the video to the key frame.
+        span: the part of the video to read (``posmlp.video.decode.open_video``); times count from its start.
         first_view: number of the first training view; above 0 where an epoch draws the key frame again.
 
     Returns:
@@ -43,7 +45,7 @@ def load_key_clip(
         UserError: the cache cannot be written.
     """
     variant, data = config.model.variant(), config.data
-    with open_frames(uri, images, data, decoded_short_side(config)) as opened:
+    with open_frames(uri, images, data, decoded_short_side(config), span) as opened:
         numbers, centre = find_key_frame(uri, opened[0].info, time, data.fps)
         indices = numbers[key_indices(len(numbers), centre, variant.frames, data.stride)]
         if train:

@@ -41,7 +41,7 @@ FOLDER = "folder"  # stands for a column with the folder of each video
 HMDB_FILE = re.compile(r"(.+)_test_split([0-9]+)\.txt")
 HMDB_SUBSETS: dict[int | float | str, str] = {0: "unused", 1: "train", 2: "test"}
 SPACE = re.compile(r"[ \t\r\n]*")
-FIRST_FRAME, LAST_FRAME = "first_frame", "last_frame"  # columns of lists whose rows are parts of videos
+SPAN_COLUMNS = FIRST_FRAME, LAST_FRAME = "first_frame", "last_frame"  # of lists whose rows are parts of videos
 
 
 class ListingRow(NamedTuple):
@@ -88,7 +88,7 @@ class Listing:
     images: bool = False
     series: bool = False
     maybe_series: bool = False
-    span_names: tuple[str, str] = (FIRST_FRAME, LAST_FRAME)
+    span_names: tuple[str, str] = SPAN_COLUMNS
     pictures: bool = False
     present: bool = False
     others: Callable[[ListingRow], list[str]] | None = None
@@ -594,7 +594,7 @@ def _check_columns(source: ManifestSource, file: str, schema: pa.Schema) -> bool
     for name, test in allowed.items():
         if names.count(name) == 1 and not test(type := schema.field(name).type):
             wanted = {"label": "whole numbers or strings", storage.BYTES_COLUMN: "binary"}.get(name, "strings")
-            wanted = "whole numbers" if name in (FIRST_FRAME, LAST_FRAME) else wanted
+            wanted = "whole numbers" if name in SPAN_COLUMNS else wanted
             source.problem(file, None, f"column {name} has type {type}; expected {wanted}")
     if storage.BYTES_COLUMN in names and not storage.parquet_row(f"{file}#0"):
         text = "inline videos need a file name that ends in .parquet, without options after it; rename the file, or"
@@ -630,7 +630,7 @@ def _parquet_rows(
     schema = table.schema_arrow
     inline = storage.BYTES_COLUMN in schema.names
     path = None if inline else "uri" if "uri" in schema.names else "path"
-    possible = (path, "label", "class", "sample_id", FIRST_FRAME, LAST_FRAME, *columns)
+    possible = (path, "label", "class", "sample_id", *SPAN_COLUMNS, *columns)
     needed = dict.fromkeys(name for name in possible if name in schema.names)
     data = table.read(columns=list(needed), use_threads=False)
     count = data.num_rows

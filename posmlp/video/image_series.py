@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+TEXT = r"((?:[^{}/]|\{\{|\}\})*)"  # of a template, in which a brace is doubled
+TEMPLATE = re.compile(TEXT + r"\{0?(?::0?[0-9]*d?)?\}" + TEXT)  # one number, as in img_{:05d}.jpg
 NUMBERED = re.compile(r"(.*?)([0-9]{1,18})([^0-9]*)")  # the last number of a name; of a longer one, its last digits
 
 
@@ -71,6 +73,24 @@ def _series(before: str, after: str, numbers: list[tuple[int, str]]) -> ImageSer
     good = [number for number, name in own if series.name(number) == name]
     strays = tuple(name for number, name in own if series.name(number) != name)
     return ImageSeries(before, after, digits, tuple(good), strays)
+
+
+def choose_series(found: Sequence[ImageSeries], template: str) -> ImageSeries | str:
+    """The series of a folder's images: the only one, or of several the one whose names are those of ``template``.
+
+    Returns:
+        The series, or why there is none, to be followed by the folder's name.
+    """
+    chosen = list(found)
+    if len(found) > 1 and (match := TEMPLATE.fullmatch(template)):
+        around = match[1].format(), match[2].format()
+        chosen = [each for each in found if (each.before, each.after) == around]
+    if len(chosen) == 1:
+        return chosen[0]
+    if not found:
+        return f"no numbered images ({' '.join(PICTURE_SUFFIXES)}), such as img1.jpg, img2.jpg, ...,"
+    several = ", ".join(f"{each.template} ({len(each.numbers)})" for each in found[:5]) + ", ..." * (len(found) > 5)
+    return f"{len(found)} series of images, {several}, of which `template` names none,"
 
 
 def escape_braces(name: str) -> str:

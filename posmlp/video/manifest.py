@@ -26,9 +26,8 @@ from posmlp.video import formats, micro_expressions
 from posmlp.video.classes import ClassIndex, KnownClasses, in_order, list_names, same_name
 from posmlp.video.draws import WEIGHT
 from posmlp.video.formats import (
-    FIRST_FRAME,
     FOLDER,
-    LAST_FRAME,
+    SPAN_COLUMNS,
     VIDEO_SUFFIXES,
     Condition,
     Listing,
@@ -40,7 +39,7 @@ from posmlp.video.formats import (
     warn_once,
 )
 from posmlp.video.holdout import choose_held_out
-from posmlp.video.image_series import PICTURE_SUFFIXES, ImageSeries, escape_braces, find_series
+from posmlp.video.image_series import TEMPLATE, choose_series, escape_braces, find_series
 
 __all__ = ["SCHEMA", "VIDEO_SUFFIXES", "Manifest", "ManifestError", "read_manifest", "read_split"]
 
@@ -53,8 +52,6 @@ LISTED = "list."  # prefix of a row's columns that are kept from the list
 MAX_PROBLEMS_SHOWN = 20  # in a message
 MAX_NUMBER = 2**31 - 1  # of a frame
 DRIVE = re.compile(r"[A-Za-z]:/")
-TEXT = r"((?:[^{}/]|\{\{|\}\})*)"  # of a template, in which a brace is doubled
-TEMPLATE = re.compile(TEXT + r"\{0?(?::0?[0-9]*d?)?\}" + TEXT)  # one number, as in img_{:05d}.jpg
 
 
 @dataclass(frozen=True)
@@ -247,7 +244,7 @@ def _build_manifest(source: ManifestSource) -> Manifest:
     }
     table = pa.table(columns, schema=SCHEMA)
     if any(span != (None, None) for span in spans):
-        for name, numbers in zip((FIRST_FRAME, LAST_FRAME), zip(*spans, strict=True), strict=True):
+        for name, numbers in zip(SPAN_COLUMNS, zip(*spans, strict=True), strict=True):
             table = table.append_column(name, pa.array(numbers, pa.int32()))
     for name, values in further.items():
         table = table.append_column(f"{LISTED}{name}", pa.array(values, pa.string()))
@@ -757,8 +754,11 @@ def _find_images(
     if source.missing_ok and not found:  # reading the folder fails later
         first = 1 if first is None else first
         return source.template, (first, first if last is None else last)
-    series = None if names is None else _choose_series(source, row, folder, found)
-    if series is None:
+    if names is None:
+        return None
+    series = choose_series(found, source.template)
+    if isinstance(series, str):
+        source.problem(row.file, row.line, f"{series} in {folder}; {_leave_out(listing, row)}")
         return None
     has = f"the folder has {series.name(series.numbers[0])} to {series.name(series.numbers[-1])}"
     first = series.numbers[0] if first is None else first
@@ -770,25 +770,6 @@ def _find_images(
         source.problem(row.file, row.line, f"{text}{strays}; {_leave_out(listing, row)}")
         return None
     return series.template, (first, max(first, last))
-
-
-def _choose_series(
-    source: ManifestSource, row: ListingRow, folder: str, found: list[ImageSeries]
-) -> ImageSeries | None:
-    """The series of images in a folder: the only one, or of several the one that ``template`` gives."""
-    match = TEMPLATE.fullmatch(source.template)
-    given = [each for each in found if match and (each.before, each.after) == (match[1].format(), match[2].format())]
-    chosen = given if len(found) > 1 else found
-    if len(chosen) == 1:
-        return chosen[0]
-    if not found:
-        text = f"no numbered images in {folder} ({' '.join(PICTURE_SUFFIXES)}), such as img1.jpg, img2.jpg"
-    else:
-        several = ", ".join(f"{each.template} ({len(each.numbers)})" for each in found[:5])
-        several += ", ..." if len(found) > 5 else ""
-        text = f"{len(found)} series of images in {folder}: {several}; name one of them (`template`)"
-    source.problem(row.file, row.line, text)
-    return None
 
 
 Split = Literal["train", "val", "test"]
@@ -926,7 +907,7 @@ def _join(paths: Sequence[str], manifests: Sequence[Manifest], weights: Sequence
     """
     tables, seen, problems = [], dict[tuple[Any, ...], int](), []
     for number, (path, manifest, weight) in enumerate(zip(paths, manifests, weights, strict=True), 1):
-        parts = [name for name in ("uri", FIRST_FRAME, LAST_FRAME) if name in manifest.rows.column_names]
+        parts = [name for name in ("uri", *SPAN_COLUMNS) if name in manifest.rows.column_names]
         for part in zip(*(manifest.rows[name].to_pylist() for name in parts), strict=True):
             if (first := seen.setdefault(part, number)) != number:
                 text = f"{path}: video {part[0]} is also in {paths[first - 1]}; keep one of the two"

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.image import imsave
 
 from pipelines.data.check import check, format_summary
 from pipelines.data.scan import ScanError
@@ -19,7 +20,7 @@ from posmlp import storage
 from posmlp.video.decode import Video
 from posmlp.video.manifest import Manifest, read_manifest
 from tests.helpers.log_lines import log_lines
-from tests.helpers.videos import picture, write_video
+from tests.helpers.videos import numbers, picture, write_video
 
 pytestmark = pytest.mark.ray
 
@@ -68,6 +69,34 @@ def test_a_check_has_a_row_for_every_video(local_ray, mixed, tmp_path):
     assert all(name in summary for name in bad)
     assert "orientation" not in summary
     assert "several video streams" not in summary
+
+
+def test_parts_of_videos_are_checked_and_packed_as_videos(local_ray, tmp_path):
+    write_video(tmp_path / "a.mp4", count=60, options={"g": "12"})
+    (tmp_path / "face").mkdir()
+    for i in (*range(90, 110), *range(120, 125)):
+        imsave(tmp_path / "face" / f"img{i}.png", picture(i, 108, 72))
+    listed = "path,label,first_frame,last_frame\na.mp4,0,46,50\na.mp4,1,5,20\na.mp4,1,50,60\n"
+    (tmp_path / "list.csv").write_text(listed)
+    result = check(read_manifest(tmp_path / "list.csv", missing_ok=True), str(tmp_path / "out"), 60)
+    assert result.report["num_frames"].to_pylist() == [5, 16, None]
+    assert "frames 50 to 60 are wanted (first_frame, last_frame), but it has frames 0 to 59" in result.summary
+    good = read_manifest(tmp_path / "out/good.parquet", root=tmp_path)
+    assert good.rows["first_frame"].to_pylist() == [46, 5]
+    (tmp_path / "list.csv").write_text(f"{listed}face,0,100,104\nface,1,100,122\n")
+    result = check(read_manifest(tmp_path / "list.csv", missing_ok=True), str(tmp_path / "out"), 60)
+    assert result.report["good"].to_pylist() == [True, True, False, True, False]
+    assert "img110.png: the file is missing" in result.summary
+    manifest = read_manifest(tmp_path / "list.csv", {"last_frame": {"not": "122"}})
+    packed = shard(manifest, str(tmp_path / "shards"), ShardSettings())
+    assert (packed.videos, packed.bad) == (3, 1)
+    rows = read_manifest(packed.manifest).rows
+    shown = []
+    for uri in rows["uri"].to_pylist():
+        video = Video(uri)
+        shown.append(numbers(video.all_frames()))
+        video.close()
+    assert shown == [[*range(46, 51)], [*range(5, 21)], [*range(100, 105)]]
 
 
 def matrix(a, b, c, d):

@@ -40,6 +40,8 @@ CLASS_CYCLE = ("negative", "positive", "negative", "surprise")  # of a subject's
 SET_VERSION = 1  # increase it when a change alters the set
 
 ACT_FRAMES = (8, 12)  # fewest and most frames of an act, the movement of one part
+REST = (0.35, 0.5)  # of an act, before the movement
+HOLD = 1.6  # a movement is half a wave of this height, cut off at 1
 AROUND = (3, 6)  # frames before the onset and after the offset
 # Lengths are in frame sizes.
 RISE = np.array([0.025, 0.018, 0.028])  # typical movement of brows, eyelids and nose, corners of the mouth
@@ -255,16 +257,16 @@ def render_face(
 
 
 def draw_act(rng: np.random.Generator, frames: int, strength: np.ndarray) -> Pose:
-    """A movement of the parts by ``strength`` ``[3]`` and back, with a small one of the head.
+    """A movement of the parts by ``strength`` ``[3]`` and back, after a rest, with a small one of the head.
 
     The frames before the first and after the last one would be at rest.
     """
-    time, peak = (np.arange(frames) + 0.5) / max(frames, 1), rng.uniform(0.4, 0.6)
-    time = np.interp(time, [0, peak, 1], [0, 0.5, 1])
+    time, start = (np.arange(frames) + 0.5) / max(frames, 1), rng.uniform(*REST)
+    moved = np.minimum(HOLD * np.sin(math.pi * np.clip((time - start) / (1 - start), 0, 1)), 1)
     heading, loop = rng.uniform(0, tau), rng.choice([1, 2])
     sway = rng.uniform(0, SWAY) * np.sin(math.pi * loop * time)
     return Pose(
-        (np.sin(math.pi * time)[:, None] * strength).astype(np.float32),
+        (moved[:, None] * strength).astype(np.float32),
         (sway[:, None] * [math.cos(heading), math.sin(heading)]).astype(np.float32),
     )
 

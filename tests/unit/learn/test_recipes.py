@@ -17,6 +17,8 @@ from posmlp.learn.learner import Learner
 from posmlp.model.cost import count_macs, count_params
 from posmlp.tasks import task_of
 from posmlp.video.clip import views_per_video
+from posmlp.video.draws import class_weights
+from posmlp.video.faces import make_face_set
 from posmlp.video.manifest import read_split
 from tests.helpers.videos import write_video
 
@@ -270,3 +272,36 @@ def test_a_recipe_takes_a_step_at_its_full_size(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     config = load_recipe("ssv2_s16", [*CPU, "train.global_batch=2", "data.repeats=1"])
     assert abs(step_of(config) - math.log(174)) < 1.5
+
+
+def learned(config):
+    """Train as the recipe says, in this process; the predictions of the validation split, and its labels."""
+    train, val = (read_split(config.data, split) for split in ("train", "val"))
+    model = config.model.model_copy(update={"num_classes": len(train.classes)})
+    config = config.model_copy(update={"model": model})
+    torch.manual_seed(config.train.seed)
+    model = posmlp.create_model(config.model.name, **config.model.overrides())
+    size, count = config.train.global_batch, len(train.rows)
+    weights = class_weights(train.rows, len(train.classes))
+    learner = Learner(model, config, count // size, train.classes, weights)
+    for epoch in range(config.train.epochs):
+        rows = train.rows.take(np.random.default_rng(epoch).permutation(count))
+        columns = decode_rows(rows, np.ones(count, bool), config, epoch, True)
+        batch = task_of(config).collate(columns, rows, config, train=True)
+        for start in range(0, count - size + 1, size):
+            learner.train_step(batch.slice(start, start + size))
+    columns = decode_rows(val.rows, np.ones(len(val.rows), bool), config, 0, False)
+    batch = task_of(config).collate(columns, val.rows, config, train=False)
+    scores = task_of(config).score(model.eval(), batch, config)
+    return scores[:, 0].argmax(1).numpy(), batch.labels.numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "low", "high"), [("ordered", 0.9, 1), ("shuffled", 0, 0.65)])
+def test_the_faces_of_unseen_subjects_are_told_by_the_order_of_frames_alone(tmp_path, monkeypatch, order, low, high):
+    """A subject of each part is held out. Half of the clips are negative, which is what a guess can have."""
+    monkeypatch.chdir(tmp_path)
+    make_face_set("data/faces")
+    predicted, labels = learned(load_recipe("faces", [f"data.frame_order={order}"]))
+    assert len(labels) == 72
+    assert low <= np.mean(predicted == labels) <= high

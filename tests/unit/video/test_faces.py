@@ -97,7 +97,7 @@ def movement_of(clip, act):
     found = []
     for k in range(3):
         frames_of_act = frames[k * act : (k + 1) * act]
-        change = np.abs(frames_of_act[act // 2] - frames_of_act[0])
+        change = np.abs(frames_of_act[3 * act // 4] - frames_of_act[0])
         size = change.shape[0]
         rows = (np.arange(size) + 0.5) / size - 0.5
         bands = {"brows": (-0.16, -0.05), "eyes": (-0.045, 0.17), "mouth": (0.18, 0.31)}

@@ -34,7 +34,7 @@ import psutil
 import torch
 from mlflow import MlflowClient
 
-from pipelines.studies.study import find_study, read_trials, study_space
+from pipelines.studies.study import Study, find_study, read_trials, study_space
 from posmlp import create_model
 from posmlp.config import Config, load_recipe
 from posmlp.learn.learner import Learner
@@ -182,7 +182,7 @@ def main() -> None:
         search = ["--space", "block_types", "--searcher", "random", "--name", "s", "--trials", str(args.trials)]
         search += ["--concurrent", str(args.concurrent)]
         found = {"study": run([*POSMLP, "tune", "demo", *search, *settings(study_folder)], study_folder)}
-        study, _ = find_study(str(study_folder / "s"))
+        study, _ = find_study(str(study_folder / "s"), Study)
         base = load_recipe("demo", settings(runs_folder))
         recipes = [study_space(study).recipe(base, trial.member) for trial in read_trials(study.folder)]
         if not args.study_only:

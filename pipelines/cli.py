@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from pipelines.cluster.signals import exit_code, interrupt_on_signal
-from pipelines.commands import data, inference, planning, recipes, runs, training, tuning
+from pipelines.commands import data, folds, inference, planning, recipes, runs, training, tuning
 from pipelines.commands.options import add_verbosity
 from posmlp.errors import UserError
 
-GROUPS = (training, tuning, inference, runs, recipes, data, planning)  # in the order of the help text
+GROUPS = (training, tuning, folds, inference, runs, recipes, data, planning)  # in the order of the help text
 LOGGERS = ("pipelines", "posmlp", "tune_spaces")
 CLEAR_LINE = "\r\x1b[K"
 

@@ -56,6 +56,7 @@ Label = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 Fusion = Literal["probabilities", "logits"]
 Task = Literal["recognition", "detection"]
+FrameOrder = Literal["ordered", "shuffled"]
 MicroFormat = Literal["casme2", "samm", "smic", "megc"]  # micro-expressions
 Format = Literal[
     "auto", "csv", "folder", "images", "parquet", "kinetics", "ssv1", "ssv2", "ucf101", "hmdb51", MicroFormat, "ava"
@@ -252,7 +253,7 @@ class DataSection(Section):
     sampling: Literal["uniform", "dense"] = "uniform"
     stride: Positive = 1  # video frames from one sampled frame to the next; dense only
     fps: Annotated[float, Field(gt=0)] | None = None  # sample as if every video had this frame rate
-    frame_order: Literal["ordered", "shuffled"] = "ordered"  # shuffled: a control experiment without motion
+    frame_order: FrameOrder = "ordered"  # shuffled: a control experiment without motion
     short_side: Positive | None = None  # pixels of decoded frames' short side; None: 8/7 of the image size
     crop_scale: tuple[Fraction, Fraction] = (0.6, 1.0)  # area of the training crop, as a share of the frame
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width : height of the training crop

@@ -129,6 +129,17 @@ STUDY_FRONT_PROBABILITY = (
     "study/front_probability"  # of being on the Pareto front of the main metric and the study's cost
 )
 
+# A study of folds (its driver, in the study's own MLflow run; the step is the number of finished trials). Predictions
+# are pooled over the folds and scored once per seed; the value is the mean over seeds. A name may end in _deviation for
+# the standard deviation over seeds. Those of one data set are folds/NAME/uf1 ------------------------------------------
+FOLDS = "folds/"  # prefix
+FOLDS_FINISHED = "folds/finished"  # number of finished trials, a fold with a seed each
+ACCURACY = "accuracy"  # after the prefix: share of videos whose likeliest class is right
+UF1 = "uf1"  # unweighted F1: mean of the classes' F1
+UAR = "uar"  # unweighted average recall: mean of the classes' accuracies
+ACCURACY_SHUFFLED = "accuracy_shuffled"  # accuracy on clips whose frames are shuffled, a control without motion
+FOLDS_MEAN_ACCURACY = "folds/mean_accuracy"  # mean over folds of each fold's accuracy
+
 # A supernet (the scoring of its members, in the supernet's MLflow run) -----------------------------------------------
 SUPERNET_BEST_TOP1 = "supernet/best_top1"  # highest top-1 of a member with the shared weights
 SUPERNET_SPEARMAN = "supernet/spearman"  # rank correlation of members' top-1: shared weights, and trained alone

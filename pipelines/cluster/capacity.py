@@ -267,6 +267,40 @@ def workers_that_fit(
     )
 
 
+def concurrent_trials(recipe: Config, wanted: int | None) -> int:
+    """Number of a study's trials that run at a time: the user's, if the cluster has room for them or may grow.
+
+    Args:
+        recipe: of the trials.
+        wanted: by the user; None: ``max_concurrent_trials``.
+    """
+    room = trials_that_fit(recipe)
+    if wanted and wanted > room and not recipe.scaling.wait_s:
+        # More would take the CPUs of the decoders, and all of them would wait for clips forever.
+        logger.warning("--concurrent %d: the cluster has room for %d, so %d run", wanted, room, room)
+        return room
+    return wanted or max_concurrent_trials(recipe)
+
+
+def max_concurrent_trials(recipe: Config) -> int:
+    """Number of trials that run at a time unless the user says it: those that fit, each with cores for its threads."""
+    room, scaling = trials_that_fit(recipe), recipe.scaling
+    if scaling.threads_per_worker and scaling.use_gpu is not True:
+        cpus = ray.cluster_resources().get("CPU", 0)
+        room = min(room, int(cpus / (scaling.workers * scaling.threads_per_worker)))
+    return max(1, room)
+
+
+def trials_that_fit(recipe: Config) -> int:
+    """Number of trials whose resources the cluster has, with CPUs left to decode for them; at least 1."""
+    cluster, scaling = ray.cluster_resources(), recipe.scaling
+    room = int((cluster.get("CPU", 0) - MIN_DECODING_CPUS + 1e-6) / (scaling.workers * scaling.cpus_per_worker))
+    if scaling.use_gpu is True:
+        on_a_gpu = int(1 / scaling.gpus_per_worker + 1e-6)
+        room = min(room, int(cluster.get("GPU", 0)) * on_a_gpu // scaling.workers)
+    return max(1, room)
+
+
 def live_runs() -> int:
     """The number of runs of all jobs that train on this cluster now. Trials in a study's own processes do not count."""
     actors = ray.util.list_named_actors(all_namespaces=True)

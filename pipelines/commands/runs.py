@@ -74,9 +74,9 @@ def run_row(run: str) -> tuple[str, str, str] | None:
 def study_row(folder: str) -> tuple[str, str, str] | None:
     """Return the name, the number of trials by state, and the best trial of a study; None if the folder is no study."""
     from pipelines.studies.pareto import best_trial, reported_values
-    from pipelines.studies.study import TrialState, read_study, read_trials
+    from pipelines.studies.study import Study, StudySettings, TrialState, read_study, read_trials
 
-    found = read_study(folder)
+    found = read_study(folder, StudySettings)
     if found is None:
         return None
     running, trials = is_running(folder), read_trials(folder)
@@ -84,11 +84,11 @@ def study_row(folder: str) -> tuple[str, str, str] | None:
         "not finished" if trial.state == TrialState.RUNNING and not running else trial.state.value for trial in trials
     )
     states = ", ".join(f"{number} {state}" for state, number in counts.items())
-    best = best_trial(trials)
     study, result = found[0], ""
-    if best:
+    if isinstance(study, Study) and (best := best_trial(trials)):  # no fold is the best one
         result = f"{reported_values(trials)[best.number]:.1%} {study.main.title}, trial {best.number}"
-    return study.name, f"{'running ' * running}study, trials: {states or 'none'}", result
+    what = "study" if isinstance(study, Study) else "folds"
+    return study.name, f"{'running ' * running}{what}, trials: {states or 'none'}", result
 
 
 def is_running(run: str) -> bool:
@@ -145,7 +145,7 @@ def add_sync(commands: Commands) -> None:
 def run_sync(args: argparse.Namespace) -> int:
     """Return exit code 1 if something is still undelivered."""
     from pipelines.runs.record import find_run
-    from pipelines.studies.study import StudyError, find_study, read_trials, trial_folder
+    from pipelines.studies.study import StudyError, StudySettings, find_study, read_trials, trial_folder
     from pipelines.tracking.delivery import sync_journals
     from pipelines.tracking.journal import find_journals
     from posmlp import storage
@@ -153,7 +153,7 @@ def run_sync(args: argparse.Namespace) -> int:
     left = 0
     for name in args.run_folders:
         try:
-            study, _ = find_study(name)
+            study, _ = find_study(name, StudySettings)
             folders = [study.folder, *(trial_folder(study, trial.number) for trial in read_trials(study.folder))]
             folders = [each for each in folders if find_journals(each)]
         except StudyError:  # it is a run, or the working copy of a run's journal

@@ -120,7 +120,7 @@ def run_tune(args: argparse.Namespace) -> None:
                 "--resume continues the study with the settings that it was started with; only --trials, --concurrent, "
                 f"--repeats and --hours may be given, not {', '.join(refused) or 'overrides'}"
             )
-        study, _ = find_study(args.resume)
+        study, _ = find_study(args.resume, Study)
         study = study.model_copy(update=given)
     else:
         if not args.recipe or not args.space:

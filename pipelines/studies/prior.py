@@ -41,7 +41,7 @@ def find_priors(study: Study, space: Space) -> list[Prior]:
 def find_prior(name: str, study: Study, space: Space) -> Prior:
     """Find one earlier study; see ``find_priors``."""
     folders = [storage.join(".", name), storage.join(study.recipe.train.storage, name), storage.join("runs", name)]
-    known = {folder: found[0] for folder in folders if (found := read_study(folder))}
+    known = {folder: found[0] for folder in folders if (found := read_study(folder, Study))}
     if known:
         folder, earlier = next(iter(known.items()))
         if folder == study.folder:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipelines.runs.record import read_hits, read_json, write_json
 from pipelines.tracking.uris import without_secrets
 from posmlp import storage
-from posmlp.config import NAME, Config, Positive, Section, describe
+from posmlp.config import NAME, Config, Positive, Section, ValSplitSection, describe
 from posmlp.errors import UserError
 from posmlp.metrics import (
     COST_GMACS,
@@ -30,6 +30,7 @@ from posmlp.metrics import (
     MainMetric,
     main_metric,
 )
+from posmlp.text import quantity
 from tune_spaces import Member, Space, Value, load_space
 
 STUDY_FILE, TRIAL_FILE = "study.json", "trial.json"
@@ -54,11 +55,45 @@ class StudyError(UserError):
     """A study cannot start or resume. The message is for the user."""
 
 
-class Study(Section):
-    """The settings of a study.
+class StudySettings(Section):
+    """What the settings of a search and of a study of folds have in common.
 
     Attributes:
-        recipe: the recipe of every trial, except for the keys that its member of the space sets.
+        name: of the study, and of its folder.
+        recipe: the recipe of every trial, except for the keys that its member sets.
+        concurrent: number of trials that run at a time; None: as many as the cluster has room for.
+    """
+
+    COMMAND: ClassVar[str] = ""  # that runs such a study
+
+    name: Annotated[str, Field(pattern=NAME)]
+    recipe: Config
+    concurrent: Positive | None = None
+
+    @property
+    def folder(self) -> str:
+        """The study's folder, an absolute path or a URI."""
+        return storage.join(self.recipe.train.storage, self.name)
+
+    @property
+    def main(self) -> MainMetric:
+        """The main metric of the recipe's task."""
+        return MAIN_METRICS[self.recipe.task]
+
+    @property
+    def resume_command(self) -> str:
+        """The command that resumes it."""
+        return f"posmlp {self.COMMAND} --resume {self.name}"
+
+    def budgets(self) -> dict[str, float]:
+        """The largest allowed costs by metric name; costs without a budget are left out."""
+        return {}
+
+
+class Study(StudySettings):
+    """The settings of a search. It maximises the main metric of the recipe's task.
+
+    Attributes:
         space: a name in ``tune_spaces``, or a Python file.
         trials: number of trials to train; members over a budget do not count.
         searcher: the search algorithm.
@@ -67,7 +102,6 @@ class Study(Section):
             epoch (ASHA) or, with ``against``, that others beat in both the main metric and the cost
             (MO-ASHA).
         seed: seed of the search; the seed of the trials' training is ``recipe.train.seed``.
-        concurrent: number of trials that run at a time; None: as many as the cluster has room for.
         hours: once these have passed since a call's start no trials start, and those that run are finished;
             None: no limit.
         prior: earlier studies from which the searcher learns, by folder or name.
@@ -76,15 +110,14 @@ class Study(Section):
             clip on the training device, millions of parameters.
     """
 
-    name: Annotated[str, Field(pattern=NAME)]
-    recipe: Config
+    COMMAND: ClassVar[str] = "tune"
+
     space: str
     trials: Positive = 20
     searcher: Literal["grid", "random", "tpe", "nsga2"] = "tpe"
     against: Literal["latency", "gmacs", "params"] | None = None
     asha: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    concurrent: Positive | None = None
     hours: Annotated[float, Field(gt=0)] | None = None
     prior: tuple[str, ...] = ()
     repeats: Annotated[int, Field(ge=0)] = 0
@@ -98,16 +131,6 @@ class Study(Section):
         if self.searcher == "nsga2" and not self.against:
             raise ValueError("nsga2 searches a Pareto front, which needs a cost; add --against gmacs")
         return self
-
-    @property
-    def folder(self) -> str:
-        """The study's folder, an absolute path or a URI."""
-        return storage.join(self.recipe.train.storage, self.name)
-
-    @property
-    def main(self) -> MainMetric:
-        """The main metric of the recipe's task, which the study maximises."""
-        return MAIN_METRICS[self.recipe.task]
 
     @property
     def goal(self) -> str:
@@ -129,6 +152,52 @@ class Study(Section):
         train = config.train.model_copy(update={"storage": self.folder, "seed": seed})
         tracking = config.tracking.model_copy(update={"log_model": False})  # the study logs its best model at the end
         return config.model_copy(update={"name": f"trial-{number:03d}", "train": train, "tracking": tracking})
+
+
+class FoldStudy(StudySettings):
+    """The settings of a study of folds: each fold's videos are held out once, with every seed.
+
+    Attributes:
+        by: the column of the training lists whose values are the folds, or ``folder``.
+        values: the folds; the first start fills them in, as ``videos``.
+        videos: fingerprint of the training videos and their folds.
+        seeds: number of seeds: ``recipe.train.seed`` and those that follow it.
+        shuffled: also test each model on clips whose frames are shuffled.
+    """
+
+    COMMAND: ClassVar[str] = "folds"
+
+    by: str
+    values: tuple[str, ...] = ()
+    videos: str = ""
+    seeds: Positive = 1
+    shuffled: bool = False
+
+    def describe(self) -> str:
+        """The folds and seeds in words."""
+        return f"{quantity(len(self.values), 'fold')} by {self.by}, {quantity(self.seeds, 'seed')}"
+
+    def fold_recipe(self, fold: str, number: int, seed: int) -> Config:
+        """The recipe of the run that holds a fold out: nothing of its videos chooses anything.
+
+        It is tested after the last epoch alone, and no other checkpoint is kept.
+        """
+        recipe = self.recipe
+        data = recipe.data.model_copy(update={"val": ValSplitSection(where={self.by: fold}), "group_by": None})
+        train = recipe.train.model_copy(update={"storage": self.folder, "seed": seed, "keep_best": 0})
+        once = recipe.eval.model_copy(update={"every": recipe.train.epochs})
+        tracking = recipe.tracking.model_copy(update={"log_model": False})
+        sections = {"data": data, "train": train, "eval": once, "tracking": tracking}
+        return recipe.model_copy(update={"name": f"trial-{number:03d}", **sections})
+
+    def all_trials(self) -> list[Trial]:
+        """Every fold with every seed, as trials that have not started. More seeds add trials at the end."""
+        first = self.recipe.train.seed
+        pairs = [(fold, seed) for seed in range(first, first + self.seeds) for fold in self.values]
+        return [Trial(number, {"fold": fold, "seed": seed}, seed) for number, (fold, seed) in enumerate(pairs)]
+
+
+Settings = TypeVar("Settings", bound=StudySettings)
 
 
 class TrialState(StrEnum):
@@ -206,8 +275,11 @@ class Trial:
         return cls(**values | {"state": TrialState(record["state"]), "curve": curve})
 
 
-def find_study(text: str) -> tuple[Study, str]:
+def find_study(text: str, kind: type[Settings]) -> tuple[Settings, str]:
     """Find a study by its folder or, below ``runs``, by its name.
+
+    Args:
+        kind: as of ``read_study``.
 
     Returns:
         The study, and the id of its MLflow run.
@@ -216,12 +288,12 @@ def find_study(text: str) -> tuple[Study, str]:
         UserError: there is no such study, or it cannot be read.
     """
     for folder in (storage.join(".", text), storage.join("runs", text)):
-        if found := read_study(folder):
+        if found := read_study(folder, kind):
             return found
     raise StudyError(f"no study {text}: neither {text} nor runs/{text} has a {STUDY_FILE}; give its folder")
 
 
-def write_study(study: Study, mlflow_run_id: str) -> None:
+def write_study(study: StudySettings, mlflow_run_id: str) -> None:
     """Write ``study.json``: a study's settings, and the id of its MLflow run.
 
     Raises:
@@ -230,14 +302,17 @@ def write_study(study: Study, mlflow_run_id: str) -> None:
     write_json(storage.join(study.folder, STUDY_FILE), study.model_dump(mode="json") | {"mlflow_run_id": mlflow_run_id})
 
 
-def read_study(folder: str) -> tuple[Study, str] | None:
+def read_study(folder: str, kind: type[Settings]) -> tuple[Settings, str] | None:
     """Read a study's ``study.json``.
+
+    Args:
+        kind: what it must be; ``StudySettings``: any kind.
 
     Returns:
         The study, and the id of its MLflow run; None if the folder holds no study.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is of another kind.
     """
     uri = storage.join(folder, STUDY_FILE)
     tree = read_json(uri)
@@ -245,9 +320,15 @@ def read_study(folder: str) -> tuple[Study, str] | None:
         return None
     try:
         run_id = str(tree.pop("mlflow_run_id"))
-        return parse_study(tree), run_id
+        study = FoldStudy.model_validate(tree) if "by" in tree else parse_study(tree)
     except (KeyError, ValidationError) as error:
         raise StudyError(f"{uri} is not a study: {explain_error(error)}") from error
+    if not isinstance(study, kind):
+        raise StudyError(
+            f"{folder} is a study of posmlp {study.COMMAND}, not of posmlp {kind.COMMAND}: resume it with "
+            f"{study.resume_command}, or choose another --name"
+        )
+    return study, run_id
 
 
 def parse_study(tree: Mapping[str, Any]) -> Study:
@@ -262,7 +343,7 @@ def parse_study(tree: Mapping[str, Any]) -> Study:
     return Study.model_validate({**tree, **old})
 
 
-def write_trial(study: Study, trial: Trial) -> None:
+def write_trial(study: StudySettings, trial: Trial) -> None:
     """Write a trial's ``trial.json``, atomically.
 
     Raises:
@@ -297,7 +378,7 @@ def read_study_hits(study: Study, trials: Iterable[Trial]) -> dict[int, bytes]:
     return {number: hits for number, hits in found if hits is not None}
 
 
-def trial_folder(study: Study, number: int) -> str:
+def trial_folder(study: StudySettings, number: int) -> str:
     """The folder of a trial's run."""
     return storage.join(study.folder, f"trial-{number:03d}")
 

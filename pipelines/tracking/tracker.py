@@ -13,14 +13,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from pipelines.registry.logged_models import CheckpointLink
+from pipelines.runs.lease import Lease
 from pipelines.tracking.delivery import DeliveryWorker
 from pipelines.tracking.journal import Journal
 from pipelines.tracking.mlflow_client import (
@@ -71,6 +73,17 @@ logger = logging.getLogger(__name__)
 
 CLOSE_WAIT = 20.0  # seconds that close() waits for the delivery of the last operations
 MODEL_WAIT = 600.0  # seconds that log_model() waits for the upload of a model
+
+
+@dataclass
+class RunEnd:
+    """How a run has ended in MLflow.
+
+    Attributes:
+        undelivered: number of operations that MLflow has not received; ``posmlp sync`` delivers them.
+    """
+
+    undelivered: int = 0
 
 
 class Tracker:
@@ -310,6 +323,28 @@ class Tracker:
         left = self.delivery.stop()
         self.journal.finish()
         return left
+
+    @contextmanager
+    def ending(self, folder: str, lease: Lease | None) -> Iterator[RunEnd]:
+        """End the run with the block: as FINISHED, as KILLED by a signal, and as FAILED by another exception.
+
+        Args:
+            folder: of the run or the study, for a message.
+            lease: of the folder; if it is lost, another process drives the run, and nothing more is sent.
+        """
+        end, status = RunEnd(), "FAILED"
+        try:
+            yield end
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if lease and lease.lost:
+                self.abandon()
+            elif left := self.close(status):
+                end.undelivered = left
+                logger.warning("%d operations wait for MLflow; `posmlp sync %s` delivers them", left, folder)
 
     def abandon(self) -> None:
         """Send nothing more: another process drives the run now, and continues its MLflow run."""

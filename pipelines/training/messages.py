@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pipelines.runs.errors import BadVideo
+from posmlp.config import FrameOrder
 
 if TYPE_CHECKING:  # the channel carries these messages
     from pipelines.training.channel import Channel
@@ -32,6 +33,7 @@ class WorkerJob:
         measure_cost: measure the model's cost before the first step.
         sharing: number of trials that train at the same time, this one included.
         lease: id of the driver's lease (``pipelines.runs.lease``); empty if the run needs none.
+        predicted: orders of the frames, as of ``TrialContext``.
     """
 
     config: Mapping[str, Any]
@@ -45,6 +47,7 @@ class WorkerJob:
     measure_cost: bool
     sharing: int = 1
     lease: str = ""
+    predicted: Sequence[FrameOrder] = ()
 
 
 # --- from the first worker to the driver -------------------------------------------------------------------------

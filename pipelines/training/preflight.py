@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import RunError
+from pipelines.tracking.uris import tracking_uri
 from posmlp import create_model, storage
-from posmlp.config import Config, current_keys, flatten
+from posmlp.config import Config, SplitSection, current_keys, flatten
 from posmlp.errors import UserError
 from posmlp.metrics import MAIN_METRICS
 from posmlp.model.checkpoint import CheckpointError, fit_published
@@ -200,6 +201,31 @@ def stored_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
         return Config.model_validate(tree).resolved().flat()
     except ValidationError:  # a recipe of a version with other keys: the comparison names them
         return flatten(current_keys(tree))
+
+
+def with_absolute_paths(recipe: Config) -> Config:
+    """A recipe with absolute paths and its MLflow store, because trials run in other working directories."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and storage.join(".", path)
+
+    def moved(split: SplitSection) -> SplitSection:
+        return split.model_copy(
+            update={key: absolute(getattr(split, key)) for key in ("path", "root", "boxes", "excluded")}
+        )
+
+    others = tuple(map(moved, recipe.data.train.others))
+    splits: dict[str, SplitSection | None] = {
+        "train": moved(recipe.data.train).model_copy(update={"others": others}),
+        "val": moved(recipe.data.val),
+        "test": recipe.data.test and moved(recipe.data.test),
+    }
+    data = recipe.data.model_copy(update={**splits, "classes": absolute(recipe.data.classes)})
+    detection = recipe.detection.model_copy(update={"evaluated": absolute(recipe.detection.evaluated)})
+    train = recipe.train.model_copy(update={"storage": absolute(recipe.train.storage)})
+    uri = recipe.tracking.uri or (None if os.environ.get("MLFLOW_TRACKING_URI") else tracking_uri(recipe))
+    tracking = recipe.tracking.model_copy(update={"uri": uri})
+    return recipe.model_copy(update={"data": data, "detection": detection, "train": train, "tracking": tracking})
 
 
 BOX_COLUMNS = ("time", "boxes", "actions", "scores")  # of key frames

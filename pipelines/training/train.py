@@ -61,7 +61,7 @@ from pipelines.training.preflight import check_data, check_record, find_weights,
 from pipelines.training.process_group import ProcessGroupConfig
 from pipelines.training.progress import describe_overrides, describe_result, describe_run, early_stop
 from pipelines.training.worker import train_here, train_worker
-from posmlp.config import Config
+from posmlp.config import Config, FrameOrder
 from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, main_metric
 from posmlp.text import shorten
 
@@ -110,6 +110,8 @@ class TrialContext:
         stop: when it is set, the run saves a checkpoint and raises ``StoppedError``.
         here: train in this process, which holds the resources of the run's only worker.
         sharing: number of trials that share the cluster's object store and decoding CPUs.
+        predicted: store what the model of the last epoch predicts of the validation videos with the frames of each clip
+            in these orders (``pipelines.runs.predictions``).
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +121,7 @@ class TrialContext:
     stop: threading.Event = field(default_factory=threading.Event)
     here: bool = False
     sharing: int = 1
+    predicted: Sequence[FrameOrder] = ()
 
 
 def train(
@@ -202,6 +205,7 @@ def train(
                 measure_cost=not trial.costs,
                 sharing=trial.sharing,
                 lease=lease.holder.id if lease else "",
+                predicted=trial.predicted,
             )
             fit(job, config, reporter, trial, lease)
 

@@ -31,6 +31,7 @@ from pipelines.data.object_store import StoreMonitor
 from pipelines.runs import checkpoints
 from pipelines.runs.errors import AgreedError, BadVideo, RunError
 from pipelines.runs.lease import LeaseLost, check_lease
+from pipelines.runs.predictions import write_predictions
 from pipelines.tracking import prometheus
 from pipelines.training.agreement import Action, AgreedBatches, Vote, on_first_worker
 from pipelines.training.channel import Registration, RunChannel
@@ -64,6 +65,7 @@ from posmlp.learn.finetune import describe_frozen
 from posmlp.learn.learner import ExplodedError, HostCopy, Learner, StartedStep
 from posmlp.learn.parallel import mean_over_workers, parallelise
 from posmlp.model.cost import TRAIN_FLOPS_PER_MAC, cost, count_macs, peak_flops, trim_heap
+from posmlp.tasks.base import Results
 from posmlp.video.batch import Batch
 from posmlp.video.draws import class_weights
 from posmlp.video.prefetch import POLL_S, prefetch
@@ -317,9 +319,10 @@ class Worker:
             self.progress.training_metrics = metrics
             self.save()  # before validation, which may take long
         metrics, rows = dict(self.progress.training_metrics), self.train_split.num_rows
-        validated = (epoch + 1) % config.eval.every == 0 or epoch + 1 == config.train.epochs
+        last = epoch + 1 == config.train.epochs
+        validated = (epoch + 1) % config.eval.every == 0 or last
         if validated:
-            validation = self.validate()
+            validation = self.validate() if not (last and self.job.predicted) else self.predict()
             if validation is None:
                 return None
             metrics |= validation
@@ -501,20 +504,52 @@ class Worker:
         return Vote(action, error).result()
 
     def validate(self) -> dict[str, float] | None:
-        """Score every good video of the validation split once, with the evaluation weights (EMA if enabled).
+        """Score the validation split, and send the driver the details.
 
         Returns the metrics, or None if a stop was requested.
         """
-        learner, decoded = self.learner, self.val_split.batches(0)
-        results = learner.task.results(self.config, self.val_split.table)
+        results = self.score(self.val_split)
+        return None if results is None else self.report_validation(results)
+
+    def predict(self) -> dict[str, float] | None:
+        """As ``validate``, and store the predictions, for each order of the frames that the driver wants.
+
+        They are stored before the epoch counts as finished: a run that resumes makes those that are missing.
+        """
+        scores, metrics = {}, {}
+        for order in self.job.predicted:
+            data = self.config.data.model_copy(update={"frame_order": order})
+            split = replace(self.val_split, config=self.config.model_copy(update={"data": data}))
+            results = self.score(split, keep_scores=True)
+            if results is None:
+                return None
+            scores[order] = results.predictions()
+            if order == self.config.data.frame_order:
+                metrics = self.report_validation(results)
+        self.write(lambda: write_predictions(self.run, self.val_split.table, scores, self.job.classes))
+        return metrics
+
+    def report_validation(self, results: Results) -> dict[str, float]:
+        """Send the driver the details of a validation, and return its metrics."""
+        hits = results.hits()
+        self.send(ValidationDetails(results.summary(), None if hits is None else hits_text(hits)))
+        return results.metrics()
+
+    def score(self, split: SplitLoader, keep_scores: bool = False) -> Results | None:
+        """Score every good video of a split once, with the evaluation weights (EMA if enabled).
+
+        Returns the results of all workers, or None if a stop was requested.
+        """
+        learner, decoded = self.learner, split.batches(0)
+        results = learner.task.results(self.config, split.table, keep_scores)
         pending: tuple[Batch, list[HostCopy]] | None = None  # counted when the next batch is queued
         with (
             closing(prefetch(decoded, learner.device, waiting=self.explain_wait)) as ahead,
             learner.evaluation_weights(),
         ):
             broadcast_buffers(learner.module)
-            batches = AgreedBatches(ahead, self.val_split.steps, self.stop_request, self.channel.fail)
-            for _ in range(self.val_split.steps):
+            batches = AgreedBatches(ahead, split.steps, self.stop_request, self.channel.fail)
+            for _ in range(split.steps):
                 if batches.action() == Action.STOP:
                     return None
                 batch = batches.take()
@@ -528,9 +563,7 @@ class Worker:
         results.gather()
         if not results.samples:
             raise AgreedError("no validation video could be decoded")
-        hits = results.hits()
-        self.send(ValidationDetails(results.summary(), None if hits is None else hits_text(hits)))
-        return results.metrics()
+        return results
 
     def note_bad_videos(self, batch: Batch) -> None:
         """Note the bad videos of a batch that a step has used."""

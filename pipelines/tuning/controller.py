@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,15 @@ from pipelines.runs.record import read_json, read_record, write_json
 from pipelines.studies import racing, report
 from pipelines.studies.costs import published_variant_costs
 from pipelines.studies.prior import Prior
-from pipelines.studies.study import Study, StudyError, Trial, TrialState, trial_folder, write_trial
+from pipelines.studies.study import (
+    Study,
+    StudyError,
+    StudySettings,
+    Trial,
+    TrialState,
+    trial_folder,
+    write_trial,
+)
 from pipelines.tracking.mlflow_client import command_name
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import PARENT, RUN_NAME, SEARCH_PARAM
@@ -23,6 +32,7 @@ from pipelines.tuning.results import ResultsPublisher
 from pipelines.tuning.search import Searcher
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp import storage
+from posmlp.config import Config, FrameOrder
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, EPOCH, main_metric
 from tune_spaces import Space
 
@@ -33,19 +43,157 @@ PROGRESS_INTERVAL_S = 30.0  # between two progress lines
 logger = logging.getLogger(__name__)
 
 
-class StudyController:
-    """Schedules a study's trials and records their results.
+class TrialController(ABC):
+    """Schedules the trials of a study and records their results. What is next depends on the kind of study.
 
     Attributes:
         trials: all trials, by number.
-        variants: costs of the published variants by name and metric; figures mark those near the trials.
-        searching: false once the search is over and the Pareto front is repeated with other seeds.
+        pending: those that were recorded before and are resumed first.
         stopping: set when the user has asked to stop.
-        prior: earlier studies from which the searcher learns.
-        searcher: proposes the members.
-        halving: the rungs at which trials are stopped early, with what earlier trials reached; None without ``asha``.
+        halving: the rungs at which trials are stopped early, with what earlier trials reached; None: none is.
         saving: numbers of trials that were stopped early and whose runs still save their state.
         live: numbers of trials that have a process; one that runs without it waits for its resources.
+        predicted: as of ``TrialContext``, for every trial.
+    """
+
+    predicted: tuple[FrameOrder, ...] = ()
+
+    def __init__(self, study: StudySettings, trials: Sequence[Trial], tracker: Tracker, concurrent: int):
+        """
+        Args:
+            trials: those that were recorded before; those that were running are resumed first.
+            concurrent: number of trials that run at a time.
+        """
+        self.settings, self.tracker, self.concurrent = study, tracker, concurrent
+        self.trials = {trial.number: trial for trial in trials}
+        self.pending = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        self.stopping = threading.Event()
+        self.halving: SuccessiveHalving | None = None
+        self.saving: set[int] = set()
+        self.live: set[int] = set()
+        self.started: dict[int, float] = {}
+        self.last_progress = time.monotonic()
+
+    def in_order(self) -> list[Trial]:
+        """All trials, ordered by number."""
+        return [self.trials[number] for number in sorted(self.trials)]
+
+    # --- what depends on the kind of study ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def peek_trial(self) -> Trial | None:
+        """The trial that ``next_trial`` returns next unless the study is stopping; does not record it."""
+
+    @abstractmethod
+    def trial_recipe(self, trial: Trial) -> Config:
+        """The recipe of a trial's run."""
+
+    @abstractmethod
+    def trial_ended(self) -> None:
+        """Show the results, after a trial has ended."""
+
+    def may_have_more(self) -> bool:
+        """Return whether ``next_trial`` may return another trial later."""
+        return False
+
+    def label(self, trial: Trial) -> str:
+        """What a trial is called when it has ended."""
+        return f"trial {trial.number}"
+
+    def describe_start(self, trial: Trial) -> str:
+        """What is said of a trial that starts or resumes, after its number."""
+        return ""
+
+    def trial_tags(self, trial: Trial) -> dict[str, str]:
+        """Tags of a trial's MLflow run besides those of every trial."""
+        return {"study": self.settings.name}
+
+    # --- scheduling ----------------------------------------------------------------------------------------------
+
+    def next_trial(self) -> Trial | None:
+        """Record and return the next trial to start; None if there is none."""
+        trial = None if self.stopping.is_set() else self.peek_trial()
+        if trial is None:
+            return None
+        if self.pending:
+            self.pending.pop(0)
+        what = self.describe_start(trial)
+        known = self.trials.get(trial.number)
+        if known and known.state != trial.state and known.mlflow_run_id:
+            tags = {"trial.state": str(trial.state), "trial.reason": trial.reason}
+            self.tracker.log_tags(tags, known.mlflow_run_id)
+        self.save_trial(trial)
+        self.started[trial.number] = time.monotonic()
+        logger.info("trial %d%s: %s", trial.number, what, report.describe_member(trial.member))
+        return trial
+
+    def trial_job(self, trial: Trial) -> TrialJob:
+        """What a ``TrialRun`` needs to run a trial."""
+        config = self.trial_recipe(trial)
+        tags = {PARENT: self.tracker.run_id, "trial": str(trial.number), **self.trial_tags(trial)}
+        tags |= {RUN_NAME: report.trial_name(trial), "mlflow.source.name": command_name()}
+        params = {f"{SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
+        # The store's address may hold a password, and Tune writes the job to disk: the environment carries it instead.
+        tracking = config.tracking.model_copy(update={"uri": None})
+        config = config.model_copy(update={"tracking": tracking})
+        return TrialJob(config, tags, params, self.settings.budgets(), self.predicted)
+
+    # --- results -------------------------------------------------------------------------------------------------
+
+    def record_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Record that a trial has validated an epoch; now and then, log how far all running trials are.
+
+        The record is written when the trial reaches a rung: that is what a resumed study needs to know.
+
+        Args:
+            metrics: of the epoch, and the trial's costs.
+        """
+        known = self.trials[number]
+        trial = replace(known, metrics={**known.metrics, **metrics}, curve=extend_curve(known.curve, metrics))
+        self.trials[number] = trial
+        if self.halving and trial.repeat_of is None:
+            before, now = (self.halving.rung_at(max(curve, default=0)) for curve in (known.curve, trial.curve))
+            if now not in (None, before):
+                self.save_trial(trial)
+        if time.monotonic() - self.last_progress > PROGRESS_INTERVAL_S:
+            self.last_progress = time.monotonic()
+            total, title = self.settings.recipe.train.epochs, self.settings.main.title
+            last = {t.number: max(t.curve) for t in self.in_order() if t.state == TrialState.RUNNING and t.curve}
+            parts = [f"trial {n} epoch {e}/{total} {title} {self.trials[n].curve[e]:.1%}" for n, e in last.items()]
+            logger.info("  %s", "; ".join(parts))
+
+    def record_result(self, number: int, result: TrialEvent) -> None:
+        """Record how a trial has ended, on disk and in MLflow."""
+        state, reason = result.state, result.reason
+        known = self.trials[number]
+        metrics, curve = {**known.metrics, **result.metrics}, extend_curve(known.curve, result.metrics)
+        trial = replace(known, state=state, reason=reason, metrics=metrics, curve=curve)
+        record = read_record(trial_folder(self.settings, number))
+        if record:
+            trial = replace(trial, mlflow_run_id=record["mlflow_run_id"])
+            tags = {"trial.state": str(state)} | ({"trial.reason": reason} if reason else {})
+            self.tracker.log_tags(tags, record["mlflow_run_id"])
+            if state == TrialState.FAILED:  # the trial's own driver may have died before it could end its run
+                self.tracker.end_run(record["mlflow_run_id"], "FAILED")
+        self.save_trial(trial)
+        seconds = time.monotonic() - self.started.get(number, time.monotonic())
+        logger.info("%s: %s, %.0f s", self.label(trial), describe_outcome(trial), seconds)
+        self.trial_ended()
+
+    def save_trial(self, trial: Trial) -> None:
+        """Record a trial, in memory and on disk."""
+        self.trials[trial.number] = trial
+        write_trial(self.settings, trial)
+
+
+class StudyController(TrialController):
+    """Schedules the trials of a search and records their results.
+
+    Attributes:
+        variants: costs of the published variants by name and metric; figures mark those near the trials.
+        searching: false once the search is over and the Pareto front is repeated with other seeds.
+        prior: earlier studies from which the searcher learns.
+        searcher: proposes the members.
         results: draws and logs the study's results.
     """
 
@@ -64,28 +212,18 @@ class StudyController:
             concurrent: number of trials that run at a time.
             prior: earlier studies from which the searcher learns.
         """
-        self.study, self.space, self.tracker, self.concurrent = study, space, tracker, concurrent
-        self.trials = {trial.number: trial for trial in trials}
+        super().__init__(study, trials, tracker, concurrent)
+        self.study, self.space = study, space
         latencies = read_json(storage.join(study.folder, VARIANT_LATENCIES_FILE)) or {}
         self.variants = published_variant_costs(study.recipe, latencies)
-        self.pending = [trial for trial in trials if trial.state == TrialState.RUNNING]  # before any new suggestion
         self.searching = True
         self.settled: tuple[int, int] | None = None  # numbers of all and of running trials when no repeat was needed
-        self.stopping = threading.Event()
         self.prior, self.searcher = prior, Searcher(study, space, prior)
         self.began = time.monotonic()
         self.late: set[bool] = set()  # values of ``searching`` for which the end of the time is logged
         self.halving = successive_halving(study, trials) if study.asha else None
-        self.saving: set[int] = set()
-        self.live: set[int] = set()
         self.without_checkpoint: set[int] = set()  # stopped trials that cannot be promoted
-        self.started: dict[int, float] = {}
-        self.last_progress = time.monotonic()
         self.results = ResultsPublisher(study, tracker)
-
-    def in_order(self) -> list[Trial]:
-        """All trials, ordered by number."""
-        return [self.trials[number] for number in sorted(self.trials)]
 
     def log_start(self) -> None:
         """Log what the study does, and what is there already."""
@@ -121,7 +259,6 @@ class StudyController:
     # --- scheduling ----------------------------------------------------------------------------------------------
 
     def peek_trial(self) -> Trial | None:
-        """The trial that ``next_trial`` returns next unless the study is stopping; does not record it."""
         if self.pending:
             return self.pending[0]
         if self.time_is_up():
@@ -158,28 +295,6 @@ class StudyController:
         if self.searcher.why_none and self.count_trials() < self.study.trials:
             logger.warning("%s", self.searcher.why_none)
 
-    def next_trial(self) -> Trial | None:
-        """Record and return the next trial to start; None if there is none."""
-        trial = None if self.stopping.is_set() else self.peek_trial()
-        if trial is None:
-            return None
-        if self.pending:
-            self.pending.pop(0)
-        what = ""
-        if trial.repeat_of is not None:
-            why = f"{trial.reason}; " if trial.reason else ""
-            what = f" (trial {trial.repeat_of}: {why}seed {trial.seed})"
-        known = self.trials.get(trial.number)
-        if known and known.state == TrialState.STOPPED:
-            what = f" is promoted, it was stopped {known.reason}"
-            if known.mlflow_run_id:
-                tags = {"trial.state": str(trial.state), "trial.reason": trial.reason}
-                self.tracker.log_tags(tags, known.mlflow_run_id)
-        self.save_trial(trial)
-        self.started[trial.number] = time.monotonic()
-        logger.info("trial %d%s: %s", trial.number, what, report.describe_member(trial.member))
-        return trial
-
     def promotable_trial(self) -> Trial | None:
         """The best trial that was stopped early and may continue by now, as a running trial; None if there is none.
 
@@ -196,7 +311,7 @@ class StudyController:
         return None
 
     def may_have_more(self) -> bool:
-        """Return whether ``next_trial`` may return another trial later.
+        """As of ``TrialController``.
 
         It may once a running trial turns out to be over a budget, or has reached a rung, where it may help a stopped
         one to be promoted.
@@ -233,58 +348,25 @@ class StudyController:
         first, number = chosen.first, max(self.trials) + 1
         return Trial(number, first.member, chosen.seed, repeat_of=first.number, reason=chosen.reason)
 
-    def trial_job(self, trial: Trial) -> TrialJob:
-        """What a ``TrialRun`` needs to run a trial."""
-        config = self.study.trial_recipe(self.space, trial.member, trial.number, trial.seed)
-        tags = {PARENT: self.tracker.run_id, "study": self.study.name, "trial": str(trial.number)}
-        tags |= {RUN_NAME: report.trial_name(trial), "mlflow.source.name": command_name()}
-        if trial.repeat_of is not None:
-            tags["trial.repeats"] = str(trial.repeat_of)
-        params = {f"{SEARCH_PARAM}{name}": value for name, value in trial.member.items()}
-        # The store's address may hold a password, and Tune writes the job to disk: the environment carries it instead.
-        tracking = config.tracking.model_copy(update={"uri": None})
-        return TrialJob(config.model_copy(update={"tracking": tracking}), tags, params, self.study.budgets())
+    def trial_recipe(self, trial: Trial) -> Config:
+        return self.study.trial_recipe(self.space, trial.member, trial.number, trial.seed)
+
+    def describe_start(self, trial: Trial) -> str:
+        known = self.trials.get(trial.number)
+        if known and known.state == TrialState.STOPPED:
+            return f" is promoted, it was stopped {known.reason}"
+        if trial.repeat_of is None:
+            return ""
+        why = f"{trial.reason}; " if trial.reason else ""
+        return f" (trial {trial.repeat_of}: {why}seed {trial.seed})"
+
+    def trial_tags(self, trial: Trial) -> dict[str, str]:
+        repeats = {} if trial.repeat_of is None else {"trial.repeats": str(trial.repeat_of)}
+        return super().trial_tags(trial) | repeats
 
     # --- results -------------------------------------------------------------------------------------------------
 
-    def record_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Record that a trial has validated an epoch; now and then, log how far all running trials are.
-
-        The record is written when the trial reaches a rung: that is what a resumed study needs to know.
-
-        Args:
-            metrics: of the epoch, and the trial's costs.
-        """
-        known = self.trials[number]
-        trial = replace(known, metrics={**known.metrics, **metrics}, curve=extend_curve(known.curve, metrics))
-        self.trials[number] = trial
-        if self.halving and trial.repeat_of is None:
-            before, now = (self.halving.rung_at(max(curve, default=0)) for curve in (known.curve, trial.curve))
-            if now not in (None, before):
-                self.save_trial(trial)
-        if time.monotonic() - self.last_progress > PROGRESS_INTERVAL_S:
-            self.last_progress = time.monotonic()
-            total, title = self.study.recipe.train.epochs, self.study.main.title
-            last = {t.number: max(t.curve) for t in self.in_order() if t.state == TrialState.RUNNING and t.curve}
-            parts = [f"trial {n} epoch {e}/{total} {title} {self.trials[n].curve[e]:.1%}" for n, e in last.items()]
-            logger.info("  %s", "; ".join(parts))
-
-    def record_result(self, number: int, result: TrialEvent) -> None:
-        """Record how a trial has ended, on disk and in MLflow."""
-        state, reason = result.state, result.reason
-        known = self.trials[number]
-        metrics, curve = {**known.metrics, **result.metrics}, extend_curve(known.curve, result.metrics)
-        trial = replace(known, state=state, reason=reason, metrics=metrics, curve=curve)
-        record = read_record(trial_folder(self.study, number))
-        if record:
-            trial = replace(trial, mlflow_run_id=record["mlflow_run_id"])
-            tags = {"trial.state": str(state)} | ({"trial.reason": reason} if reason else {})
-            self.tracker.log_tags(tags, record["mlflow_run_id"])
-            if state == TrialState.FAILED:  # the trial's own driver may have died before it could end its run
-                self.tracker.end_run(record["mlflow_run_id"], "FAILED")
-        self.save_trial(trial)
-        seconds = time.monotonic() - self.started.get(number, time.monotonic())
-        logger.info("trial %d: %s, %.0f s", number, describe_outcome(trial), seconds)
+    def trial_ended(self) -> None:
         self.results.update(self.in_order(), self.variants)
 
     def save_variant_latencies(self, latencies: Mapping[str, float]) -> None:
@@ -299,11 +381,6 @@ class StudyController:
         self.save_trial(replace(trial, metrics=trial.metrics | measured, timed=True, first_latency_ms=first))
         if trial.mlflow_run_id:
             self.tracker.log_metrics(measured, self.study.recipe.train.epochs, trial.mlflow_run_id)
-
-    def save_trial(self, trial: Trial) -> None:
-        """Record a trial, in memory and on disk."""
-        self.trials[trial.number] = trial
-        write_trial(self.study, trial)
 
 
 def successive_halving(study: Study, trials: Sequence[Trial]) -> SuccessiveHalving:

@@ -29,8 +29,8 @@ from pipelines.cluster.session import WORKER_ENV
 from pipelines.cluster.signals import exit_despite, stop_on_signal
 from pipelines.runs.errors import StoppedError
 from pipelines.runs.lease import Lease
-from pipelines.studies.study import Study, StudyError, TrialState
-from pipelines.tuning.controller import StudyController, modes
+from pipelines.studies.study import StudyError, StudySettings, TrialState
+from pipelines.tuning.controller import StudyController, TrialController, modes
 from pipelines.tuning.mo_asha import MOASHAScheduler
 from pipelines.tuning.trial import (
     S3_CREDENTIALS,
@@ -49,7 +49,7 @@ POLL_S = 0.2
 QUIET_ENV = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_WARN_THRESHOLD_S": "60"}
 
 
-def run_trials(controller: StudyController, lease: Lease | None) -> None:
+def run_trials(controller: TrialController, lease: Lease | None) -> None:
     """Train the trials that the controller schedules, until it has no more.
 
     Args:
@@ -63,7 +63,7 @@ def run_trials(controller: StudyController, lease: Lease | None) -> None:
         return
     failures: list[BaseException] = []
     scratch = tempfile.mkdtemp(prefix="ray-tune-")  # for Tune's experiment state, which nothing reads
-    study = controller.study
+    study = controller.settings
     # Where trials on any node see it, for those of this driver alone.
     stop_file = storage.join(study.folder if works_anywhere(study.recipe) else scratch, f"stop-{uuid.uuid4().hex}")
     thread = threading.Thread(target=run_tuner, args=(controller, scratch, stop_file, failures), daemon=True)
@@ -92,10 +92,10 @@ def run_trials(controller: StudyController, lease: Lease | None) -> None:
     if controller.stopping.is_set():
         raise StoppedError(received[0] if received else signal.SIGINT)
     if failures:
-        raise StudyError(f"the search failed: {failures[0]}; resume it with posmlp tune --resume {study.name}")
+        raise StudyError(f"{study.name} failed: {failures[0]}; resume it with {study.resume_command}")
 
 
-def explain_pending(study: Study, seconds: float) -> str:
+def explain_pending(study: StudySettings, seconds: float) -> str:
     """Say that no trial of a study has a process.
 
     Args:
@@ -104,7 +104,7 @@ def explain_pending(study: Study, seconds: float) -> str:
     return f"{study.name}: no trial runs; {explain_start_wait(study.recipe.scaling, seconds)}"
 
 
-def run_tuner(controller: StudyController, scratch: str, stop_file: str, failures: list[BaseException]) -> None:
+def run_tuner(controller: TrialController, scratch: str, stop_file: str, failures: list[BaseException]) -> None:
     """Run Ray Tune over the controller's trials.
 
     Args:
@@ -115,7 +115,7 @@ def run_tuner(controller: StudyController, scratch: str, stop_file: str, failure
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET_ENV.items()})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the controller logs how a trial ends
-    study = controller.study
+    study = controller.settings
     # Ray would put its credentials for S3 into the actors' runtime environments, which it logs and lists.
     withhold_from_tune_actors(S3_CREDENTIALS)
     recipe = study.recipe
@@ -123,13 +123,15 @@ def run_tuner(controller: StudyController, scratch: str, stop_file: str, failure
     trainable = ray.tune.with_parameters(
         TrialRun, env=actor_environment(recipe), stop_file=stop_file, here=here, sharing=controller.concurrent
     )
-    adapter = SearcherAdapter(controller)
+    adapter, scheduler = SearcherAdapter(controller), None
+    if isinstance(controller, StudyController) and controller.halving:
+        scheduler = StudyScheduler(controller, adapter.numbers)
     try:
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(trainable, actor_resources(recipe, here)),
             tune_config=ray.tune.TuneConfig(
                 search_alg=adapter,
-                scheduler=StudyScheduler(controller, adapter.numbers) if controller.halving else None,
+                scheduler=scheduler,
                 num_samples=-1,
                 max_concurrent_trials=controller.concurrent,
                 reuse_actors=True,
@@ -181,7 +183,7 @@ class SearcherAdapter(Searcher):
         saving: for trials that were stopped early, what is ready once their runs have saved their state.
     """
 
-    def __init__(self, controller: StudyController):
+    def __init__(self, controller: TrialController):
         super().__init__()
         self.controller = controller
         self.numbers: dict[str, int] = {}

@@ -34,6 +34,7 @@ from pipelines.runs.record import read_record, run_folder
 from pipelines.studies import pareto, pareto_plots, report
 from pipelines.studies.costs import published_variant_costs, static_costs
 from pipelines.studies.study import (
+    Study,
     StudyError,
     Trial,
     TrialState,
@@ -301,7 +302,7 @@ def read_standalone_trials(name: str, config: Config) -> list[StandaloneTrial]:
     Raises:
         StudyError: it is of another task, there are fewer than two, or one of them is not a member of the supernet.
     """
-    study, _ = find_study(name)
+    study, _ = find_study(name, Study)
     if study.recipe.task != config.task:
         raise StudyError(f"--study {name} is of task: {study.recipe.task}, the supernet of {config.task}; leave it out")
     space, trials = study_space(study), read_trials(study.folder)

@@ -37,7 +37,7 @@ from pipelines.tracking.uris import tracking_uri
 from pipelines.training.train import TrialContext, train
 from pipelines.training.worker import forget_run
 from posmlp import create_model, storage
-from posmlp.config import Config
+from posmlp.config import Config, FrameOrder
 from posmlp.errors import UserError
 from posmlp.metrics import EPOCH, main_metric
 from posmlp.model.cost import cost, seconds
@@ -59,12 +59,14 @@ class TrialJob:
         config: the recipe of the trial's run.
         tags, params: for the trial's MLflow run, in addition to a run's own.
         budgets: the largest allowed costs, by metric name.
+        predicted: as of ``TrialContext``.
     """
 
     config: Config
     tags: Mapping[str, str]
     params: Mapping[str, Value]
     budgets: Mapping[str, float]
+    predicted: tuple[FrameOrder, ...] = ()
 
     def to_json(self) -> str:
         """The job as text. Ray Tune would flatten nested values in its config."""
@@ -74,6 +76,7 @@ class TrialJob:
                 "tags": dict(self.tags),
                 "params": dict(self.params),
                 "budgets": dict(self.budgets),
+                "predicted": list(self.predicted),
             }
         )
 
@@ -81,7 +84,7 @@ class TrialJob:
     def from_json(cls, text: str) -> TrialJob:
         """A job from its text."""
         tree = json.loads(text)
-        return cls(**tree | {"config": Config.model_validate(tree["config"])})
+        return cls(**tree | {"config": Config.model_validate(tree["config"]), "predicted": tuple(tree["predicted"])})
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,8 @@ class TrialRun(ray.tune.Trainable):
             if main_metric(metrics) and metrics[EPOCH] < config.train.epochs:
                 self.send(TrialEvent(TrialState.RUNNING, costs | dict(metrics)), done=False)
 
-        context = TrialContext(job.tags, job.params, costs, on_epoch, self.ending, self.here, self.sharing)
+        how = on_epoch, self.ending, self.here, self.sharing, job.predicted
+        context = TrialContext(job.tags, job.params, costs, *how)
         result = train(config, trial=context)
         return TrialEvent(TrialState.FINISHED, costs | result.metrics, result.ended_early)
 

@@ -15,7 +15,7 @@ from functools import partial
 
 import ray
 
-from pipelines.cluster.capacity import MIN_DECODING_CPUS, LongWait, choose_device, explain_task_wait, wait_for_room
+from pipelines.cluster.capacity import LongWait, choose_device, concurrent_trials, explain_task_wait, wait_for_room
 from pipelines.cluster.session import start_ray
 from pipelines.cluster.signals import hold_signals, raise_held
 from pipelines.registry.datasets import datasets_of_metrics, describe_splits
@@ -48,18 +48,15 @@ from pipelines.tracking.uris import (
     recipe_without_password,
     study_view,
     study_view_name,
-    tracking_uri,
     view_link,
 )
-from pipelines.training.preflight import check_data, find_weights, list_fingerprint, read_splits
+from pipelines.training.preflight import check_data, find_weights, list_fingerprint, read_splits, with_absolute_paths
 from pipelines.training.progress import describe_overrides
 from pipelines.tuning.controller import StudyController
 from pipelines.tuning.ray_tune import run_trials
 from pipelines.tuning.results import study_note
 from pipelines.tuning.search import Searcher, check_space
 from pipelines.tuning.trial import measure_latencies, on_training_worker
-from posmlp import storage
-from posmlp.config import Config, SplitSection
 from posmlp.metrics import PUBLISHED_LATENCY_MS, MainMetric
 
 # How the best member and the run of its model are chosen, by its main metric, as a tag of the registered model.
@@ -114,7 +111,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     if study.space.endswith(".py"):
         study = study.model_copy(update={"space": os.path.abspath(study.space)})
     space = study_space(study)
-    found, trials = read_study(study.folder), read_trials(study.folder)
+    found, trials = read_study(study.folder, Study), read_trials(study.folder)
     check_space(study, space, trials)
     if found and not resume:
         raise StudyError(
@@ -142,10 +139,10 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     recipe = choose_device(recipe)
     study = study.model_copy(update={"recipe": recipe})
     wait_for_room(recipe.scaling)
-    concurrent = concurrent_trials(study)
+    concurrent = concurrent_trials(study.recipe, study.concurrent)
     with leased(study.folder) as lease:
         # As text, because a metric that is not a number does not equal itself.
-        if lease and repr((read_study(study.folder), read_trials(study.folder))) != repr((found, trials)):
+        if lease and repr((read_study(study.folder, Study), read_trials(study.folder))) != repr((found, trials)):
             raise StudyError(
                 f"another process has changed {study.folder} while this one waited; resume it with "
                 f"posmlp tune --resume {study.name}"
@@ -154,8 +151,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
             tracker = open_tracker(study, found[1] if found else None, lease)
         logger.info("MLflow: %s", tracker.place)
         logger.info("%s", links_text(tracker.uri, study_links(tracker)))
-        status, undelivered = "FAILED", 0
-        try:
+        with tracker.ending(study.folder, lease) as end:
             if not found:
                 write_priors(study, priors)
             log_settings(study, tracker)
@@ -175,73 +171,8 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
                     run_trials(controller, lease)
                 results.finish(controller.in_order(), controller.variants)
             register_best(controller, datasets)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            if lease and lease.lost:
-                tracker.abandon()
-            elif undelivered := tracker.close(status):
-                logger.warning(
-                    "%d operations wait for MLflow; `posmlp sync %s` delivers them", undelivered, study.folder
-                )
-        trials = controller.in_order()
-        return StudyResult(study, tracker.run_id, trials, pareto.best_trial(trials), undelivered, study_links(tracker))
-
-
-def with_absolute_paths(recipe: Config) -> Config:
-    """A recipe with absolute paths and its MLflow store, because trials run in other working directories."""
-
-    def absolute(path: str | None) -> str | None:
-        return path and storage.join(".", path)
-
-    def moved(split: SplitSection) -> SplitSection:
-        return split.model_copy(
-            update={key: absolute(getattr(split, key)) for key in ("path", "root", "boxes", "excluded")}
-        )
-
-    others = tuple(map(moved, recipe.data.train.others))
-    splits: dict[str, SplitSection | None] = {
-        "train": moved(recipe.data.train).model_copy(update={"others": others}),
-        "val": moved(recipe.data.val),
-        "test": recipe.data.test and moved(recipe.data.test),
-    }
-    data = recipe.data.model_copy(update={**splits, "classes": absolute(recipe.data.classes)})
-    detection = recipe.detection.model_copy(update={"evaluated": absolute(recipe.detection.evaluated)})
-    train = recipe.train.model_copy(update={"storage": absolute(recipe.train.storage)})
-    uri = recipe.tracking.uri or (None if os.environ.get("MLFLOW_TRACKING_URI") else tracking_uri(recipe))
-    tracking = recipe.tracking.model_copy(update={"uri": uri})
-    return recipe.model_copy(update={"data": data, "detection": detection, "train": train, "tracking": tracking})
-
-
-def concurrent_trials(study: Study) -> int:
-    """Number of trials that run at a time: the user's, if the cluster has room for them or may grow."""
-    room = trials_that_fit(study.recipe)
-    if study.concurrent and study.concurrent > room and not study.recipe.scaling.wait_s:
-        # More would take the CPUs of the decoders, and all of them would wait for clips forever.
-        logger.warning("--concurrent %d: the cluster has room for %d, so %d run", study.concurrent, room, room)
-        return room
-    return study.concurrent or max_concurrent_trials(study.recipe)
-
-
-def max_concurrent_trials(recipe: Config) -> int:
-    """Number of trials that run at a time unless the user says it: those that fit, each with cores for its threads."""
-    room, scaling = trials_that_fit(recipe), recipe.scaling
-    if scaling.threads_per_worker and scaling.use_gpu is not True:
-        cpus = ray.cluster_resources().get("CPU", 0)
-        room = min(room, int(cpus / (scaling.workers * scaling.threads_per_worker)))
-    return max(1, room)
-
-
-def trials_that_fit(recipe: Config) -> int:
-    """Number of trials whose resources the cluster has, with CPUs left to decode for them; at least 1."""
-    cluster, scaling = ray.cluster_resources(), recipe.scaling
-    room = int((cluster.get("CPU", 0) - MIN_DECODING_CPUS + 1e-6) / (scaling.workers * scaling.cpus_per_worker))
-    if scaling.use_gpu is True:
-        on_a_gpu = int(1 / scaling.gpus_per_worker + 1e-6)
-        room = min(room, int(cluster.get("GPU", 0)) * on_a_gpu // scaling.workers)
-    return max(1, room)
+        trials, links = controller.in_order(), study_links(tracker)
+        return StudyResult(study, tracker.run_id, trials, pareto.best_trial(trials), end.undelivered, links)
 
 
 def open_tracker(study: Study, run_id: str | None, lease: Lease | None) -> Tracker:

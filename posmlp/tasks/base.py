@@ -88,6 +88,10 @@ class Results(ABC):
     def summary(self) -> Any:
         """What the driver needs for tables and pictures, after ``gather``."""
 
+    def predictions(self) -> NDArray[np.float32] | None:
+        """Log-probabilities of each row, ``[rows, classes]``, after ``gather``; NaN: not scored. None: not kept."""
+        return None
+
     def hits(self) -> NDArray[np.int8] | None:
         """Of each row of the split: 1 a hit, 0 a miss, -1 not scored. None if the task knows no such thing."""
         return None
@@ -163,11 +167,12 @@ class Task(ABC):
         return scores.unbind()
 
     @abstractmethod
-    def results(self, config: Config, table: pa.Table) -> Results:
+    def results(self, config: Config, table: pa.Table, keep_scores: bool = False) -> Results:
         """Results of no batch yet.
 
         Args:
             table: the rows of the split.
+            keep_scores: for ``Results.predictions``; only recognition has them.
         """
 
     def for_evaluation(self, config: Config) -> Config:

@@ -116,7 +116,7 @@ class Detection(Task):
         """As of ``Task``: float32 ``[boxes, classes]`` for each row."""
         return scores.split(cast(Boxes, batch.boxes).counts.tolist())
 
-    def results(self, config: Config, table: pa.Table) -> Results:
+    def results(self, config: Config, table: pa.Table, keep_scores: bool = False) -> Results:
         return DetectionResults(table)
 
     def for_evaluation(self, config: Config) -> Config:

@@ -70,8 +70,8 @@ class Recognition(Task):
         """As of ``score_views``."""
         return score_views(model, batch.clips, config)
 
-    def results(self, config: Config, table: pa.Table) -> Results:
-        return RecognitionResults(config, len(table))
+    def results(self, config: Config, table: pa.Table, keep_scores: bool = False) -> Results:
+        return RecognitionResults(config, len(table), keep_scores)
 
 
 class CrossEntropy(Objective):
@@ -118,14 +118,17 @@ class RecognitionResults(Results):
 
     Args:
         rows: of the split.
+        keep_scores: keep the scores of each video, 4 bytes for each video and class.
     """
 
-    def __init__(self, config: Config, rows: int):
+    def __init__(self, config: Config, rows: int, keep_scores: bool = False):
         from posmlp.learn.evaluation import ClassificationMetrics
 
         self.views, self.fusion = config.eval.clips * config.eval.crops, config.eval.fusion
         self.counts = ClassificationMetrics.empty(config.model.variant().num_classes)
         self.of_rows = torch.full((rows,), -1, dtype=torch.int8)
+        classes = config.model.variant().num_classes
+        self.scores = torch.full((rows, classes), -torch.inf) if keep_scores else None  # no video scores this
 
     def wanted(self, scores: Tensor, batch: Batch) -> Sequence[Tensor]:
         from posmlp.learn.evaluation import video_scores
@@ -136,11 +139,15 @@ class RecognitionResults(Results):
         hits, rows = self.counts.add(*read), cast(Tensor, batch.rows)[:: self.views]
         scored = read[2] > 0  # padding has the number of some row
         self.of_rows[rows[scored]] = hits[scored]
+        if self.scores is not None:
+            self.scores[rows[scored]] = read[0][scored]
 
     def gather(self) -> None:
         self.counts = self.counts.sum_over_workers()
         if dist.is_initialized():
             dist.all_reduce(self.of_rows, dist.ReduceOp.MAX)
+            if self.scores is not None:
+                dist.all_reduce(self.scores, dist.ReduceOp.MAX)
 
     @property
     def samples(self) -> int:
@@ -151,6 +158,11 @@ class RecognitionResults(Results):
 
     def summary(self) -> ClassificationMetrics:
         return self.counts
+
+    def predictions(self) -> NDArray[np.float32] | None:
+        if self.scores is None:
+            return None
+        return torch.where((self.of_rows < 0)[:, None], torch.nan, self.scores).numpy()
 
     def hits(self) -> NDArray[np.int8]:
         return self.of_rows.numpy()

@@ -32,7 +32,7 @@ from pipelines.tuning import mo_asha
 from pipelines.tuning import tune as tune_module
 from pipelines.tuning.controller import StudyController
 from pipelines.tuning.search import Searcher
-from pipelines.tuning.tune import max_concurrent_trials, tune
+from pipelines.tuning.tune import tune
 from posmlp.config import ScalingSection, load_recipe
 from posmlp.errors import UserError
 from posmlp.metrics import COSTS, VAL_TOP1
@@ -546,6 +546,6 @@ def test_a_killed_node_is_survived(motion_set, tmp_path):
 
 def test_a_cluster_without_room_for_decoding_is_refused(local_ray, motion_set, tmp_path):
     recipe = recipe_for(tmp_path, motion_set, "scaling.cpus_per_worker=1")
-    assert max_concurrent_trials(recipe) == 3  # of four CPUs, one decodes
+    assert capacity.max_concurrent_trials(recipe) == 3  # of four CPUs, one decodes
     with pytest.raises(UserError, match="1 workers x 4 CPUs leave 0 of 4 CPUs for decoding"):
         tune(study_for(tmp_path, motion_set, "scaling.cpus_per_worker=4"))

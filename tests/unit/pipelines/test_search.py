@@ -224,12 +224,12 @@ def test_the_record_of_a_study_is_read_back(tmp_path):
     recipe = load_recipe("demo", [f"train.storage={tmp_path}"])
     study = Study(name="s", recipe=recipe, space="depths", against="latency", budget_ms=5)
     records.write_study(study, "abc")
-    assert records.find_study(str(tmp_path / "s")) == (study, "abc")
+    assert records.find_study(str(tmp_path / "s"), records.Study) == (study, "abc")
     (tmp_path / "s" / "study.json").write_text('{"name": "s"}')
     with pytest.raises(StudyError, match=r"study\.json is not a study"):
-        records.find_study(str(tmp_path / "s"))
+        records.find_study(str(tmp_path / "s"), records.Study)
     with pytest.raises(StudyError, match="no study nowhere"):
-        records.find_study("nowhere")
+        records.find_study("nowhere", records.Study)
 
 
 # What Optuna gets, as literals ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ RAY_INTERNALS = "pipelines.cluster.ray_internals"
 LENT = {
     "pipelines.training.train": {"train", "RunResult", "TrialContext"},
     "pipelines.tuning.tune": {"tune", "StudyResult"},
+    "pipelines.folds.cross_validate": {"cross_validate", "FoldsResult"},
     "pipelines.inference.evaluate": {"evaluate", "Evaluation", "ClassResult"},
 }
 

@@ -113,7 +113,7 @@ def old_study(tmp_path):
 
 
 def test_an_old_study_opens(old_study):
-    study, run_id = find_study(str(old_study))
+    study, run_id = find_study(str(old_study), Study)
     assert run_id == "abc"
     assert study.repeats == 1  # fresh seeds; earlier versions counted the first seed as well
     assert study.recipe.scaling.micro_batch == 4 and study.recipe.data.full_frame is False
@@ -137,7 +137,7 @@ def test_an_old_study_opens(old_study):
 
 def test_an_old_study_resumes(old_study):
     """The next trial has the number after the last one, and the suggestion after the last one."""
-    study, _ = find_study(str(old_study))
+    study, _ = find_study(str(old_study), Study)
     space, trials = study_space(study), read_trials(study.folder)
     check_space(study, space, trials)
     following = Searcher(study, space).propose(trials)
@@ -147,7 +147,7 @@ def test_an_old_study_resumes(old_study):
 
 def test_a_trial_is_written_as_it_was(old_study):
     """A record that is read and written again has the same keys in the same order, and the same values."""
-    study, _ = find_study(str(old_study))
+    study, _ = find_study(str(old_study), Study)
     for trial, text in zip(read_trials(study.folder), (TRIAL, STOPPED_TRIAL, REPEAT), strict=True):
         write_trial(study, trial)
         written = (old_study / f"trial-{trial.number:03d}" / "trial.json").read_text()

@@ -18,9 +18,12 @@ import torch
 from pipelines.cluster import capacity
 from pipelines.cluster.capacity import (
     LongWait,
+    concurrent_trials,
     device_for,
     explain_start_wait,
     matches_labels,
+    max_concurrent_trials,
+    trials_that_fit,
     why_run_cannot_fit,
     worker_resources,
     workers_that_fit,
@@ -28,7 +31,6 @@ from pipelines.cluster.capacity import (
 from pipelines.commands.training import format_result
 from pipelines.data import object_store
 from pipelines.runs.errors import BadVideo, PreemptedError, RunError
-from pipelines.studies.study import Study
 from pipelines.tracking import prometheus
 from pipelines.training import train as train_module
 from pipelines.training.channel import Registration, RunChannel, WorkersState
@@ -55,7 +57,6 @@ from pipelines.training.progress import (
     early_stop,
 )
 from pipelines.training.train import RunReporter, RunResult, TrialContext, explain_silence, fit
-from pipelines.tuning.tune import concurrent_trials, max_concurrent_trials, trials_that_fit
 from posmlp.config import ScalingSection, load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics
@@ -473,7 +474,7 @@ def test_concurrent_trials_leave_a_cpu_for_decoding_and_share_gpus(monkeypatch, 
 def test_a_user_cannot_take_the_cpus_of_the_decoders(monkeypatch, asked, wait_s, number):
     nodes_with(monkeypatch, CPU=2)
     recipe = load_recipe("demo", ["scaling.use_gpu=false", f"scaling.wait_s={wait_s}"])
-    assert concurrent_trials(Study(recipe=recipe, name="s", space="block_types", concurrent=asked)) == number
+    assert concurrent_trials(recipe, asked) == number
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, 2])

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.data.loader import decode_rows, global_order, local_order
-from pipelines.training.preflight import check_data, list_fingerprint, read_splits
-from pipelines.tuning.tune import with_absolute_paths
+from pipelines.training.preflight import check_data, list_fingerprint, read_splits, with_absolute_paths
 from posmlp.config import RecipeError, load_recipe
 from posmlp.errors import UserError
 from posmlp.video.draws import class_weights, epoch_draws, epoch_length

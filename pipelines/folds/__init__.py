@@ -1,0 +1,1 @@
+"""Cross-validation: folds of the training videos, each held out once, as a study."""

@@ -1,14 +1,17 @@
 """Make the weights that come with the package, ``posmlp/weights/motion.safetensors``.
 
     python benchmarks/packaged_weights.py train.storage=runs/packaged
+    python benchmarks/packaged_weights.py --further train.storage=runs/packaged
 
 Trains the model of the recipe ``small_data`` on drawn clips of single motions, and then on strokes
-(``small_data.pretrain``). The overrides are those of ``model.``, ``train.storage``, ``data.cache_dir``, ``tracking.``
-and ``scaling.``. The weights of the last checkpoint are stored in fp16.
+(``small_data.pretrain``). With ``--further`` it trains the package's present weights further, on strokes alone. The
+overrides are those of ``model.``, ``train.storage``, ``data.cache_dir``, ``tracking.`` and ``scaling.``. The weights of
+the last checkpoint are stored in fp16.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -22,15 +25,22 @@ from pipelines.runs import checkpoints
 from posmlp.metrics import VAL_TOP1
 from posmlp.weights import FOLDER
 
+PACKAGED = "posmlp:motion"
 
-def main(overrides: list[str]) -> None:
+
+def main() -> None:
     """Train, and write the file."""
-    run = pretrain(FULL, Path("data"), overrides)
-    write(run, FOLDER / "motion.safetensors")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--further", action="store_true", help="start from the package's present weights")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    args = parser.parse_intermixed_args()
+    start = PACKAGED if args.further else None
+    run = pretrain(FULL, Path("data"), args.overrides, start)
+    write(run, FOLDER / "motion.safetensors", f"python benchmarks/packaged_weights.py{' --further' * args.further}")
 
 
-def write(run: str, file: Path) -> None:
-    """Write the newest weights of a run as fp16, with how they were made as the file's metadata."""
+def write(run: str, file: Path, command: str) -> None:
+    """Write the newest weights of a run as fp16, with the command that made them in the file's metadata."""
     checkpoint, _ = checkpoints.newest(run)
     assert checkpoint is not None
     info = checkpoints.read_info(checkpoint)
@@ -38,7 +48,7 @@ def write(run: str, file: Path) -> None:
     half = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
     model = {key: value for key, value in info.config["model"].items() if key != "weights"}
     metadata = {
-        "made by": "python benchmarks/packaged_weights.py",
+        "made by": command,
         "model": json.dumps(model),
         "classes": json.dumps(list(info.classes)),
         "val/top1": f"{info.metrics[VAL_TOP1]:.4f}",
@@ -50,4 +60,4 @@ def write(run: str, file: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    main(sys.argv[1:])
+    main()

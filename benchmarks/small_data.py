@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[str]] = {  # changes to the recipe, in the order of tra
     NO_PRETRAINING: [],
     "no-mixup": ["augment.mixup=0"],
     "no-ema": ["optim.ema=null"],
+    "no-pace": ["data.clip_share=[1, 1]", "data.pace=0"],
     "centre": ["data.full_frame=false"],
     # Architectures start from random weights; compare them with NO_PRETRAINING. Each would need its own pretraining.
     "no-pretraining-spatial": ["model.blocks=spatial"],
@@ -49,8 +50,14 @@ VARIANTS: dict[str, list[str]] = {  # changes to the recipe, in the order of tra
     "no-pretraining-groups-1": ["model.groups=[1, 1, 1, 1]"],
     "no-pretraining-groups-x2": ["model.groups=[16, 16, 16, 32]"],
 }
-CLIP_COUNTS: dict[str, dict[str, int]] = {"motion": {"train": 640, "val": 160}, "strokes": {"train": 2520, "val": 210}}
-DRAWN_CLIPS = ["train.global_batch=16", "data.full_frame=false", "augment.mixup=0", "optim.label_smoothing=0"]
+CLIP_COUNTS: dict[str, dict[str, int]] = {"motion": {"train": 640, "val": 160}, "strokes": {"train": 4920, "val": 410}}
+DRAWN_CLIPS = [
+    "train.global_batch=16",
+    "data.full_frame=false",
+    "data.clip_share=[1, 1]",
+    "augment.mixup=0",
+    "optim.label_smoothing=0",
+]
 PRETRAINING = {  # changes to the recipe for pretraining: there are many clips, and stretching would blur them
     "motion": [
         *DRAWN_CLIPS,
@@ -62,9 +69,9 @@ PRETRAINING = {  # changes to the recipe for pretraining: there are many clips, 
     ],
     "strokes": [
         *DRAWN_CLIPS,
-        "train.epochs=8",
+        "train.epochs=5",
         "optim.lr=2e-3",
-        "optim.warmup_epochs=0.5",
+        "optim.warmup_epochs=0.2",
         "data.crop_scale=[0.7, 1.0]",
         "data.crop_ratio=[0.85, 1.18]",
         "data.short_side=64",
@@ -91,16 +98,21 @@ def finish_run(config: Config) -> str:
     return folder
 
 
-def pretrain(variant: str, data: Path, overrides: Sequence[str]) -> str:
+def pretrain(variant: str, data: Path, overrides: Sequence[str], start: str | None = None) -> str:
     """Train a variant on its sets of drawn clips, each run from the weights of the run before.
+
+    Args:
+        start: weights to train further, on strokes alone; None: random ones, which see single motions first.
 
     Returns:
         the folder of the last run, a value for ``model.weights``; "null" without pretraining.
     """
-    weights = "null"
+    weights = start or "null"
     model = load_recipe("small_data", overrides).model
     shared = [override for override in overrides if override.startswith(SHARED_OVERRIDES)]
     for kind, counts in CLIP_COUNTS.items():
+        if start and kind != "strokes":
+            continue
         if variant.startswith(NO_PRETRAINING) or (variant == NO_STROKES and kind == "strokes"):
             break
         drawn = make_motion_set(data / kind, kind=kind, **counts)

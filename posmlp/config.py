@@ -252,6 +252,9 @@ class DataSection(Section):
     normalisation: Literal["imagenet", "slowfast"] = "imagenet"
     sampling: Literal["uniform", "dense"] = "uniform"
     stride: Positive = 1  # video frames from one sampled frame to the next; dense only
+    # Training clips, uniform only: the share of the video that a clip covers, and how much its speed varies within it
+    clip_share: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
+    pace: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fps: Annotated[float, Field(gt=0)] | None = None  # sample as if every video had this frame rate
     frame_order: FrameOrder = "ordered"  # shuffled: a control experiment without motion
     short_side: Positive | None = None  # pixels of decoded frames' short side; None: 8/7 of the image size
@@ -475,6 +478,13 @@ class Config(Section):
             low, high = getattr(self.data, key)
             if not 0 < low <= high:
                 problems.append(f"data.{key} ({low}, {high}) must be two positive numbers, the smaller one first")
+        share, pace = self.data.clip_share, self.data.pace
+        if share[0] > share[1]:
+            problems.append(f"data.clip_share ({share[0]:g}, {share[1]:g}) must be two numbers, the smaller one first")
+        if self.data.sampling == "dense" and (share != (1, 1) or pace):
+            problems.append(
+                "data.clip_share and data.pace are for data.sampling uniform; with dense, data.stride sets the length"
+            )
         clips_per_step = self.data.repeats * self.scaling.workers
         if self.train.global_batch % clips_per_step:
             problems.append(
@@ -613,6 +623,8 @@ def detection_problems(config: Config) -> list[str]:
         problems.append("optim.label_smoothing is for one class of a clip; leave it out for detection")
     if data.balance != "none":
         problems.append(f"data.balance {data.balance} is for one class of a video; leave it out for detection")
+    if data.clip_share != (1, 1) or data.pace:
+        problems.append("data.clip_share and data.pace are for recognition; for detection, data.stride sets the length")
     if data.full_frame:
         problems.append("data.full_frame squeezes frames to squares; for detection use detection.whole_frame")
     if data.holds_out or data.group_by:

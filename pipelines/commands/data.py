@@ -52,7 +52,7 @@ def add_motion(commands: Commands) -> None:
         "--kind",
         choices=["motion", "strokes"],
         default="motion",
-        help="motion: 8 classes of moving shapes; strokes: 42 classes of drawn paths (default: %(default)s)",
+        help="motion: 8 classes of moving shapes; strokes: 82 classes of drawn paths (default: %(default)s)",
     )
     motion.add_argument("--train", type=int, default=640, help="number of training clips (default: %(default)s)")
     motion.add_argument("--val", type=int, default=160, help="number of validation clips (default: %(default)s)")

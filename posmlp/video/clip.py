@@ -26,6 +26,7 @@ from posmlp.video.sampling import (
     dense_indices,
     fixed_crop,
     fps_indices,
+    paced_indices,
     random_resized_crop,
     sample_rng,
     scaled_to_short_side,
@@ -182,6 +183,8 @@ def choose_views(
             return numbers[dense_indices(len(numbers), count, data.stride, rng, clip, clips)]
         if slowfast:
             return numbers[slowfast_uniform_indices(len(numbers), count, clip, clips)]
+        if rng is not None and (data.clip_share != (1, 1) or data.pace):
+            return numbers[paced_indices(len(numbers), count, data.clip_share, data.pace, rng)]
         return numbers[uniform_indices(len(numbers), count, rng, clip, clips)]
 
     if train:

@@ -38,7 +38,7 @@ from posmlp.video.strokes import STROKE_CLASSES, render_stroke
 MOTION_CLASSES: tuple[str, ...] = ("left", "right", "up", "down", "approach", "recede", "clockwise", "counterclockwise")
 SPLITS = ("train", "val")
 FRAME_RANGE = (20, 28)  # fewest and most frames of a clip in the set
-SET_VERSION = 1  # increase it when a change alters the clips of a set
+SET_VERSIONS = {"motion": 1, "strokes": 2}  # increase one when a change alters the clips of that set
 
 TRAVEL = (0.25, 0.6)  # distance that a moving shape covers in a clip, in frame sizes
 ZOOM = (1.6, 2.3)  # last size over first size of an approaching shape
@@ -302,7 +302,7 @@ def make_motion_set(
         raise UserError(f"each split needs at least one clip, not train={train}, val={val}")
     out = Path(out)
     classes, counts = EMBEDDED_SETS[kind][0], {"train": train, "val": val}
-    settings: dict[str, int | str] = {"version": SET_VERSION, **counts, "size": size, "seed": seed}
+    settings: dict[str, int | str] = {"version": SET_VERSIONS[kind], **counts, "size": size, "seed": seed}
     if kind != "motion":
         settings["kind"] = kind
     record = json.dumps(settings, indent=2) + "\n"

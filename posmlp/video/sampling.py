@@ -62,6 +62,34 @@ def uniform_indices(
     return np.minimum(indices, num_frames - 1)  # rounding can reach num_frames
 
 
+def paced_indices(
+    num_frames: int, count: int, share: tuple[float, float], pace: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """The frames of a training clip with ``uniform`` sampling that covers a share of the video, at a speed that varies.
+
+    As ``uniform_indices`` it takes a random moment of each of ``count`` equal segments of the clip. The clip covers a
+    share of the video that is uniform between the two numbers of ``share``, at a random place. Where it is longer than
+    the video, the first and the last frame repeat. At time t of the clip, from 0 to 1, its speed is
+    ``1 + pace (u cos(pi t) + (1 - |u|) v cos(2 pi t))`` of the mean, for u and v uniform in [-1, 1]: slower at the
+    start, at the end or in the middle.
+
+    Returns:
+        int64 ``[T]`` with ``T = count``, non-decreasing, each in ``[0, num_frames)``.
+
+    Raises:
+        ValueError: ``num_frames`` or ``count`` is below 1, ``share`` is not positive and increasing, or ``pace`` is not
+            in [0, 1).
+    """
+    _check_positive(num_frames=num_frames, count=count)
+    if not (0 < share[0] <= share[1] and 0 <= pace < 1):
+        raise ValueError(f"share {share} must be positive (smallest, largest), and pace {pace} from 0 to below 1")
+    length, (u, v) = rng.uniform(*share), rng.uniform(-1, 1, 2)
+    start = rng.random() * (1 - length)  # negative where the clip is longer than the video
+    time = (np.arange(count) + rng.random(count)) / count
+    time += pace * (u * np.sin(np.pi * time) / np.pi + (1 - abs(u)) * v * np.sin(2 * np.pi * time) / (2 * np.pi))
+    return np.clip(((start + length * time) * num_frames).astype(np.int64), 0, num_frames - 1)
+
+
 def dense_indices(
     num_frames: int, count: int, stride: int, rng: np.random.Generator | None, clip: int = 0, clips: int = 1
 ) -> NDArray[np.int64]:

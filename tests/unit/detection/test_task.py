@@ -209,6 +209,7 @@ def test_the_table_of_classes():
         ("augment.randaug_layers=2", "moves pixels away from their boxes"),
         ("optim.label_smoothing=0.1", "optim.label_smoothing"),
         ("eval.crops=3", "a key frame has one view"),
+        ("data.pace=0.5", "data.clip_share and data.pace are for recognition"),
         ("data.val.share=0.2", "a validation list of its own"),
         ("data.format=csv", "set data.format to ava"),
         ("data.classes=null", "the label map"),

@@ -112,6 +112,21 @@ TOGETHER = [
         ["data.full_frame=true", "eval.crops=1"],
     ),
     (
+        ["data.clip_share=[1.2, 0.8]"],
+        "data.clip_share (1.2, 0.8) must be two numbers, the smaller one first",
+        ["data.clip_share=[0.8, 1.2]"],
+    ),
+    (
+        ["data.clip_share=[0.8, 1.2]", "data.sampling=dense"],
+        "data.clip_share and data.pace are for data.sampling uniform; with dense, data.stride sets the length",
+        ["data.clip_share=[1, 1]", "data.sampling=dense"],
+    ),
+    (
+        ["data.pace=0.5", "data.sampling=dense"],
+        "data.clip_share and data.pace are for data.sampling uniform; with dense, data.stride sets the length",
+        ["data.pace=0.5", "data.sampling=uniform"],
+    ),
+    (
         ["data.crop_scale=[0.5, 0.4]"],
         "data.crop_scale (0.5, 0.4) must be two positive numbers, the smaller one first",
         ["data.crop_scale=[0.5, 0.5]"],

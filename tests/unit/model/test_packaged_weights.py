@@ -23,8 +23,8 @@ MOTION = packaged_file("posmlp:motion")
 
 @pytest.fixture(scope="module")
 def strokes(tmp_path_factory):
-    """Strokes of another seed than those of the training: a clip of each class."""
-    return make_motion_set(tmp_path_factory.mktemp("strokes"), kind="strokes", train=42, val=42, seed=5)
+    """Strokes of another seed than those of the training: two clips of each class."""
+    return make_motion_set(tmp_path_factory.mktemp("strokes"), kind="strokes", train=82, val=164, seed=5)
 
 
 def top1(model, config, rows):
@@ -49,9 +49,9 @@ def test_they_know_strokes_that_they_have_not_seen_by_the_order_of_frames(stroke
     model = create_model(config.model.name, **config.model.overrides() | {"num_classes": len(STROKE_CLASSES)}).eval()
     assert not load_published(model, MOTION).adapted
     rows = read_manifest(strokes / "val.csv").rows
-    assert top1(model, config, rows) > 0.4  # chance is 2.4 %
+    assert top1(model, config, rows) > 0.12  # chance is 1.2 %
     shuffled = config.model_copy(update={"data": config.data.model_copy(update={"frame_order": "shuffled"})})
-    assert top1(model, shuffled, rows) < 0.2
+    assert top1(model, shuffled, rows) < 0.08
 
 
 def test_the_recipe_small_data_starts_from_them(strokes):

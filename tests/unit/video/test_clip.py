@@ -98,7 +98,14 @@ def test_short_side_scales_once_and_crops_the_image_size(tmp_path, width, height
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sampling": "dense", "stride": 2}, {"frame_order": "shuffled"}, {"fps": 5.0}, {"repeats": 2}],
+    [
+        {},
+        {"sampling": "dense", "stride": 2},
+        {"frame_order": "shuffled"},
+        {"fps": 5.0},
+        {"repeats": 2},
+        {"clip_share": (0.5, 1.2), "pace": 0.8},
+    ],
 )
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_training_clip_depends_on_seed_epoch_sample_and_view_alone(video, tmp_path, options, cached):
@@ -149,6 +156,15 @@ def test_uniform_takes_a_frame_of_each_segment(square):
         assert [n // 5 for n in found] == list(range(8))
         seen |= set(found)
     assert len(seen) > 30
+
+
+def test_a_clip_share_and_a_pace_change_training_clips_alone(square):
+    config = make_config(clip_share=(0.3, 0.4), pace=0.5, **WHOLE)
+    found = [numbers(views(square, config, epoch=epoch)[0]) for epoch in range(12)]
+    assert max(clip[-1] - clip[0] for clip in found) < 0.4 * 40
+    assert max(clip[-1] for clip in found) > 30
+    validation = [views(square, one, train=False) for one in (config, make_config(**WHOLE))]
+    np.testing.assert_array_equal(*validation)
 
 
 def test_dense_clips_take_neighbouring_frames(square):

@@ -320,4 +320,4 @@ def test_a_set_needs_clips_and_a_folder(tmp_path):
 
 def test_the_record_names_what_was_made(small_set):
     record = json.loads((small_set / "motion.json").read_text())
-    assert record == {"version": motion.SET_VERSION, "train": 16, "val": 8, "size": 32, "seed": 0}
+    assert record == {"version": motion.SET_VERSIONS["motion"], "train": 16, "val": 8, "size": 32, "seed": 0}

@@ -12,6 +12,7 @@ from posmlp.video.sampling import (
     dense_indices,
     fixed_crop,
     fps_indices,
+    paced_indices,
     random_resized_crop,
     sample_rng,
     sample_seed,
@@ -87,6 +88,44 @@ def test_uniform_stays_inside_when_the_last_draw_rounds_up():
 def test_uniform_can_reach_every_frame():
     generator = rng()
     assert {i for _ in range(300) for i in uniform_indices(12, 3, generator).tolist()} == set(range(12))
+
+
+@given(SIZE, st.integers(1, 64), st.floats(0.1, 1), st.floats(1, 3), st.floats(0, 0.99), st.integers(0, 2**32))
+def test_a_paced_clip_is_in_the_order_of_the_video(num_frames, count, shortest, longest, pace, seed):
+    check_indices(paced_indices(num_frames, count, (shortest, longest), pace, rng(seed)), num_frames, count)
+
+
+@given(SIZE, st.integers(1, 64), st.integers(0, 2**32))
+def test_a_paced_clip_of_the_whole_video_at_one_speed_has_a_frame_of_each_segment(num_frames, count, seed):
+    indices = paced_indices(num_frames, count, (1, 1), 0, rng(seed))
+    edges = np.arange(count + 1) * num_frames / count
+    assert (indices >= np.floor(edges[:-1])).all() and (indices < np.ceil(edges[1:])).all()
+
+
+def test_a_paced_clip_covers_its_share_of_the_video_at_any_place():
+    clips = np.stack([paced_indices(100_000, 1000, (0.5, 0.5), 0, rng(seed)) for seed in range(200)])
+    assert (np.abs(clips[:, -1] - clips[:, 0] - 50_000) < 200).all()
+    assert clips[:, 0].min() < 2_000 and clips[:, 0].max() > 48_000
+    longer = np.stack([paced_indices(1000, 100, (2, 2), 0, rng(seed)) for seed in range(50)])
+    repeated = (longer == 0).sum(1) + (longer == 999).sum(1)
+    assert (np.abs(repeated - 50) <= 2).all()  # half of a clip of twice the length has the video
+
+
+@pytest.mark.parametrize("pace", [0.3, 0.9])
+def test_the_speed_of_a_paced_clip_varies_by_the_pace_and_its_mean_stays(pace):
+    speeds = []
+    for seed in range(200):
+        indices = paced_indices(10_000_000, 400, (1, 1), pace, rng(seed))
+        assert indices[0] < 100_000 and indices[-1] > 9_900_000  # from the first to the last of 400 segments
+        speeds.append((indices[20:] - indices[:-20]) / 20 * 400 / 10_000_000)
+    assert 1 - pace - 0.1 < np.min(speeds) < 1 - 0.8 * pace
+    assert 1 + 0.8 * pace < np.max(speeds) < 1 + pace + 0.1
+
+
+@pytest.mark.parametrize("share, pace", [((0, 1), 0), ((2, 1), 0), ((1, 1), 1), ((1, 1), -0.1)])
+def test_a_paced_clip_refuses_impossible_shares_and_paces(share, pace):
+    with pytest.raises(ValueError, match="share"):
+        paced_indices(10, 4, share, pace, rng())
 
 
 @given(SIZE, st.integers(1, 64), st.integers(1, 16), RNG)

@@ -25,13 +25,13 @@ def headings(path: np.ndarray, strokes: int) -> list[str]:
 def test_a_path_goes_where_its_class_says(label):
     rng = np.random.default_rng(label)
     wanted = STROKE_CLASSES[label].split("-")
-    right = [headings(_draw_path(label, rng, 400), len(wanted)) == wanted for _ in range(20)]
+    right = [headings(_draw_path(label, rng, 400)[0], len(wanted)) == wanted for _ in range(20)]
     assert np.mean(right) > 0.7  # a start that is cut off can leave a stroke short
 
 
 @pytest.mark.parametrize("name, sign", [("clockwise", 1), ("counterclockwise", -1)])
 def test_a_circle_turns_as_its_class_says(name, sign):
-    steps = np.diff(_draw_path(STROKE_CLASSES.index(name), np.random.default_rng(0), 400), axis=0)
+    steps = np.diff(_draw_path(STROKE_CLASSES.index(name), np.random.default_rng(0), 400)[0], axis=0)
     steps = steps[np.hypot(*steps.T) > 1e-9]
     turned = np.angle(np.exp(1j * np.diff(np.arctan2(steps[:, 1], steps[:, 0])))).sum()
     assert sign * turned > math.pi
@@ -47,6 +47,22 @@ def test_an_arm_that_moves_right_changes_pixels_further_and_further_right():
     assert np.mean(found) > 0.7
 
 
+def test_an_arm_comes_and_leaves_only_while_it_rests_on_the_path():
+    seen = 0
+    for seed in range(60):
+        path, away = _draw_path(seed % len(STROKE_CLASSES), np.random.default_rng(seed), 400)
+        assert away.min() == 0 and away.max() <= 1
+        moves = np.hypot(*np.diff(path, axis=0).T) > 1e-9
+        assert not (moves & (away[1:] > 0) & (away[:-1] > 0)).any()
+        seen += (away[0] > 0.9) + (away[-1] > 0.9)
+    assert 10 < seen < 90
+
+
+def test_two_strokes_bend_by_every_angle_but_a_slight_one():
+    bends = {(path[1] - path[0]) % 8 for path in PATHS if len(path) == 2}
+    assert bends == {2, 3, 4, 5, 6} and len(STROKE_CLASSES) == len(set(STROKE_CLASSES)) == 8 + 8 * 5 + 8 * 4 + 2
+
+
 def test_a_seed_makes_one_clip():
     one, again, other = (render_stroke(9, np.random.default_rng(seed), size=32, frames=5) for seed in (3, 3, 4))
     assert one.shape == (5, 32, 32, 3) and one.dtype == np.uint8
@@ -60,7 +76,7 @@ def test_an_unknown_label_is_refused(label):
 
 
 def test_the_set_has_every_class(tmp_path):
-    make_motion_set(tmp_path, kind="strokes", train=42, val=2, size=32, processes=1)
+    make_motion_set(tmp_path, kind="strokes", train=len(STROKE_CLASSES), val=2, size=32, processes=1)
     with open(tmp_path / "train.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == list(STROKE_CLASSES)

@@ -673,7 +673,7 @@ class ImageFolder:
     """
 
     def __init__(self, uri: str, images: int, first: int = 1) -> None:
-        self.uri, self._start = uri, first
+        self.uri, self._start, self._single = uri, first, images == 1
         if images < 1:
             raise DecodeError(uri, "no pictures; check the number of frames in the manifest")
         self._first, codec = self._decode(0)  # kept, because for a single image it is the only picture
@@ -711,8 +711,16 @@ class ImageFolder:
         return self._decode(index)[0] if index else self._first
 
     def _decode(self, index: int) -> tuple[Picture, str]:
-        """A picture and the name of its codec."""
+        """A picture and the name of its codec. An error names the picture."""
         uri = self.uri.format(self._start + index)
+        try:
+            return self._decode_picture(uri)
+        except DecodeError as error:
+            if self._single:
+                raise
+            raise DecodeError(self.uri, f"{storage.base_name(uri)}: {error.reason}") from error
+
+    def _decode_picture(self, uri: str) -> tuple[Picture, str]:
         source, head = _open_source(uri)
         content = source if isinstance(source, bytes) else storage.read_bytes(source)
         name = IMAGE_CODECS.get(head[:2])

@@ -235,6 +235,8 @@ def propose(name: str, lists: Lists, manifest: Manifest, look: Look) -> dict[str
         low, high = np.percentile([width / height for width, height in look.sizes], [5, 95])
         data |= {"full_frame": True, "crop_scale": [0.5, 1.0]}
         data["crop_ratio"] = [round(float(low) / CROP_STRETCH, 2), round(float(high) * CROP_STRETCH, 2)]
+        if "sampling" not in data:
+            data |= {"clip_share": [0.75, 1.2], "pace": 0.8}
     if max_over_min(manifest) >= RARE:
         data["balance"] = "sampling"
     if cache_gb(model, manifest, look) < MAX_CACHE_GB:
@@ -278,6 +280,7 @@ def comments(tree: dict[str, Any], lists: Lists, manifest: Manifest, look: Look)
         "data.modality": "frame differences: with few videos a model memorises the backgrounds",
         "data.full_frame": "validation sees whole frames, training at least half of one",
         "data.crop_ratio": "width : height of a training crop, around that of the frames",
+        "data.clip_share": "training clips vary the timing, of which few videos show little",
         "data.balance": f"the largest class has {max_over_min(manifest):.0f} times the videos of the smallest",
         "data.cache_dir": f"each video is decoded once; {cache_gb(model, manifest, look):.2g} GB",
         "data.test": "for `posmlp evaluate NAME --split test` alone",

@@ -205,7 +205,8 @@ def _film_shaking(picture: np.ndarray, rng: np.random.Generator, size: int, fram
     """A picture as a shaking camera films it: float32 [T, H, W, 3]."""
     room = len(picture) - size - 1
     moves = rng.normal(0, rng.uniform(0, SHAKE) * size * math.sqrt(24 / frames), (frames, 2))
-    turn = np.sin(np.linspace(*rng.uniform(-math.pi / 2, math.pi / 2, 2), frames))[:, None]
+    begin, end = rng.uniform(-math.pi / 2, math.pi / 2, 2)
+    turn = np.sin(np.linspace(begin, end, frames))[:, None]
     heading = rng.uniform(0, tau)
     pan = turn * rng.uniform(0, PAN) * size * np.array([math.sin(heading), math.cos(heading)])
     positions = np.clip(np.cumsum(moves, 0) + pan + room / 2, 0, room - 1e-3)

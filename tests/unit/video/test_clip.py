@@ -335,7 +335,7 @@ def test_the_decoder_used_is_returned(tmp_path, name, used):
 
 def test_a_decoder_that_fails_halfway_is_not_returned(video, monkeypatch):
     @contextlib.contextmanager
-    def open_here(uri, images, decoder, timeout_s):
+    def open_here(uri, images, decoder, timeout_s, span):
         opened = Video(uri, decoder)
         assert opened.info.decoder == "decord"
         yield opened

@@ -1,7 +1,7 @@
 """Draw what moves in the embedded faces, and what the temporal tables of a trained model make of it.
 
-    python benchmarks/faces.py                            # docs/faces.png, without a model
-    python benchmarks/faces.py runs/faces                 # docs/faces_tables.png too
+    python benchmarks/faces.py                                   # docs/faces.png, without a model
+    python benchmarks/faces.py runs/faces-by-subject/trial-000   # docs/faces_tables.png too
 
 The second picture has the learned temporal tables of each stage, next to those that training started from, and where
 the temporal gate of the first stage carries the movements of three clips to other frames.
@@ -62,7 +62,7 @@ def draw_motion(out: Path) -> None:
                 ax.set_xticks([])
                 ax.set_yticks([])
         axes[2 * row, 0].set_ylabel(kind, fontsize=11)
-    figure.savefig(out, dpi=100)
+    figure.savefig(out, dpi=75)
     print(out)
 
 
@@ -131,7 +131,7 @@ def draw_responses(figure: SubFigure, model: PosMLPVideo, config: Config) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="folder of a run of the recipe faces")
+    parser.add_argument("run", nargs="?", help="folder of a run of the recipe faces, or of a fold of it")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pictures (default: %(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The embedded set of drawn faces: slight movements whose order alone tells the class, in the layouts of three sets.
 
 In each clip the brows rise, the eyes and the nose tighten, and the corners of the mouth rise: each part once, one after
-the other, by about a pixel, and back to rest. The class is the part that moves first: the brows in a surprise, the
+the other, by a pixel or two, and back to rest. The class is the part that moves first: the brows in a surprise, the
 mouth in a positive expression, eyes and nose in a negative one. The other two follow in random order.
 
 What can be known without the order of frames: nothing. A clip is three acts of the same length, one for each part. An

@@ -85,7 +85,7 @@ def test_a_fold_is_tested_once_with_the_last_weights_and_its_predictions_are_tho
         record = read_record(run)
         assert results.folds[trial.member["fold"]]["accuracy"].values == (record["metrics"][VAL_TOP1],)
         found = [entry.info for entry in checkpoints.find(run)]
-        assert all(not info.metrics for info in found[:-1]), "no epoch but the last one was validated"
+        assert all(VAL_TOP1 not in info.metrics for info in found[:-1]), "no epoch but the last one was validated"
         assert (found[-1].epoch, VAL_TOP1 in found[-1].metrics) == (2, True)
 
 

@@ -195,7 +195,7 @@ def find_holders() -> dict[str, Counter[str]] | None:
     """``held_by_jobs``, or None if the dashboard does not answer, or is off."""
     try:
         return held_by_jobs()
-    except Exception:
+    except Exception:  # of any kind (see there); ``describe_use`` then names the commands that tell
         return None
 
 

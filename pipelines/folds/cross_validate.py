@@ -30,6 +30,7 @@ from pipelines.studies.study import (
     StudyError,
     Trial,
     TrialState,
+    check_unchanged,
     read_study,
     read_trials,
     write_study,
@@ -111,12 +112,8 @@ def cross_validate(study: FoldStudy, *, resume: bool = False) -> FoldsResult:
     wait_for_room(recipe.scaling)
     concurrent = concurrent_trials(recipe, study.concurrent)
     with leased(study.folder) as lease:
-        # As text, because a metric that is not a number does not equal itself.
-        if lease and repr((read_study(study.folder, FoldStudy), read_trials(study.folder))) != repr((found, trials)):
-            raise StudyError(
-                f"another process has changed {study.folder} while this one waited; resume it with "
-                f"{study.resume_command}"
-            )
+        if lease:
+            check_unchanged(study, found, trials)
         with hold_signals() as held:  # it makes MLflow's tables and run
             tracker = open_tracker(study, found[1] if found else None, lease)
         logger.info("MLflow: %s", tracker.place)

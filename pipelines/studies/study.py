@@ -352,6 +352,23 @@ def write_trial(study: StudySettings, trial: Trial) -> None:
     write_json(storage.join(trial_folder(study, trial.number), TRIAL_FILE), trial.to_record())
 
 
+def check_unchanged(study: StudySettings, found: Any, trials: list[Trial]) -> None:
+    """Check that a study's records are still as they were read.
+
+    Args:
+        found: of ``read_study``.
+        trials: of ``read_trials``.
+
+    Raises:
+        StudyError: another process has changed them.
+    """
+    now = read_study(study.folder, type(study)), read_trials(study.folder)
+    if repr(now) != repr((found, trials)):  # as text, because a metric that is not a number does not equal itself
+        raise StudyError(
+            f"another process has changed {study.folder} while this one waited; resume it with {study.resume_command}"
+        )
+
+
 def read_trials(folder: str) -> list[Trial]:
     """Read all trials of a study's folder, ordered by number.
 

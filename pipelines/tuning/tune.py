@@ -32,6 +32,7 @@ from pipelines.studies.study import (
     Study,
     StudyError,
     Trial,
+    check_unchanged,
     fully_trained,
     read_study,
     read_study_hits,
@@ -141,12 +142,8 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
     wait_for_room(recipe.scaling)
     concurrent = concurrent_trials(study.recipe, study.concurrent)
     with leased(study.folder) as lease:
-        # As text, because a metric that is not a number does not equal itself.
-        if lease and repr((read_study(study.folder, Study), read_trials(study.folder))) != repr((found, trials)):
-            raise StudyError(
-                f"another process has changed {study.folder} while this one waited; resume it with "
-                f"posmlp tune --resume {study.name}"
-            )
+        if lease:
+            check_unchanged(study, found, trials)
         with hold_signals() as held:  # it makes MLflow's tables and run
             tracker = open_tracker(study, found[1] if found else None, lease)
         logger.info("MLflow: %s", tracker.place)

@@ -31,7 +31,8 @@ from posmlp.video.formats import Listing, ListingRow, ManifestSource, class_name
 HEADER_ROWS = 60  # in which the header is looked for: SAMM's is row 14
 MAX_UNPACKED = 2**28  # bytes of a workbook's content; the published ones have less than 1 MB
 OLD_WORKBOOK = b"\xd0\xcf\x11\xe0"  # first bytes of an .xls file
-# What openpyxl raises for a damaged file
+# What openpyxl and zipfile raise for a damaged file, found by changing bytes; NotImplementedError is an unknown
+# compression. Each becomes a problem of the file, with the error's text.
 UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, ParseError, EOFError, KeyError, IndexError, AttributeError),
     *(ValueError, TypeError, NotImplementedError, RuntimeError),

@@ -191,6 +191,9 @@ def quantise(model: Any) -> Any:
 
     ONNX Runtime accepts constant weights only on the right, ``[tokens, K] @ [K, M]``. Here they are on the left, as
     tokens are stored channels first, so these products are transposed first. The gates' products are not changed.
+
+    Weights use 7 of the 8 bits. Processors without VNNI add two products of 8 bits in 16, and cut what does not fit; two
+    of 255 * 64 do (ONNX Runtime, "Quantize ONNX models", on ``reduce_range``).
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -222,7 +225,14 @@ def quantise(model: Any) -> Any:
         field.extend(values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8, nodes_to_quantize=list(transposed))
+        quantize_dynamic(
+            model,
+            path,
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=list(transposed),
+        )
         return onnx.load(path)
 
 

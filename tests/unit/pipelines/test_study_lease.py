@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from pipelines.runs import lease
 from pipelines.runs.lease import Holder, LeaseLost, RunInUse, leased, read_holder, write_holder
-from pipelines.studies.study import StudyError, Trial, study_space
+from pipelines.studies.study import StudyError, Trial, study_space, write_trial
 from pipelines.tuning import ray_tune
 from pipelines.tuning import tune as tune_module
 from pipelines.tuning.controller import StudyController
@@ -41,7 +41,7 @@ def test_a_second_driver_is_refused_and_leaves_nothing(study, tmp_path):
 
 
 def test_a_driver_that_waited_sees_what_another_one_did_meanwhile(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune_module, "read_trials", MagicMock(side_effect=[[], [Trial(0, {})]]))
+    monkeypatch.setattr(tune_module, "wait_for_room", lambda _: write_trial(study, Trial(0, {})))
     with pytest.raises(StudyError, match=r"another process has changed .* while this one waited; resume it with"):
         tune(study)
     assert not (tmp_path / "mlflow.db").exists()

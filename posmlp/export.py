@@ -192,8 +192,8 @@ def quantise(model: Any) -> Any:
     ONNX Runtime accepts constant weights only on the right, ``[tokens, K] @ [K, M]``. Here they are on the left, as
     tokens are stored channels first, so these products are transposed first. The gates' products are not changed.
 
-    Weights use 7 of the 8 bits. Processors without VNNI add two products of 8 bits in 16, and cut what does not fit; two
-    of 255 * 64 do (ONNX Runtime, "Quantize ONNX models", on ``reduce_range``).
+    Weights use 7 of the 8 bits. Processors without VNNI add two products of 8 bits in 16 bits, and cut larger sums; two
+    products of 255 * 64 fit (ONNX Runtime, "Quantize ONNX models", on ``reduce_range``).
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

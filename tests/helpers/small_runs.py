@@ -102,7 +102,7 @@ def log_of(folder):
     return (folder / "log.txt").read_text()
 
 
-def wait_for_step(folder, process, step=1, seconds=120, storage=None):
+def wait_for_step(folder, process, step=1, seconds=300, storage=None):
     """Wait for a finished checkpoint of this step or a later one.
 
     Args:

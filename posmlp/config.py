@@ -355,6 +355,7 @@ class TrainSection(Section):
     # The metric of patience; None: the task's main metric
     monitor: Literal["val/top1", "val/top5", "val/class_mean", "val/map", "val/loss"] | None = None
     global_batch: Positive = 32  # clips per optimizer step, over all workers
+    paths: Positive = 3  # of a supernet: architectures in each training step, see ``posmlp.model.supernet``
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights and accumulations stay fp32
     compile: bool = False  # torch.compile

@@ -453,7 +453,8 @@ class Worker:
     def throughput_metrics(self, steps_per_s: float) -> dict[str, float]:
         """Throughput over all workers, its share of the devices' peak if known, and the memory of one worker."""
         clips = steps_per_s * self.config.train.global_batch
-        flops = clips * TRAIN_FLOPS_PER_MAC * self.macs
+        paths = self.config.train.paths if self.config.model.choices else 1  # each is counted as the model's own
+        flops = clips * paths * TRAIN_FLOPS_PER_MAC * self.macs
         metrics = {
             names.PERF_STEPS_PER_S: steps_per_s,
             names.PERF_CLIPS_PER_S: clips,

@@ -190,8 +190,8 @@ class Learner:
         """Queue one optimizer step on this worker's share of a global batch.
 
         Gradients are accumulated over micro-batches of at most ``scaling.micro_batch`` clips. Dropout and drop path
-        depend only on (``train.seed``, step, rank). The architecture that a supernet draws depends only on
-        (``train.seed``, step).
+        depend only on (``train.seed``, step, rank). The ``train.paths`` architectures that a supernet draws depend only
+        on (``train.seed``, step).
 
         A step that explodes leaves weights, optimizer, loss scale, batch norms' statistics and EMA as they were, and so
         do all that are started before its result is read.
@@ -205,7 +205,7 @@ class Learner:
             group["lr"] = rate * group.get(RATE_SCALE, 1.0)
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.step) * 1_009 + rank())
         if isinstance(self.module, Supernet):
-            self.module.draw(self.config.train.seed, self.step)
+            self.module.draw(self.config.train.paths, self.config.train.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         scale = self.scaler.scale(torch.ones((), device=self.device))  # the loss scale; 1 without fp16
         scaling: list[Any] = [self.scaler._scale, self.scaler._growth_tracker] if self.scaler.is_enabled() else []

@@ -83,7 +83,7 @@ def parallelise(model: PosMLPVideo, config: Config, device: torch.device) -> nn.
             fully_shard(stage, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-    # A supernet's step uses the drawn architecture's parameters alone.
+    # A supernet's step uses the parameters of its paths alone.
     unused = isinstance(model, Supernet)
     return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
 

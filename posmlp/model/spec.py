@@ -10,12 +10,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from posmlp.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Window = tuple[int, int, int]  # tokens along time, height, width
 
@@ -84,14 +81,6 @@ class Choices:
         """Return whether every stage of an architecture uses one of these values."""
         pairs = zip(asdict(self).values(), asdict(architecture).values(), strict=True)
         return all(value in values for every, chosen in pairs for values, value in zip(every, chosen, strict=True))
-
-    def draw(self, rng: np.random.Generator) -> Architecture:
-        """Draw an architecture uniformly."""
-        chosen = {
-            key: tuple(values[rng.integers(len(values))] for values in getattr(self, key))
-            for key in ("blocks", "groups", "depths")
-        }
-        return Architecture(**chosen)
 
 
 @dataclass(frozen=True)

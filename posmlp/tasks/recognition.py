@@ -77,6 +77,10 @@ class Recognition(Task):
 class CrossEntropy(Objective):
     """Softmax cross-entropy with label smoothing, on clips that are augmented and mixed.
 
+    Of a supernet it is the mean over the paths of a step. The first path learns from the labels, the others from the
+    first one's probabilities, which get no gradient from it (in-place distillation, arXiv:1903.05134). The first one
+    has learned class weights and smoothing, so they are not applied to the others again.
+
     Args:
         classes: names for ``augment.flip_classes``; if empty, a class's name is its label.
         class_weights: ``[classes]``, factor of each class's part of the loss, with a mean of 1 over the training clips
@@ -109,7 +113,12 @@ class CrossEntropy(Objective):
             logits = model(clips).float()
         smoothing = self.config.optim.label_smoothing
         options: dict[str, Any] = {"weight": self.class_weights, "label_smoothing": smoothing}
-        losses = F.cross_entropy(logits, targets, reduction="none", **options)
+        first, *others = logits.unbind() if logits.ndim == 3 else [logits]
+        losses = F.cross_entropy(first, targets, reduction="none", **options)
+        if others:
+            outputs = first.detach().softmax(1)
+            distilled = [F.cross_entropy(each, outputs, reduction="none") for each in others]
+            losses = torch.stack([losses, *distilled]).mean(0)
         return (losses * batch.weights.to(self.device, non_blocking=True)).sum()
 
 

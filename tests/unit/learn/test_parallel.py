@@ -88,7 +88,8 @@ def create_weights(overrides):
         ("optim.freeze=2", "optim.layer_decay=0.7", "model.weights=given", "optim.ema=0.9"),
         ("optim.freeze=2", "optim.layer_decay=0.7", "model.weights=given", "scaling.parallel=fsdp"),
         (
-            "model.choices={depths: [[1, 2], [1, 2], [1], [1, 3]], blocks: [[parallel, joint], [], [], []]}",
+            "model.choices={depths: [[1, 2], [1, 2], [1], [1, 3]], blocks: [[parallel, joint], [], [], []],"
+            " groups: [[], [1, 8], [], []]}",
             "optim.ema=0.9",
             "train.recompute=true",
         ),

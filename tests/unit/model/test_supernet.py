@@ -214,6 +214,14 @@ def test_paths_depend_on_seed_and_step_alone():
     assert all(Choices(**CHOICES).contains(path) for paths in forward for path in paths)
 
 
+def test_paths_stay_the_same_as_supernets_resume_with_them():
+    assert draw_paths(Choices(**CHOICES), 3, 1, 1000) == [  # as NumPy 2 draws them
+        Architecture(("joint", "joint", "spatial", "cascade_ts"), (1, 4, 8, 1), (2, 4, 1, 3)),
+        Architecture(("cascade_ts", "parallel", "spatial", "cascade_ts"), (4, 1, 8, 16), (1, 1, 1, 1)),
+        Architecture(("temporal", "joint", "spatial", "cascade_ts"), (1, 1, 8, 1), (1, 1, 1, 1)),
+    ]
+
+
 # --- training ----------------------------------------------------------------------------------------------------
 
 

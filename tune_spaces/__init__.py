@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
@@ -52,16 +53,22 @@ class Space:
     Attributes:
         dimensions: dimension name -> the values to choose from, in their natural order, or a ``Range``.
         keys: function from a member (a value for each dimension) to recipe keys (``model.blocks``) and their values.
+        members: the only members, if not every combination of values is one, in their order; None: all combinations.
     """
 
     dimensions: dict[str, tuple[Value, ...] | Range]
     keys: Callable[[Member], dict[str, Any]]
+    members: tuple[Member, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, values in self.dimensions.items():
             choice = isinstance(values, tuple) and values and all(isinstance(v, str | int | float) for v in values)
             if not choice and not isinstance(values, Range):
                 raise UserError(f"dimension {name}: {values!r} must be a tuple of numbers or words, or a Range")
+        choices = {name: values if isinstance(values, tuple) else () for name, values in self.dimensions.items()}
+        for member in self.members or ():
+            if member.keys() != choices.keys() or any(member[name] not in values for name, values in choices.items()):
+                raise UserError(f"member {dict(member)} must have one of the values of each dimension, and no Range")
 
     def recipe(self, base: Config, member: Member) -> Config:
         """The recipe of a member: the base recipe with the keys that the member sets.
@@ -84,8 +91,18 @@ class Space:
         except ValidationError as error:
             raise RecipeError("; ".join(describe(problem) for problem in error.errors())) from error
 
+    def all_members(self) -> Iterator[dict[str, Value]]:
+        """Yield the listed members, or all combinations, the last dimension first. No dimension may be a ``Range``."""
+        if self.members is not None:
+            yield from map(dict, self.members)
+            return
+        for values in itertools.product(*(cast(tuple[Value, ...], each) for each in self.dimensions.values())):
+            yield dict(zip(self.dimensions, values, strict=True))
+
     def random(self, rng: np.random.Generator) -> dict[str, Value]:
         """Draw a member uniformly. Its recipe may be refused."""
+        if self.members is not None:
+            return dict(self.members[rng.integers(len(self.members))])
         return {name: draw_value(values, rng) for name, values in self.dimensions.items()}
 
 

@@ -81,7 +81,10 @@ class Searcher:
         self.trial_keys: dict[int, tuple[dict[str, Value], list[dict[str, Any]], list[Key]]] = {}  # by trial number
         self.positions: dict[Key, int] = {}
         self.grid: np.ndarray | None = None  # [members, dimensions]: index of each value
-        if study.searcher != "grid" and self.size <= LARGEST_ENUMERATED:
+        if study.searcher != "grid" and space.members is not None:
+            self.grid = np.stack([self.indices(member) for member in space.all_members()])
+            self.positions = {member_key(member): row for row, member in enumerate(space.all_members())}
+        elif study.searcher != "grid" and self.size <= LARGEST_ENUMERATED:
             counts = [len(cast(tuple[Value, ...], values)) for values in space.dimensions.values()]
             self.grid = np.indices(counts).reshape(len(counts), -1).T
         self.prior = {each.name: self.tell_prior(each) for each in prior if self.learns}
@@ -192,18 +195,17 @@ class Searcher:
         if self.study.searcher != "grid":
             for number in itertools.count(start):
                 yield self.sampler.suggest(told, number)
-        grid = itertools.product(*(cast(tuple[Value, ...], values) for values in self.space.dimensions.values()))
-        for number, values in enumerate(itertools.islice(grid, start, None), start):
-            member = dict(zip(self.space.dimensions, values, strict=True))
+        for number, member in enumerate(itertools.islice(self.space.all_members(), start, None), start):
             yield Suggestion(number, member, {}, at_random=False, acquisition=None)
 
     def ranked(self, suggestion: Suggestion, known: Iterable[Key]) -> Iterator[dict[str, Value]]:
         """Yield the members that may stand for a suggestion, best first.
 
-        In a space of at most ``LARGEST_ENUMERATED`` members these are all but the known ones, in a larger one the
-        suggestion and its neighbours, which differ in one dimension. TPE ranks them by its acquisition. For NSGA-II
-        those that differ in the fewest dimensions come first. A random suggestion is followed by all members in random
-        order, or in a large space by none: the next suggestion is random too. Ties are in random order.
+        In a space that lists its members, or has at most ``LARGEST_ENUMERATED``, these are all but the known ones. In
+        another they are the suggestion and its neighbours, which differ in one dimension. TPE ranks them by its
+        acquisition. For NSGA-II those that differ in the fewest dimensions come first. A random suggestion is followed
+        by all members in random order, or in a large space by none: the next suggestion is random too. One that is not
+        listed is left out. Ties are in random order.
         """
         if self.study.searcher == "grid":
             yield suggestion.member
@@ -227,7 +229,8 @@ class Searcher:
         if suggestion.acquisition and len(unseen):
             score = suggestion.acquisition(dict(zip(self.space.dimensions, unseen.T, strict=True)))
         elif suggestion.at_random:
-            yield suggestion.member
+            if self.space.members is None:
+                yield suggestion.member
             score = np.zeros(len(unseen))
         else:
             score = -(unseen != self.indices(suggestion.member)).sum(axis=1)
@@ -354,11 +357,11 @@ def check_space(study: Study, space: Space, trials: Sequence[Trial]) -> None:
             f"searcher grid needs values to choose from, but space {study.space} has ranges ({', '.join(ranges)}); "
             "use another searcher"
         )
+    listed = None if space.members is None else set(map(member_key, space.all_members()))
     for trial in trials:
         same_names = trial.member.keys() == space.dimensions.keys()
-        if not same_names or not all(
-            is_value_of(space.dimensions[name], value) for name, value in trial.member.items()
-        ):
+        known = same_names and all(is_value_of(space.dimensions[name], value) for name, value in trial.member.items())
+        if not known or (listed is not None and member_key(trial.member) not in listed):
             raise StudyError(
                 f"space {study.space} has changed since trial {trial.number} of {study.name}, which is {trial.member}; "
                 "restore it, or start a new study"
@@ -373,6 +376,8 @@ def over_budget_in_a_row(trials: Sequence[Trial]) -> int:
 
 def space_size(space: Space) -> float:
     """Number of members of a space, also of those that cannot be built; infinite if it has a range."""
+    if space.members is not None:
+        return len(space.members)
     return math.prod(math.inf if isinstance(values, Range) else len(values) for values in space.dimensions.values())
 
 

@@ -8,7 +8,6 @@ ranking. How well the two rankings agree is measured on members that a study has
 
 from __future__ import annotations
 
-import itertools
 import logging
 import statistics
 from collections.abc import Iterator, Sequence
@@ -275,8 +274,7 @@ def draw_members(space: Space, recipe: Config, count: int, seed: int) -> Iterato
     rng = np.random.default_rng(seed)
     known: set[tuple[tuple[str, Value], ...]] = set()
     if space_size(space) <= count:
-        grid = itertools.product(*(cast(tuple[Value, ...], values) for values in space.dimensions.values()))
-        candidates = (dict(zip(space.dimensions, values, strict=True)) for values in grid)
+        candidates = space.all_members()
     else:
         candidates = (space.random(rng) for _ in range(MAX_DRAWS * count))
     for member in candidates:

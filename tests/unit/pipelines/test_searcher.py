@@ -12,6 +12,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from scipy import stats
 
 from pipelines.cli import main
 from pipelines.studies import prior
@@ -20,7 +21,7 @@ from pipelines.studies.costs import static_costs
 from pipelines.studies.study import Study, StudyError, Trial, TrialState
 from pipelines.tuning import controller, samplers
 from pipelines.tuning.samplers import ACQUISITION, TPE_STARTUP_TRIALS
-from pipelines.tuning.search import Searcher, member_key, space_size
+from pipelines.tuning.search import Searcher, check_space, member_key, space_size
 from posmlp.config import RecipeError, load_recipe
 from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COST_PARAMS_M, VAL_TOP1
 from tests.helpers.batches import DETECTION
@@ -173,6 +174,68 @@ def test_without_the_private_name_a_search_goes_on_and_says_so(monkeypatch, capl
         trials.append(finish(searcher.propose(trials), len(trials)))
     assert len({member_key(trial.member) for trial in trials}) == 40
     assert sum(ACQUISITION in record.message for record in caplog.records) == 1
+
+
+# Spaces that list their members ---------------------------------------------------------------------------------------
+
+CHOICES = load_space("same_width", BASE)
+
+
+def listed(count, seed=0):
+    """A space of some members of a space of 25 million."""
+    rng = np.random.default_rng(seed)
+    return replace(CHOICES, keys=no_keys, members=tuple(CHOICES.random(rng) for _ in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("searcher", "against"), [("grid", None), ("random", None), ("tpe", None), ("tpe", "gmacs"), ("nsga2", "gmacs")]
+)
+def test_only_listed_members_are_proposed_each_once(searcher, against):
+    space, trials = listed(30), []
+    score = additive(0, space)
+    searching = Searcher(study_of(searcher, against, trials=100), space)
+    while trial := searching.propose(trials):
+        trials.append(finish(trial, score(trial.member)))
+        assert searcher == "grid" or Searcher(study_of(searcher, against, trials=100), space).size == 30
+    proposed = [trial.member for trial in trials]
+    assert sorted(map(member_key, proposed)) == sorted(map(member_key, space.members))
+    assert (proposed == list(space.members)) == (searcher == "grid")
+    assert searching.why_none.endswith("it has looked at all 30")
+
+
+def test_random_proposes_listed_members_uniformly():
+    space = listed(10)
+    firsts = [Searcher(study_of("random", seed=seed), space).propose([]).member for seed in range(300)]
+    counts = [firsts.count(member) for member in space.members]
+    assert sum(counts) == 300 and stats.chisquare(counts).pvalue > 0.01
+
+
+def test_learning_searchers_take_the_best_and_the_nearest_listed_member():
+    space = listed(60)
+    score, trials = additive(1, space), {"tpe": [], "nsga2": []}
+    for name, against in (("tpe", None), ("nsga2", "gmacs")):
+        searching = Searcher(study_of(name, against, trials=60), space)
+        for number in range(40):
+            trial = searching.propose(trials[name])
+            unseen = [m for m in space.members if m not in [each.member for each in trials[name]]]
+            suggestion = searching.sampler.suggest(searching.tell(trials[name]), trial.suggestion)
+            if name == "tpe" and number >= TPE_STARTUP_TRIALS:
+                scores = suggestion.acquisition(searching.columns(unseen))
+                assert scores[unseen.index(trial.member)] == pytest.approx(scores.max())
+            elif name == "nsga2":
+                changes = [sum(m[key] != suggestion.member[key] for key in m) for m in unseen]
+                assert changes[unseen.index(trial.member)] == min(changes)
+            trials[name].append(finish(trial, score(trial.member)))
+    values = {name: np.mean([score(trial.member) for trial in each[20:]]) for name, each in trials.items()}
+    assert values["tpe"] > np.mean([score(member) for member in space.members])
+
+
+def test_a_study_whose_trial_is_not_listed_any_more_is_refused():
+    space = listed(5)
+    known = [Trial(0, dict(space.members[1]))]
+    check_space(study_of("tpe"), space, known)
+    with pytest.raises(StudyError, match="space simulated has changed since trial 0 of s"):
+        check_space(study_of("tpe"), replace(space, members=space.members[2:]), known)
 
 
 # A searcher that lives and one that is made anew ---------------------------------------------------------------------

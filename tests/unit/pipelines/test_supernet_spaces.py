@@ -1,5 +1,6 @@
 """The supernet of a search space: its choices, the members that are drawn, and the agreement of rankings."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_members_are_drawn_once_each_and_all_of_a_small_space():
     assert some != [member for member, _ in draw_members(load_space("same_width", recipe), recipe, 50, seed=1)]
     whole = [member for member, _ in draw_members(load_space("depths", recipe), recipe, 1000, seed=0)]
     assert len({tuple(member.items()) for member in whole}) == len(whole) == 108
+    listed = replace(load_space("same_width", recipe), members=tuple(some[:20]))
+    assert [member for member, _ in draw_members(listed, recipe, 20, seed=0)] == some[:20]
+    few = [member for member, _ in draw_members(listed, recipe, 5, seed=0)]
+    assert len({tuple(member.items()) for member in few}) == 5 and all(member in some[:20] for member in few)
+    assert supernet_recipe(listed, "listed", recipe, "net") == supernet_recipe(
+        load_space("same_width", recipe), "whole", recipe, "net"
+    )
 
 
 def test_rank_agreement_is_in_closed_form():

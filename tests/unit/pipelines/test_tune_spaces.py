@@ -210,3 +210,21 @@ def test_spaces_need_neither_ray_nor_mlflow():
     code += "[t.load_space(n, load_recipe('demo')) for n in t.list_spaces()]; "
     code += "assert not {'ray', 'mlflow', 'optuna'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_space_that_lists_its_members_has_these_alone():
+    members = ({"a": 1, "b": "x"}, {"a": 2, "b": "y"})
+    listed = Space({"a": (1, 2), "b": ("x", "y")}, dict, members)
+    assert list(listed.all_members()) == list(members)
+    rng = np.random.default_rng(0)
+    drawn = [listed.random(rng) for _ in range(50)]
+    assert all(member in members for member in drawn) and all(member in drawn for member in members)
+    assert len(list(replace(listed, members=None).all_members())) == 4
+
+
+@pytest.mark.parametrize("member", [{"a": 1}, {"a": 3, "b": "x"}, {"a": 1, "b": "x", "c": 0}])
+def test_a_listed_member_without_a_value_of_each_dimension_is_refused(member):
+    with pytest.raises(UserError, match="must have one of the values of each dimension, and no Range"):
+        Space({"a": (1, 2), "b": ("x", "y")}, dict, (member,))
+    with pytest.raises(UserError, match="no Range"):
+        Space({"a": Range(0, 1)}, dict, ({"a": 0.5},))

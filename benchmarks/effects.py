@@ -1,0 +1,165 @@
+"""How much each dimension of a tabular benchmark matters, and what each of its values adds.
+
+    python benchmarks/effects.py
+    python benchmarks/effects.py benchmarks/reference.parquet
+
+A functional ANOVA of main effects: least squares explain the members' mean over seeds after the last epoch by one
+effect of each dimension. An effect of words (the block types) has a value of its own for each word. One of numbers
+(groups and depths) is a parabola in their logarithm, which has a best value between others if there is one. Effects are
+measured from the mean of all members, so they add up.
+
+The standard errors are those of noise that is alike for all members: what is left over, from seeds and interactions. A
+share of the variance is corrected for what noise alone would explain, so it may come out below 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from table import OUT, read_table
+
+from posmlp.errors import UserError
+from posmlp.metrics import VAL_LOSS, VAL_TOP1
+from tune_spaces import Value
+
+DRAWS = 2000
+DEGREE = 2  # of the polynomial in the logarithm of numbers
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The main effect of a dimension. Errors are standard errors.
+
+    Attributes:
+        values: what the dimension's values add to the mean, by value.
+        errors: of these, likewise.
+        share: of the variance of the members' means.
+        share_error: of this share.
+    """
+
+    values: dict[Value, float]
+    errors: dict[Value, float]
+    share: float
+    share_error: float
+
+
+@dataclass(frozen=True)
+class Effects:
+    """The main effects of all dimensions.
+
+    Attributes:
+        by_dimension: by its name.
+        seeds: the share of the variance of the members' means that is noise of their seeds.
+        freedom: degrees of freedom of what is left over.
+    """
+
+    by_dimension: dict[str, Effect]
+    seeds: float
+    freedom: int
+
+    @property
+    def rest(self) -> float:
+        """The share that is neither of a dimension alone nor of the seeds: interactions, and what parabolas miss."""
+        return 1 - self.seeds - sum(effect.share for effect in self.by_dimension.values())
+
+
+def main_effects(members: Sequence[dict[str, Value]], values: np.ndarray, seed: int = 0) -> Effects:
+    """Estimate the main effect of each dimension.
+
+    Args:
+        values: a metric of each member by seed: float64 ``[members, seeds]``.
+        seed: of the draws for the standard errors.
+
+    Raises:
+        UserError: there are too few members for the effects, or the members do not differ.
+    """
+    means, count = values.mean(axis=1), len(members)
+    columns, choices = {}, {}
+    for name in members[0]:
+        own = [member[name] for member in members]
+        choices[name] = sorted(set(own), key=lambda value: (isinstance(value, str), value))
+        places = np.array([choices[name].index(value) for value in own])
+        curve = basis(choices[name])
+        curve = curve - curve[places].mean(axis=0)  # the effect's mean over the members is 0
+        columns[name] = places, curve
+    design = np.hstack([np.ones((count, 1)), *(curve[places] for places, curve in columns.values())])
+    freedom = count - design.shape[1]
+    if freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
+        raise UserError(
+            f"{count} members are too few for {design.shape[1]} coefficients of {len(columns)} dimensions; train more, "
+            "or other members"
+        )
+    solve = np.linalg.pinv(design)  # coefficients from means: [coefficients, members]
+    fitted = design @ solve @ means
+    noise = ((means - fitted) ** 2).sum() / freedom
+    if not means.var():
+        raise UserError("all members are equal: there is nothing to explain")
+    drawn = fitted + np.sqrt(noise) * np.random.default_rng(seed).normal(size=(DRAWS, count))
+    samples = np.vstack([means, drawn])  # the first one is what was measured
+    coefficients = samples @ solve.T  # [samples, coefficients]
+    residual = ((samples - coefficients @ design.T) ** 2).sum(axis=1) / freedom
+    total = samples.var(axis=1)
+    found, start = {}, 1
+    for name, (places, curve) in columns.items():
+        part = slice(start, start + curve.shape[1])
+        start = part.stop
+        effects = coefficients[:, part] @ curve.T  # [samples, values]
+        by_chance = ((curve[places] @ solve[part]) ** 2).sum() / count  # of noise with variance 1
+        shares = (effects[:, places].var(axis=1) - residual * by_chance) / total
+        deviations = effects[1:].std(axis=0)
+        found[name] = Effect(
+            dict(zip(choices[name], effects[0].tolist(), strict=True)),
+            dict(zip(choices[name], deviations.tolist(), strict=True)),
+            float(shares[0]),
+            float(shares[1:].std()),
+        )
+    of_seeds = values.var(axis=1, ddof=1).mean() / values.shape[1] if values.shape[1] > 1 else 0.0
+    return Effects(found, float(of_seeds / total[0]), freedom)
+
+
+def basis(values: Sequence[Value]) -> np.ndarray:
+    """The functions of which an effect is made, at each value: float64 ``[values, functions]``."""
+    if any(isinstance(value, str) for value in values):
+        return np.eye(len(values))[:, 1:]
+    size = np.log(np.array(values, dtype=float))
+    size = (size - size.mean()) / (size.std() or 1.0)
+    return size[:, None] ** np.arange(1, min(DEGREE, len(values) - 1) + 1)
+
+
+def describe(effects: Effects, scale: float) -> str:
+    """Effects as a Markdown table, the largest share first; values are multiplied by a scale."""
+    times = stats.t.ppf(0.975, effects.freedom)
+    lines = ["| dimension | share of the variance | what its values add, with 95 % intervals |", "|---|---|---|"]
+    for name, effect in sorted(effects.by_dimension.items(), key=lambda item: -item[1].share):
+        parts = [
+            f"{value} {scale * effect.values[value]:+.2f} ± {scale * times * effect.errors[value]:.2f}"
+            for value in effect.values
+        ]
+        lines.append(f"| {name} | {effect.share:.0%} ± {times * effect.share_error:.0%} | {', '.join(parts)} |")
+    return "\n".join(
+        [*lines, f"| seeds | {effects.seeds:.0%} | |", f"| interactions and the rest | {effects.rest:.0%} | |"]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", type=Path, default=OUT, help="of table.py (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        table = read_table(args.table)
+        for name, values, scale, unit in ((VAL_TOP1, table.top1, 100, "points"), (VAL_LOSS, table.loss, 1, "nats")):
+            print(f"{name}, {unit}\n\n{describe(main_effects(table.members, values[:, :, -1]), scale)}\n")
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    truth = table.top1[:, :, -1].mean(axis=1)
+    rank = 1 + int((truth > truth[0]).sum())
+    print(f"member 0, the recipe's own model: {VAL_TOP1} {truth[0]:.1%}, number {rank} of {len(truth)}")
+
+
+if __name__ == "__main__":
+    main()

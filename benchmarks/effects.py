@@ -131,13 +131,13 @@ def basis(values: Sequence[Value]) -> np.ndarray:
     return size[:, None] ** np.arange(1, min(DEGREE, len(values) - 1) + 1)
 
 
-def describe(effects: Effects, scale: float) -> str:
+def describe(effects: Effects, scale: float, digits: int) -> str:
     """Effects as a Markdown table, the largest share first; values are multiplied by a scale."""
     times = stats.t.ppf(0.975, effects.freedom)
     lines = ["| dimension | share of the variance | what its values add, with 95 % intervals |", "|---|---|---|"]
     for name, effect in sorted(effects.by_dimension.items(), key=lambda item: -item[1].share):
         parts = [
-            f"{value} {scale * effect.values[value]:+.2f} ± {scale * times * effect.errors[value]:.2f}"
+            f"{value} {scale * effect.values[value]:+.{digits}f} ± {scale * times * effect.errors[value]:.{digits}f}"
             for value in effect.values
         ]
         lines.append(f"| {name} | {effect.share:.0%} ± {times * effect.share_error:.0%} | {', '.join(parts)} |")
@@ -152,8 +152,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         table = read_table(args.table)
-        for name, values, scale, unit in ((VAL_TOP1, table.top1, 100, "points"), (VAL_LOSS, table.loss, 1, "nats")):
-            print(f"{name}, {unit}\n\n{describe(main_effects(table.members, values[:, :, -1]), scale)}\n")
+        for name, values, how, unit in (
+            (VAL_TOP1, table.top1, (100, 2), "points"),
+            (VAL_LOSS, table.loss, (1, 3), "nats"),
+        ):
+            print(f"{name}, {unit}\n\n{describe(main_effects(table.members, values[:, :, -1]), *how)}\n")
     except UserError as error:
         raise SystemExit(str(error)) from error
     truth = table.top1[:, :, -1].mean(axis=1)

@@ -3,19 +3,20 @@
     python benchmarks/searchers.py
     python benchmarks/searchers.py benchmarks/reference.parquet --searches 200 --trials 48 --prior members.csv
 
-A search has the table's members and one of their seeds each, drawn at random; the same for all searchers. It trains one
-trial at a time, as the study does with ``--against gmacs --concurrent 1``: the same searcher, told the same of each
-trial, and with early stopping the same rungs and promotions. TPE scores the members that it has not seen and takes the
-best one; NSGA-II takes the unseen member that differs from its child in the fewest dimensions. An epoch counts when it
-is trained, and only once: a promoted trial continues.
+A search has the table's members and one of their seeds each, drawn at random; the same for all searchers. It ends when
+it has spent the epochs of ``--trials`` whole trials, or has seen all members. It trains one trial at a time, as the
+study does with ``--against gmacs --concurrent 1``: the same searcher, told the same of each trial, and with early
+stopping the same rungs and promotions. TPE scores the members that it has not seen and takes the best one; NSGA-II
+takes the unseen member that differs from its child in the fewest dimensions. An epoch counts when it is trained, and
+only once: a promoted trial continues.
 
 What a search has found is the Pareto front, and the best, of its finished trials by the seed that it saw. They are
 judged by the truth, the members' mean over all seeds after the last epoch: the hypervolume of these members' truth, as
 a share of that of the table's true front, and by how much the best one's truth is below the table's best (regret).
 
-The figure has the mean over searches and half of them around it, against epochs spent. A search that has ended keeps
-its last value. "to random's" are the epochs after which the mean hypervolume is that of random search when it has
-trained all its trials to the end. ``--prior`` gives TPE and NSGA-II a score of each member, such as its accuracy with a
+The figure has the mean over searches and half of them around it, against epochs spent. A search that has seen all
+members keeps its last value. "to random's" are the epochs after which the mean hypervolume is that of random search
+without early stopping at its end. ``--prior`` gives TPE and NSGA-II a score of each member, such as its accuracy with a
 supernet's weights: the ``members.csv`` of ``posmlp supernet``, told as ``posmlp tune --prior`` tells an earlier study.
 """
 
@@ -80,18 +81,19 @@ class Replay:
     def __init__(self, table: Table, trials: int, prior: np.ndarray | None = None):
         """
         Args:
-            trials: of a search; at most the number of members is trained.
+            trials: a search may spend the epochs of this number of whole trials.
             prior: a score of each member, higher is better: float64 ``[members]``.
         """
         self.table, self.prior = table, prior
         self.truth = table.top1[:, :, -1].mean(axis=1)
+        self.budget = trials * table.top1.shape[2]
         names = table.members[0].keys()
         values = {name: tuple(sorted({member[name] for member in table.members}, key=order)) for name in names}
         self.space = Space(values, lambda member: {}, tuple(table.members))
         self.numbers = {member_key(member): number for number, member in enumerate(table.members)}
         # Of the recipe, a search sees the task, the epochs and the seed alone.
         recipe = load_recipe("demo", [f"train.epochs={table.top1.shape[2]}"])
-        self.study = Study(name="replay", recipe=recipe, space="table", trials=trials, against="gmacs")
+        self.study = Study(name="replay", recipe=recipe, space="table", trials=len(self.truth), against="gmacs")
         self.true_volume = self.volume_of(range(len(self.truth)), self.truth)
 
     def searcher(self, kind: str, asha: bool, with_prior: bool, seed: int) -> Searcher:
@@ -122,11 +124,11 @@ class Replay:
         trained: dict[int, int] = {}  # epochs, by number of the trial
         finished: list[int] = []  # members
         spent: list[int] = []
-        while True:
+        while sum(trained.values()) < self.budget:
             stopped = [trial.number for trial in trials if trial.state == TrialState.STOPPED]
             if halving and (promoted := halving.promotable(stopped)):
                 number = promoted[0]
-            elif len(trials) < study.trials and (proposed := searcher.propose(trials)):
+            elif proposed := searcher.propose(trials):
                 number = proposed.number
                 trials.append(proposed)
             else:
@@ -247,7 +249,7 @@ def main() -> None:
     parser.add_argument(
         "--searches", type=int, default=200, help="of each kind, seeds 0, 1, ... (default: %(default)s)"
     )
-    parser.add_argument("--trials", type=int, default=48, help="of a search (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=48, help="whole trials of a search (default: %(default)s)")
     parser.add_argument("--prior", type=Path, help="members.csv of a supernet that has scored the table's members")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="(default: %(default)s)")
     args = parser.parse_args()
@@ -266,10 +268,9 @@ def main() -> None:
                 found[name, asha] = [
                     replay.run(replay.searcher(kind, asha, with_prior, seed)) for seed in range(args.searches)
                 ]
-    trials = min(args.trials, len(table.members))
-    last = trials * epochs
+    last = min(args.trials, len(table.members)) * epochs
     target = sample(found["random", False], "volume", epochs, last)[:, -1].mean()
-    print(f"{args.searches} searches of {trials} trials, {len(table.members)} members, {epochs} epochs\n")
+    print(f"{args.searches} searches of {last} epochs, {len(table.members)} members, {epochs} epochs\n")
     print(
         "| searcher | early stopping | epochs | finished | hypervolume | regret, points | to random's | of its epochs |"
     )

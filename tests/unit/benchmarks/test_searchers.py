@@ -119,11 +119,11 @@ def test_each_epoch_counts_once_also_of_promoted_trials(tmp_path, monkeypatch, s
 def test_early_stopping_is_that_of_the_simulation_of_early_stopping(tmp_path, seed):
     """``benchmarks/early_stopping.py`` trains the same members in the same order, one at a time."""
     table = table_of(tmp_path, noise=0.05)
-    replay = Replay(table, 40)
+    replay = Replay(table, len(MEMBERS))
     order = []
     searcher = replay.searcher("random", True, False, seed)
     trials = []
-    while len(order) < 40:  # what random search proposes depends on nothing
+    while len(order) < len(MEMBERS):  # what random search proposes depends on nothing
         trials.append(searcher.propose(trials))
         order.append(MEMBERS.index(trials[-1].member))
     search = replay.run(replay.searcher("random", True, False, seed))
@@ -132,7 +132,7 @@ def test_early_stopping_is_that_of_the_simulation_of_early_stopping(tmp_path, se
     halving = successive_halving(searcher.study, [])
     finished, trained, promotions = early_stopping.search(same, halving, with_cost=True, workers=1)
     assert (search.epochs, len(search.spent)) == (trained, len(finished))
-    assert promotions > 0 and trained < 40 * EPOCHS
+    assert promotions > 0 and trained < len(MEMBERS) * EPOCHS
     chosen = replay.judge([order[i] for i in sorted(finished)], seen[:, -1])
     assert (search.volume[-1], search.regret[-1]) == pytest.approx(chosen)
 
@@ -230,5 +230,5 @@ def test_the_command_prints_a_row_for_each_search_and_draws_the_figure(tmp_path,
     ]
     assert [(row[0].strip("| "), row[1]) for row in rows] == expected
     assert rows[0][2:4] == ["90", "10.0"] and int(rows[0][6]) <= 90
-    assert all(int(row[2]) < 90 for row in rows[1::2])
+    assert all(90 <= int(row[2]) < 99 for row in rows[1::2])  # the last trial may end later
     assert figure.read_bytes().startswith(b"\x89PNG")

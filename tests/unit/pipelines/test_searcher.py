@@ -182,7 +182,7 @@ CHOICES = load_space("same_width", BASE)
 
 
 def listed(count, seed=0):
-    """A space of some members of a space of 25 million."""
+    """A space of some members of a space of 29 million."""
     rng = np.random.default_rng(seed)
     return replace(CHOICES, keys=no_keys, members=tuple(CHOICES.random(rng) for _ in range(count)))
 

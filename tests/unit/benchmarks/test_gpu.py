@@ -43,6 +43,7 @@ UNNEEDED = (
 )
 
 
+@pytest.mark.slow
 def test_all_parts_run_in_small_on_a_cpu_and_leave_their_files(tmp_path):
     site, out = tmp_path / "site", tmp_path / "out"
     site.mkdir()

@@ -18,6 +18,7 @@ from tests.helpers.process_groups import join_group, run_group
 
 SMALL = ["model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8"]
 STEPS = 4
+FINE_TUNING = ("optim.freeze=2", "optim.layer_decay=0.7", "model.weights=given")
 
 
 def global_batch(seed, task="recognition"):
@@ -82,21 +83,27 @@ def create_weights(overrides):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        ("scaling.parallel=fsdp", "optim.ema=0.9"),
-        ("optim.ema=0.9", "augment.mixup=0.8", "augment.cutmix=1", "optim.clip_grad=0.1", "train.recompute=true"),
-        ("optim.freeze=2", "optim.layer_decay=0.7", "model.weights=given", "optim.ema=0.9"),
-        ("optim.freeze=2", "optim.layer_decay=0.7", "model.weights=given", "scaling.parallel=fsdp"),
-        (
-            "model.choices={depths: [[1, 2], [1, 2], [1], [1, 3]], blocks: [[parallel, joint], [], [], []],"
-            " groups: [[], [1, 8], [], []]}",
-            "optim.ema=0.9",
-            "train.recompute=true",
+        pytest.param((), id="ddp"),
+        pytest.param(("scaling.parallel=fsdp", "optim.ema=0.9"), id="fsdp"),
+        pytest.param(
+            ("optim.ema=0.9", "augment.mixup=0.8", "augment.cutmix=1", "optim.clip_grad=0.1", "train.recompute=true"),
+            id="everything",
+            marks=pytest.mark.slow,
         ),
-        (*DETECTION, "augment.flip=0.5", "optim.ema=0.9"),
-        (*DETECTION, "scaling.parallel=fsdp"),
+        pytest.param((*FINE_TUNING, "optim.ema=0.9"), id="fine_tuning"),
+        pytest.param((*FINE_TUNING, "scaling.parallel=fsdp"), id="fine_tuning_fsdp", marks=pytest.mark.slow),
+        pytest.param(
+            (
+                "model.choices={depths: [[1, 2], [1, 2], [1], [1, 3]], blocks: [[parallel, joint], [], [], []],"
+                " groups: [[], [1, 8], [], []]}",
+                "optim.ema=0.9",
+                "train.recompute=true",
+            ),
+            id="supernet",
+        ),
+        pytest.param((*DETECTION, "augment.flip=0.5", "optim.ema=0.9"), id="detection"),
+        pytest.param((*DETECTION, "scaling.parallel=fsdp"), id="detection_fsdp", marks=pytest.mark.slow),
     ],
-    ids=["ddp", "fsdp", "everything", "fine_tuning", "fine_tuning_fsdp", "supernet", "detection", "detection_fsdp"],
 )
 def test_two_workers_train_as_one(tmp_path, overrides):
     one = train(0, 1, overrides)

@@ -141,7 +141,10 @@ def check_recipe(study: FoldStudy) -> None:
     """
     recipe = study.recipe
     if recipe.task != "recognition":
-        raise StudyError(f"posmlp folds is for task: recognition, and the recipe {recipe.name} has task: {recipe.task}")
+        raise StudyError(
+            f"posmlp folds is for task: recognition, and the recipe {recipe.name} has task: {recipe.task}; train it with "
+            "posmlp train"
+        )
     if recipe.train.patience is not None:
         raise StudyError(
             f"train.patience {recipe.train.patience} ends a run by its validation videos, which are the held-out ones "
@@ -168,13 +171,15 @@ def with_folds(study: FoldStudy, videos: Manifest, fold_of: Sequence[str]) -> Fo
         advice = "fill it in, or leave these videos out (data.train.where)"
         if study.by == "folder":
             advice = "move them into one, or group by a column"
+        has = "has" if len(nameless) == 1 else "have"
         raise StudyError(
-            f"--by {study.by}: {quantity(len(nameless), 'video')} of {path} have no {study.by} ({names}); {advice}"
+            f"--by {study.by}: {quantity(len(nameless), 'video')} of {path} {has} no {study.by} ({names}); {advice}"
         )
     values = tuple(in_order(set(fold_of)))
     if len(values) < 2:
         raise StudyError(
-            f"--by {study.by}: all videos of {path} have the {study.by} {values[0]!r}; folds need at least two values"
+            f"--by {study.by}: all videos of {path} have the {study.by} {values[0]!r}; folds need at least two values, so "
+            "give another column"
         )
     folds = hashlib.sha256(json.dumps(list(fold_of)).encode()).hexdigest()[:16]
     fingerprint = f"{list_fingerprint(videos)}, folds {folds}"

@@ -574,7 +574,7 @@ def make_plan(
     if not plan.steps_per_epoch:
         raise UserError(
             f"train.global_batch {config.train.global_batch} is more than the "
-            f"{plan.videos * config.data.repeats} training clips; lower it"
+            f"{plan.videos * config.data.repeats} training clips; give that or less"
         )
     return plan
 

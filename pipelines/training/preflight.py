@@ -112,7 +112,7 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     if clips < config.train.global_batch:
         raise RunError(
             f"train.global_batch {config.train.global_batch} is more than the {clips} training clips "
-            f"of an epoch of {config.data.train.path}; lower it"
+            f"of an epoch of {config.data.train.path}; give that or less"
         )
     if task_of(config).needs_frame_times(config):
         for split, manifest in (("train", train_set), ("val", val_set)):

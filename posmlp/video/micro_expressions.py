@@ -318,8 +318,11 @@ def find_sheet(source: ManifestSource, uri: str, keys: Sequence[str]) -> Sheet:
             cells = [{name: row[i] for name, i in columns.items() if i < len(row)} for row in rows]
             numbered = [*enumerate(cells, 1)][number + 1 :]
             return Sheet(key, tuple(columns), numbered)
-    found = ", ".join(closest) or "nothing"
-    source.stop(uri, None, f"no row names the columns; expected {expected}, found {_shorten(found)}")
+    found = {simplify(cell) for cell in closest}
+    lacking = [[name for name in SETS[key].needed if simplify(name) not in found] for key in keys]
+    missing = ", ".join(min(lacking, key=len))
+    what = f"no column {missing}" if found & ALL_NEEDED else "no row names the columns"
+    source.stop(uri, None, f"{what}; expected {expected}, found {_shorten(', '.join(closest) or 'nothing')}")
 
 
 ALL_NEEDED = {simplify(name) for each in SETS.values() for name in each.needed}

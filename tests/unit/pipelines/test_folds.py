@@ -174,18 +174,19 @@ def test_runs_lists_a_study_of_folds(faces, capsys):
 )
 def test_what_cannot_be_cross_validated_is_refused_before_ray_starts(faces, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(faces)
-    monkeypatch.setattr("pipelines.commands.folds.draw_data_of", lambda *recipe: None)
+    drawn = []
+    monkeypatch.setattr("pipelines.commands.folds.draw_data_of", lambda name, recipe: drawn.append(name))
     own = [f"data.train.path={faces}/faces.csv", "train.global_batch=8"] if "demo" in arguments else []
     own = [each for each in own if each.split("=")[0] not in str(arguments)]
     assert main(["folds", *arguments, *own]) == 1
     assert message in capsys.readouterr().err
-    assert not (faces / "runs").exists()
+    assert not (faces / "runs").exists() and "scenes" not in drawn
 
 
 def test_a_video_without_a_fold_is_named(faces):
     text = (faces / "faces.csv").read_text().replace("7.mp4,joy,s6", "7.mp4,joy,")
     (faces / "faces.csv").write_text(text)
-    with pytest.raises(StudyError, match=r"1 video of .*faces.csv have no subject \(7.mp4\); fill it in"):
+    with pytest.raises(StudyError, match=r"1 video of .*faces.csv has no subject \(7.mp4\); fill it in"):
         rows = pa.table({"sample_id": ["6.mp4", "7.mp4"], "label": [0, 1]})
         with_folds(study_of(faces), Manifest(rows, CLASSES), ["s6", ""])
 

@@ -246,6 +246,7 @@ def test_the_wrong_workbook_or_folder_is_one_problem(tmp_path):
     header = [name for name in CASME2_HEADER if name != "OffsetFrame"]
     without = write_workbook(tmp_path / "c.xlsx", [header, ["01"] * len(header)])
     (problem,) = problems(without, format="casme2")
+    assert problem.startswith(f"{without}: no column OffsetFrame; expected an Excel workbook (.xlsx) with the columns ")
     assert (
         "Subject, Filename, OnsetFrame, OffsetFrame, Estimated Emotion, found Subject, Filename, OnsetFrame" in problem
     )

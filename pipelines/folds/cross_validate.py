@@ -142,8 +142,8 @@ def check_recipe(study: FoldStudy) -> None:
     recipe = study.recipe
     if recipe.task != "recognition":
         raise StudyError(
-            f"posmlp folds is for task: recognition, and the recipe {recipe.name} has task: {recipe.task}; train it with "
-            "posmlp train"
+            f"posmlp folds is for task: recognition, and the recipe {recipe.name} has task: {recipe.task}; train it "
+            "with posmlp train"
         )
     if recipe.train.patience is not None:
         raise StudyError(
@@ -178,8 +178,8 @@ def with_folds(study: FoldStudy, videos: Manifest, fold_of: Sequence[str]) -> Fo
     values = tuple(in_order(set(fold_of)))
     if len(values) < 2:
         raise StudyError(
-            f"--by {study.by}: all videos of {path} have the {study.by} {values[0]!r}; folds need at least two values, so "
-            "give another column"
+            f"--by {study.by}: all videos of {path} have the {study.by} {values[0]!r}; folds need at least two values, "
+            "so give another column"
         )
     folds = hashlib.sha256(json.dumps(list(fold_of)).encode()).hexdigest()[:16]
     fingerprint = f"{list_fingerprint(videos)}, folds {folds}"

@@ -320,7 +320,7 @@ def find_sheet(source: ManifestSource, uri: str, keys: Sequence[str]) -> Sheet:
             return Sheet(key, tuple(columns), numbered)
     found = {simplify(cell) for cell in closest}
     lacking = [[name for name in SETS[key].needed if simplify(name) not in found] for key in keys]
-    missing = ", ".join(min(lacking, key=len))
+    missing = ", ".join(sorted(lacking, key=len)[0])
     what = f"no column {missing}" if found & ALL_NEEDED else "no row names the columns"
     source.stop(uri, None, f"{what}; expected {expected}, found {_shorten(', '.join(closest) or 'nothing')}")
 

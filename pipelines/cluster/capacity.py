@@ -152,12 +152,9 @@ def explain_start_wait(scaling: ScalingSection, seconds: float) -> str:
     fewest = scaling.min_workers or scaling.workers
     need = quantity(fewest, "worker") + f" of {describe_worker(scaling)}" + " each" * (scaling.workers > 1)
     wait = f"waiting for {seconds:.0f} s to start {need}"
-    holders = find_holders()
-    own = holders.get(THIS_JOB, Counter()) if holders else Counter()
-    has_room = all(own[kind] >= fewest * amount - 1e-6 for kind, amount in worker_resources(scaling).items())
-    if has_room and not waits_for_room():
+    if have_room({kind: fewest * amount for kind, amount in worker_resources(scaling).items()}):
         return f"{wait}: there is room on the cluster, and the processes start; Ctrl-C ends the wait"
-    return f"{wait}: {describe_use(holders)}. The run starts when there is room; Ctrl-C ends the wait"
+    return f"{wait}: {describe_use(find_holders())}. The run starts when there is room; Ctrl-C ends the wait"
 
 
 def explain_task_wait(what: str, scaling: ScalingSection, seconds: float) -> str:
@@ -199,14 +196,26 @@ def find_holders() -> dict[str, Counter[str]] | None:
         return None
 
 
-def waits_for_room() -> bool:
-    """Return whether a placement group of this job has no room yet; True if Ray's state API does not answer."""
-    own = ray.get_runtime_context().get_job_id()
+def have_room(needed: Mapping[str, float]) -> bool:
+    """Return whether this job's placement groups hold the resources of its workers, and none of them waits for room.
+
+    Returns:
+        False if Ray's state API does not answer.
+    """
+    job, held = ray.get_runtime_context().get_job_id(), Counter[str]()
     try:
-        groups = list_placement_groups(filters=[("state", "=", "PENDING")], **STATE_OPTIONS)
+        groups = list_placement_groups(here(), **STATE_OPTIONS)
     except Exception:  # as in find_holders
-        return True
-    return any(group.creator_job_id == own for group in groups)
+        return False
+    own = [group for group in groups if group.creator_job_id == job]
+    for bundle in (bundle for group in own if group.state == "CREATED" for bundle in group.bundles or []):
+        held.update(bundle["unit_resources"])
+    return all(group.state != "PENDING" for group in own) and all(held[k] >= n - 1e-6 for k, n in needed.items())
+
+
+def here() -> str:
+    """Address of this process's Ray, for its state API, which refuses to choose where several run on a machine."""
+    return ray.get_runtime_context().gcs_address
 
 
 def held_by_jobs() -> dict[str, Counter[str]]:
@@ -215,9 +224,9 @@ def held_by_jobs() -> dict[str, Counter[str]]:
     Raises:
         Exception: of any kind: Ray's state API does not answer.
     """
-    groups = list_placement_groups(filters=[("state", "=", "CREATED")], **STATE_OPTIONS)
-    actors = list_actors(filters=[("state", "=", "ALIVE")], **STATE_OPTIONS)
-    jobs = list_jobs(**STATE_OPTIONS)
+    groups = list_placement_groups(here(), filters=[("state", "=", "CREATED")], **STATE_OPTIONS)
+    actors = list_actors(here(), filters=[("state", "=", "ALIVE")], **STATE_OPTIONS)
+    jobs = list_jobs(here(), **STATE_OPTIONS)
     entries = {job.job_id: " ".join((job.submission_id or job.entrypoint or "").split()) for job in jobs}
     own, held = ray.get_runtime_context().get_job_id(), dict[str, Counter[str]]()
     in_groups = ((group.creator_job_id, bundle["unit_resources"]) for group in groups for bundle in group.bundles or [])

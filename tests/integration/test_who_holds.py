@@ -7,9 +7,11 @@ import sys
 import pytest
 import ray
 from ray.util import placement_group, remove_placement_group
+from ray.util.state import list_jobs
 
 from pipelines.cluster.capacity import describe_use, explain_start_wait, find_holders, held_by_jobs
 from posmlp.config import ScalingSection
+from tests.helpers.ray_nodes import RayNodes
 from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.ray
@@ -74,3 +76,15 @@ def test_the_jobs_that_hold_the_cluster_are_named(other_job):
 def test_an_idle_cluster_is_held_by_nobody(local_ray):
     until(lambda: ray.available_resources().get("CPU") == 4)
     assert describe_use(find_holders()) == "4 of 4 CPUs are free; `ray status` tells more"
+
+
+def test_another_ray_on_the_machine_is_no_hindrance(local_ray, tmp_path_factory):
+    """Ray's state API refuses to choose one by itself."""
+    other = RayNodes(tmp_path_factory.mktemp("n"), cpus=1)
+    try:
+        until(other.answers, 120)
+        with pytest.raises(ConnectionError, match="multiple active Ray instances"):
+            list_jobs()
+        assert find_holders() is not None
+    finally:
+        other.stop()

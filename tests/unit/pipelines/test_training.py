@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import cloudpickle
@@ -378,8 +379,10 @@ def test_a_long_wait_is_told_now_and_then():
 def test_a_wait_says_only_what_is_known(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.5})
+    monkeypatch.setattr(ray, "get_runtime_context", MagicMock())
     scaling = ScalingSection(workers=2, cpus_per_worker=2, use_gpu=True)
-    monkeypatch.setattr(capacity, "held_by_jobs", MagicMock(side_effect=ConnectionError))
+    for name in ("held_by_jobs", "list_placement_groups"):
+        monkeypatch.setattr(capacity, name, MagicMock(side_effect=ConnectionError))
     unknown = explain_start_wait(scaling, 31.4)
     need = "waiting for 31 s to start 2 workers of 2 CPU and 1 GPU each"
     assert unknown.startswith(f"{need}: 0.5 of 8 CPUs and 0 of 1 GPUs are free; `ray status`")
@@ -395,12 +398,20 @@ def test_a_run_whose_workers_start_is_not_said_to_wait_for_others(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.5})
     monkeypatch.setattr(capacity, "held_by_jobs", lambda: {"this job": Counter(CPU=0.5)})
-    monkeypatch.setattr(capacity, "waits_for_room", lambda: False)
+    monkeypatch.setattr(
+        ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "02", gcs_address="here")
+    )
+    group = SimpleNamespace(creator_job_id="02", state="CREATED", bundles=[{"unit_resources": {"CPU": 0.5}}])
+    groups = [group]
+    monkeypatch.setattr(capacity, "list_placement_groups", lambda address, **_: groups)
     scaling = ScalingSection(cpus_per_worker=0.5, use_gpu=False)
     starting = "waiting for 31 s to start 1 worker of 0.5 CPU: there is room on the cluster, and the processes start"
     assert explain_start_wait(scaling, 31).startswith(starting)
-    monkeypatch.setattr(capacity, "waits_for_room", lambda: True)  # what the job holds is another trial's
-    assert "1.5 of 2 CPUs are free; this job holds 0.5 CPU" in explain_start_wait(scaling, 31)
+    waits = "1.5 of 2 CPUs are free; this job holds 0.5 CPU"
+    groups.append(SimpleNamespace(creator_job_id="02", state="PENDING", bundles=[]))  # the other is another trial's
+    assert waits in explain_start_wait(scaling, 31)
+    groups[:] = [SimpleNamespace(**vars(group) | {"creator_job_id": "01"})]  # the job's resources are an actor's
+    assert waits in explain_start_wait(scaling, 31)
 
 
 def test_a_driver_says_that_no_worker_answers(motion_set, tmp_path, monkeypatch):

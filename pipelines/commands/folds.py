@@ -53,7 +53,7 @@ def run_folds(args: argparse.Namespace) -> int:
     """Run a new study of folds, or resume one; then print its tables. Exit code 1: a fold has failed."""
     from pydantic import ValidationError
 
-    from pipelines.folds.cross_validate import check_recipe, cross_validate
+    from pipelines.folds.cross_validate import cross_validate
     from pipelines.studies.study import FoldStudy, StudyError, explain_error, find_study
     from pipelines.tracking.uris import links_text, tracking_uri
 
@@ -79,7 +79,7 @@ def run_folds(args: argparse.Namespace) -> int:
             study = FoldStudy(name=name, recipe=recipe, **given)
         except ValidationError as error:
             raise StudyError(f"study {name}: {explain_error(error)}") from error
-        check_recipe(study)
+        study.check_recipe()
         draw_data_of(args.recipe, recipe)
     args.after_interrupt = f"posmlp folds --resume {study.folder} resumes it"
     start = time.perf_counter()

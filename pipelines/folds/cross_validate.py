@@ -90,7 +90,7 @@ def cross_validate(study: FoldStudy, *, resume: bool = False) -> FoldsResult:
         StoppedError: a signal (SIGINT or SIGTERM) stopped the study; a call with ``resume`` continues it.
     """
     # Validate. Nothing is started or written before all checks have passed.
-    check_recipe(study)
+    study.check_recipe()
     found, trials = read_study(study.folder, FoldStudy), read_trials(study.folder)
     if found and not resume:
         raise StudyError(
@@ -131,28 +131,6 @@ def cross_validate(study: FoldStudy, *, resume: bool = False) -> FoldsResult:
             results = pool(study, controller.in_order(), dict(zip(ids, datasets, strict=True)))
             publish(results, tracker)
         return FoldsResult(study, tracker.run_id, results, end.undelivered, tracker.links())
-
-
-def check_recipe(study: FoldStudy) -> None:
-    """Refuse a recipe whose runs would choose by the held-out videos, or whose task has no pooled scores.
-
-    Raises:
-        StudyError: the message says which key to change.
-    """
-    recipe = study.recipe
-    if recipe.task != "recognition":
-        raise StudyError(
-            f"posmlp folds is for task: recognition, and the recipe {recipe.name} has task: {recipe.task}; train it "
-            "with posmlp train"
-        )
-    if recipe.train.patience is not None:
-        raise StudyError(
-            f"train.patience {recipe.train.patience} ends a run by its validation videos, which are the held-out ones "
-            "here: they would choose the epoch that they are tested at. Set train.patience=null; every fold trains all "
-            "of train.epochs"
-        )
-    if study.shuffled and recipe.data.frame_order == "shuffled":
-        raise StudyError("--shuffled compares with ordered frames, but data.frame_order is shuffled; leave one out")
 
 
 def with_folds(study: FoldStudy, videos: Manifest, fold_of: Sequence[str]) -> FoldStudy:

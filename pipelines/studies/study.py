@@ -177,6 +177,27 @@ class FoldStudy(StudySettings):
         """The folds and seeds in words."""
         return f"{quantity(len(self.values), 'fold')} by {self.by}, {quantity(self.seeds, 'seed')}"
 
+    def check_recipe(self) -> None:
+        """Refuse a recipe whose runs would choose by the held-out videos, or whose task has no pooled scores.
+
+        Raises:
+            StudyError: the message says which key to change.
+        """
+        recipe = self.recipe
+        if recipe.task != "recognition":
+            raise StudyError(
+                f"posmlp folds is for task: recognition, and the recipe {recipe.name} has task: {recipe.task}; train "
+                "it with posmlp train"
+            )
+        if recipe.train.patience is not None:
+            raise StudyError(
+                f"train.patience {recipe.train.patience} ends a run by its validation videos, which are the held-out "
+                "ones here: they would choose the epoch that they are tested at. Set train.patience=null; every fold "
+                "trains all of train.epochs"
+            )
+        if self.shuffled and recipe.data.frame_order == "shuffled":
+            raise StudyError("--shuffled compares with ordered frames, but data.frame_order is shuffled; leave one out")
+
     def fold_recipe(self, fold: str, number: int, seed: int) -> Config:
         """The recipe of the run that holds a fold out: nothing of its videos chooses anything.
 

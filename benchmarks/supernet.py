@@ -11,21 +11,20 @@ correlation that is expected between the means of this table and those of anothe
 it is r, the mean over pairs of this table's seeds. With S seeds it is S r / (1 + (S - 1) r) (Spearman-Brown). The
 intervals are of 95 %, by a bootstrap over members.
 
-The table is a Parquet file with a row for each member, seed and epoch. Its columns are member, seed, epoch, block1 to
-block4, groups1 to groups4, depth1 to depth4 (one for each stage), and val/top1 (0 to 1).
+The table is that of ``benchmarks/table.py``; docs/tabular_benchmark.md has its columns.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
+from table import OUT, read_table
 
 from pipelines.cluster.capacity import choose_device, wait_for_room
 from pipelines.cluster.session import start_ray
@@ -33,51 +32,19 @@ from pipelines.runs.record import find_run, read_record
 from pipelines.tuning.supernet import score_members
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.metrics import VAL_TOP1
 from posmlp.model.spec import STAGES, Architecture
+from tune_spaces import Value
 
 DRAWS = 1000  # of the bootstrap
-COLUMNS = {"blocks": "block", "groups": "groups", "depths": "depth"}  # key of an architecture -> columns of the table
+COLUMNS = {"blocks": "block", "groups": "groups", "depths": "depth"}  # key of an architecture -> dimension of the table
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Table:
-    """The members of a tabular benchmark, trained alone.
-
-    Attributes:
-        members: their architectures.
-        top1: ``[members, seeds]``, top-1 after the last epoch, 0 to 1.
-    """
-
-    members: list[Architecture]
-    top1: Floats
-
-
-def read_table(path: str) -> Table:
-    """Read a tabular benchmark.
-
-    Raises:
-        UserError: a column is missing, or the members differ in the number of seeds or of epochs.
-    """
-    table = pq.read_table(path)
-    columns = [f"{column}{stage}" for column in COLUMNS.values() for stage in range(1, STAGES + 1)]
-    if missing := sorted({"member", "seed", "epoch", VAL_TOP1, *columns} - set(table.column_names)):
-        raise UserError(f"{path} has no column {', '.join(missing)}; see benchmarks/supernet.py for those it needs")
-    rows = sorted(table.to_pylist(), key=lambda row: (row["member"], row["seed"], row["epoch"]))
-    runs = [list(run) for _, run in itertools.groupby(rows, lambda row: (row["member"], row["seed"]))]
-    if len(epochs := {run[-1]["epoch"] for run in runs}) > 1:
-        raise UserError(f"{path}: the last epoch of some members is {min(epochs)}, of others {max(epochs)}")
-    members, top1 = [], []
-    for _, same in itertools.groupby((run[-1] for run in runs), lambda row: row["member"]):
-        seeds = list(same)
-        stages = {key: [seeds[0][f"{name}{stage + 1}"] for stage in range(STAGES)] for key, name in COLUMNS.items()}
-        members.append(Architecture(**{key: tuple(values) for key, values in stages.items()}))
-        top1.append([row[VAL_TOP1] for row in seeds])
-    if len(counts := {len(seeds) for seeds in top1}) > 1 or min(counts) < 2:
-        raise UserError(f"{path}: members have {sorted(counts)} seeds; all must have the same number, at least 2")
-    return Table(members, np.array(top1, float))
+def architecture_of(member: Mapping[str, Value]) -> Architecture:
+    """The architecture of a table's member."""
+    stages = range(1, STAGES + 1)
+    return Architecture(**{key: tuple(member[f"{name}{stage}"] for stage in stages) for key, name in COLUMNS.items()})  # type: ignore[arg-type]
 
 
 def spearman(one: Floats, other: Floats) -> float:
@@ -118,15 +85,15 @@ def bootstrap(inherited: Floats, top1: Floats) -> dict[str, tuple[float, float]]
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
-def mean_by_value(table: Table, inherited: Floats) -> list[str]:
-    """A line for each value of each column: mean top-1 of its members, inherited and alone."""
-    lines, alone = [f"{'':<24}{'members':>8}{'inherited':>11}{'alone':>9}"], table.top1.mean(1)
-    for key, stage in itertools.product(COLUMNS, range(STAGES)):
-        values = [getattr(member, key)[stage] for member in table.members]
-        for value in sorted(set(values)):
+def mean_by_value(members: Sequence[Mapping[str, Value]], inherited: Floats, alone: Floats) -> list[str]:
+    """A line for each value of each dimension: mean top-1 of its members, inherited and alone; both ``[members]``."""
+    lines = [f"{'':<24}{'members':>8}{'inherited':>11}{'alone':>9}"]
+    for name in members[0]:
+        values = [member[name] for member in members]
+        for value in sorted(set(values)):  # type: ignore[type-var]  # all words or all numbers
             own = np.array([each == value for each in values])
             means = f"{inherited[own].mean():>11.1%}{alone[own].mean():>9.1%}"
-            lines.append(f"{f'{COLUMNS[key]}{stage + 1} {value}':<24}{own.sum():>8}{means}")
+            lines.append(f"{f'{name} {value}':<24}{own.sum():>8}{means}")
     return lines
 
 
@@ -154,14 +121,20 @@ def score(run: str, members: Sequence[Architecture]) -> Floats:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a supernet's run")
-    parser.add_argument("table", help="Parquet file of the tabular benchmark")
+    parser.add_argument("table", nargs="?", type=Path, default=OUT, help="of table.py (default: %(default)s)")
     args = parser.parse_args()
-    table = read_table(args.table)
-    inherited = score(args.run, table.members)
-    intervals = bootstrap(inherited, table.top1)
-    print("\n".join(mean_by_value(table, inherited)))
-    print(f"\n{len(table.members)} members with {table.top1.shape[1]} seeds each")
-    for name, value in agreement(inherited, table.top1).items():
+    try:
+        table = read_table(args.table)
+        top1 = table.top1[:, :, -1]
+        if top1.shape[1] < 2:
+            raise UserError(f"{args.table} has one seed of each member; the ceiling needs at least 2")
+        inherited = score(args.run, [architecture_of(member) for member in table.members])
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    intervals = bootstrap(inherited, top1)
+    print("\n".join(mean_by_value(table.members, inherited, top1.mean(1))))
+    print(f"\n{len(table.members)} members with {top1.shape[1]} seeds each")
+    for name, value in agreement(inherited, top1).items():
         low, high = intervals[name]
         print(f"{name:<20}{value:>7.2f}  [{low:.2f}, {high:.2f}]")
 

@@ -4,7 +4,8 @@
 
 The studies train the same members by the same recipe, each with another ``train.seed``;
 ``benchmarks/reference_space.py`` has the commands. Every member needs every seed and every epoch; the error names what
-is missing. The script prints by how much the seeds and the members deviate after the last epoch.
+is missing. A STUDY may also be a Parquet file that this script has written, to add seeds to a table. The script prints
+by how much the seeds and the members deviate after the last epoch.
 """
 
 from __future__ import annotations
@@ -75,8 +76,7 @@ def read_table(path: Path) -> Table:
         raise UserError(
             f"{path} has {rows.num_rows} rows for {counts}; each member needs each seed and each epoch once"
         )
-    names = [name for name in rows.column_names if name.rstrip("0123456789") in ("block", "groups", "depth")]
-    firsts = rows.select(names).take(np.arange(shape[0]) * (shape[1] * shape[2]))
+    firsts = rows.select(dimensions(rows)).take(np.arange(shape[0]) * (shape[1] * shape[2]))
     top1, loss, gmacs = (rows[name].to_numpy().reshape(shape) for name in (VAL_TOP1, VAL_LOSS, COST_GMACS))
     return Table(firsts.to_pylist(), top1, loss, gmacs[:, 0, 0])
 
@@ -90,15 +90,17 @@ def collect(names: Sequence[str]) -> pa.Table:
     Members are numbered in the order of the first study's trials.
 
     Args:
-        names: the studies, by folder or name.
+        names: the studies, by folder or name, and tables of this script, files that end in ``.parquet``.
 
     Raises:
         UserError: a trial is not finished or lacks an epoch, recipes differ, or a member lacks a seed.
     """
     members: dict[tuple[Value, ...], int] = {}
     rows: dict[tuple[int, int], list[dict[str, Any]]] = {}  # by member and seed
+    tables = [Path(name) for name in names if name.endswith(".parquet")]
+    recipes = {str(path): add_table(path, members, rows) for path in tables}
     first: Config | None = None
-    for study, trial in trials_of(names):
+    for study, trial in trials_of([name for name in names if not name.endswith(".parquet")]):
         what = f"trial {trial.number} of {study.folder}"
         info = last_checkpoint(study, trial, what)
         config = info.recipe()
@@ -113,13 +115,44 @@ def collect(names: Sequence[str]) -> pa.Table:
         costs = {name: trial.metrics[name] for name in COSTS}
         known = {"member": key[0], "seed": trial.seed} | member | costs
         rows[key] = [known | epoch for epoch in curve(info, config.train.epochs, what)]
-    if first is None:
+    if first is None and not tables:
         raise UserError(f"{', '.join(names)} has no trials; train some")
+    if first is not None:
+        recipes[f"{', '.join(names)}"] = shared_recipe(first)
+    (one, recipe), *others = recipes.items()
+    if differing := [name for name, text in others if text != recipe]:
+        raise UserError(f"{differing[0]} has another recipe than {one}; collect tables and studies of one recipe")
     seeds = {seed for _, seed in rows}
     if missing := [f"member {m} seed {s}" for m in members.values() for s in sorted(seeds) if (m, s) not in rows]:
         raise UserError(f"{', '.join(names)}: each member needs each seed; missing: {', '.join(missing)}; train them")
     table = pa.Table.from_pylist([row for key in sorted(rows) for row in rows[key]])
-    return table.replace_schema_metadata({"recipe": shared_recipe(first), "versions": json.dumps(versions())})
+    return table.replace_schema_metadata({"recipe": recipe, "versions": json.dumps(versions())})
+
+
+def add_table(
+    path: Path, members: dict[tuple[Value, ...], int], rows: dict[tuple[int, int], list[dict[str, Any]]]
+) -> str:
+    """Add the rows of a table to those of ``collect``; returns its recipe.
+
+    Raises:
+        UserError: it is not a table of this script, or has a member and seed that are there already.
+    """
+    read_table(path)  # refuses what is not one
+    table = pq.read_table(path)
+    names = dimensions(table)
+    of_table: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        number = members.setdefault(tuple(row[name] for name in names), len(members))
+        of_table.setdefault((number, row["seed"]), []).append(row | {"member": number})
+    if known := sorted(of_table.keys() & rows.keys()):
+        raise UserError(f"{path} has member {known[0][0]} seed {known[0][1]} again; leave one of the tables out")
+    rows.update(of_table)
+    return (table.schema.metadata or {}).get(b"recipe", b"").decode()
+
+
+def dimensions(table: pa.Table) -> list[str]:
+    """The columns of a table that say which architecture a member is."""
+    return [name for name in table.column_names if name.rstrip("0123456789") in ("block", "groups", "depth")]
 
 
 def trials_of(names: Sequence[str]) -> Iterator[tuple[Study, Trial]]:

@@ -45,7 +45,7 @@ RENAMED_KEYS = {  # old name -> present name; recipes, overrides and stored conf
 
 SPLITS = ("train", "val", "test")
 # Keys of the model that are null where the recipe leaves them to the model's name
-ARCHITECTURE_KEYS = ("frames", "image_size", "dims", "depths", "groups", "windows", "blocks")
+ARCHITECTURE_KEYS = ("frames", "image_size", "dims", "depths", "groups", "windows", "blocks", "init")
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,8 @@ class ModelSection(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the classifier
     stage4_stride: Literal[16, 32] = 32  # pixels from one token of stage 4 to the next; 16: as large as stage 3
+    # Size of fresh weights: as published, or scaled to width, depth and windows; None: the variant's, scaled for tiny
+    init: Literal["published", "scaled"] | None = None
     choices: ChoicesSection | None = None  # train a supernet: all of these with shared weights (`posmlp supernet`)
     weights: str | None = None  # initial weights: a run, a checkpoint, a file, or posmlp:motion
 

@@ -50,9 +50,10 @@ def add_motion(commands: Commands) -> None:
     )
     motion.add_argument(
         "--kind",
-        choices=["motion", "strokes"],
+        choices=["motion", "strokes", "turns"],
         default="motion",
-        help="motion: 8 classes of moving shapes; strokes: 82 classes of drawn paths (default: %(default)s)",
+        help="motion: 8 classes of moving shapes; strokes: 82 classes of paths that an arm draws; turns: 16 classes of "
+        "shapes that move in one direction and then in another (default: %(default)s)",
     )
     motion.add_argument("--train", type=int, default=640, help="number of training clips (default: %(default)s)")
     motion.add_argument("--val", type=int, default=160, help="number of validation clips (default: %(default)s)")

@@ -66,38 +66,50 @@ def load_recipe_and_data(recipe: str, overrides: list[str]) -> Config:
 
 
 def draw_data_of(recipe: str, config: Config) -> None:
-    """Draw the embedded set of ``demo``, ``scenes`` or ``faces`` with its own data, unless there is a list already."""
-    draw = {"demo": draw_motion_set, "scenes": draw_scene_set, "faces": draw_face_set}.get(recipe)
+    """Draw the embedded set of a recipe such as ``demo`` with its own data, unless there is a list already."""
+    draw = {"demo": draw_motion, "reference": draw_turns, "scenes": draw_scenes, "faces": draw_faces}.get(recipe)
     train_list = Path(config.data.train.path)
     if draw and config.data.train.path == load_recipe(recipe).data.train.path and not train_list.exists():
-        draw(train_list.parents[1] if recipe == "faces" else train_list.parent)
+        draw_and_tell(draw, train_list.parents[1] if recipe == "faces" else train_list.parent)
 
 
-def draw_motion_set(folder: Path) -> None:
-    """Draw the embedded motion set, unless the folder holds it."""
+def draw_and_tell(draw: Callable[[Path], str], folder: Path) -> None:
+    """Draw an embedded set, unless the folder holds it, and say where it is."""
+    start = time.perf_counter()
+    what = draw(folder)
+    print(f"embedded {what}: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def draw_motion(folder: Path) -> str:
+    """Draw the motion set; returns what it is."""
     from posmlp.video.motion import make_motion_set
 
-    start = time.perf_counter()
     make_motion_set(folder)
-    print(f"embedded motion set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+    return "motion set"
 
 
-def draw_scene_set(folder: Path) -> None:
-    """Draw the embedded detection set, unless the folder holds it."""
+def draw_turns(folder: Path) -> str:
+    """Draw the set of turns of the recipe ``reference``; returns what it is."""
+    from posmlp.video.motion import make_motion_set
+
+    make_motion_set(folder, kind="turns", train=1280, val=1024, size=24)
+    return "set of turns"
+
+
+def draw_scenes(folder: Path) -> str:
+    """Draw the detection set; returns what it is."""
     from posmlp.detection.scenes import make_scene_set
 
-    start = time.perf_counter()
     make_scene_set(folder)
-    print(f"embedded detection set: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+    return "detection set"
 
 
-def draw_face_set(folder: Path) -> None:
-    """Draw the embedded set of faces, unless the folder holds it."""
+def draw_faces(folder: Path) -> str:
+    """Draw the set of faces; returns what it is."""
     from posmlp.video.faces import make_face_set
 
-    start = time.perf_counter()
     make_face_set(folder)
-    print(f"embedded set of faces: {folder} ({time.perf_counter() - start:.0f} s)", flush=True)
+    return "set of faces"
 
 
 def add_overrides(command: argparse.ArgumentParser, example: str) -> None:

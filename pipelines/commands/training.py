@@ -15,7 +15,8 @@ from pipelines.commands.options import (
     add_overrides,
     add_recipe,
     add_train_options,
-    draw_motion_set,
+    draw_and_tell,
+    draw_motion,
     load_recipe_and_data,
 )
 from posmlp import metrics as names
@@ -47,7 +48,7 @@ def add_demo(commands: Commands) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     """Make the data set, train, print the result."""
     config = load_recipe("demo", args.overrides)
-    draw_motion_set(Path(config.data.train.path).parent)
+    draw_and_tell(draw_motion, Path(config.data.train.path).parent)
     train_and_print(config, args)
 
 

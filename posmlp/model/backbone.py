@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from posmlp.detection.roi_align import roi_align
 from posmlp.model import cpu
-from posmlp.model.gates import PositionGate
-from posmlp.model.spec import BLOCKS, Window, block_units, unit_window
+from posmlp.model.gates import INIT_STD, PositionGate
+from posmlp.model.spec import BLOCKS, Window, block_units, residual_steps, unit_window
+
+TABLE_GAIN = 0.5  # of the signal that a gate takes from its window, in fresh `scaled` weights
 
 
 def channel_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -281,10 +283,38 @@ def padding_mask(size: Sequence[int], extent: Window, device: torch.device) -> T
 
 
 def init_linear(module: nn.Module) -> None:
-    """Initialise a linear layer; leave other modules unchanged."""
+    """Initialise a linear layer as the published code does; leave other modules unchanged."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
         nn.init.zeros_(module.bias)
+
+
+def scale_init(model: nn.Module, steps: int) -> None:
+    """Scale the fresh weights of a model's units so that signals keep their size: the ``init`` ``scaled``.
+
+    - fc1 and fc2 get the deviation ``1 / sqrt(C)`` of C inputs. With 0.02, outputs of narrow units
+      vanish.
+    - fc2 is also divided by the square root of the number of residual steps, as in GPT-2. The sum of all steps then has
+      the size of one.
+    - A position table gets the deviation ``TABLE_GAIN / sqrt(tokens)`` of a window's tokens, so that a gate sees its
+      window from the start.
+
+    With the published weights, ``tiny`` learns for epochs what a single frame tells before it sees motion
+    (docs/model.md).
+
+    Args:
+        model: its units' weights are fresh: of deviation ``INIT_STD``.
+        steps: residual steps from the stem to the head.
+    """
+    with torch.no_grad():
+        for unit in model.modules():
+            if isinstance(unit, Unit):
+                gain = 1 / (INIT_STD * math.sqrt(unit.fc1.in_features))
+                unit.fc1.weight.mul_(gain)
+                unit.fc2.weight.mul_(gain / math.sqrt(steps))
+                for name, table in unit.gate.named_parameters():
+                    if name.startswith("table"):  # of a supernet's unit: one for each group count
+                        table.mul_(TABLE_GAIN / (INIT_STD * math.sqrt(math.prod(unit.gate.window))))
 
 
 class PosMLPVideo(nn.Module):
@@ -300,6 +330,7 @@ class PosMLPVideo(nn.Module):
         drop_path: stochastic-depth rate of the last block; the rates rise linearly from 0 at the first.
         dropout: dropout rate before the classifier.
         stage4_stride: pixels of the clip from one token of the last stage to the next, 32 or 16.
+        init: ``published`` or ``scaled`` (``scale_init``).
     """
 
     def __init__(
@@ -313,6 +344,7 @@ class PosMLPVideo(nn.Module):
         drop_path: float = 0.0,
         dropout: float = 0.0,
         stage4_stride: int = 32,
+        init: str = "published",
     ):
         super().__init__()
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
@@ -328,6 +360,8 @@ class PosMLPVideo(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(dims[-1], num_classes)
         self.apply(init_linear)
+        if init == "scaled":
+            scale_init(self, residual_steps(blocks, depths))
 
     def freeze(self) -> PosMLPVideo:
         """Prepare for inference: eval mode, no gradients of parameters, and results of parameters alone are kept.

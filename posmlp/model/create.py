@@ -26,7 +26,7 @@ def create_model(name: str, **overrides: Any) -> PosMLPVideo:
         UserError: a ValueError; the name or an override is unknown, or the combination cannot be built.
     """
     variant = model_variant(name, **overrides)
-    keys = ("dims", "num_classes", "drop_path", "dropout", "stage4_stride")
+    keys = ("dims", "num_classes", "drop_path", "dropout", "stage4_stride", "init")
     same = {key: getattr(variant, key) for key in keys} | {"windows": variant.full_windows()}
     own = variant.architecture()
     if variant.choices:

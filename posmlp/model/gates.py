@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from posmlp.model import gpu
 from posmlp.model.spec import Window
 
+INIT_STD = 0.02  # deviation of fresh position tables, and of fresh linear layers
 # Bytes of the maps of a joint window that exist at once: what fits a CPU's caches, and a small share of a GPU's memory.
 JOINT_MAP_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
@@ -120,7 +121,7 @@ class PositionGate(nn.Module):
         The published release leaves its tables at zero, as its initialiser matches no parameter. Starting at zero here
         as well would only delay learning: with zero tables no gradient reaches ``u`` in the first steps.
         """
-        nn.init.trunc_normal_(self.table, std=0.02)
+        nn.init.trunc_normal_(self.table, std=INIT_STD)
         nn.init.ones_(self.bias)
 
     def map_parameters(self, extent: Window) -> tuple[Tensor, Tensor, Window]:

@@ -17,6 +17,7 @@ from posmlp.errors import UserError
 Window = tuple[int, int, int]  # tokens along time, height, width
 
 STAGES = 4
+INITS = ("published", "scaled")  # sizes of fresh weights
 
 # Unit kind -> the axes of the stage's window whose tokens the unit mixes: t (time), h (height), w (width).
 UNITS: dict[str, str] = {
@@ -46,6 +47,11 @@ def unit_window(kind: str, window: Window) -> Window:
 def block_units(block: str) -> tuple[str, ...]:
     """Unit kinds of a block type, in the order of its steps."""
     return tuple(kind for step in BLOCKS[block] for kind in step)
+
+
+def residual_steps(blocks: Sequence[str], depths: Sequence[int]) -> int:
+    """Number of residual steps from the stem to the head; one entry of the arguments for each stage."""
+    return sum(len(BLOCKS[block]) * depth for block, depth in zip(blocks, depths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Variant:
         frames, image_size: the clip size that the windows and the cost refer to; the model accepts other sizes too.
         stage4_stride: pixels of the clip from one token of the last stage to the next. 16: the last stage has the
             resolution of the third, as detectors want it; the weights are the same.
+        init: size of fresh weights, one of ``INITS``. ``published``: as the release. ``scaled``: by the width of a
+            layer, the depth of the model and the size of a window (``posmlp.model.backbone.scale_init``).
         choices: if given, the model is a supernet: all architectures of these choices with shared weights
             (``posmlp.model.supernet``). In eval mode it runs as the variant's own blocks, groups and depths.
     """
@@ -109,6 +117,7 @@ class Variant:
     drop_path: float = 0.0
     dropout: float = 0.0
     stage4_stride: int = 32
+    init: str = "published"
     choices: Choices | None = None
 
     def architecture(self) -> Architecture:
@@ -135,6 +144,7 @@ VARIANTS = {
         windows=(8, 4, 4, 2),
         frames=4,
         image_size=64,
+        init="scaled",
     ),
     "s": Variant(dims=(72, 144, 288, 576), depths=(3, 4, 9, 3)),
     "b": Variant(dims=(96, 192, 384, 768), depths=(4, 6, 15, 4)),
@@ -213,6 +223,8 @@ def find_problems(variant: Variant) -> list[str]:
             problems.append(f"{key} {value!r} must be at least 0 and less than 1")
     if variant.stage4_stride not in (16, 32):
         problems.append(f"stage4_stride {variant.stage4_stride!r} must be 32 or 16")
+    if variant.init not in INITS:
+        problems.append(f"init {variant.init!r} must be {' or '.join(INITS)}")
     if not problems:
         for i, (dim, groups) in enumerate(zip(variant.dims, variant.groups, strict=True), start=1):
             if dim % groups:

@@ -22,9 +22,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from posmlp.model.backbone import Block, PosMLPVideo, Stage, Stem, Unit, init_linear
+from posmlp.model.backbone import Block, PosMLPVideo, Stage, Stem, Unit, init_linear, scale_init
 from posmlp.model.gates import PositionGate
-from posmlp.model.spec import STAGES, Architecture, Choices, Window, block_units, unit_window
+from posmlp.model.spec import STAGES, Architecture, Choices, Window, block_units, residual_steps, unit_window
 
 Value = TypeVar("Value")
 
@@ -35,8 +35,8 @@ class Supernet(PosMLPVideo):
     Args:
         choices: candidate values for each of the four stages, none of them empty.
         own: the architecture that runs in eval mode.
-        dims, windows, num_classes, drop_path, dropout, stage4_stride: as for ``PosMLPVideo``, the same for all
-            architectures.
+        dims, windows, num_classes, drop_path, dropout, stage4_stride, init: as for ``PosMLPVideo``, the same for
+            all architectures; the scale of ``init`` is that of the longest.
 
     Attributes:
         paths: the architectures of the next training step, see ``draw``.
@@ -52,6 +52,7 @@ class Supernet(PosMLPVideo):
         drop_path: float = 0.0,
         dropout: float = 0.0,
         stage4_stride: int = 32,
+        init: str = "published",
     ):
         deepest = [max(depths) for depths in choices.depths]
         super().__init__(dims, deepest, own.groups, windows, own.blocks, num_classes, drop_path, dropout, stage4_stride)
@@ -71,6 +72,9 @@ class Supernet(PosMLPVideo):
                     del unit.gate.table
                     unit.gate.tables = nn.ParameterDict(tables)
                 cast(Block, block).units = nn.ModuleDict(units)
+        if init == "scaled":
+            longest = [max(blocks, key=lambda block: residual_steps([block], [1])) for blocks in choices.blocks]
+            scale_init(self, residual_steps(longest, deepest))
 
     def draw(self, count: int, seed: int, step: int) -> None:
         """Draw the paths of a training step, as ``draw_paths`` does."""

@@ -4,14 +4,13 @@ import itertools
 import math
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from table import read_table
 
 from benchmarks import supernet
-from benchmarks.supernet import agreement, bootstrap, ceiling, mean_by_value, read_table
-from posmlp.errors import UserError
+from benchmarks.supernet import agreement, architecture_of, bootstrap, ceiling, mean_by_value
 from posmlp.model.spec import Architecture
+from tests.helpers.tables import all_blocks, write_table
 
 
 def table_of(rng, members, seeds, deviation):
@@ -74,47 +73,25 @@ def test_intervals_have_the_width_of_the_large_sample_formula(monkeypatch):
     assert (low, high) == pytest.approx(expected, abs=0.25 * (expected[1] - expected[0]))
 
 
-def rows_of(top1, epochs=2):
-    """Rows of a table, in random order; earlier epochs have another top-1."""
-    rows = [
-        {"member": member, "seed": seed, "epoch": epoch, "val/top1": value if epoch == epochs else 0.0}
-        | {f"block{i}": ("joint", "parallel")[member % 2] for i in range(1, 5)}
+def test_members_of_a_table_are_architectures_and_are_told_by_value(tmp_path):
+    members = [
+        {f"block{i}": ("joint", "parallel")[number % 2] for i in range(1, 5)}
         | {f"groups{i}": 2**i for i in range(1, 5)}
-        | {f"depth{i}": 1 + member for i in range(1, 5)}
-        for (member, seed), value in np.ndenumerate(top1)
-        for epoch in range(1, epochs + 1)
+        | {f"depth{i}": 1 + number for i in range(1, 5)}
+        for number in range(4)
     ]
-    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-
-
-def written(path, rows):
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
-
-
-def test_a_table_is_read(tmp_path):
-    top1 = np.arange(12).reshape(4, 3) / 12
-    table = read_table(written(tmp_path / "t.parquet", rows_of(top1)))
-    np.testing.assert_array_equal(table.top1, top1)
-    assert table.members[2] == Architecture(("joint",) * 4, (2, 4, 8, 16), (3, 3, 3, 3))
-    lines = [line.split() for line in mean_by_value(table, np.array([0.1, 0.2, 0.3, 0.4]))]
+    last = np.arange(12).reshape(4, 3, 1) / 12
+    path = write_table(tmp_path / "t.parquet", members, np.concatenate([0 * last, last], 2), np.ones(4))
+    table = read_table(path)
+    assert architecture_of(table.members[2]) == Architecture(("joint",) * 4, (2, 4, 8, 16), (3, 3, 3, 3))
+    alone = table.top1[:, :, -1].mean(1)
+    lines = [line.split() for line in mean_by_value(table.members, np.array([0.1, 0.2, 0.3, 0.4]), alone)]
     assert ["block4", "joint", "2", "20.0%", "33.3%"] in lines  # members 0 and 2: (1 + 7) / 12 / 2
     assert ["depth1", "4", "1", "40.0%", "83.3%"] in lines
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda rows: [{k: v for k, v in row.items() if k != "depth3"} for row in rows], "has no column depth3"),
-        (
-            lambda rows: [row for row in rows if (row["member"], row["epoch"]) != (0, 2)],
-            "of some members is 1, of others 2",
-        ),
-        (lambda rows: [row for row in rows if (row["member"], row["seed"]) != (0, 2)], r"members have \[2, 3\] seeds"),
-        (lambda rows: [row for row in rows if row["seed"] == 0], r"members have \[1\] seeds"),
-    ],
-)
-def test_a_table_that_cannot_be_compared_is_refused(tmp_path, change, message):
-    rows = change(rows_of(np.arange(12).reshape(4, 3) / 12))
-    with pytest.raises(UserError, match=message):
-        read_table(written(tmp_path / "t.parquet", rows))
+def test_a_table_of_one_seed_is_refused(tmp_path, monkeypatch):
+    path = write_table(tmp_path / "t.parquet", all_blocks()[:2], np.ones((2, 1, 2)), np.ones(2))
+    monkeypatch.setattr("sys.argv", ["supernet.py", "runs/none", str(path)])
+    with pytest.raises(SystemExit, match="has one seed of each member; the ceiling needs at least 2"):
+        supernet.main()

@@ -38,7 +38,7 @@ def test_the_members_are_different_balanced_and_begin_with_the_recipes_own(recip
     own = base.model.variant()
     assert space.recipe(base, space.members[0]).model.variant().architecture() == own.architecture()
     assert [space.members[0][f"block{stage}"] for stage in range(1, 5)] == ["parallel"] * 4
-    assert len({tuple(member.items()) for member in space.members}) == len(space.members) == 48
+    assert len({tuple(member.items()) for member in space.members}) == len(space.members) == 96
     for name, values in space.dimensions.items():
         counts = [sum(member[name] == value for member in space.members) for value in values]
         assert min(counts) > 0 and max(counts) - min(counts) <= 1, name
@@ -55,7 +55,7 @@ def test_all_main_effects_of_the_demos_members_can_be_told():
         for name, values in space.dimensions.items()
         for value in values[1:]
     ]
-    assert np.linalg.matrix_rank(np.array([[True] * 48, *columns], dtype=float)) == len(columns) + 1
+    assert np.linalg.matrix_rank(np.array([[True] * 96, *columns], dtype=float)) == len(columns) + 1
 
 
 def test_dimensions_have_less_in_common_than_in_plain_draws():
@@ -220,6 +220,31 @@ def test_a_trial_without_a_checkpoint_is_named(tmp_path):
         info.unlink()
     with pytest.raises(UserError, match=r"trial 2 of \S+/s0 has no intact checkpoint in \S+/s0/trial-002"):
         collect(folders)
+
+
+def test_seeds_can_be_added_to_a_table(tmp_path):
+    folders = write_studies(tmp_path, seeds=(0, 1, 2))
+    whole, first = collect(folders), str(tmp_path / "first.parquet")
+    pq.write_table(collect(folders[:2]), first)
+    assert collect([first, folders[2]]).equals(whole, check_metadata=True)
+    assert collect([folders[2], first]).equals(whole, check_metadata=True)
+    with pytest.raises(UserError, match=r"trial 0 of \S+/s1: member 0 has another trial with seed 1; leave one"):
+        collect([first, folders[1]])
+    twice = tmp_path / "twice.parquet"
+    twice.write_bytes(Path(first).read_bytes())
+    with pytest.raises(UserError, match=r"twice.parquet has member 0 seed 0 again; leave one of the tables out"):
+        collect([first, str(twice)])
+
+
+def test_a_table_of_another_recipe_is_not_extended(tmp_path):
+    folders = write_studies(tmp_path)
+    table = collect(folders[:1])
+    other = tmp_path / "other.parquet"
+    pq.write_table(table.replace_schema_metadata({"recipe": "name: other"}), other)
+    with pytest.raises(
+        UserError, match=r"s1 has another recipe than \S+other.parquet; collect tables"
+    ):
+        collect([str(other), folders[1]])
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

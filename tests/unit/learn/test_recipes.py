@@ -25,7 +25,7 @@ from tests.helpers.videos import write_video
 VIDEO = [f"{data}_{model}" for data in ("k400", "ssv1", "ssv2") for model in ("s16", "s32", "b16", "b32")]
 IMAGE = ["in1k_s", "in1k_b"]
 COST = re.compile(r"^# cost: ([0-9.]+) M parameters, ([0-9.]+) GMACs per (?:clip|image)$", re.MULTILINE)
-OTHERS = ["ava_s16", "demo", "faces", "scenes", "small_data"]
+OTHERS = ["ava_s16", "demo", "faces", "reference", "scenes", "small_data"]
 MICRO = ["megc_s16", "casme2_s16", "samm_s16", "smic_s16"]
 TESTS = [f"{data}_published_test" for data in ("k400", "ssv1", "ssv2")]
 CPU = ["model.weights=null", "scaling.workers=1", "scaling.use_gpu=false", "scaling.micro_batch=null"]

@@ -352,3 +352,69 @@ def test_gradients_of_parts_of_a_batch_add_up(block):
         results.append([p.grad.clone() for p in model.parameters()])
         assert len({p.grad.data_ptr() for p in model.parameters()}) == len(results[0])
     torch.testing.assert_close(*results)
+
+
+# --- fresh weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", ["parallel", "joint", MIXED])
+def test_scaled_weights_have_the_deviation_of_their_inputs(blocks):
+    torch.manual_seed(0)
+    size = {"dims": (64,) * 4, "groups": (16,) * 4, "windows": ((4, 4, 4),) * 4}
+    model = posmlp.create_model("tiny", blocks=blocks, init="scaled", **size)
+    steps = sum(depth * (2 if block.startswith("cascade") else 1) for depth, block in architecture_of(model))
+    tokens = {"temporal": 4, "spatial": 16, "joint": 64}
+    for name, unit in units_of(model):
+        assert unit.fc1.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+        assert unit.fc2.weight.std().item() == pytest.approx(1 / 8 / math.sqrt(steps), rel=0.05)
+        assert unit.gate.table.std().item() == pytest.approx(0.5 / math.sqrt(tokens[name]), rel=0.3)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_published_weights_have_one_deviation():
+    torch.manual_seed(0)
+    for _, unit in units_of(posmlp.create_model("s8")):
+        for weight in (unit.fc1.weight, unit.fc2.weight, unit.gate.table):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.35)
+
+
+@pytest.mark.parametrize("depths", [(1, 1, 1, 1), (3, 6, 3, 3)])
+def test_units_of_scaled_weights_change_their_input_by_as_much_at_any_depth(depths):
+    """Published weights leave the input of a narrow unit all but unchanged; scaled ones must not explode."""
+    torch.manual_seed(0)
+    clip = torch.randn(2, 3, 4, 64, 64)
+    changes = {}
+    for init in ("scaled", "published"):
+        model = posmlp.create_model("tiny", depths=depths, init=init).eval()
+        stage = model.stages[2]
+        x = torch.randn(2, 32, 4, 8, 8)
+        with torch.no_grad():
+            first = stage.downsample(x)
+            changes[init] = ((stage(x) - first).std() / first.std()).item() * math.sqrt(sum(depths) / depths[2])
+        assert torch.isfinite(model(clip)).all()
+    assert 0.2 < changes["scaled"] < 1.5
+    assert changes["published"] < 0.1
+
+
+def test_small_models_start_scaled_and_published_ones_as_published():
+    assert {name: model_variant(name).init for name in ("tiny", "s16", "b16", "l32")} == {
+        "tiny": "scaled",
+        "s16": "published",
+        "b16": "published",
+        "l32": "published",
+    }
+
+
+def architecture_of(model):
+    return [(len(stage.blocks), block_of(stage.blocks[0])) for stage in model.stages]
+
+
+def block_of(block):
+    return next(kind for kind, steps in BLOCKS.items() if steps == block.steps)
+
+
+def units_of(model):
+    """Yield each unit with its kind."""
+    for stage in model.stages:
+        for block in stage.blocks:
+            yield from block.units.items()

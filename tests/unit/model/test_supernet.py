@@ -72,6 +72,21 @@ def test_a_member_is_the_model_of_its_architecture(architecture):
     assert {id(tensor) for tensor in member.state_dict(keep_vars=True).values()} <= own
 
 
+def test_scaled_weights_fit_the_longest_member():
+    torch.manual_seed(0)
+    net = create_model("tiny", dims=(64,) * 4, windows=((4, 4, 4),) * 4, choices=CHOICES, init="scaled", **OWN)
+    steps = 2 * 2 + 4 + 1 + 3 * 2  # depth x residual steps of the longest block type, of each stage
+    for stage in net.stages:
+        for block in stage.blocks:
+            for kind, unit in block.units.items():
+                tokens = {"temporal": 4, "spatial": 16, "joint": 64}[kind]
+                assert unit.fc1.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+                assert unit.fc2.weight.std().item() == pytest.approx(1 / 8 / steps**0.5, rel=0.05)
+                for count, table in unit.gate.tables.items():
+                    if int(count) > 4:
+                        assert table.std().item() == pytest.approx(0.5 / tokens**0.5, rel=0.4)
+
+
 def test_out_of_training_it_is_its_own_architecture():
     net = tiny()
     net.draw(1, 0, 0)

@@ -132,6 +132,34 @@ def same_law(a: np.ndarray, b: np.ndarray) -> bool:
     return np.abs(share[0] - share[1]).max() < 1.95 * np.sqrt(2 / len(a))
 
 
+def test_a_turning_shape_moves_in_one_direction_and_then_in_another():
+    labels = [i % 16 for i in range(64)]
+    clips = [motion.render_turn(label, np.random.default_rng([2, i])) for i, label in enumerate(labels)]
+    seen = [(guess_direction(clip[:10]), guess_direction(clip[-10:])) for clip in clips]
+    wanted = [divmod(label, 4) for label in labels]
+    right = np.mean([found == legs for found, legs in zip(seen, wanted, strict=True)])
+    swapped = np.mean([found[::-1] == legs for found, legs in zip(seen, wanted, strict=True)])
+    assert right >= 0.75 and swapped < 0.4  # directions may be nearly half-way between two; a quarter repeat the first
+
+
+def guess_direction(clip: np.ndarray) -> int:
+    """The direction of the measured motion: 0 right, 1 down, 2 left, 3 up."""
+    right, down, *_ = measure_motion(clip)
+    return round(np.arctan2(down, right) / (np.pi / 2)) % 4
+
+
+@pytest.mark.parametrize("label", range(16))
+def test_the_path_of_a_turn_lies_in_the_picture_and_has_the_legs_of_its_class(label):
+    first, second = (motion.DIRECTIONS.index(name) for name in motion.TURN_CLASSES[label].split("-"))
+    for seed in range(20):
+        path = motion._draw_turn(label, np.random.default_rng(seed), 25)
+        for leg, ends in ((first, (0, 10)), (second, (15, 24))):
+            x, y = (np.diff(axis[list(ends)])[0] for axis in (path.x, path.y))
+            off = (np.arctan2(y, x) - leg * np.pi / 2 + np.pi) % (2 * np.pi) - np.pi
+            assert abs(off) <= motion.LEG_AIM + 1e-4
+        assert min(path.x.min(), path.y.min()) > 0 and max(path.x.max(), path.y.max()) < 1
+
+
 @pytest.mark.parametrize("size, frames", [(16, 2), (33, 20), (96, 28)])
 def test_a_clip_is_bytes_of_the_asked_size(size, frames):
     clip = render_motion(5, np.random.default_rng(0), size=size, frames=frames)
@@ -149,6 +177,8 @@ def test_an_unknown_label_is_refused():
     for label in (-1, 8):
         with pytest.raises(ValueError, match=f"label {label} is not a motion class"):
             render_motion(label, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="label 16 is not a class of turns"):
+        motion.render_turn(16, np.random.default_rng(0))
 
 
 # A file
@@ -316,6 +346,12 @@ def test_a_set_needs_clips_and_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not a folder"):
         make_motion_set(tmp_path / "file")
+
+
+def test_a_set_of_turns_has_its_classes_and_says_so(tmp_path):
+    folder = make_motion_set(tmp_path, kind="turns", train=16, val=1, size=24, processes=1)
+    assert [row["class"] for row in rows(folder / "train.csv")] == list(motion.TURN_CLASSES)
+    assert json.loads((folder / "motion.json").read_text())["kind"] == "turns"
 
 
 def test_the_record_names_what_was_made(small_set):

@@ -52,6 +52,7 @@ def test_overrides_become_plain_tuples():
         frames=4,
         image_size=64,
         num_classes=5,
+        init="scaled",
     )
     assert variant.architecture() == Architecture(("joint",) * 4, (4, 8, 8, 16), (1, 1, 2, 1))
     assert model_variant("tiny", choices={"depths": [[1], (2, 1), [], []]}).choices == Choices(
@@ -166,7 +167,7 @@ def test_the_limits_are_allowed():
 def test_unknown_names_are_answered_with_a_likely_one():
     known = f"known: tiny, s, b, l, {ANY}"
     keys = "dims, depths, groups, windows, blocks, frames, image_size, num_classes, drop_path, dropout, "
-    keys += "stage4_stride, choices"
+    keys += "stage4_stride, init, choices"
     with pytest.raises(UserError) as error:
         model_variant("s61")
     assert str(error.value) == f"unknown model 's61' (did you mean 's16'?); {known}"

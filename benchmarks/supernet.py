@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from reference_space import architecture_of
 from scipy import stats
 from table import OUT, read_table
 
@@ -32,19 +33,12 @@ from pipelines.runs.record import find_run, read_record
 from pipelines.tuning.supernet import score_members
 from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.model.spec import STAGES, Architecture
+from posmlp.model.spec import Architecture
 from tune_spaces import Value
 
 DRAWS = 1000  # of the bootstrap
-COLUMNS = {"blocks": "block", "groups": "groups", "depths": "depth"}  # key of an architecture -> dimension of the table
 
 Floats = NDArray[np.float64]
-
-
-def architecture_of(member: Mapping[str, Value]) -> Architecture:
-    """The architecture of a table's member."""
-    stages = range(1, STAGES + 1)
-    return Architecture(**{key: tuple(member[f"{name}{stage}"] for stage in stages) for key, name in COLUMNS.items()})  # type: ignore[arg-type]
 
 
 def spearman(one: Floats, other: Floats) -> float:

@@ -118,7 +118,7 @@ def collect(names: Sequence[str]) -> pa.Table:
     if first is None and not tables:
         raise UserError(f"{', '.join(names)} has no trials; train some")
     if first is not None:
-        recipes[f"{', '.join(names)}"] = shared_recipe(first)
+        recipes[", ".join(names)] = shared_recipe(first)
     (one, recipe), *others = recipes.items()
     if differing := [name for name, text in others if text != recipe]:
         raise UserError(f"{differing[0]} has another recipe than {one}; collect tables and studies of one recipe")

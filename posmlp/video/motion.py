@@ -90,8 +90,7 @@ def render_turn(label: int, rng: np.random.Generator, *, size: int = 64, frames:
     """Draw one clip of a shape that moves in one direction and then in another: uint8 [T, H, W, 3], RGB.
 
     Its whole path lies in the picture. So where the shape is in early and late frames tells the class roughly, and its
-    motion tells it exactly. A model learns the rough part at once and the rest little by little. So its accuracy
-    depends less on the seed than with `render_motion`. In half of the clips a second shape stands still.
+    motion tells it exactly. In half of the clips a second shape stands still.
 
     Raises:
         ValueError: `label` is not a class.

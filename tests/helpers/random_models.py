@@ -13,9 +13,9 @@ CLASSES = [f"class {i}" for i in range(8)]
 
 
 def random_model(config, seed=0):
-    """Of weights large enough that every clip gets other scores."""
+    """Of weights large enough that every clip gets other scores, the same for either ``model.init``."""
     torch.manual_seed(seed)
-    model = create_model(config.model.name, **config.model.overrides())
+    model = create_model(config.model.name, **config.model.overrides() | {"init": "published"})
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     return model.eval()

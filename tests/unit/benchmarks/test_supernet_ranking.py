@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from reference_space import architecture_of, dimensions_of
 from table import read_table
 
 from benchmarks import supernet
-from benchmarks.supernet import agreement, architecture_of, bootstrap, ceiling, mean_by_value
+from benchmarks.supernet import agreement, bootstrap, ceiling, mean_by_value
 from posmlp.model.spec import Architecture
 from tests.helpers.tables import all_blocks, write_table
 
@@ -84,6 +85,7 @@ def test_members_of_a_table_are_architectures_and_are_told_by_value(tmp_path):
     path = write_table(tmp_path / "t.parquet", members, np.concatenate([0 * last, last], 2), np.ones(4))
     table = read_table(path)
     assert architecture_of(table.members[2]) == Architecture(("joint",) * 4, (2, 4, 8, 16), (3, 3, 3, 3))
+    assert [dimensions_of(architecture_of(member)) for member in table.members] == table.members
     alone = table.top1[:, :, -1].mean(1)
     lines = [line.split() for line in mean_by_value(table.members, np.array([0.1, 0.2, 0.3, 0.4]), alone)]
     assert ["block4", "joint", "2", "20.0%", "33.3%"] in lines  # members 0 and 2: (1 + 7) / 12 / 2

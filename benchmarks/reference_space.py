@@ -1,7 +1,7 @@
-"""The members of the tabular benchmark: 96 of the space ``same_width``, drawn so that their main effects can be told.
+"""The members of the tabular benchmark: 48 of the space ``same_width``, drawn so that their main effects can be told.
 
     for seed in 0 1 2; do
-        posmlp tune reference --name reference-$seed --space benchmarks/reference_space.py --searcher grid --trials 96 \
+        posmlp tune reference --name reference-$seed --space benchmarks/reference_space.py --searcher grid --trials 48 \
             train.seed=$seed
     done
 
@@ -21,7 +21,7 @@ from posmlp.config import Config
 from posmlp.model.spec import STAGES, Architecture
 from tune_spaces import Member, Space, Value, same_width
 
-MEMBERS = 96
+MEMBERS = 48
 SHUFFLES = 100  # of each dimension's column, of which the one that has the least in common with the others is taken
 
 

@@ -398,6 +398,9 @@ class ScalingSection(Section):
     train_on: dict[Label, LabelValue] = {}  # labels of the nodes for workers, as in {ray.io/node-group: gpu}
     wait_s: Annotated[float, Field(ge=0)] = 0.0  # maximum seconds to wait at the start for nodes to join
     decode_on: dict[Label, LabelValue] = {}  # labels of the nodes that decode first; others help when busy
+    # Each training worker decodes its own clips, without Ray Data: for small videos in data.cache_dir, which are read
+    # in less time than a task takes.
+    decode_in_worker: bool = False
 
 
 class TrackingSection(Section):
@@ -520,6 +523,8 @@ class Config(Section):
             problems.append(
                 "model.choices works neither with train.compile nor with scaling.parallel fsdp; leave them out"
             )
+        if self.scaling.decode_in_worker and self.scaling.decode_on:
+            problems.append("scaling.decode_on is for decode tasks; with scaling.decode_in_worker leave it out")
         if self.optim.freeze is not None and not self.model.weights:
             problems.append(
                 f"optim.freeze {self.optim.freeze} keeps weights that are trained already: set model.weights, or leave "

@@ -9,6 +9,9 @@ order; ray#63285.)
 A worker's rows of an epoch are cut into *segments* of at most ``SEGMENT_BLOCKS`` blocks. Each segment is a Ray Data
 execution of its own, because an execution takes 2 ms per block before its first result. The next segment starts before
 the current one ends, also across epochs, so the device does not wait in between.
+
+With ``scaling.decode_in_worker`` a worker decodes the same batches itself. Ray Data takes some milliseconds for a clip,
+which is more than reading a small one from a cache.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ DECODE_TASKS_PER_CPU = 2  # one that runs, and one that waits, so that the CPU i
 # Share of the object store for one segment of every worker. Up to three segments are open: two of training, one other.
 OBJECT_STORE_SHARE = 0.25
 RAY_DATA_SETTINGS = threading.Lock()  # a data set copies the process's settings; training and validation have threads
+DECODING_HERE = threading.Lock()  # the threads share the child process in which this one decodes
 
 
 def global_order(
@@ -139,13 +143,17 @@ class SplitLoader:
             step: number of its batches to skip; their videos are not decoded.
             until: the epoch to stop before; None: ``epoch + 1``. The next epoch is prepared before one ends.
         """
-        segments = (
-            (self.decode_segment(order, now), len(order))
+        orders = (
+            (order, now)
             for now in range(epoch, epoch + 1 if until is None else until)
             for order in self.segments(now, step if now == epoch else 0)
         )
+        if self.config.scaling.decode_in_worker:
+            decoded = (self.decode_here(batch, now) for order, now in orders for batch in order)
+        else:
+            decoded = chain_segments((self.decode_segment(order, now), len(order)) for order, now in orders)
         task = task_of(self.config)
-        for columns in chain_segments(segments):
+        for columns in decoded:
             bad, decoded_by_pyav = self.failures(columns)
             batch = task.collate(columns, self.table, self.config, train=self.train)
             yield replace(batch, bad=bad, decoded_by_pyav=decoded_by_pyav)
@@ -183,6 +191,11 @@ class SplitLoader:
                 **decoding_options(self.config.scaling),
             )
         return iter(dataset.iter_batches(batch_size=rows_per_batch, batch_format="numpy", prefetch_batches=2))
+
+    def decode_here(self, order: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
+        """Decode the batch of the given row indices in this process; -1 marks padding."""
+        with DECODING_HERE:
+            return decode_order(order, self.table, self.config, epoch, self.train)
 
     def failures(self, columns: dict[str, np.ndarray]) -> tuple[tuple[BadVideo, ...], int]:
         """The bad videos of a batch, and the number of videos that PyAV decoded in place of decord.
@@ -264,9 +277,13 @@ def decode_block(
     cfg = Config.model_validate(config)
     (index,) = block["id"]
     size = rows_per_block(cfg, train)
-    own, table = order[index * size : (index + 1) * size], ray.get(rows)
-    draws, indices = np.divmod(np.maximum(own, 0), len(table))
-    return decode_rows(table.take(indices), own >= 0, cfg, epoch, train, draws) | {"row": indices}
+    return decode_order(order[index * size : (index + 1) * size], ray.get(rows), cfg, epoch, train)
+
+
+def decode_order(order: np.ndarray, table: pa.Table, config: Config, epoch: int, train: bool) -> dict[str, np.ndarray]:
+    """Decode rows of a split's table by index, as in ``global_order``; the columns of ``decode_rows``."""
+    draws, indices = np.divmod(np.maximum(order, 0), len(table))
+    return decode_rows(table.take(indices), order >= 0, config, epoch, train, draws) | {"row": indices}
 
 
 def decode_rows(

@@ -321,6 +321,8 @@ def advise(metrics: dict[str, float], config: Config) -> dict[str, str]:
             "decode on more CPUs (decoding cannot use the CPUs that scaling.cpus_per_worker reserves; nodes without a "
             "GPU decode too)"
         ]
+        if config.scaling.decode_in_worker:
+            knobs = ["decode in tasks of other CPUs (scaling.decode_in_worker=false)"]
         if data.cache_dir is None:
             side = data.short_side or -(-config.model.variant().image_size * 8 // 7)
             knobs.append("decode a small set once (data.cache_dir)")

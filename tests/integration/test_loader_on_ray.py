@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,30 @@ def test_global_batches_are_the_same_for_1_2_and_3_workers(local_ray, split):
     assert one == two == three
     assert len(one) == 32 // 6
     assert one != epoch_of(rows, config, 1, epoch=2)[0]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("train", [True, False])
+def test_a_worker_that_decodes_itself_has_the_batches_of_the_tasks(local_ray, split, tmp_path, train):
+    rows = split[0].to_pylist()
+    rows[3]["uri"] = str(tmp_path / "gone.mp4")
+    table = pa.Table.from_pylist(rows, schema=split[0].schema)
+    tasks, here = (
+        epoch_of(table, recipe(f"scaling.decode_in_worker={own}", *split[1]), 2, train=train, step=1, until=4)
+        for own in ("false", "true")
+    )
+    assert here == tasks
+    assert {video.sample_id for video in here[1]} == {rows[3]["sample_id"]}
+
+
+@pytest.mark.ray
+def test_threads_that_decode_in_one_process_do_not_mix_their_videos(local_ray, motion_set):
+    """Validation begins while the next training batches are decoded, in the same child process."""
+    rows, config = read_manifest(motion_set / "train.csv").rows, recipe("scaling.decode_in_worker=true")
+    alone = [epoch_of(rows, config, 1, train=train) for train in (True, False)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda train: epoch_of(rows, config, 1, train=train), (True, False)))
+    assert together == alone and not alone[0][1]
 
 
 @pytest.mark.ray

@@ -125,5 +125,7 @@ def test_a_run_that_waits_for_data_recommends_keys_to_change(motion_set, tmp_pat
         assert knob in advise(metrics_of(wait=0.43), plain)["wait"]
     cached = recipe_for(tmp_path, motion_set)
     assert "the first epoch fills data.cache_dir" in advise(metrics_of(epoch=1.0, wait=0.43), cached)["cache"]
+    alone = recipe_for(tmp_path, motion_set, "scaling.decode_in_worker=true")
+    assert "scaling.decode_in_worker=false" in advise(metrics_of(wait=0.43), alone)["wait"]
     assert "data.rows_per_block" in advise(metrics_of(spilled=12.0), plain)["spill"]
     assert advise(metrics_of(spilled=math.nan), plain) == {}

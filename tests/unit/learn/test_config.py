@@ -186,6 +186,11 @@ TOGETHER = [
         ["train.precision=bf16", "scaling.parallel=fsdp"],
     ),
     (
+        ["scaling.decode_in_worker=true", "scaling.decode_on={disk: fast}"],
+        "scaling.decode_on is for decode tasks; with scaling.decode_in_worker leave it out",
+        ["scaling.decode_in_worker=false", "scaling.decode_on={disk: fast}"],
+    ),
+    (
         ["train.compile=true", "model.choices={depths: [[1, 2], [], [], []]}"],
         "model.choices works neither with train.compile nor with scaling.parallel fsdp; leave them out",
         ["train.compile=false", "model.choices={depths: [[1, 2], [], [], []]}"],

@@ -148,6 +148,7 @@ class SplitLoader:
             for now in range(epoch, epoch + 1 if until is None else until)
             for order in self.segments(now, step if now == epoch else 0)
         )
+        decoded: Iterator[dict[str, np.ndarray]]
         if self.config.scaling.decode_in_worker:
             decoded = (self.decode_here(batch, now) for order, now in orders for batch in order)
         else:

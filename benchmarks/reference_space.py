@@ -1,8 +1,8 @@
 """The members of the tabular benchmark: 48 of the space ``same_width``, drawn so that their main effects can be told.
 
     for seed in 0 1 2; do
-        posmlp tune reference --name reference-$seed --space benchmarks/reference_space.py --searcher grid --no-asha \
-            --trials 48 train.seed=$seed
+        posmlp tune reference --name reference-$seed --space benchmarks/reference_space.py --searcher grid --trials 48 \
+            train.seed=$seed
     done
 
 Member 0 is the recipe's own model, the paper's choice: parallel blocks everywhere. Each dimension has each of its

@@ -66,9 +66,10 @@ def add_tune(commands: Commands) -> None:
     )
     tune.add_argument(
         "--asha",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
+        default=None,
         help="stop weak trials early by successive halving (ASHA); with --against, only those that others beat in both "
-        "accuracy and cost (MO-ASHA) (default: --asha)",
+        "accuracy and cost (MO-ASHA)",
     )
     tune.add_argument("--seed", type=not_negative, help="seed of the search (default: 0)")
     tune.add_argument(

@@ -233,9 +233,13 @@ class StudyController(TrialController):
         if self.trials:
             finished = sum(trial.state == TrialState.FINISHED for trial in self.trials.values())
             logger.info("resuming; trials finished: %d, trials to resume: %d", finished, len(self.pending))
-        if self.halving and self.halving.rungs:
-            rungs = " and ".join(f"epoch {rung}" for rung in self.halving.rungs)
-            logger.info("trials may be stopped after %s; --no-asha trains all of them to the end", rungs)
+        if self.halving:
+            if self.halving.rungs:
+                rungs = " and ".join(f"epoch {rung}" for rung in self.halving.rungs)
+                logger.info("trials may be stopped after %s", rungs)
+            else:
+                epochs = study.recipe.train.epochs
+                logger.warning("--asha stops no trial with train.epochs=%d; it needs at least 2 epochs", epochs)
         self.log_priors()
         if not study.recipe.data.cache_dir:
             logger.info("every trial decodes all videos; with data.cache_dir=FOLDER each is decoded only once")

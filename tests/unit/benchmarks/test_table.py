@@ -55,7 +55,7 @@ def test_all_main_effects_of_the_demos_members_can_be_told():
         for name, values in space.dimensions.items()
         for value in values[1:]
     ]
-    assert np.linalg.matrix_rank(np.array([[True] * 96, *columns], dtype=float)) == len(columns) + 1
+    assert np.linalg.matrix_rank(np.array([[True] * len(space.members), *columns], dtype=float)) == len(columns) + 1
 
 
 def test_dimensions_have_less_in_common_than_in_plain_draws():

@@ -1,11 +1,12 @@
-"""Measure the data loader: its throughput against a torch DataLoader, decode times by setting, memory of a long list.
+"""Measure the data loader: throughput against a torch DataLoader, decode times, memory of a long list, small clips.
 
     python benchmarks/data_loading.py throughput      # clips/s with 1 and 2 decoding processes
     python benchmarks/data_loading.py settings        # ms per clip, by decoder, sampling, scale and key frames
     python benchmarks/data_loading.py memory          # MB for a manifest of 100,000 rows
+    python benchmarks/data_loading.py small           # clips/s of cached small clips, by tasks and in the worker
 
-Without ``--manifest`` the script first makes H.264 videos of 340x256 (``data/ingest``). All loaders call the same
-function for the same clips and take turns in one process. The figures are medians over the turns.
+Without ``--manifest`` the script first makes H.264 videos of 340x256 (``data/ingest``); ``small`` draws embedded sets. All
+loaders call the same function for the same clips and take turns in one process. The figures are medians over the turns.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from posmlp.config import Config, load_recipe
 from posmlp.model.cost import device_name
 from posmlp.video.clip import load_clips
 from posmlp.video.manifest import read_manifest
+from posmlp.video.motion import make_motion_set
 
 CPU = device_name(torch.device("cpu"))
 FRAMES, WIDTH, HEIGHT, FPS = 300, 340, 256, 30  # of the videos that the script makes: the usual size of Kinetics
@@ -251,15 +253,50 @@ def measure_memory(manifest_path: Path, rows: int) -> None:
         )
 
 
+# --- small clips -----------------------------------------------------------------------------------------------------
+
+
+def measure_small(repeats: int) -> None:
+    """Print clips/s of an epoch of cached clips: by decode tasks on two CPUs, and on a thread of the worker."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    start_ray(num_cpus=3)  # one is the worker's
+    print(f"cached clips per second, median of {repeats} epochs that take turns, on {CPU}\n")
+    print(f"{'recipe':<12}{'frames':>7}{'pixels':>8}{'decode tasks':>14}{'in the worker':>15}{'ratio':>7}")
+    for name, kind, size in (("reference", "turns", 24), ("demo", "motion", 64)):
+        folder = make_motion_set(Path("data", f"small-{kind}"), kind=kind, train=1280, val=16, size=size)
+        lists = [f"data.{split}.path={folder}/{split}.csv" for split in ("train", "val")]
+        ways = [
+            load_recipe(name, [*lists, "data.cache_dir=data/small-cache", f"scaling.decode_in_worker={own}"])
+            for own in ("false", "true")
+        ]
+        rows = read_manifest(folder / "train.csv").rows
+        rates: tuple[list[float], list[float]] = ([], [])
+        for epoch in range(repeats + 1):
+            for config, own_rates in zip(ways, rates, strict=True):
+                start = time.perf_counter()
+                clips = sum(len(batch.clips) for batch in SplitLoader(rows, config, True).batches(epoch))
+                if epoch:  # the first one decodes the videos
+                    own_rates.append(clips / (time.perf_counter() - start))
+        tasks, worker = map(statistics.median, rates)
+        variant = ways[0].model.variant()
+        print(
+            f"{name:<12}{variant.frames:>7}{variant.image_size:>8}{tasks:>14.0f}{worker:>15.0f}{worker / tasks:>7.1f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("throughput", "settings", "memory"))
+    parser.add_argument("part", choices=("throughput", "settings", "memory", "small"))
     parser.add_argument("--manifest", type=Path, help="a list of videos (default: videos that the script makes)")
     parser.add_argument(
         "--videos", type=int, default=64, help="number of videos that the script makes (default: %(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.part == "small":
+        measure_small(args.repeats)
+        return
     manifest = args.manifest or make_videos(Path("data/ingest"), args.videos)
     if args.part == "throughput":
         measure_throughput(manifest, args.repeats)

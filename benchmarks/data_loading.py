@@ -5,8 +5,9 @@
     python benchmarks/data_loading.py memory          # MB for a manifest of 100,000 rows
     python benchmarks/data_loading.py small           # clips/s of cached small clips, by tasks and in the worker
 
-Without ``--manifest`` the script first makes H.264 videos of 340x256 (``data/ingest``); ``small`` draws embedded sets. All
-loaders call the same function for the same clips and take turns in one process. The figures are medians over the turns.
+Without ``--manifest`` the script first makes H.264 videos of 340x256 (``data/ingest``); ``small`` draws embedded sets.
+All loaders call the same function for the same clips and take turns in one process. The figures are medians over the
+turns.
 """
 
 from __future__ import annotations

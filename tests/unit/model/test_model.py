@@ -367,7 +367,7 @@ def test_scaled_weights_have_the_deviation_of_their_inputs(blocks):
     for name, unit in units_of(model):
         assert unit.fc1.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
         assert unit.fc2.weight.std().item() == pytest.approx(1 / 8 / math.sqrt(steps), rel=0.05)
-        assert unit.gate.table.std().item() == pytest.approx(0.5 / math.sqrt(tokens[name]), rel=0.3)
+        assert unit.gate.table.std().item() == pytest.approx(2 / math.sqrt(tokens[name]), rel=0.3)
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
@@ -392,7 +392,7 @@ def test_units_of_scaled_weights_change_their_input_by_as_much_at_any_depth(dept
             first = stage.downsample(x)
             changes[init] = ((stage(x) - first).std() / first.std()).item() * math.sqrt(sum(depths) / depths[2])
         assert torch.isfinite(model(clip)).all()
-    assert 0.2 < changes["scaled"] < 1.5
+    assert 1.2 < changes["scaled"] < 1.9
     assert changes["published"] < 0.1
 
 

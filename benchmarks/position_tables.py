@@ -1,6 +1,8 @@
-"""Draw the relative-position tables of a trained model, below the motions of the embedded motion set.
+"""Draw what training has added to a model's position tables, below the motions of the embedded motion set.
 
 python benchmarks/position_tables.py runs/demo --out docs/tables.png
+
+A run starts with random tables, which its seed gives again. They are subtracted.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.figure import SubFigure
 
 from pipelines.runs.models import load_trained_model
+from posmlp import create_model
 from posmlp.model.backbone import PosMLPVideo
 from posmlp.video.motion import MOTION_CLASSES, render_motion
 
@@ -34,10 +38,28 @@ def draw_motions(figure: SubFigure) -> None:
         ax.axis("off")
 
 
+def learned_part(run: str) -> PosMLPVideo:
+    """A run's model, with what training has added to its fresh weights in place of its weights.
+
+    Raises:
+        SystemExit: the run started with weights from a file.
+    """
+    model, info = load_trained_model(run)
+    config = info.recipe()
+    if config.model.weights:
+        raise SystemExit(f"{run} started with the weights {config.model.weights}; give a run that started fresh")
+    torch.manual_seed(config.train.seed)  # as a training worker does
+    fresh = create_model(config.model.name, **config.model.overrides())
+    with torch.no_grad():
+        for weight, start in zip(model.parameters(), fresh.parameters(), strict=True):
+            weight.sub_(start)
+    return model
+
+
 def draw_tables(figure: SubFigure, model: PosMLPVideo) -> None:
     """Draw a row for each stage: spatial tables as maps over (dy, dx), temporal tables as lines of a map over dt."""
     grids = figure.subfigures(1, 2, width_ratios=[3, 2])
-    titles = ("spatial tables, one map a channel group", "temporal tables, one line a channel group")
+    titles = ("added to spatial tables, one map a channel group", "added to temporal tables, one line a channel group")
     for grid, title in zip(grids, titles, strict=True):
         grid.suptitle(title, fontsize=10, x=0.02, ha="left")
     stages = [stage.blocks[-1] for stage in model.stages]
@@ -74,7 +96,7 @@ def main() -> None:
     figure = plt.figure(figsize=(11, 7))
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.9])
     draw_motions(top)
-    draw_tables(bottom, load_trained_model(str(args.run))[0])
+    draw_tables(bottom, learned_part(str(args.run)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     print(args.out)

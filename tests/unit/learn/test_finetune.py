@@ -211,7 +211,7 @@ def test_balanced_weights_predict_classes_equally_where_nothing_tells_them_apart
     learner = weighted_learner(weights, *keys, "optim.min_lr=0.05", "train.epochs=100")
     batch = make_batch()
     same = Batch(batch.clips[:1].repeat(8, 1, 1, 1, 1), torch.tensor([0] * 6 + [1] * 2), batch.weights, batch.seeds)
-    for _ in range(60):
+    for _ in range(150):
         learner.train_step(same)
     scores = learner.score(same).exp()[:, 0].mean(0)
     assert scores.tolist() == pytest.approx(shares, abs=0.03)

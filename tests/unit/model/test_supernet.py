@@ -84,7 +84,7 @@ def test_scaled_weights_fit_the_longest_member():
                 assert unit.fc2.weight.std().item() == pytest.approx(1 / 8 / steps**0.5, rel=0.05)
                 for count, table in unit.gate.tables.items():
                     if int(count) > 4:
-                        assert table.std().item() == pytest.approx(0.5 / tokens**0.5, rel=0.4)
+                        assert table.std().item() == pytest.approx(2 / tokens**0.5, rel=0.4)
 
 
 def test_out_of_training_it_is_its_own_architecture():

@@ -485,6 +485,8 @@ class Worker:
         """
         what = f"no batch of decoded clips for {seconds:.0f} s"
         where = "`ray status` shows whether the decoding tasks have CPUs, and the Ray dashboard what they do"
+        if self.config.scaling.decode_in_worker:
+            where = "the worker decodes them itself; check that the storage of the videos and of data.cache_dir answers"
         if seconds >= BATCH_LIMIT_S:
             raise RunError(f"{what}; {where}. The same command resumes the run from its last checkpoint")
         if any(limit <= seconds < limit + POLL_S for limit in SECONDS_WITHOUT_BATCH):

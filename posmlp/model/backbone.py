@@ -297,7 +297,7 @@ def scale_init(model: nn.Module, steps: int) -> None:
     - fc2 is also divided by the square root of the number of residual steps, as in GPT-2. The sum of all steps then has
       the size of one.
     - A position table gets the deviation ``TABLE_GAIN / sqrt(tokens)`` of a window's tokens, so that a gate sees its
-      window from the start. With 0.5 or 5 in place of 2, models leave the first plateau later, when the seed decides.
+      window from the start. Models with 0.5 or 5 in place of 2 leave the first plateau later.
 
     With the published weights, ``tiny`` learns for epochs what a single frame tells before it sees motion
     (docs/model.md).

@@ -58,6 +58,7 @@ from pipelines.training.progress import (
     early_stop,
 )
 from pipelines.training.train import RunReporter, RunResult, TrialContext, explain_silence, fit
+from pipelines.training.worker import Worker
 from posmlp.config import ScalingSection, load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics
@@ -665,3 +666,16 @@ def test_a_driver_whose_machine_is_taken_away_ends_unless_the_run_is_complete(mo
     groups = Groups(monkeypatch, saving, notices=["driver"])
     with nullcontext() if finished else pytest.raises(PreemptedError):
         fit_with(groups, channel, config, reporter)
+
+
+@pytest.mark.parametrize(("own", "hint"), [(False, "decoding tasks have CPUs"), (True, "data.cache_dir answers")])
+def test_a_worker_that_gets_no_clips_says_where_to_look(own, hint):
+    worker, lines = object.__new__(Worker), []
+    worker.config = load_recipe("demo", [f"scaling.decode_in_worker={str(own).lower()}"])
+    worker.send_line = lambda text, level: lines.append(text)
+    worker.explain_wait(59)
+    assert not lines
+    worker.explain_wait(60.2)
+    assert "no batch of decoded clips for 60 s" in lines[0] and hint in lines[0]
+    with pytest.raises(RunError, match=f"{hint}.*resumes the run"):
+        worker.explain_wait(1800)

@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial
 from table import OUT, Table, read_table
 
+from pipelines.commands.options import positive
 from pipelines.studies.pareto import hypervolume
 from pipelines.studies.pareto_plots import FRONT_COLOURS
 from pipelines.studies.study import Study, Trial, TrialState
@@ -200,14 +201,22 @@ def read_prior(path: Path, table: Table) -> np.ndarray:
     """The top-1 of each member of a table in the ``members.csv`` of a supernet: float64 ``[members]``.
 
     Raises:
-        UserError: a column or a member is missing.
+        UserError: there is no such file, a column or a member is missing, or a top-1 is not a number.
     """
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(
+            f"--prior {path} cannot be read ({error.strerror}); give members.csv of posmlp supernet"
+        ) from error
     columns = [f"{SEARCH_PARAM}{name}" for name in table.members[0]]
     if missing := [name for name in (*columns, "top1") if not rows or name not in rows[0]]:
         raise UserError(f"--prior {path} has no column {', '.join(missing)}; give the members.csv of posmlp supernet")
-    scores = {tuple(row[name] for name in columns): float(row["top1"]) for row in rows}
+    try:
+        scores = {tuple(row[name] for name in columns): float(row["top1"]) for row in rows}
+    except ValueError as error:
+        raise UserError(f"--prior {path}: top1 of a row is not a number ({error})") from error
     keys = [tuple(map(str, member.values())) for member in table.members]
     if absent := [number for number, key in enumerate(keys) if key not in scores]:
         raise UserError(
@@ -247,9 +256,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", type=Path, default=OUT, help="of table.py (default: %(default)s)")
     parser.add_argument(
-        "--searches", type=int, default=200, help="of each kind, seeds 0, 1, ... (default: %(default)s)"
+        "--searches", type=positive, default=200, help="of each kind, seeds 0, 1, ... (default: %(default)s)"
     )
-    parser.add_argument("--trials", type=int, default=48, help="whole trials of a search (default: %(default)s)")
+    parser.add_argument("--trials", type=positive, default=48, help="whole trials of a search (default: %(default)s)")
     parser.add_argument("--prior", type=Path, help="members.csv of a supernet that has scored the table's members")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="(default: %(default)s)")
     args = parser.parse_args()

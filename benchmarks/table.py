@@ -62,11 +62,16 @@ def read_table(path: Path) -> Table:
     """Read a tabular benchmark.
 
     Raises:
-        UserError: there is none, a column is missing, or a member lacks a seed or an epoch.
+        UserError: there is none, it is not a Parquet file, a column is missing, or a member lacks a seed or an epoch.
     """
     if not path.is_file():
         raise UserError(f"no table {path}; make it with python benchmarks/table.py STUDY ...")
-    rows = pq.read_table(path)
+    try:
+        rows = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{path} is not a Parquet file ({error}); make one with python benchmarks/table.py STUDY ..."
+        ) from error
     if missing := [name for name in (*INDEX, VAL_TOP1, VAL_LOSS, COST_GMACS) if name not in rows.column_names]:
         raise UserError(f"{path} has no column {', '.join(missing)}; make it with python benchmarks/table.py")
     rows = rows.sort_by([(name, "ascending") for name in INDEX])
@@ -268,6 +273,8 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", metavar="STUDY", help="folders or names of studies")
     parser.add_argument("--out", type=Path, default=OUT, help="the Parquet file (default: %(default)s)")
     args = parser.parse_args()
+    if not args.out.absolute().parent.is_dir():
+        parser.error(f"argument --out: there is no folder {args.out.absolute().parent}; make it, or name another file")
     try:
         table = collect(args.studies)
         pq.write_table(table, args.out, compression="zstd")

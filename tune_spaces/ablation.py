@@ -57,7 +57,7 @@ def space(base: Config) -> Space:
 def fits(dims: tuple[int, ...], groups: tuple[int, ...], factor: float) -> bool:
     """Return whether every stage's groups times a factor are a whole number that divides the stage's channels."""
     scaled = [factor * count for count in groups]
-    return all(count >= 1 and dim % count == 0 for dim, count in zip(dims, scaled, strict=True))
+    return all(count >= 1 and count.is_integer() and dim % count == 0 for dim, count in zip(dims, scaled, strict=True))
 
 
 def scaled_groups(groups: tuple[int, ...], factor: float) -> list[int]:

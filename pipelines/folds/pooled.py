@@ -176,10 +176,12 @@ class PooledResults:
         """Number of scored videos with the first seed that has them.
 
         Args:
-            fold: None: of all folds.
+            fold: None: of all folds, with a seed that has all of them if there is one.
         """
         found = self.columns
         chosen = found[ACCURACY] >= 0
+        if fold is None and self.seeds:
+            chosen &= np.isin(found["seed"], self.seeds)
         chosen &= (found["fold"] == fold) if fold is not None else True
         chosen &= (found["dataset"] == scope) if scope != ALL else True
         seeds = found["seed"][chosen]
@@ -271,7 +273,7 @@ class PooledResults:
         """The tables as text."""
         parts = [self.title()]
         for rows in self.tables():
-            if len(rows) > FOLDS_PRINTED:
+            if len(rows) > FOLDS_PRINTED + 1:
                 rows = [*rows[:FOLDS_PRINTED], [f"... {len(rows) - FOLDS_PRINTED - 1} more in folds.csv"], rows[-1]]
             widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
             lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)) for row in rows]

@@ -44,8 +44,6 @@ def find_prior(name: str, study: Study, space: Space) -> Prior:
     known = {folder: found[0] for folder in folders if (found := read_study(folder, Study))}
     if known:
         folder, earlier = next(iter(known.items()))
-        if folder == study.folder:
-            raise StudyError(f"--prior {name} is the study itself; leave it out")
         trials = read_trials(folder)
     else:
         try:

@@ -83,7 +83,7 @@ class StudySettings(Section):
     @property
     def resume_command(self) -> str:
         """The command that resumes it."""
-        return f"posmlp {self.COMMAND} --resume {self.name}"
+        return f"posmlp {self.COMMAND} --resume {self.folder}"
 
     def budgets(self) -> dict[str, float]:
         """The largest allowed costs by metric name; costs without a budget are left out."""
@@ -306,10 +306,15 @@ def find_study(text: str, kind: type[Settings]) -> tuple[Settings, str]:
         The study, and the id of its MLflow run.
 
     Raises:
-        UserError: there is no such study, or it cannot be read.
+        UserError: there is no such study, it cannot be read, or its folder was moved.
     """
     for folder in (storage.join(".", text), storage.join("runs", text)):
         if found := read_study(folder, kind):
+            home = found[0].folder
+            if read_json(storage.join(home, STUDY_FILE)) is None:
+                raise StudyError(
+                    f"{folder} was moved from {home}; move it back, or correct recipe.train.storage in its {STUDY_FILE}"
+                )
             return found
     raise StudyError(f"no study {text}: neither {text} nor runs/{text} has a {STUDY_FILE}; give its folder")
 
@@ -347,7 +352,7 @@ def read_study(folder: str, kind: type[Settings]) -> tuple[Settings, str] | None
     if not isinstance(study, kind):
         raise StudyError(
             f"{folder} is a study of posmlp {study.COMMAND}, not of posmlp {kind.COMMAND}: resume it with "
-            f"{study.resume_command}, or choose another --name"
+            f"{study.resume_command}, or name another study"
         )
     return study, run_id
 
@@ -399,7 +404,14 @@ def read_trials(folder: str) -> list[Trial]:
     trials = []
     for uri in storage.list_folders(folder):
         if uri.rpartition("/")[2].startswith("trial-") and (record := read_json(storage.join(uri, TRIAL_FILE))):
-            trials.append(Trial.from_record(record))
+            try:
+                trials.append(Trial.from_record(record))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise StudyError(
+                    f"{storage.join(uri, TRIAL_FILE)} is not a trial of this version ({reason}); use the version that "
+                    "wrote it, or remove the trial's folder"
+                ) from error
     return sorted(trials, key=lambda trial: trial.number)
 
 

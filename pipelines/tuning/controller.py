@@ -33,7 +33,7 @@ from pipelines.tuning.search import Searcher
 from pipelines.tuning.trial import TrialEvent, TrialJob
 from posmlp import storage
 from posmlp.config import Config, FrameOrder
-from posmlp.metrics import COST_GMACS, COST_LATENCY_MS, COSTS, EPOCH, main_metric
+from posmlp.metrics import COST, COST_GMACS, COST_LATENCY_MS, COSTS, EPOCH, main_metric
 from tune_spaces import Space
 
 VARIANT_LATENCIES_FILE = "published.json"  # in a study's folder: latency of published variants in ms, by name
@@ -136,7 +136,10 @@ class TrialController(ABC):
         # The store's address may hold a password, and Tune writes the job to disk: the environment carries it instead.
         tracking = config.tracking.model_copy(update={"uri": None})
         config = config.model_copy(update={"tracking": tracking})
-        return TrialJob(config, tags, params, self.settings.budgets(), self.predicted)
+        # A budget is for members; a repeat of one that was within it is trained whatever its own measurement says.
+        budgets = self.settings.budgets() if trial.repeat_of is None else {}
+        costs = {key: value for key, value in trial.search_metrics.items() if key.startswith(COST)}
+        return TrialJob(config, tags, params, budgets, self.predicted, costs)
 
     # --- results -------------------------------------------------------------------------------------------------
 
@@ -234,12 +237,12 @@ class StudyController(TrialController):
             finished = sum(trial.state == TrialState.FINISHED for trial in self.trials.values())
             logger.info("resuming; trials finished: %d, trials to resume: %d", finished, len(self.pending))
         if self.halving:
-            if self.halving.rungs:
-                rungs = " and ".join(f"epoch {rung}" for rung in self.halving.rungs)
-                logger.info("trials may be stopped after %s", rungs)
+            epochs, every = study.recipe.train.epochs, study.recipe.eval.every
+            if stops := stop_epochs(self.halving, epochs, every):
+                logger.info("trials may be stopped after %s", " and ".join(f"epoch {epoch}" for epoch in stops))
             else:
-                epochs = study.recipe.train.epochs
-                logger.warning("--asha stops no trial with train.epochs=%d; it needs at least 2 epochs", epochs)
+                text = "--asha stops no trial: none of the first half of %d epochs is validated (eval.every=%d)"
+                logger.warning(text, epochs, every)
         self.log_priors()
         if not study.recipe.data.cache_dir:
             logger.info("every trial decodes all videos; with data.cache_dir=FOLDER each is decoded only once")
@@ -392,6 +395,19 @@ def successive_halving(study: Study, trials: Sequence[Trial]) -> SuccessiveHalvi
             metrics = trial.search_metrics | {study.main.key: value}
             halving.add(trial.number, epoch, [metrics.get(name, math.nan) for name in goals])
     return halving
+
+
+def stop_epochs(halving: SuccessiveHalving, epochs: int, every: int) -> list[int]:
+    """The epochs after which a trial may be stopped: for each rung the first validated epoch that counts for it.
+
+    Args:
+        every: a trial is validated after each of these epochs.
+    """
+    rungs: dict[int, int] = {}  # first epoch by rung
+    for epoch in range(every, epochs, every):
+        if (rung := halving.rung_at(epoch)) is not None:
+            rungs.setdefault(rung, epoch)
+    return list(rungs.values())
 
 
 def modes(study: Study) -> dict[str, str]:

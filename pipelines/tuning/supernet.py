@@ -156,6 +156,7 @@ def supernet(
     """
     space, config, standalone = check_supernet(recipe, space_name, name, study)
     drawn = list(draw_members(space, recipe, count, seed))
+    refuse_outsiders(space_name, config, drawn)
 
     train_unless_finished(config)
 
@@ -256,6 +257,29 @@ def refuse_differences(what: str, recipe: Config, other: Config) -> None:
             raise StudyError(
                 f"{what} has {key} {now.get(key)!r}, not {before.get(key)!r}; members of a supernet may differ in "
                 f"{describe_choice_keys()} alone, as those of the space same_width do"
+            )
+
+
+def refuse_outsiders(space_name: str, config: Config, members: Sequence[tuple[Member, Config]]) -> None:
+    """Refuse members that a supernet does not hold, before it is trained.
+
+    ``supernet_recipe`` looks at one dimension at a time, so it misses values that cannot be built together with the
+    first value of every other dimension.
+
+    Args:
+        config: the recipe of the supernet.
+        members: with their recipes.
+
+    Raises:
+        StudyError: names one of them.
+    """
+    choices = config.model.variant().choices
+    assert choices is not None
+    for member, recipe in members:
+        if not choices.contains(recipe.model.variant().architecture()):
+            raise StudyError(
+                f"space {space_name}: the supernet does not hold the member {report.describe_member(member)}. It looks for "
+                "each value in a member with the first values of the other dimensions; put values first that go with all"
             )
 
 

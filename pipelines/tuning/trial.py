@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -58,8 +59,9 @@ class TrialJob:
     Attributes:
         config: the recipe of the trial's run.
         tags, params: for the trial's MLflow run, in addition to a run's own.
-        budgets: the largest allowed costs, by metric name.
+        budgets: the largest allowed costs of a trial that has not begun to train, by metric name.
         predicted: as of ``TrialContext``.
+        costs: of the trial's model, if they are known from before; a second measurement would differ.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class TrialJob:
     params: Mapping[str, Value]
     budgets: Mapping[str, float]
     predicted: tuple[FrameOrder, ...] = ()
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The job as text. Ray Tune would flatten nested values in its config."""
@@ -77,6 +80,7 @@ class TrialJob:
                 "params": dict(self.params),
                 "budgets": dict(self.budgets),
                 "predicted": list(self.predicted),
+                "costs": dict(self.costs),
             }
         )
 
@@ -119,6 +123,8 @@ class TrialRun(ray.tune.Trainable):
     or the study's driver asks to stop, the run saves its state first, so no process is left behind.
     """
 
+    looked = -math.inf  # when this process last looked for the stop file
+
     def setup(
         self,
         config: dict[str, Any],
@@ -144,12 +150,15 @@ class TrialRun(ray.tune.Trainable):
         self.thread.start()
 
     def step(self) -> dict[str, Any]:
+        poll_s = REMOTE_POLL_S if storage.is_remote(self.stop_file) else POLL_S
         while True:
-            try:
-                event = self.events.get(timeout=REMOTE_POLL_S if storage.is_remote(self.stop_file) else POLL_S)
-            except queue.Empty:
+            if time.monotonic() - self.looked >= poll_s:  # also while epochs end more often than that
+                self.looked = time.monotonic()
                 if is_file(self.stop_file):
                     self.ending.set()
+            try:
+                event = self.events.get(timeout=poll_s)
+            except queue.Empty:
                 continue
             if isinstance(event, BaseException):
                 raise event
@@ -203,13 +212,13 @@ class TrialRun(ray.tune.Trainable):
         self.send(event)
 
     def run_trial(self, job: TrialJob) -> TrialEvent:
-        """Measure the costs, and train if they are within the budgets; returns how the trial ended."""
+        """Train, if the run exists already or its costs are within the budgets; returns how the trial ended."""
         start_ray()
         config, recipe = job.config, job.config.model_dump(mode="json")
-        costs = measure_costs(recipe) if self.here else self.measure_costs_elsewhere(config)
-        if reason := over_budget(job.budgets, costs):
-            return TrialEvent(TrialState.OVER_BUDGET, costs, reason)
+        costs = dict(job.costs) or (measure_costs(recipe) if self.here else self.measure_costs_elsewhere(config))
         record = read_record(run_folder(config))
+        if record is None and (reason := over_budget(job.budgets, costs)):
+            return TrialEvent(TrialState.OVER_BUDGET, costs, reason)
         if record is not None and record["metrics"] is not None:  # finished, but the study's driver did not record it
             return TrialEvent(TrialState.FINISHED, costs | record["metrics"])
 
@@ -311,17 +320,17 @@ def measure_costs(recipe: dict[str, Any]) -> dict[str, float]:
 def measure_latencies(recipes: list[dict[str, Any]]) -> list[float]:
     """Ray task on the training device: the latency of each recipe's model for one clip, in milliseconds.
 
-    The models take turns, so that a disturbance meets all of them. Each latency is the median of ``TIMED_PASSES``.
+    The clip has the size of the model's own clips. The models take turns, so that a disturbance meets all of them. Each latency is the median of ``TIMED_PASSES``.
     """
     configs = [Config.model_validate(recipe) for recipe in recipes]
     set_threads(configs[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [create_model(c.model.name, **c.model.overrides()).eval().to(device) for c in configs]
-    clip = example_input(configs[0]).to(device)
+    clips = [example_input(c).to(device) for c in configs]
     times: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(WARM_UP_PASSES + TIMED_PASSES):
-            for model, taken in zip(models, times, strict=True):
+            for model, clip, taken in zip(models, clips, times, strict=True):
                 taken.append(seconds(partial(model, clip), device))
     return [1e3 * statistics.median(taken[WARM_UP_PASSES:]) for taken in times]
 

@@ -113,14 +113,13 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
         study = study.model_copy(update={"space": os.path.abspath(study.space)})
     space = study_space(study)
     found, trials = read_study(study.folder, Study), read_trials(study.folder)
-    check_space(study, space, trials)
     if found and not resume:
         raise StudyError(
-            f"the study {study.folder} exists already: resume it with posmlp tune --resume {study.name}, or choose "
-            "another --name"
+            f"the study {study.folder} exists already: resume it with {study.resume_command}, or choose another --name"
         )
     if resume and not found:
         raise StudyError(f"no study {study.folder}; start one with posmlp tune RECIPE --space SPACE")
+    check_space(study, space, trials)
     train_set, val_set = read_splits(study.recipe)
     recipe = with_absolute_paths(check_data(study.recipe, train_set, val_set))
     lists = {"train": list_fingerprint(train_set), "val": list_fingerprint(val_set)}

@@ -194,7 +194,7 @@ def test_the_best_model_is_registered(finished_study):
 
 def test_a_finished_study_is_not_repeated(finished_study, capsys):
     result, _ = finished_study
-    with pytest.raises(StudyError, match="exists already: resume it with posmlp tune --resume look"):
+    with pytest.raises(StudyError, match=f"exists already: resume it with posmlp tune --resume {result.study.folder}"):
         tune(result.study)
     before = [(run.info.run_id, run.info.end_time) for run in mlflow_runs(result.study)[2]]
     assert main(["tune", "--resume", result.study.folder]) == 0

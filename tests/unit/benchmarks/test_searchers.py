@@ -211,6 +211,11 @@ def test_a_prior_is_read_by_member_and_what_it_lacks_is_named(tmp_path):
     path.write_text("\n".join([head.replace("top1", "score"), *map(",".join, rows)]))
     with pytest.raises(UserError, match=r"has no column top1; give the members\.csv of posmlp supernet"):
         read_prior(path, table)
+    path.write_text("\n".join([head, *map(",".join, [[*rows[0][:-1], ""], *rows[1:]])]))
+    with pytest.raises(UserError, match="top1 of a row is not a number"):
+        read_prior(path, table)
+    with pytest.raises(UserError, match=r"none\.csv cannot be read \(No such file or directory\)"):
+        read_prior(tmp_path / "none.csv", table)
 
 
 def test_the_command_prints_a_row_for_each_search_and_draws_the_figure(tmp_path, monkeypatch, capsys):

@@ -251,6 +251,9 @@ def test_a_table_of_another_recipe_is_not_extended(tmp_path):
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no table \S+/none.parquet; make it with python benchmarks/table.py"):
         read_table(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("not a table")
+    with pytest.raises(UserError, match=r"text\.parquet is not a Parquet file"):
+        read_table(tmp_path / "text.parquet")
     members = all_blocks(1)
     path = write_table(tmp_path / "a.parquet", members, made_up(members, lambda m: 0.5), [1.0] * 3)
     whole = pq.read_table(path)

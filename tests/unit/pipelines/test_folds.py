@@ -128,7 +128,8 @@ def test_a_study_is_read_back_as_what_it_is(faces):
     search = Study(recipe=study.recipe, name="search", space="widths")
     write_study(search, "run")
     with pytest.raises(
-        StudyError, match=r"posmlp tune, not of posmlp folds: resume it with posmlp tune --resume search"
+        StudyError,
+        match=rf"posmlp tune, not of posmlp folds: resume it with posmlp tune --resume {search.folder}, or name",
     ):
         find_study(search.folder, FoldStudy)
 
@@ -306,6 +307,10 @@ def test_a_seed_that_lacks_a_fold_is_not_pooled_and_the_fold_is_named(faces):
     text = found.describe()
     assert "Not finished: fold s7, seed 4 (failed): no video could be decoded" in text
     assert "Figures over all folds leave out 1 seed of 2. `posmlp folds --resume " in text
+    assert found.videos() == 36
+    others, _ = fill(study, np.random.default_rng(2), without=[2])  # of the first seed
+    found = pool(study, others, DATASET_OF)
+    assert found.seeds == [4] and found.videos() == 36 and found.videos("s7") == 6
     none, _ = fill(study, np.random.default_rng(2), without=range(12))
     empty = pool(study, none, DATASET_OF)
     assert empty.pooled == empty.folds == {} and empty.describe() and "folds.csv" in empty.files()

@@ -1,5 +1,6 @@
 """The trials that searchers propose, without training: top-1 is a function of the member."""
 
+import json
 from dataclasses import replace
 
 import optuna
@@ -17,6 +18,7 @@ from pipelines.tuning.samplers import (
     to_distribution,
 )
 from pipelines.tuning.search import Searcher, check_space, space_size
+from pipelines.tuning.tune import tune
 from posmlp import create_model
 from posmlp.config import load_recipe
 from posmlp.metrics import COSTS, VAL_TOP1
@@ -230,6 +232,35 @@ def test_the_record_of_a_study_is_read_back(tmp_path):
         records.find_study(str(tmp_path / "s"), records.Study)
     with pytest.raises(StudyError, match="no study nowhere"):
         records.find_study("nowhere", records.Study)
+
+
+def test_a_study_whose_folder_was_moved_is_not_taken_for_an_empty_one(tmp_path):
+    study = Study(name="s", recipe=load_recipe("demo", [f"train.storage={tmp_path}/old"]), space="depths")
+    records.write_study(study, "abc")
+    (tmp_path / "old" / "s").rename(tmp_path / "s")
+    with pytest.raises(StudyError, match=rf"{tmp_path}/s was moved from {tmp_path}/old/s; move it back"):
+        records.find_study(str(tmp_path / "s"), records.Study)
+
+
+def test_a_new_study_of_a_taken_name_is_told_so_whatever_its_space(tmp_path):
+    recipe = load_recipe("demo", [f"train.storage={tmp_path}"])
+    records.write_study(Study(name="s", recipe=recipe, space="depths"), "abc")
+    records.write_trial(Study(name="s", recipe=recipe, space="depths"), Trial(0, {"depth1": 1}))
+    with pytest.raises(StudyError, match=rf"s exists already: resume it with posmlp tune --resume {tmp_path}/s, or"):
+        tune(Study(name="s", recipe=recipe, space="widths"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"later": 1}, "KeyError: 'later'"), ({"state": "asleep"}, "'asleep' is not a valid"), ({"curve": [1]}, "list")],
+)
+def test_a_trial_that_is_not_understood_is_named(tmp_path, change, reason):
+    study = Study(name="s", recipe=load_recipe("demo", [f"train.storage={tmp_path}"]), space="depths")
+    records.write_trial(study, Trial(0, {"depth1": 1}))
+    path = tmp_path / "s" / "trial-000" / "trial.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StudyError, match=rf"trial-000/trial\.json is not a trial of this version .*{reason}"):
+        records.read_trials(study.folder)
 
 
 # What Optuna gets, as literals ----------------------------------------------------------------------------------------

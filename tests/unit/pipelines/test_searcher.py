@@ -516,13 +516,10 @@ def test_an_earlier_study_of_another_space_is_refused(change, message, tmp_path)
         prior.find_priors(with_prior(tmp_path, "earlier"), BLOCKS)
 
 
-def test_an_earlier_study_without_trained_trials_and_the_study_itself_are_refused(tmp_path):
+def test_an_earlier_study_without_trained_trials_is_refused(tmp_path):
     earlier_study(tmp_path, additive(0), count=0)
     with pytest.raises(StudyError, match="it has no fully trained trial"):
         prior.find_priors(with_prior(tmp_path, "earlier"), BLOCKS)
-    earlier_study(tmp_path, additive(0), count=1, name="new")
-    with pytest.raises(StudyError, match="--prior new is the study itself"):
-        prior.find_priors(with_prior(tmp_path, "new"), BLOCKS)
 
 
 def test_an_earlier_study_is_found_in_mlflow_alone(tmp_path):

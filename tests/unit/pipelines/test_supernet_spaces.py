@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from pipelines.studies.study import StudyError, Trial, TrialState
-from pipelines.tuning.supernet import MemberScorer, StandaloneTrial, compare_rankings, draw_members, supernet_recipe
-from posmlp.config import load_recipe
+from pipelines.tuning.supernet import (
+    MemberScorer,
+    StandaloneTrial,
+    compare_rankings,
+    draw_members,
+    refuse_outsiders,
+    supernet_recipe,
+)
+from posmlp.config import RecipeError, load_recipe
 from posmlp.video.augment import to_input
 from tests.helpers.random_models import random_model
-from tune_spaces import load_space
+from tune_spaces import Space, load_space
 
 
 def test_the_supernet_of_a_space_holds_all_its_members():
@@ -43,6 +50,30 @@ def test_a_space_with_other_dimensions_is_refused(space, message):
     recipe = load_recipe("demo")
     with pytest.raises(StudyError, match=message):
         supernet_recipe(load_space(space, recipe), space, recipe, "net")
+
+
+def test_members_that_the_supernet_does_not_hold_are_refused_before_it_is_trained():
+    """Eight groups need two blocks, and the first value of the depth is one."""
+    recipe = load_recipe("demo")
+
+    def keys(member):
+        if member["groups1"] == 8 and member["depth1"] == 1:
+            raise RecipeError("8 groups need 2 blocks")
+        own = recipe.model.variant()
+        return {
+            "model.groups": (member["groups1"], *own.groups[1:]),
+            "model.depths": (member["depth1"], *own.depths[1:]),
+        }
+
+    space = Space({"groups1": (1, 8), "depth1": (1, 2)}, keys)
+    config = supernet_recipe(space, "mine.py", recipe, "net")
+    drawn = list(draw_members(space, recipe, 10, seed=0))
+    assert len(drawn) == 3
+    with pytest.raises(StudyError, match=r"space mine\.py: the supernet does not hold the member groups 8; depth 2"):
+        refuse_outsiders("mine.py", config, drawn)
+    turned = Space({"groups1": (1, 8), "depth1": (2, 1)}, keys)
+    config = supernet_recipe(turned, "mine.py", recipe, "net")
+    refuse_outsiders("mine.py", config, list(draw_members(turned, recipe, 10, seed=0)))
 
 
 def test_members_are_drawn_once_each_and_all_of_a_small_space():

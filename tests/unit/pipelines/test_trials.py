@@ -93,6 +93,60 @@ def test_a_trial_ends_when_the_stop_file_appears(tmp_path, monkeypatch, remote):
     assert not stepping.is_alive()
 
 
+def test_a_trial_ends_when_the_stop_file_appears_although_epochs_end_all_the_time(tmp_path):
+    run = TrialRun.__new__(TrialRun)
+    run.stop_file = str(tmp_path / "stop")
+    run.events, run.ending = trial.queue.Queue(), trial.threading.Event()
+    storage.write_bytes(run.stop_file, b"")
+    run.events.put({"done": False})
+    assert run.step() == {"done": False} and run.ending.is_set()
+
+
+@pytest.mark.parametrize(
+    ("known", "record", "state"),
+    [
+        ({}, None, TrialState.OVER_BUDGET),
+        ({"cost/latency_ms": 9.0}, None, TrialState.FINISHED),
+        ({}, {"metrics": None}, TrialState.FINISHED),  # it has begun to train
+        ({}, {"metrics": {"val/top1": 0.5}}, TrialState.FINISHED),  # it was not recorded that it is finished
+    ],
+)
+def test_a_budget_decides_before_the_first_epoch_alone(motion_set, tmp_path, monkeypatch, known, record, state):
+    """A second measurement of the latency, 10.2 ms, must not end a trial that was within 10 ms."""
+    monkeypatch.setattr(trial, "start_ray", lambda: None)
+    monkeypatch.setattr(trial, "measure_costs", lambda recipe: {"cost/latency_ms": 10.2})
+    monkeypatch.setattr(trial, "read_record", lambda folder: record)
+    result = RunResult("small", "runs/small", "id", {"val/top1": 0.5}, ended_early="")
+    monkeypatch.setattr(trial, "train", lambda config, trial: result)
+    run = TrialRun.__new__(TrialRun)
+    run.here, run.sharing, run.stop_file = True, 1, ""
+    run.events, run.ending = trial.queue.Queue(), trial.threading.Event()
+    job = TrialJob(recipe_for(tmp_path, motion_set), {}, {}, {"cost/latency_ms": 10.0}, costs=known)
+    run.run_job(job.to_json())
+    event = TrialEvent.from_json(run.events.get_nowait()["event"])
+    assert event.state == state
+    assert event.metrics["cost/latency_ms"] == known.get("cost/latency_ms", 10.2)
+
+
+def test_each_model_is_timed_with_a_clip_of_its_own_size(motion_set, tmp_path, monkeypatch):
+    timed = set()
+
+    def seconds(forward, device):
+        timed.add((forward.func, tuple(forward.args[0].shape[2:])))
+        return 1e-3
+
+    monkeypatch.setattr(trial, "seconds", seconds)
+    sizes = [(4, 64), (8, 64), (4, 32)]
+    keys = [[f"model.frames={frames}", f"model.image_size={size}"] for frames, size in sizes]
+    recipes = [recipe_for(tmp_path, motion_set, *each).model_dump(mode="json") for each in keys]
+    threads = torch.get_num_threads()
+    try:
+        assert trial.measure_latencies(recipes) == [1.0] * 3
+    finally:
+        torch.set_num_threads(threads)
+    assert len(timed) == 3 and {shape for _, shape in timed} == {(frames, size, size) for frames, size in sizes}
+
+
 def run_that_ends(monkeypatch, motion_set, tmp_path, error, ending=None):
     """A trial whose training raises an error."""
     monkeypatch.setattr(trial, "start_ray", lambda: None)

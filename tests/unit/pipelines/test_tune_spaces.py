@@ -103,6 +103,12 @@ def test_a_member_of_the_ablation_trains_with_its_clip_length(block):
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
+def test_factors_of_the_ablation_give_whole_groups():
+    """Half of 3 groups is no number of groups, although it divides 72 channels."""
+    base = load_recipe("ssv1_s16", ["model.groups=[3, 6, 12, 24]"])
+    assert 0.5 not in load_space("ablation", base).dimensions["group_scale"]
+
+
 def test_windows_of_less_than_a_frame_are_refused():
     base = load_recipe("demo", ["model.frames=4"])
     member = {"block": "joint", "group_scale": 1.0, "spatial_window": 1.0, "temporal_window": 0.25, "frames": 2}

@@ -29,16 +29,34 @@ def study_in(folder, epochs=9, task="recognition", **settings):
     return Study(name="look", recipe=recipe, **settings)
 
 
-@pytest.mark.parametrize(("epochs", "stops"), [(1, False), (2, True), (9, True)])
-def test_a_study_warns_if_it_has_too_few_epochs_to_stop_a_trial(epochs, stops, tmp_path, caplog):
-    search = Search(study_in(tmp_path, epochs))
+@pytest.mark.parametrize(
+    ("epochs", "every", "stops"),
+    [(1, 1, ""), (2, 1, "epoch 1"), (9, 1, "epoch 1 and epoch 3"), (9, 2, "epoch 2 and epoch 4"), (9, 5, "")],
+)
+def test_a_study_says_after_which_validated_epochs_it_may_stop_a_trial(epochs, every, stops, tmp_path, caplog):
+    """These are the epochs whose results the rungs take."""
+    study = study_in(tmp_path, epochs)
+    recipe = load_recipe("demo", [f"train.epochs={epochs}", f"train.storage={tmp_path}", f"eval.every={every}"])
+    search = Search(study.model_copy(update={"recipe": recipe}))
     with caplog.at_level("INFO"):
         search.controller.log_start()
-    warnings = [
-        record.message for record in caplog.records if "--asha" in record.message and record.levelname == "WARNING"
-    ]
-    assert warnings == ([] if stops else ["--asha stops no trial with train.epochs=1; it needs at least 2 epochs"])
-    assert ("trials may be stopped after epoch" in caplog.text) == stops
+    warning = f"--asha stops no trial: none of the first half of {epochs} epochs is validated (eval.every={every})"
+    assert (warning in caplog.text) == (not stops)
+    assert (f"trials may be stopped after {stops}" in caplog.text) == bool(stops)
+    halving = search.controller.halving
+    taken = [f"epoch {epoch}" for epoch in range(every, epochs, every) if halving.add(0, epoch, [0.5])]
+    assert " and ".join(taken) == stops
+
+
+@pytest.mark.parametrize("repeat_of", [None, 0])
+def test_a_trials_costs_are_measured_once_and_its_repeats_have_no_budget(repeat_of, tmp_path):
+    controller = Search(study_in(tmp_path, budget_ms=10.0)).controller
+    costs = {"cost/latency_ms": 9.0, "cost/gmacs": 1.0}
+    trial = replace(controller.next_trial(), metrics=costs | {"val/top1": 0.5}, repeat_of=repeat_of)
+    job = controller.trial_job(trial)
+    assert job.costs == costs
+    assert job.budgets == ({"cost/latency_ms": 10.0} if repeat_of is None else {})
+    assert type(job).from_json(job.to_json()) == job
 
 
 class Search:

@@ -278,8 +278,9 @@ def refuse_outsiders(space_name: str, config: Config, members: Sequence[tuple[Me
     for member, recipe in members:
         if not choices.contains(recipe.model.variant().architecture()):
             raise StudyError(
-                f"space {space_name}: the supernet does not hold the member {report.describe_member(member)}. It looks for "
-                "each value in a member with the first values of the other dimensions; put values first that go with all"
+                f"space {space_name}: the supernet does not hold the member {report.describe_member(member)}. It looks "
+                "for each value in a member that has the first values of all other dimensions; put values first that "
+                "go with all others"
             )
 
 

@@ -320,7 +320,8 @@ def measure_costs(recipe: dict[str, Any]) -> dict[str, float]:
 def measure_latencies(recipes: list[dict[str, Any]]) -> list[float]:
     """Ray task on the training device: the latency of each recipe's model for one clip, in milliseconds.
 
-    The clip has the size of the model's own clips. The models take turns, so that a disturbance meets all of them. Each latency is the median of ``TIMED_PASSES``.
+    The clip has the size of the model's own clips. The models take turns, so that a disturbance meets all of them. Each
+    latency is the median of ``TIMED_PASSES``.
     """
     configs = [Config.model_validate(recipe) for recipe in recipes]
     set_threads(configs[0])

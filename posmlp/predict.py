@@ -1,7 +1,7 @@
 """Predict the classes of single videos with a model of any kind: decode their views, score them, rank the classes.
 
 ``posmlp predict`` (``pipelines.inference.predict``) does this with a checkpoint's model, and the model that a run logs
-to MLflow (``pipelines.mlflow_models.posmlp_pyfunc``) with an exported file. The latter takes this package along, so
+to MLflow (``pipelines.registry.posmlp_pyfunc``) with an exported file. The latter takes this package along, so
 both read a video as ``posmlp evaluate`` does.
 """
 

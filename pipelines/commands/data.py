@@ -58,7 +58,7 @@ def add_motion(commands: Commands) -> None:
     motion.add_argument("--train", type=int, default=640, help="number of training clips (default: %(default)s)")
     motion.add_argument("--val", type=int, default=160, help="number of validation clips (default: %(default)s)")
     motion.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
-    motion.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: %(default)s)")
+    motion.add_argument("--seed", type=not_negative, default=0, help="seed of the drawing (default: %(default)s)")
 
 
 def run_motion(args: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ def add_scenes(commands: Commands) -> None:
     scenes.add_argument("--val", type=int, default=10, help="number of validation videos (default: %(default)s)")
     scenes.add_argument("--seconds", type=int, default=20, help="key seconds of a video (default: %(default)s)")
     scenes.add_argument("--size", type=int, default=80, help="height and width in pixels (default: %(default)s)")
-    scenes.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: %(default)s)")
+    scenes.add_argument("--seed", type=not_negative, default=0, help="seed of the drawing (default: %(default)s)")
 
 
 def run_scenes(args: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def add_faces(commands: Commands) -> None:
     faces.add_argument("--subjects", type=int, default=3, help="subjects of each of the 3 parts (default: %(default)s)")
     faces.add_argument("--clips", type=int, default=24, help="clips of a subject (default: %(default)s)")
     faces.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
-    faces.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: %(default)s)")
+    faces.add_argument("--seed", type=not_negative, default=0, help="seed of the drawing (default: %(default)s)")
 
 
 def run_faces(args: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ def add_predict(commands: Commands) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="a video, an image, a folder of frames (each a path or a URI), or a folder with videos in it",
+        help="a video or an image (a path or a URI), or a local folder of frames or with videos in it",
     )
     predict.add_argument("--top", type=positive, default=5, help="classes per file, or per box (default: %(default)s)")
     predict.add_argument("--json", action="store_true", help="print one line of JSON per file, or per box")
@@ -113,10 +113,13 @@ def predict_people(args: argparse.Namespace, files: Sequence[str]) -> int:
         raise UserError("--views: a key frame has one view; leave it out with --boxes")
     if args.video and len(files) > 1:
         raise UserError(f"--video {args.video} is a copy of one file; give one, not {len(files)}")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold:g}: expected a probability from 0 to 1")
     from pipelines.inference.predict_boxes import BoxPredictor, annotate, check_output
+    from posmlp.video.decode import DecodeError
 
     if args.video:
-        check_output(args.video)
+        check_output(args.video, files[0])
     predictor = BoxPredictor(args.model, args.boxes, args.first_second)
     if note := predictor.left_out(files):
         print(f"posmlp: {note}", file=sys.stderr)
@@ -132,7 +135,10 @@ def predict_people(args: argparse.Namespace, files: Sequence[str]) -> int:
         if args.video and not prediction.error:
             found.append(prediction)
     if found:
-        annotate(files[0], args.video, found, predictor.config)
+        try:
+            annotate(files[0], args.video, found, predictor.config)
+        except DecodeError as error:
+            raise UserError(f"{args.video} was not written: {files[0]}: {error.reason}") from error
     return int(unreadable > 0)
 
 

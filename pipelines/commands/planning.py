@@ -160,7 +160,7 @@ def add_cost(commands: Commands) -> None:
     cost.add_argument("--frames", type=int, help="frames per clip (default: those of the model)")
     cost.add_argument("--image-size", type=int, help="height and width in pixels (default: those of the model)")
     cost.add_argument(
-        "--batch", type=int, default=4, help="batch size of the throughput measurement (default: %(default)s)"
+        "--batch", type=positive, default=4, help="batch size of the throughput measurement (default: %(default)s)"
     )
     cost.add_argument("--json", action="store_true", help="print JSON in place of a table")
 

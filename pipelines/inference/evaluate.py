@@ -70,6 +70,7 @@ LARGEST_ARTIFACT = 2**30  # bytes; MLflow and its server are not made for larger
 FOLDER = "evaluations"  # in the run's folder
 ARTIFACTS = "evaluation"  # among the artifacts of the MLflow run
 KEYS_OVERRIDABLE = ("data.", "detection.", "eval.", "scaling.", "tracking.", "train.precision")
+KEYS_OF_EVALUATION = ("detection.val_every", "detection.whole_frame")  # Detection.for_evaluation sets them
 KEYS_OF_PIXELS = ("data.normalisation", "data.modality")  # what a trained model's first layer expects
 # Overrides of these do not change the scores, or are part of the evaluation's name anyway.
 KEYS_NOT_IN_NAME = (
@@ -155,7 +156,8 @@ def evaluate(
         uri: name or folder of a run (its best checkpoint is used), or folder of a checkpoint.
         views: clips per video and crops per clip (``posmlp.video.views.parse_views``); None: the recipe's.
         split: which of the recipe's lists of videos.
-        overrides: each is ``section.key=value``, with a key of ``KEYS_OVERRIDABLE`` that is not in ``KEYS_OF_PIXELS``.
+        overrides: each is ``section.key=value``, with a key of ``KEYS_OVERRIDABLE`` that is not in ``KEYS_OF_PIXELS``
+            or ``KEYS_OF_EVALUATION``.
         workers: number of actors that score; None: ``scaling.workers``.
         out: folder for the results; None: ``evaluations/NAME`` in the run's folder.
 
@@ -229,6 +231,8 @@ def recipe_of(info: checkpoints.CheckpointInfo, overrides: Sequence[str], run: s
             name = key.removeprefix("data.")
             trained = tree["data"].get(name, DataSection.model_fields[name].default)
             raise RecipeError(f"override {override!r}: the model was trained with {key} {trained}; leave it out")
+        if key in KEYS_OF_EVALUATION:
+            raise RecipeError(f"override {override!r}: an evaluation scores all key frames, whole; leave it out")
         set_key(tree, override)
     if run:
         tree["train"]["storage"] = storage.parent(run)
@@ -245,7 +249,8 @@ def with_workers(config: Config, workers: int | None) -> Config:
     """Return the recipe with this number of workers. The global batch need not be divisible by it."""
     if workers is None:
         return config
-    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"workers": workers})})
+    scaling = config.scaling.model_copy(update={"workers": workers, "min_workers": None})
+    return config.model_copy(update={"scaling": scaling})
 
 
 def evaluation_name(split: str, config: Config, info: checkpoints.CheckpointInfo, overrides: Sequence[str]) -> str:
@@ -352,7 +357,7 @@ def log_scores(client: MlflowClient, run_id: str, uri: str, artifacts: str) -> N
         logger.info(f"{uri} has {size / 2**30:.1f} GiB, more than MLflow takes well, so it is not among the artifacts")
     elif storage.is_remote(uri):
         with tempfile.TemporaryDirectory() as folder:
-            copy = os.path.join(folder, uri.rpartition("/")[2])
+            copy = os.path.join(folder, storage.base_name(uri))
             storage.copy_file(uri, copy)
             client.log_artifact(run_id, copy, artifacts)
     else:

@@ -48,7 +48,7 @@ def export(uri: str, out: str | None = None, *, int8: bool = False) -> ExportedF
         UserError: there is no such run or checkpoint, the file cannot be written, the format is unknown or needs
             packages that are not installed, or the exported model computes other logits. Nothing is written then.
     """
-    suffix = ".pt2" if out is None else PurePath(out).suffix
+    suffix = ".pt2" if out is None else PurePath(storage.base_name(out)).suffix
     check_format(suffix, int8)
     try:
         model, info = load_trained_model(find_checkpoint(uri))
@@ -56,8 +56,9 @@ def export(uri: str, out: str | None = None, *, int8: bool = False) -> ExportedF
         raise UserError(f"{uri} cannot be read: {error}") from error
     config = info.recipe()
     out = storage.join(".", out or config.name + suffix)
-    write_file(out + ".part", b"")  # before tracing, which takes a while: fail now if the folder cannot be written
-    storage.remove(out + ".part")
+    part = storage.join(storage.parent(out), f"{storage.base_name(out)}.part")
+    write_file(part, b"")  # before tracing, which takes a while: fail now if the folder cannot be written
+    storage.remove(part)
     exported = export_model(model, config, describe_model(info), suffix, int8=int8)
     if not exported.matches_model:
         raise UserError(

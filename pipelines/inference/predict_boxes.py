@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,10 +176,13 @@ def load_second(file: str, second: int, config: Config) -> NDArray[np.uint8]:
 # Annotated videos -----------------------------------------------------------------------------------------------------
 
 
-def check_output(out: str) -> None:
-    """Raise a UserError if an annotated video cannot have this name."""
+def check_output(out: str, file: str) -> None:
+    """Raise a UserError if the annotated copy of a file cannot have this name."""
     if storage.is_remote(out) or PurePath(out).suffix.lower() != ".mp4":
         raise UserError(f"--video {out}: expected the path of a file on this machine that ends in .mp4")
+    paths = [storage.local_path(uri) for uri in (out, file) if not storage.is_remote(uri)]
+    if len(paths) == 2 and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
+        raise UserError(f"--video {out} is the file itself, which the copy would replace; give another name")
 
 
 def annotate(file: str, out: str, predictions: Sequence[BoxPrediction], config: Config) -> None:

@@ -167,7 +167,8 @@ def probe(marker: str | None, row: pa.Table | None, config: dict[str, Any] | Non
     if marker:
         try:
             storage.read_bytes(marker)
-            mine = f"{marker}-{ray.get_runtime_context().get_node_id()}"
+            name = f"{storage.base_name(marker)}-{ray.get_runtime_context().get_node_id()}"
+            mine = storage.join(storage.parent(marker), name)
             storage.write_bytes(mine, b"")
             storage.remove(mine)
         except (OSError, UserError) as error:
@@ -326,16 +327,18 @@ def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
         )
     fitting = workers_that_fit([(node.resources, node.labels) for node in nodes], scaling)
     what = " and ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(scaling).items())
+    fewest = scaling.min_workers or scaling.workers
+    starting = min(max(fitting, fewest), scaling.workers)  # as in capacity.why_nodes_have_no_room
     if fitting < scaling.workers:
         yield Finding(
-            "fail" if labelled else "warn",
+            "fail" if labelled and fitting < fewest else "warn",
             f"room for {fitting} of {scaling.workers} training workers of {what}",
             "lower scaling.workers or scaling.cpus_per_worker, or add nodes (an autoscaler may add them)",
         )
     else:
         yield Finding("ok", f"room for {scaling.workers} training workers of {what}")
-    left = total(nodes, "CPU") - scaling.workers * scaling.cpus_per_worker
-    enough = left >= max(1.0, scaling.workers)
+    left = total(nodes, "CPU") - starting * scaling.cpus_per_worker
+    enough = left >= max(1.0, starting)
     yield Finding(
         "ok" if enough else "warn" if left >= 1 else "fail",
         f"{left:g} CPUs are left for decoding",

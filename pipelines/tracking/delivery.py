@@ -163,7 +163,10 @@ class DeliveryWorker(threading.Thread):
         """
         before = self.journal.pending_count()
         while entries := self.next_entries():
-            if error := self.attempt(entries):
+            error = self.attempt(entries)
+            if error and self.bad_requests:  # attempt() rejects it in the end, or all that waits behind it would stay
+                time.sleep(FIRST_PAUSE)
+            elif error:
                 waiting = f"{self.journal.pending_count()} operations still wait in {self.journal.place}"
                 raise UserError(f"{self.no_delivery(error)}; {waiting}")
         self.retry_postponed()

@@ -80,7 +80,9 @@ def scrub(text: str, uri: str) -> str:
     """Remove the secrets of a tracking URI from a text."""
     text = text.replace(uri, without_secrets(uri))
     if (found := re.match(r"^[\w+.-]+://(.*)@", uri)) and not uri.startswith("sqlite:"):
-        text = text.replace(found[1], "***")
+        text = text.replace(f"{found[1]}@", "***@")
+        if ":" in found[1]:  # a user name alone may be part of any word
+            text = text.replace(found[1], "***")
     return text
 
 

@@ -1,6 +1,7 @@
 """Actions of people whose boxes are given: the same as a plain loop's, drawn where they are, and what is refused."""
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -192,6 +193,7 @@ def test_the_command_draws_what_it_prints(trained, videos, boxes, tmp_path, caps
         (["--boxes", "{boxes}", "--views", "1x3"], "--views: a key frame has one view"),
         (["--boxes", "{boxes}", "--video", "out.avi"], "--video out.avi: expected the path of a file"),
         (["--boxes", "{boxes}", "--video", "s3://bucket/out.mp4"], "expected the path of a file on this machine"),
+        (["--boxes", "{boxes}", "--threshold", "50"], "--threshold 50: expected a probability from 0 to 1"),
         (["--boxes", "absent.csv"], "absent.csv"),
         (["--boxes", "{boxes}", "--video", "/proc/none/out.mp4"], "/proc/none/out.mp4 cannot be written"),
     ],
@@ -201,6 +203,32 @@ def test_what_is_refused(trained, videos, boxes, capsys, options, expected):
     assert main(["predict", trained[0], videos["tall"], *options]) == 1
     err = capsys.readouterr().err
     assert expected in err and "Traceback" not in err
+
+
+def test_an_annotated_copy_does_not_replace_its_video(trained, videos, boxes, tmp_path, capsys):
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(Path(videos["tall"]).read_bytes())
+    (tmp_path / "link.mp4").symlink_to(video)
+    for file, out in ((video, video), (f"file://{video}", video), (video, tmp_path / "link.mp4")):
+        assert main(["predict", trained[0], str(file), "--boxes", boxes, "--video", str(out)]) == 1
+        assert f"--video {out} is the file itself, which the copy would replace" in capsys.readouterr().err
+    assert video.read_bytes() == Path(videos["tall"]).read_bytes()
+
+
+def test_a_video_that_breaks_after_its_last_key_second_has_no_annotated_copy(trained, videos, boxes, tmp_path, capsys):
+    """Its boxes are printed all the same."""
+    whole = Path(videos["tall"])
+    times, place = [time for time, _ in read_frames(whole)], tmp_path / whole.name
+    with av.open(str(whole)) as container:
+        packets = sorted((packet.pos, packet.size) for packet in container.demux(video=0) if packet.pos is not None)
+    content = bytearray(whole.read_bytes())
+    for pos, size in packets[len(times) - 4 :]:
+        content[pos : pos + size] = bytes(size)
+    place.write_bytes(content)
+    assert main(["predict", trained[0], str(place), "--boxes", boxes, "--video", str(tmp_path / "out.mp4")]) == 1
+    out, err = capsys.readouterr()
+    assert out and "Traceback" not in err and f"{tmp_path}/out.mp4 was not written: {place}: " in err
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_an_annotated_video_is_of_one_file(trained, videos, boxes, capsys):

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from pipelines.cli import main
+from pipelines.inference import export as export_command
 from pipelines.inference.predict import predict
 from posmlp import create_model
 from posmlp import export as exporting
@@ -226,6 +227,14 @@ def test_wrong_options_are_one_line_and_exit_code_1(run_folder, tmp_path, monkey
     assert error.startswith("posmlp: ") and error.count("\n") == 1
     assert expected in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_uri_with_options_has_the_format_of_its_file(run_folder, monkeypatch):
+    written = []
+    monkeypatch.setattr(export_command.storage, "write_bytes", lambda uri, content: written.append(uri))
+    monkeypatch.setattr(export_command.storage, "remove", lambda uri: None)
+    export_command.export(str(run_folder), "s3://b/m.pt2?region=us-east-1")
+    assert written == ["s3://b/m.pt2.part?region=us-east-1", "s3://b/m.pt2?region=us-east-1"]
 
 
 def test_an_unknown_run_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):

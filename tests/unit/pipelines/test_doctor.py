@@ -1,6 +1,7 @@
 """What stands in the way of a run is found before it."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,6 +75,8 @@ def test_a_node_that_differs_is_named(nodes, level, what):
     ("overrides", "level", "what"),
     [
         (["scaling.use_gpu=true", "scaling.workers=4"], "fail", "room for 2 of 4 training workers"),
+        (["scaling.use_gpu=true", "scaling.workers=4", "scaling.min_workers=2"], "warn", "room for 2 of 4 training"),
+        (["scaling.use_gpu=true", "scaling.workers=4", "scaling.min_workers=3"], "fail", "room for 2 of 4 training"),
         (["scaling.use_gpu=false", *SIX_CPUS], "fail", "room for 1 of 2 training workers of 6 CPU"),
         (SIX_CPUS, "fail", "room for 0 of 2 training workers of 6 CPU and 1 GPU"),
         (["scaling.train_on={team: video}"], "warn", "no node has the labels {'team': 'video'} of scaling.train_on"),
@@ -140,6 +143,16 @@ def test_what_a_probe_cannot_do_is_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PACKAGES", ("numpy", "no-such-package"))
     assert module.probe(None, None, None)["versions"]["no-such-package"] == "none"
     assert "nowhere" in module.probe(str(tmp_path / "nowhere"), None, None)["storage"]
+
+
+def test_a_probe_leaves_the_options_of_a_storage_and_the_marker_as_they_are(monkeypatch):
+    written = []
+    monkeypatch.setattr(module.storage, "read_bytes", lambda uri: b"")
+    monkeypatch.setattr(module.storage, "write_bytes", lambda uri, content: written.append(uri))
+    monkeypatch.setattr(module.storage, "remove", lambda uri: written.append(uri))
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "abc"))
+    assert module.probe("s3://b/runs/marker?region=us-east-1", None, None)["storage"] == ""
+    assert written == ["s3://b/runs/marker-abc?region=us-east-1"] * 2
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once():

@@ -19,6 +19,7 @@ from pipelines.inference.recognition_results import write_scores
 from pipelines.inference.scoring import score_good_videos
 from pipelines.runs.record import read_record
 from pipelines.tracking.uris import tracking_uri
+from posmlp.config import load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics, class_results
 from posmlp.video.manifest import read_split
@@ -113,6 +114,13 @@ def test_the_checkpoints_logged_model_gets_the_results(untrained_run):
     assert [m.value for m in client.get_metric_history(run_id, "test/top1")] == [0.5, 0.75]
 
 
+def test_the_number_of_workers_replaces_that_of_an_elastic_recipe():
+    elastic = load_recipe("demo", ["scaling.workers=4", "scaling.min_workers=2"])
+    assert module.with_workers(elastic, None) == elastic
+    scaling = module.with_workers(elastic, 1).scaling
+    assert (scaling.workers, scaling.min_workers) == (1, None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -121,6 +129,8 @@ def test_the_checkpoints_logged_model_gets_the_results(untrained_run):
         (["scaling.workers=2"], "--workers"),
         (["data.normalisation=slowfast"], r"the model was trained with data\.normalisation imagenet; leave it out"),
         (["data.modality=rgb"], r"the model was trained with data\.modality rgb_difference; leave it out"),
+        (["detection.whole_frame=false"], r"an evaluation scores all key frames, whole; leave it out"),
+        (["detection.val_every=4"], r"an evaluation scores all key frames, whole; leave it out"),
         (["data.val.path=nowhere.csv"], r"nowhere\.csv"),
         (["data.max_bad_fraction=2"], r"data\.max_bad_fraction: .*not 2"),
         (["data.classes=null"], r"val\.csv:2: 7 classes not in the checkpoint: '0', '1', '2', '3', '4' and 2 more; "),

@@ -13,16 +13,18 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
+from pipelines.tracking import delivery
 from pipelines.tracking.delivery import DeliveryWorker, sync_journals
 from pipelines.tracking.journal import Journal, JournalInUse, JournalState, read_entries
 from pipelines.tracking.mlflow_client import create_run, prepare_mlflow, refuse_foreign_server, source_tags
-from pipelines.tracking.operations import LogMetrics
+from pipelines.tracking.operations import LogMetrics, SetTags
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.uris import (
     PARENT,
     links_text,
     run_link,
     runs_view,
+    scrub,
     study_view,
     tracking_uri,
     view_link,
@@ -279,6 +281,29 @@ def test_a_bad_request_is_a_refusal_only_if_it_repeats(tmp_path):
     assert not tracker.journal.rejected_path.exists()
 
 
+def test_sync_rejects_what_mlflow_never_accepts_and_delivers_the_rest(tmp_path, monkeypatch):
+    """The run has ended before it tried often enough."""
+    monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.01)
+    tracker, log_batch = start(tmp_path), MlflowClient.log_batch
+    assert tracker.close("FINISHED") == 0
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(LogMetrics(0, 1, {"odd": 1.0}))
+    journal.append(LogMetrics(0, 1, {"train/loss": 1.0}, run_id=tracker.run_id))
+    journal.append(SetTags({"after": "1"}))
+    journal.close()
+
+    def refuse(self, run_id, metrics=(), **others):
+        if any(metric.key == "odd" for metric in metrics):
+            raise MlflowException("invalid byte sequence", error_code=BAD_REQUEST)
+        return log_batch(self, run_id, metrics, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+    assert sync_journals(tmp_path) == 0
+    assert "invalid byte sequence" in Journal(tmp_path / "journal.jsonl").rejected_path.read_text()
+    assert MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(tracker.run_id).data.tags["after"] == "1"
+    assert rows(tmp_path / "mlflow.db", tracker.run_id) == once(1)
+
+
 def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path, lines):
     (tmp_path / "file").touch()
     tracker = Tracker.open(recipe(tmp_path), {}, journal=Journal(tmp_path / "file" / "journal.jsonl"))
@@ -348,6 +373,18 @@ def test_remote_storage_needs_a_tracking_uri(tmp_path):
 )
 def test_secrets_are_removed_from_a_uri(uri, expected):
     assert without_secrets(uri) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "uri", "expected"),
+    [
+        ("annotations/train.csv at http://ann@mlflow", "http://ann@mlflow", "annotations/train.csv at http://mlflow"),
+        ("ann@mlflow:5000 refuses", "http://ann@mlflow", "***@mlflow:5000 refuses"),
+        ("me:hush at http://me:hush@a/x", "http://me:hush@a", "*** at http://a/x"),
+    ],
+)
+def test_secrets_are_removed_from_a_text_and_words_stay(text, uri, expected):
+    assert scrub(text, uri) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -19,6 +20,7 @@ class WeightEMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
+        self.model = model
         self.live = local_tensors(model)
         self.average = [x.detach().clone() for x in self.live]
         self.decay = decay
@@ -66,6 +68,8 @@ class WeightEMA:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the values of the model and the average."""
+        if isinstance(self.model, FSDPModule):  # the whole parameters that it may have gathered are not exchanged
+            self.model.reshard()
         for a, x in zip(self.average, self.live, strict=True):
             held = x.clone()
             x.copy_(a)

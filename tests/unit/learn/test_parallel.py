@@ -161,6 +161,35 @@ def same(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+def scoring_worker(rank, folder, overrides):
+    """Trains with and without a score by the EMA's weights after each step; saves what both lead to."""
+    join_group(folder, rank, 2)
+    config, results = load_recipe("demo", [*SMALL, "scaling.workers=2", "optim.ema=0.9", *overrides]), []
+    for scores in (True, False):
+        torch.manual_seed(0)
+        model = create_model(config.model.name, **config.model.overrides())
+        learner = Learner(parallelise(model, config, torch.device("cpu")), config, STEPS)
+        losses = []
+        for step in range(3):
+            batch = list(global_batch(step).micro_batches(4))[rank]
+            losses.append(learner.train_step(batch).loss)
+            if scores:
+                with learner.evaluation_weights():
+                    learner.score(batch)
+        results.append((losses, learner.weights()))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_validation_leaves_training_as_it_is(tmp_path, parallel):
+    """Bit for bit: parameters that were gathered for the EMA's scores are not used in the next step."""
+    run_group(scoring_worker, 2, str(tmp_path), (f"scaling.parallel={parallel}",))
+    for rank in (0, 1):
+        scored, not_scored = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(map(same, tree_flatten(scored)[0], tree_flatten(not_scored)[0]))
+
+
 def reduced_worker(rank, folder):
     """Saves the number of gradient values that the workers exchange in a step with frozen parts."""
     join_group(folder, rank, 2)

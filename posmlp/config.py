@@ -332,7 +332,7 @@ class OptimSection(Section):
     step_epochs: tuple[Annotated[float, Field(gt=0)], ...] = ()  # steps: the epochs after which the rate drops
     step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # steps: what each drop multiplies the rate by
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # clip the gradient to this 2-norm
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weights' EMA, which is evaluated and saved
@@ -445,6 +445,11 @@ class Config(Section):
             problems.append(
                 "data.decoder decord has no effect with data.cache_dir, which PyAV fills; remove one of them"
             )
+        if self.data.cache_dir and storage.is_remote(self.data.cache_dir):
+            place = storage.without_password(self.data.cache_dir)
+            problems.append(f"data.cache_dir {place}: cached videos are read from a disk; give the path of a folder")
+        if self.train.monitor and self.train.patience is None:
+            problems.append(f"train.monitor {self.train.monitor} is for train.patience; set that too, or leave it out")
         val, train = self.data.val, self.data.train
         if not val.path and not val.where:
             problems.append(
@@ -752,7 +757,20 @@ def set_key(tree: dict[str, Any], override: str) -> None:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads YAML. A value that is not a string becomes a ``Scalar``, which keeps its source text."""
+    """Reads YAML. A value that is not a string becomes a ``Scalar``, which keeps its source text.
+
+    A key that is there twice is an error; YAML would keep the last of its values alone.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"the key {key.value} is there twice; keep one of them"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if not isinstance(node, yaml.ScalarNode):

@@ -237,7 +237,7 @@ def recipe_of(info: checkpoints.CheckpointInfo, overrides: Sequence[str], run: s
     if run:
         tree["train"]["storage"] = storage.parent(run)
     if cache := tree["data"].get("cache_dir"):
-        tree["data"]["cache_dir"] = os.path.abspath(cache)  # tasks run in other folders
+        tree["data"]["cache_dir"] = storage.local_path(cache)  # tasks run in other folders
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -252,7 +252,7 @@ def check_nodes(nodes: Sequence[Node]) -> Iterator[Finding]:
         (
             "video",
             "the first video",
-            "videos, and data.cache_dir, must be at the same place on every node, or at a URI",
+            "videos must be at the same place on every node, or at a URI, and data.cache_dir a folder on every node",
         ),
     ):
         for node in answered:

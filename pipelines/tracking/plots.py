@@ -63,13 +63,14 @@ def validation_files(summary: ClassificationMetrics | DetectionSummary, classes:
     from posmlp.learn.evaluation import class_results, per_class_csv
     from posmlp.tasks.detection import DetectionSummary
 
+    outputs = len(summary.boxes) if isinstance(summary, DetectionSummary) else len(summary.confusion)
+    names = [*classes, *map(str, range(len(classes), outputs))]
     if isinstance(summary, DetectionSummary):
         return {
-            "per_class.csv": summary.csv(classes),
-            "average_precision.png": average_precision(summary.average_precision, summary.boxes, classes),
+            "per_class.csv": summary.csv(names),
+            "average_precision.png": average_precision(summary.average_precision, summary.boxes, names),
         }
     counts = summary.confusion.numpy()
-    names = [*classes, *map(str, range(len(classes), len(counts)))]
     return {
         "confusion.png": confusion_matrix(counts, names),
         "per_class.csv": per_class_csv(class_results(summary.confusion, summary.top5, names)),

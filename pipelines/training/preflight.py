@@ -127,7 +127,8 @@ def check_data(config: Config, train_set: Manifest, val_set: Manifest) -> Config
     if classes < len(train_set.classes):
         raise RunError(f"model.num_classes {classes} is less than the data set's {len(train_set.classes)} classes")
     cache = config.data.cache_dir
-    data = config.data.model_copy(update={"cache_dir": cache and os.path.abspath(cache)})  # tasks run in other folders
+    # Tasks run in other folders.
+    data = config.data.model_copy(update={"cache_dir": cache and storage.local_path(cache)})
     weights = config.model.weights
     if weights and not is_packaged(weights):
         weights = storage.join(".", weights)

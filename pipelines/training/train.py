@@ -162,16 +162,17 @@ def train(
     wait_for_room(config.scaling)
     check_writable(run)
     with leased(run) as lease:
-        if lease:  # another driver may have gone on with the run until now
-            if read_record(run) != record:
-                raise RunError(f"another process has changed {run} while this one waited; the same command resumes it")
-            saved = [entry.info for entry in checkpoints.find(run) if entry.info]
-            weights = None if saved else weights
+        journal = open_journal(run, lease)  # on a local storage it is the lock
+        if read_record(run) != record:
+            journal.close()
+            raise RunError(f"another process has changed {run} while this one waited; the same command resumes it")
+        saved = [entry.info for entry in checkpoints.find(run) if entry.info]
+        weights = None if saved else weights
         run_id = record["mlflow_run_id"] if record else None
         about = describe_run(config, train_set, val_set)
         tags = {**source_tags(), "run": run, "overrides": describe_overrides(config), NOTE: about, **trial.tags}
         with hold_signals() as held:  # it makes MLflow's tables and run
-            tracker = Tracker.open(config, tags, run_id, journal=open_journal(run, lease), params=trial.params)
+            tracker = Tracker.open(config, tags, run_id, journal=journal, params=trial.params)
         logger.info("MLflow: %s", tracker.place)
         if not trial.tags:
             logger.info("%s", links_text(tracker.uri, tracker.links()))
@@ -399,7 +400,7 @@ class RunReporter:
         self.run, self.tracker, self.on_epoch = run, tracker, on_epoch
         self.folder, self.about, self.epochs = folder, about, epochs
         self.history: list[dict[str, float]] = []
-        self.bad: dict[str, BadVideo] = {}
+        self.bad: dict[tuple[str, str], BadVideo] = {}  # by sample id and file; lists may share sample ids
         self.validation = ValidationDetails(None)
         self.epochs_logged, self.epochs_reported = tracker.epochs_logged(), 0
 
@@ -422,7 +423,7 @@ class RunReporter:
                 for metrics in epochs:
                     self.add_epoch(dict(metrics))
             case BadVideosFound(videos):
-                self.bad |= {video.sample_id: video for video in videos}
+                self.bad |= {(video.sample_id, video.uri): video for video in videos}
                 self.tracker.log_table([asdict(video) for video in self.bad.values()], "quarantine.json")
             case ValidationDetails():
                 self.validation = event

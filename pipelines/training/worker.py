@@ -580,9 +580,9 @@ class Worker:
         gathered: list[tuple[list[dict[str, str]], int]] = [(own, decoded_by_pyav)] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, (own, decoded_by_pyav))
-        known = {video["sample_id"]: video for video in self.progress.bad}
+        known = {(video["sample_id"], video["uri"]): video for video in self.progress.bad}
         for videos, count in gathered:
-            known = {video["sample_id"]: video for video in videos} | known
+            known = {(video["sample_id"], video["uri"]): video for video in videos} | known
             self.progress.decoded_by_pyav += count
         self.progress.bad = list(known.values())
 
@@ -623,7 +623,10 @@ class Worker:
         if self.rank == 0:
             try:
                 check_lease(self.run, self.job.lease)
-                function()
+                try:
+                    function()
+                except OSError as problem:
+                    raise checkpoints.UnwritableError(f"{self.run} does not answer: {problem}") from problem
                 checkpoints.prune(self.run, self.config.train.keep_last, self.config.train.keep_best)
             except checkpoints.UnwritableError as problem:
                 error = RunError(f"{problem}. Checkpoints before it are intact: free space and start the run again")

@@ -44,6 +44,7 @@ class Detection(Task):
 
         from posmlp.detection.lists import read_detection_split
         from posmlp.detection.segments import refuse_longer_clips
+        from posmlp.video.manifest import ManifestError
 
         manifest = read_detection_split(config.data, config.detection, split, known)
         refuse_longer_clips(manifest.rows, getattr(config.data, split).path, config)
@@ -51,6 +52,9 @@ class Detection(Task):
             return manifest
         seconds = np.array([int(each.rpartition(",")[2]) for each in manifest.rows["sample_id"].to_pylist()])
         rows = manifest.rows.filter(pa.array(seconds % config.detection.val_every == 0)).combine_chunks()
+        if not len(rows):
+            every, path = config.detection.val_every, config.data.list_of(split)
+            raise ManifestError([f"{path}: no second is divisible by {every}; set detection.val_every to 1"])
         return replace(manifest, rows=rows)
 
     def training_classes(self, config: Config, manifest: Manifest | None = None) -> KnownClasses:

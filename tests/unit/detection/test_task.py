@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.registry.datasets import class_counts
+from pipelines.tracking.plots import validation_files
 from posmlp import create_model
 from posmlp.config import RecipeError, load_recipe
+from posmlp.detection.scenes import make_scene_set
 from posmlp.learn.learner import Learner
 from posmlp.tasks import task_of
 from posmlp.tasks.detection import DetectionSummary
-from posmlp.video.manifest import Manifest
+from posmlp.video.manifest import Manifest, ManifestError
 from tests.helpers.batches import DETECTION, make_box_batch
 
 CONFIG = ("model.frames=4", "model.image_size=32", "model.num_classes=8", "train.global_batch=8", *DETECTION)
@@ -200,6 +202,26 @@ def test_the_table_of_classes():
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------
+
+
+def test_outputs_without_a_class_are_named_by_their_label():
+    """A model may have more outputs than the label map has classes."""
+    summary = DetectionSummary(np.array([0.25, math.nan, math.nan]), np.array([4, 0, 0]))
+    files = validation_files(summary, ["stand"])
+    rows = files["per_class.csv"].decode().splitlines()
+    assert rows == ["label,class,boxes,average_precision", "0,stand,4,0.25", "1,1,0,", "2,2,0,"]
+    assert files["average_precision.png"].startswith(b"\x89PNG")
+
+
+def test_a_validation_that_has_no_key_frame_is_refused(tmp_path, monkeypatch):
+    make_scene_set(tmp_path / "data" / "scenes", train=1, val=1, seconds=2, size=32)
+    monkeypatch.chdir(tmp_path)
+    config = load_recipe("scenes")
+    samples = task_of(config).read_split(config, "val").rows["sample_id"].to_pylist()
+    every = 1 + max(int(each.rpartition(",")[2]) for each in samples)
+    config = config.model_copy(update={"detection": config.detection.model_copy(update={"val_every": every})})
+    with pytest.raises(ManifestError, match=rf"val\.csv: no second is divisible by {every}; set detection\.val_every"):
+        task_of(config).read_split(config, "val")
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,27 @@ def test_files_that_are_not_a_recipe_are_refused(tmp_path, text):
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["train: {epochs: 7}\nname: a\ntrain: {patience: 3}\n", "train: {epochs: 7, epochs: 8}\n"]
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
+    """YAML keeps the last one alone, so the first would be lost without a word."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"(?s)the key (train|epochs) is there twice; keep one of them.*line"):
+        load_recipe(path)
+
+
+def test_a_mapping_may_be_merged_and_changed(tmp_path):
+    base = load_recipe("demo").to_yaml()
+    path = tmp_path / "r.yaml"
+    tree = yaml.safe_load(base)
+    train = yaml.safe_dump({"train": tree.pop("train")}).replace("train:", "train: &train")
+    tree.pop("augment")
+    path.write_text(f"{yaml.safe_dump(tree)}augment: {{<<: {{flip: 0.5}}, flip: 0.25}}\n{train}")
+    assert load_recipe(path).augment.flip == 0.25
+
+
 def test_yaml_cannot_build_objects(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("name: !!python/object/apply:os.getcwd []\n")
@@ -734,6 +755,21 @@ def test_a_key_is_named_without_the_types_that_were_tried():
             ["data.group_by=folder"],
             "data.group_by folder has an effect only where data.val is a share; leave it out",
             ["data.group_by=folder", "data.val=0.25"],
+        ),
+        (
+            ["data.cache_dir=s3://bucket/cache"],
+            "data.cache_dir s3://bucket/cache: cached videos are read from a disk; give the path of a folder",
+            ["data.cache_dir=file:///scratch/cache"],
+        ),
+        (
+            ["train.monitor=val/loss"],
+            "train.monitor val/loss is for train.patience; set that too, or leave it out",
+            ["train.monitor=val/loss", "train.patience=3"],
+        ),
+        (
+            ["optim.betas=[0.9, 1.0]"],
+            "optim.betas: Input should be less than 1, not 1.0",
+            ["optim.betas=[0.9, 0.95]"],
         ),
         (
             ["optim.freeze=2", "model.weights=null"],

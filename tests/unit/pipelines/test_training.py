@@ -32,8 +32,11 @@ from pipelines.cluster.capacity import (
 from pipelines.commands.training import format_result
 from pipelines.data import object_store
 from pipelines.runs.errors import BadVideo, PreemptedError, RunError
+from pipelines.runs.record import run_folder, write_record
 from pipelines.tracking import prometheus
+from pipelines.tracking.journal import open_journal
 from pipelines.training import train as train_module
+from pipelines.training import worker as worker_module
 from pipelines.training.channel import Registration, RunChannel, WorkersState
 from pipelines.training.messages import (
     ArtifactFile,
@@ -58,7 +61,7 @@ from pipelines.training.progress import (
     early_stop,
 )
 from pipelines.training.train import RunReporter, RunResult, TrialContext, explain_silence, fit
-from pipelines.training.worker import Worker
+from pipelines.training.worker import Action, Worker
 from posmlp.config import ScalingSection, load_recipe
 from posmlp.errors import UserError
 from posmlp.learn.evaluation import ClassificationMetrics
@@ -166,7 +169,8 @@ def test_an_epoch_that_is_trained_again_replaces_the_old_one_and_those_after_it(
 
 
 def test_the_reporter_tracks_costs_files_and_bad_videos(reporter):
-    videos = [BadVideo("a", "/a.mp4", "truncated"), BadVideo("b", "/b.mp4", "empty")]
+    """Training and validation lists may have a video of the same sample id."""
+    videos = [BadVideo("a", "/train/a.mp4", "truncated"), BadVideo("a", "/val/a.mp4", "empty")]
     reporter.handle(CostMeasured({"cost/gmacs": 1.0}))
     reporter.handle(ArtifactFile("profile/trace.json.gz", b"trace"))
     reporter.handle(BadVideosFound(videos[:1]))
@@ -176,9 +180,56 @@ def test_the_reporter_tracks_costs_files_and_bad_videos(reporter):
     reporter.tracker.log_metrics.assert_not_called()
     reporter.tracker.log_file.assert_called_once_with("profile/trace.json.gz", b"trace")
     rows, path = reporter.tracker.log_table.call_args.args
-    assert path == "quarantine.json" and [row["uri"] for row in rows] == ["/a.mp4", "/b.mp4"]
+    assert path == "quarantine.json" and [row["uri"] for row in rows] == ["/train/a.mp4", "/val/a.mp4"]
     assert list(reporter.bad.values()) == videos
     assert reporter.validation.summary.videos == 2
+
+
+def test_bad_videos_of_two_lists_with_the_same_sample_id_are_both_counted():
+    noted = [BadVideo("a", "/train/a.mp4", "truncated"), BadVideo("a", "/val/a.mp4", "empty")]
+    worker = SimpleNamespace(bad=noted[:1], decoded_by_pyav=0, world_size=1)
+    worker.progress = SimpleNamespace(bad=[], decoded_by_pyav=0)
+    Worker.collect_bad_videos(worker)
+    worker.bad = [*noted[::-1], *noted]
+    Worker.collect_bad_videos(worker)
+    assert {video["uri"] for video in worker.progress.bad} == {"/train/a.mp4", "/val/a.mp4"}
+    assert len(worker.progress.bad) == 2
+
+
+@pytest.mark.parametrize("fails", ["record", "removal"])
+def test_a_record_that_cannot_be_written_ends_the_run_and_a_removal_that_fails_does_not(monkeypatch, fails):
+    """The record of an epoch rates its checkpoint: without it another checkpoint would be the best one."""
+
+    def fail(*args):
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(worker_module, "check_lease", lambda *args: None)
+    monkeypatch.setattr(worker_module.checkpoints, "prune", fail if fails == "removal" else lambda *args: None)
+    worker = MagicMock(rank=0, run="runs/small")
+    Worker.write(worker, fail if fails == "record" else lambda: None)
+    action, error = worker.agree.call_args.args
+    if fails == "record":
+        assert action == Action.FAIL
+        assert "runs/small does not answer: stale file handle. Checkpoints before it" in str(error)
+    else:
+        assert (action, error) == (Action.CONTINUE, None)
+        assert "an old checkpoint cannot be removed: stale file handle" in worker.send_line.call_args.args[0]
+
+
+def test_a_run_that_another_process_has_begun_meanwhile_is_refused(motion_set, tmp_path, monkeypatch):
+    """On a local storage, while this process waits for room."""
+    config = recipe_for(tmp_path, motion_set)
+
+    def wait(scaling):
+        write_record(run_folder(config), config, {}, "other", None)
+
+    for name in ("start_ray", "warn_about_worker_features", "check_writable"):
+        monkeypatch.setattr(train_module, name, lambda *args: None)
+    monkeypatch.setattr(train_module, "choose_device", lambda config: config)
+    monkeypatch.setattr(train_module, "wait_for_room", wait)
+    with pytest.raises(RunError, match=r"another process has changed .* while this one waited"):
+        train_module.train(config)
+    open_journal(run_folder(config)).close()  # it is free
 
 
 def test_the_next_epoch_starts_with_empty_counts():

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -162,12 +162,14 @@ def train(
     wait_for_room(config.scaling)
     check_writable(run)
     with leased(run) as lease:
-        journal = open_journal(run, lease)  # on a local storage it is the lock
-        if read_record(run) != record:
-            journal.close()
-            raise RunError(f"another process has changed {run} while this one waited; the same command resumes it")
-        saved = [entry.info for entry in checkpoints.find(run) if entry.info]
-        weights = None if saved else weights
+        with ExitStack() as on_error:
+            journal = open_journal(run, lease)  # on a local storage it is the lock
+            on_error.callback(journal.close)
+            if read_record(run) != record:
+                raise RunError(f"another process has changed {run} while this one waited; the same command resumes it")
+            saved = [entry.info for entry in checkpoints.find(run) if entry.info]
+            weights = None if saved else weights
+            on_error.pop_all()
         run_id = record["mlflow_run_id"] if record else None
         about = describe_run(config, train_set, val_set)
         tags = {**source_tags(), "run": run, "overrides": describe_overrides(config), NOTE: about, **trial.tags}

@@ -300,14 +300,17 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
         load_recipe(path)
 
 
-def test_a_mapping_may_be_merged_and_changed(tmp_path):
-    base = load_recipe("demo").to_yaml()
-    path = tmp_path / "r.yaml"
-    tree = yaml.safe_load(base)
-    train = yaml.safe_dump({"train": tree.pop("train")}).replace("train:", "train: &train")
+def test_mappings_may_be_merged_and_changed(tmp_path):
+    """Also one that is itself merged into another, which YAML reads before it."""
+    path, tree = tmp_path / "r.yaml", yaml.safe_load(load_recipe("demo").to_yaml())
     tree.pop("augment")
-    path.write_text(f"{yaml.safe_dump(tree)}augment: {{<<: {{flip: 0.5}}, flip: 0.25}}\n{train}")
-    assert load_recipe(path).augment.flip == 0.25
+    path.write_text(yaml.safe_dump(tree) + "augment: {flip: 0.25}\n")
+    plain = load_recipe(path)
+    merged = "augment: {<<: &outer {<<: &inner {flip: 0.5}, flip: 0.25}}\n"
+    path.write_text(yaml.safe_dump(tree) + merged)
+    assert load_recipe(path) == plain
+    text = "a: &a {x: 1}\nb: {c: &c {<<: *a, x: 2}}\nd: {<<: *c}\n"
+    assert read_yaml(text)["b"]["c"].keys() == read_yaml(text)["d"].keys() == {"x"}
 
 
 def test_yaml_cannot_build_objects(tmp_path):

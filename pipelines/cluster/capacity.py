@@ -68,7 +68,7 @@ def device_for(scaling: ScalingSection, gpus: float) -> tuple[bool, str]:
     Args:
         gpus: number of GPUs of the cluster.
     """
-    fewest, share = scaling.min_workers or scaling.workers, scaling.gpus_per_worker
+    fewest, share = scaling.fewest_workers, scaling.gpus_per_worker
     use_gpu = 0 < fewest * share <= gpus if scaling.use_gpu == "auto" else scaling.use_gpu
     there = f"the cluster has {quantity(gpus, 'GPU')}"
     if use_gpu:
@@ -87,7 +87,7 @@ def device_for(scaling: ScalingSection, gpus: float) -> tuple[bool, str]:
 
 def request_nodes(scaling: ScalingSection) -> None:
     """Wait until a run would fit. An autoscaler starts nodes for the pending placement group."""
-    fewest = scaling.min_workers or scaling.workers
+    fewest = scaling.fewest_workers
     bundles, labels = [worker_resources(scaling)] * fewest, [dict(scaling.train_on)] * fewest
     request = placement_group([*bundles, {"CPU": MIN_DECODING_CPUS}], bundle_label_selector=[*labels, {}])
     try:
@@ -118,7 +118,7 @@ def why_nodes_have_no_room(
         nodes: the resources and the labels of each node.
     """
     cpus, gpus = (sum(resources.get(kind, 0) for resources, _ in nodes) for kind in ("CPU", "GPU"))
-    fitting, fewest = workers_that_fit(nodes, scaling), scaling.min_workers or scaling.workers
+    fitting, fewest = workers_that_fit(nodes, scaling), scaling.fewest_workers
     workers = min(max(fitting, fewest), scaling.workers)  # that Ray would start
     left = cpus - workers * scaling.cpus_per_worker
     if left < MIN_DECODING_CPUS:
@@ -149,7 +149,7 @@ def explain_start_wait(scaling: ScalingSection, seconds: float) -> str:
     Args:
         seconds: since it waits.
     """
-    fewest = scaling.min_workers or scaling.workers
+    fewest = scaling.fewest_workers
     need = quantity(fewest, "worker") + f" of {describe_worker(scaling)}" + " each" * (scaling.workers > 1)
     wait = f"waiting for {seconds:.0f} s to start {need}"
     if have_room({kind: fewest * amount for kind, amount in worker_resources(scaling).items()}):

@@ -106,7 +106,7 @@ def score_blocks(
     options |= {"max_restarts": scaling.max_failures, "max_task_retries": scaling.max_failures}
     actor: Any = ray.remote(scorer).options(**options, runtime_env={"env_vars": WORKER_ENV})
     # An elastic recipe may name more workers than there is room for; capacity.wait_for_room has checked min_workers.
-    scorers = [actor.remote(recipe, *args) for _ in range(scaling.min_workers or scaling.workers)]
+    scorers = [actor.remote(recipe, *args) for _ in range(scaling.fewest_workers)]
     decoding: dict[ray.ObjectRef, int] = {}  # and the number of the block
     scoring: dict[ray.ObjectRef, tuple[int, int]] = {}  # and the number of the block and that of the scorer
     early: dict[int, dict[str, np.ndarray]] = {}  # results of blocks, by number

@@ -327,7 +327,7 @@ def check_room(nodes: Sequence[Node], config: Config) -> Iterator[Finding]:
         )
     fitting = workers_that_fit([(node.resources, node.labels) for node in nodes], scaling)
     what = " and ".join(f"{amount:g} {kind}" for kind, amount in worker_resources(scaling).items())
-    fewest = scaling.min_workers or scaling.workers
+    fewest = scaling.fewest_workers
     starting = min(max(fitting, fewest), scaling.workers)  # as in capacity.why_nodes_have_no_room
     if fitting < scaling.workers:
         yield Finding(

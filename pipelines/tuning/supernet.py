@@ -382,15 +382,17 @@ class MemberScorer(Scorer):
         self.members: list[PosMLPVideo] = []
 
     def prepare(self, model: PosMLPVideo) -> nn.Module:
-        """Freeze the members, which share the supernet's weights, one by one."""
-        self.members = [cast(Supernet, model).member(architecture).freeze() for architecture in self.architectures]
+        """Make the members, which share the supernet's weights."""
+        self.members = [cast(Supernet, model).member(architecture) for architecture in self.architectures]
         return model
 
     def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
-        fusion = self.config.eval.fusion
-        predicted = [
-            video_scores(score_views(member, batch.clips, self.config), fusion).argmax(1) for member in self.members
-        ]
+        predicted = []
+        for member in self.members:
+            member.freeze()
+            scores = score_views(member, batch.clips, self.config)
+            predicted.append(video_scores(scores, self.config.eval.fusion).argmax(1))
+            member.freeze()  # merged weights take as much memory as a model; those of all members would not fit
         return torch.stack(predicted, 1)
 
 

@@ -17,6 +17,7 @@ from pipelines.tuning.supernet import (
     supernet_recipe,
 )
 from posmlp.config import RecipeError, load_recipe
+from posmlp.model.backbone import Block
 from posmlp.video.augment import to_input
 from tests.helpers.random_models import random_model
 from tune_spaces import Space, load_space
@@ -118,3 +119,5 @@ def test_members_are_scored_with_the_supernets_weights():
         with torch.no_grad():
             expected = model.member(member).eval()(to_input(clips, config)).argmax(1)
         assert torch.equal(column, expected)
+    kept = [block.frozen for member in scorer.members for block in member.modules() if isinstance(block, Block)]
+    assert kept and not any(kept)  # merged weights of all members would not fit in memory

@@ -17,6 +17,7 @@ import io
 import itertools
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -27,6 +28,7 @@ import av.error
 import decord
 import numpy as np
 from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -803,9 +805,30 @@ def _to_rgb(frame: Picture | Frames, height: int, width: int) -> Frames:
         frame = Picture(av.VideoFrame.from_ndarray(frame, format="rgb24"), None)
     if frame.on_its_side:
         height, width = width, height
-    # its bilinear filter widens when it shrinks a frame, which prevents aliasing
-    rgb = frame.frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
-    return frame.turn(cast(Frames, rgb))
+    return frame.turn(cast(Frames, convert(frame.frame, height, width, "rgb24").to_ndarray()))
+
+
+class _Scaler(threading.local):
+    """FFmpeg's scaler of a thread.
+
+    PyAV sets up a scaler for each frame otherwise, by default with a thread for each CPU. That takes several times as
+    long as to scale a frame of a video clip (https://github.com/PyAV-Org/PyAV/issues/2200), and every frame keeps the
+    memory of its scaler (https://github.com/PyAV-Org/PyAV/issues/2320).
+    """
+
+    def __init__(self) -> None:
+        self.reformatter = VideoReformatter()
+
+
+_scaler = _Scaler()
+
+
+def convert(frame: av.VideoFrame, height: int, width: int, pixels: str) -> av.VideoFrame:
+    """Convert a frame to another size and pixel format in one pass.
+
+    The bilinear filter widens when it shrinks a frame, which prevents aliasing.
+    """
+    return _scaler.reformatter.reformat(frame, width, height, pixels, interpolation="BILINEAR", threads=1)
 
 
 def _open_source(uri: str) -> tuple[str | bytes, bytes]:

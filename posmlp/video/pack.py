@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posmlp import storage
-from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo, VideoPart
+from posmlp.video.decode import DecodeError, Frames, ImageFolder, Video, VideoInfo, VideoPart, convert
 
 FOLDER_FPS = 12  # for frame folders, which have no frame rate; that of Something-Something
 UNITS = (90_000, 10_000_000, 1000, 1)  # of the times in a packed file, per second: the first that fits the video
@@ -103,7 +103,7 @@ def encode(
                 stream.height, stream.width = height, width
                 stream.codec_context.time_base = units
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture = picture.reformat(width, height, "yuv420p", interpolation="BILINEAR")
+            picture = convert(picture, height, width, "yuv420p")
             picture.pts, picture.time_base = round(times[number] / units), units
             container.mux(stream.encode(picture))
         container.mux(stream.encode())

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posmlp.video.decode import DecodeError, Video, open_video, scaled_size
+from posmlp.video.decode import DecodeError, Video, convert, open_video, scaled_size
 from posmlp.video.pack import pack
 from tests.helpers.videos import by_pyav, noisy, number, numbers, picture, scramble, write_video
 
@@ -499,6 +500,25 @@ def test_scaling_is_antialiased(tmp_path, decoder):
     path = write_video(tmp_path / "v.mp4", 160, 120, count=2, change=stripes)
     assert read(path, [0]).std() > 80
     assert read(path, [0], 40, decoder).std() < 20  # grey; every third pixel would be stripes again
+
+
+SIDES = st.integers(2, 40)
+PIXELS = st.sampled_from(["yuv420p", "yuvj420p", "yuv444p", "yuv420p10le", "gray", "rgb24", "rgba"])
+
+
+@given(frames=st.lists(st.tuples(SIDES, SIDES, PIXELS, SIDES, SIDES), min_size=2, max_size=8))
+def test_one_scaler_converts_frames_of_all_kinds_as_a_scaler_for_each(frames):
+    """In turns and from several threads, as if each frame had a scaler of its own."""
+    made = []
+    for seed, (height, width, pixels, *_) in enumerate(frames):
+        noise = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+        made.append(av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=pixels, threads=1))
+    sizes = [(height, width) for *_, height, width in frames]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda frame, size: convert(frame, *size, "rgb24").to_ndarray(), made, sizes))
+    for frame, (height, width), actual in zip(made, sizes, found, strict=True):
+        own = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR", threads=1)
+        assert np.array_equal(actual, own)
 
 
 def test_all_frames_are_scaled_as_those_read(video):

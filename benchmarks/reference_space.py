@@ -12,13 +12,13 @@ model alone. ``benchmarks/table.py`` collects the trials.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from posmlp.config import Config
-from posmlp.model.spec import STAGES, Architecture
+from posmlp.model.spec import Architecture
 from tune_spaces import Member, Space, Value, same_width
 
 MEMBERS = 48
@@ -36,14 +36,6 @@ def dimensions_of(architecture: Architecture) -> dict[str, Value]:
     """An architecture as a member of ``same_width``."""
     named = {"block": architecture.blocks, "groups": architecture.groups, "depth": architecture.depths}
     return {f"{name}{stage}": value for name, values in named.items() for stage, value in enumerate(values, start=1)}
-
-
-def architecture_of(member: Mapping[str, Value]) -> Architecture:
-    """Undo ``dimensions_of``."""
-    blocks, groups, depths = (
-        tuple(member[f"{name}{stage}"] for stage in range(1, STAGES + 1)) for name in ("block", "groups", "depth")
-    )
-    return Architecture(blocks, groups, depths)  # type: ignore[arg-type]  # a member's values have no types of their own
 
 
 def balanced_draw(whole: Space, first: Member, count: int, seed: int = 0) -> list[dict[str, Value]]:

@@ -23,7 +23,6 @@ supernet's weights: the ``members.csv`` of ``posmlp supernet``, told as ``posmlp
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,14 +31,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial
-from table import OUT, Table, read_table
+from table import OUT, Table, read_scores, read_table
 
 from pipelines.commands.options import positive
 from pipelines.studies.pareto import hypervolume
 from pipelines.studies.pareto_plots import FRONT_COLOURS
 from pipelines.studies.study import Study, Trial, TrialState
 from pipelines.tracking.plots import to_png
-from pipelines.tracking.uris import SEARCH_PARAM
 from pipelines.tuning.controller import successive_halving
 from pipelines.tuning.samplers import tell_complete
 from pipelines.tuning.search import Check, Searcher, member_key, scale_of, standardise
@@ -197,35 +195,6 @@ def epochs_to(target: float, volume: np.ndarray, epochs: int) -> int | None:
     return epochs + int(reached[0]) if reached.size else None
 
 
-def read_prior(path: Path, table: Table) -> np.ndarray:
-    """The top-1 of each member of a table in the ``members.csv`` of a supernet: float64 ``[members]``.
-
-    Raises:
-        UserError: there is no such file, a column or a member is missing, or a top-1 is not a number.
-    """
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(
-            f"--prior {path} cannot be read ({error.strerror}); give members.csv of posmlp supernet"
-        ) from error
-    columns = [f"{SEARCH_PARAM}{name}" for name in table.members[0]]
-    if missing := [name for name in (*columns, "top1") if not rows or name not in rows[0]]:
-        raise UserError(f"--prior {path} has no column {', '.join(missing)}; give the members.csv of posmlp supernet")
-    try:
-        scores = {tuple(row[name] for name in columns): float(row["top1"]) for row in rows}
-    except ValueError as error:
-        raise UserError(f"--prior {path}: top1 of a row is not a number ({error})") from error
-    keys = [tuple(map(str, member.values())) for member in table.members]
-    if absent := [number for number, key in enumerate(keys) if key not in scores]:
-        raise UserError(
-            f"--prior {path} lacks members {', '.join(map(str, absent))} of the table; score them with posmlp supernet "
-            "RECIPE --space benchmarks/reference_space.py"
-        )
-    return np.array([scores[key] for key in keys])
-
-
 def draw(found: Mapping[tuple[str, bool], Sequence[Search]], epochs: int, last: int) -> bytes:
     """Draw hypervolume and regret of searches against epochs spent, as PNG.
 
@@ -265,7 +234,7 @@ def main() -> None:
     start = time.perf_counter()
     try:
         table = read_table(args.table)
-        prior = read_prior(args.prior, table) if args.prior else None
+        prior = read_scores(args.prior, table) if args.prior else None
     except UserError as error:
         raise SystemExit(str(error)) from error
     replay, epochs = Replay(table, args.trials, prior), table.top1.shape[2]

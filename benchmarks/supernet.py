@@ -1,15 +1,17 @@
-"""How well does a supernet rank the members of a tabular benchmark?
+"""How well do supernets rank the members of a tabular benchmark?
 
-    python benchmarks/supernet.py runs/motion-supernet benchmarks/reference.parquet
+    python benchmarks/supernet.py runs/three-paths runs/one-path
 
-The table has members of the supernet, each trained alone with several seeds. The script scores these members on the
-run's validation split, with the weights that they inherit from the run's newest checkpoint. It compares this top-1 with
-the mean top-1 of a member's seeds after the last epoch: Spearman's and Kendall's rank correlation.
+Each run is one of ``posmlp supernet --space benchmarks/reference_space.py --members 48``, which scores the table's
+members with the weights that they inherit. The script compares this top-1 with the mean top-1 of a member's seeds after
+the last epoch: Spearman's and Kendall's rank correlation.
 
 A mean of few seeds is noisy, so even a second table would not rank the members alike. The ceiling is the Spearman
 correlation that is expected between the means of this table and those of another one with as many seeds. With one seed
 it is r, the mean over pairs of this table's seeds. With S seeds it is S r / (1 + (S - 1) r) (Spearman-Brown). The
 intervals are of 95 %, by a bootstrap over members.
+
+Of the costs of members and of several runs it prints Spearman's correlations, which tell whether supernets agree.
 
 The table is that of ``benchmarks/table.py``; docs/tabular_benchmark.md has its columns.
 """
@@ -23,17 +25,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from reference_space import architecture_of
 from scipy import stats
-from table import OUT, read_table
+from table import OUT, read_scores, read_table
 
-from pipelines.cluster.capacity import choose_device, wait_for_room
-from pipelines.cluster.session import start_ray
-from pipelines.runs.record import find_run, read_record
-from pipelines.tuning.supernet import score_members
-from posmlp.config import Config
 from posmlp.errors import UserError
-from posmlp.model.spec import Architecture
 from tune_spaces import Value
 
 DRAWS = 1000  # of the bootstrap
@@ -91,46 +86,31 @@ def mean_by_value(members: Sequence[Mapping[str, Value]], inherited: Floats, alo
     return lines
 
 
-def score(run: str, members: Sequence[Architecture]) -> Floats:
-    """Top-1 of members with the weights of a supernet's run, ``[members]``.
-
-    Raises:
-        UserError: the run is not of a supernet with these members, or too many of its videos are bad.
-    """
-    record = read_record(find_run(run))
-    assert record is not None
-    config = Config.model_validate(record["config"])
-    choices = config.model.variant().choices
-    if choices is None:
-        raise UserError(f"{run} is not the run of a supernet; train one with posmlp supernet")
-    own = choices.with_defaults(config.model.variant().architecture())
-    if others := [member for member in members if not own.contains(member)]:
-        raise UserError(f"{len(others)} members of the table are not of the supernet {run}, such as {others[0]}")
-    start_ray()
-    config = choose_device(config)
-    wait_for_room(config.scaling)
-    return np.array(score_members(find_run(run), config.scaling, members)[0])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a supernet's run")
-    parser.add_argument("table", nargs="?", type=Path, default=OUT, help="of table.py (default: %(default)s)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of supernets' runs")
+    parser.add_argument("--table", type=Path, default=OUT, help="of table.py (default: %(default)s)")
     args = parser.parse_args()
     try:
         table = read_table(args.table)
         top1 = table.top1[:, :, -1]
         if top1.shape[1] < 2:
             raise UserError(f"{args.table} has one seed of each member; the ceiling needs at least 2")
-        inherited = score(args.run, [architecture_of(member) for member in table.members])
+        inherited = {run.name: read_scores(run / "members" / "members.csv", table) for run in args.runs}
     except UserError as error:
         raise SystemExit(str(error)) from error
-    intervals = bootstrap(inherited, top1)
-    print("\n".join(mean_by_value(table.members, inherited, top1.mean(1))))
-    print(f"\n{len(table.members)} members with {top1.shape[1]} seeds each")
-    for name, value in agreement(inherited, top1).items():
-        low, high = intervals[name]
-        print(f"{name:<20}{value:>7.2f}  [{low:.2f}, {high:.2f}]")
+    print(f"{len(table.members)} members with {top1.shape[1]} seeds each, alone {top1.mean():.1%}")
+    for name, scores in inherited.items():
+        intervals = bootstrap(scores, top1)
+        print("\n".join(["", *mean_by_value(table.members, scores, top1.mean(1))]))
+        print(f"\n{name}: inherited {scores.mean():.1%}, from {scores.min():.1%} to {scores.max():.1%}")
+        for what, value in agreement(scores, top1).items():
+            low, high = intervals[what]
+            print(f"{what:<20}{value:>7.2f}  [{low:.2f}, {high:.2f}]")
+    print("\nSpearman")
+    rankings = {"alone": top1.mean(1)} | inherited | {"GMACs": table.gmacs}
+    for (one, ranking), (other, second) in itertools.combinations(rankings.items(), 2):
+        print(f"{spearman(ranking, second):>7.2f}  {one} and {other}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ by how much the seeds and the members deviate after the last epoch.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import platform
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from reference_space import dimensions_of
 from pipelines.runs import checkpoints
 from pipelines.runs.checkpoints import CheckpointInfo
 from pipelines.studies.study import Study, Trial, TrialState, find_study, read_trials, trial_folder
+from pipelines.tracking.uris import SEARCH_PARAM
 from posmlp.config import Config
 from posmlp.errors import UserError
 from posmlp.metrics import COST_GMACS, COST_PARAMS_M, EPOCH, PERF_EPOCH_S, TRAIN_LOSS, VAL_LOSS, VAL_TOP1
@@ -84,6 +86,33 @@ def read_table(path: Path) -> Table:
     firsts = rows.select(dimensions(rows)).take(np.arange(shape[0]) * (shape[1] * shape[2]))
     top1, loss, gmacs = (rows[name].to_numpy().reshape(shape) for name in (VAL_TOP1, VAL_LOSS, COST_GMACS))
     return Table(firsts.to_pylist(), top1, loss, gmacs[:, 0, 0])
+
+
+def read_scores(path: Path, table: Table) -> np.ndarray:
+    """The top-1 of each member of a table in the ``members.csv`` of a supernet: float64 ``[members]``.
+
+    Raises:
+        UserError: there is no such file, a column or a member is missing, or a top-1 is not a number.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the members.csv of posmlp supernet") from error
+    columns = [f"{SEARCH_PARAM}{name}" for name in table.members[0]]
+    if missing := [name for name in (*columns, "top1") if not rows or name not in rows[0]]:
+        raise UserError(f"{path} has no column {', '.join(missing)}; give the members.csv of posmlp supernet")
+    try:
+        scores = {tuple(row[name] for name in columns): float(row["top1"]) for row in rows}
+    except ValueError as error:
+        raise UserError(f"{path}: top1 of a row is not a number ({error})") from error
+    keys = [tuple(map(str, member.values())) for member in table.members]
+    if absent := [number for number, key in enumerate(keys) if key not in scores]:
+        raise UserError(
+            f"{path} lacks members {', '.join(map(str, absent))} of the table; score them with posmlp supernet "
+            "RECIPE --space benchmarks/reference_space.py"
+        )
+    return np.array([scores[key] for key in keys])
 
 
 # --- the trials of studies -------------------------------------------------------------------------------------------

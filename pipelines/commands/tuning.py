@@ -154,7 +154,7 @@ def add_supernet(commands: Commands) -> None:
         commands,
         "supernet",
         run_supernet,
-        "train a whole space at once with shared weights, and rank its members",
+        "experimental: train a whole space at once with shared weights, and rank its members",
         after_interrupt=RESUME_HINT,
     )
     add_recipe(supernet, "train.epochs=100")

@@ -7,8 +7,8 @@ import early_stopping
 import numpy as np
 import pytest
 import searchers
-from searchers import Replay, epochs_to, read_prior, sample
-from table import read_table
+from searchers import Replay, epochs_to, sample
+from table import read_scores, read_table
 
 from pipelines.studies.pareto import hypervolume
 from pipelines.tuning.controller import successive_halving
@@ -204,18 +204,18 @@ def test_a_prior_is_read_by_member_and_what_it_lacks_is_named(tmp_path):
     head = ",".join([f"search.{name}" for name in names] + ["top1"])
     path = tmp_path / "members.csv"
     path.write_text("\n".join([head, *map(",".join, rows[::-1])]))
-    assert read_prior(path, table).tolist() == [number / 100 for number in range(len(MEMBERS))]
+    assert read_scores(path, table).tolist() == [number / 100 for number in range(len(MEMBERS))]
     path.write_text("\n".join([head, *map(",".join, rows[3:])]))
     with pytest.raises(UserError, match="lacks members 0, 1, 2 of the table"):
-        read_prior(path, table)
+        read_scores(path, table)
     path.write_text("\n".join([head.replace("top1", "score"), *map(",".join, rows)]))
     with pytest.raises(UserError, match=r"has no column top1; give the members\.csv of posmlp supernet"):
-        read_prior(path, table)
+        read_scores(path, table)
     path.write_text("\n".join([head, *map(",".join, [[*rows[0][:-1], ""], *rows[1:]])]))
     with pytest.raises(UserError, match="top1 of a row is not a number"):
-        read_prior(path, table)
+        read_scores(path, table)
     with pytest.raises(UserError, match=r"none\.csv cannot be read \(No such file or directory\)"):
-        read_prior(tmp_path / "none.csv", table)
+        read_scores(tmp_path / "none.csv", table)
 
 
 def test_the_command_prints_a_row_for_each_search_and_draws_the_figure(tmp_path, monkeypatch, capsys):

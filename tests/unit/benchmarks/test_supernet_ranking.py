@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from reference_space import architecture_of, dimensions_of
+from reference_space import dimensions_of
 from table import read_table
 
 from benchmarks import supernet
@@ -84,8 +84,7 @@ def test_members_of_a_table_are_architectures_and_are_told_by_value(tmp_path):
     last = np.arange(12).reshape(4, 3, 1) / 12
     path = write_table(tmp_path / "t.parquet", members, np.concatenate([0 * last, last], 2), np.ones(4))
     table = read_table(path)
-    assert architecture_of(table.members[2]) == Architecture(("joint",) * 4, (2, 4, 8, 16), (3, 3, 3, 3))
-    assert [dimensions_of(architecture_of(member)) for member in table.members] == table.members
+    assert dimensions_of(Architecture(("joint",) * 4, (2, 4, 8, 16), (3, 3, 3, 3))) == table.members[2]
     alone = table.top1[:, :, -1].mean(1)
     lines = [line.split() for line in mean_by_value(table.members, np.array([0.1, 0.2, 0.3, 0.4]), alone)]
     assert ["block4", "joint", "2", "20.0%", "33.3%"] in lines  # members 0 and 2: (1 + 7) / 12 / 2
@@ -94,6 +93,33 @@ def test_members_of_a_table_are_architectures_and_are_told_by_value(tmp_path):
 
 def test_a_table_of_one_seed_is_refused(tmp_path, monkeypatch):
     path = write_table(tmp_path / "t.parquet", all_blocks()[:2], np.ones((2, 1, 2)), np.ones(2))
-    monkeypatch.setattr("sys.argv", ["supernet.py", "runs/none", str(path)])
+    monkeypatch.setattr("sys.argv", ["supernet.py", "runs/none", "--table", str(path)])
     with pytest.raises(SystemExit, match="has one seed of each member; the ceiling needs at least 2"):
         supernet.main()
+
+
+def test_the_command_compares_runs_with_the_table_and_with_each_other(tmp_path, monkeypatch, capsys):
+    """One run ranks as the table does, the other one the other way round."""
+    monkeypatch.setattr(supernet, "DRAWS", 20)
+    members = all_blocks()[:12]
+    top1 = np.repeat(np.arange(12)[:, None, None] / 12, 2, axis=1)
+    path = write_table(tmp_path / "t.parquet", members, top1, np.arange(12) ** 2)
+    for run, sign in (("same", 1), ("reversed", -1)):
+        (tmp_path / run / "members").mkdir(parents=True)
+        head = ",".join([*(f"search.{name}" for name in members[0]), "top1"])
+        rows = [",".join([*map(str, member.values()), str(0.5 + sign * i / 100)]) for i, member in enumerate(members)]
+        (tmp_path / run / "members" / "members.csv").write_text("\n".join([head, *rows]))
+    runs = [str(tmp_path / run) for run in ("same", "reversed")]
+    monkeypatch.setattr("sys.argv", ["supernet.py", *runs, "--table", str(path)])
+    supernet.main()
+    out = capsys.readouterr().out
+    assert "reversed: inherited 44.5%, from 39.0% to 50.0%" in out
+    found = {line.split("  ")[-1]: float(line.split()[0]) for line in out[out.index("\nSpearman\n") :].splitlines()[2:]}
+    assert found == {
+        "alone and same": 1,
+        "alone and reversed": -1,
+        "alone and GMACs": 1,
+        "same and reversed": -1,
+        "same and GMACs": 1,
+        "reversed and GMACs": -1,
+    }

@@ -1,9 +1,12 @@
 """Measure the data loader: throughput against a torch DataLoader, decode times, memory of a long list, small clips.
 
+Also the conversion of decoded frames to RGB, on the scaler of the thread and on one for each frame.
+
     python benchmarks/data_loading.py throughput      # clips/s with 1 and 2 decoding processes
     python benchmarks/data_loading.py settings        # ms per clip, by decoder, sampling, scale and key frames
     python benchmarks/data_loading.py memory          # MB for a manifest of 100,000 rows
     python benchmarks/data_loading.py small           # clips/s of cached small clips, by tasks and in the worker
+    python benchmarks/data_loading.py conversion      # ms to convert the frames of a clip
 
 Without ``--manifest`` the script first makes H.264 videos of 340x256 (``data/ingest``); ``small`` draws embedded sets.
 All loaders call the same function for the same clips and take turns in one process. The figures are medians over the
@@ -35,6 +38,7 @@ from pipelines.data.shard import ShardSettings, shard
 from posmlp.config import Config, load_recipe
 from posmlp.model.cost import device_name
 from posmlp.video.clip import load_clips
+from posmlp.video.decode import convert, scaled_size
 from posmlp.video.manifest import read_manifest
 from posmlp.video.motion import make_motion_set
 
@@ -286,9 +290,37 @@ def measure_small(repeats: int) -> None:
         )
 
 
+# --- conversion ------------------------------------------------------------------------------------------------------
+
+
+def measure_conversion(repeats: int) -> None:
+    """Print the time to convert 16 frames to RGB, by ``convert`` and by PyAV's own call, which take turns."""
+    noise = np.random.default_rng(0).integers(256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)
+    ways: dict[str, Callable[[av.VideoFrame, int, int], object]] = {
+        "of the thread": lambda frame, height, width: convert(frame, height, width, "rgb24").to_ndarray(),
+        "for each frame": lambda frame, height, width: frame.to_ndarray(
+            format="rgb24", height=height, width=width, interpolation="BILINEAR"
+        ),
+    }
+    print(f"ms for 16 frames of {WIDTH}x{HEIGHT}, median of {repeats} turns, on {CPU}\n")
+    print(f"{'short side':>10}" + "".join(f"{name:>18}" for name in ways) + f"{'ratio':>8}")
+    for short_side in (256, 128, 24):
+        size = scaled_size(HEIGHT, WIDTH, short_side)
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _, (name, way) in itertools.product(range(repeats + 1), ways.items()):
+            picture = av.VideoFrame.from_ndarray(noise, format="rgb24")
+            frames = [picture.reformat(format="yuv420p", threads=1) for _ in range(16)]  # each without a scaler
+            start = time.perf_counter()
+            for frame in frames:
+                way(frame, *size)
+            times[name].append(1000 * (time.perf_counter() - start))
+        ours, own = (statistics.median(each[1:]) for each in times.values())
+        print(f"{short_side:>10}{ours:>18.2f}{own:>18.2f}{own / ours:>8.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("throughput", "settings", "memory", "small"))
+    parser.add_argument("part", choices=("throughput", "settings", "memory", "small", "conversion"))
     parser.add_argument("--manifest", type=Path, help="a list of videos (default: videos that the script makes)")
     parser.add_argument(
         "--videos", type=int, default=64, help="number of videos that the script makes (default: %(default)s)"
@@ -297,6 +329,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.part == "small":
         measure_small(args.repeats)
+        return
+    if args.part == "conversion":
+        measure_conversion(args.repeats)
         return
     manifest = args.manifest or make_videos(Path("data/ingest"), args.videos)
     if args.part == "throughput":

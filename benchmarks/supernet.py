@@ -96,7 +96,7 @@ def main() -> None:
         top1 = table.top1[:, :, -1]
         if top1.shape[1] < 2:
             raise UserError(f"{args.table} has one seed of each member; the ceiling needs at least 2")
-        inherited = {run.name: read_scores(run / "members" / "members.csv", table) for run in args.runs}
+        inherited = {str(run): read_scores(run / "members" / "members.csv", table) for run in args.runs}
     except UserError as error:
         raise SystemExit(str(error)) from error
     print(f"{len(table.members)} members with {top1.shape[1]} seeds each, alone {top1.mean():.1%}")

@@ -382,17 +382,16 @@ class MemberScorer(Scorer):
         self.members: list[PosMLPVideo] = []
 
     def prepare(self, model: PosMLPVideo) -> nn.Module:
-        """Make the members, which share the supernet's weights."""
-        self.members = [cast(Supernet, model).member(architecture) for architecture in self.architectures]
+        """Freeze the members, which share the supernet's weights, one by one."""
+        self.members = [cast(Supernet, model).member(architecture).freeze() for architecture in self.architectures]
         return model
 
     def score_batch(self, model: nn.Module, batch: Batch) -> Tensor:
         predicted = []
         for member in self.members:
-            member.freeze()
             scores = score_views(member, batch.clips, self.config)
             predicted.append(video_scores(scores, self.config.eval.fusion).argmax(1))
-            member.freeze()  # merged weights take as much memory as a model; those of all members would not fit
+            member.freeze()  # drops its merged weights; those of all members would not fit in memory
         return torch.stack(predicted, 1)
 
 

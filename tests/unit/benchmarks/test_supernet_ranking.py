@@ -109,8 +109,8 @@ def test_the_command_compares_runs_with_the_table_and_with_each_other(tmp_path, 
         head = ",".join([*(f"search.{name}" for name in members[0]), "top1"])
         rows = [",".join([*map(str, member.values()), str(0.5 + sign * i / 100)]) for i, member in enumerate(members)]
         (tmp_path / run / "members" / "members.csv").write_text("\n".join([head, *rows]))
-    runs = [str(tmp_path / run) for run in ("same", "reversed")]
-    monkeypatch.setattr("sys.argv", ["supernet.py", *runs, "--table", str(path)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["supernet.py", "same", "reversed", "--table", str(path)])
     supernet.main()
     out = capsys.readouterr().out
     assert "reversed: inherited 44.5%, from 39.0% to 50.0%" in out

@@ -180,7 +180,7 @@ def main() -> None:
             return ["train.epochs=2", "optim.warmup_epochs=1", *lists, *own, *args.overrides]
 
         search = ["--space", "block_types", "--searcher", "random", "--name", "s", "--trials", str(args.trials)]
-        search += ["--concurrent", str(args.concurrent)]
+        search += ["--concurrent", str(args.concurrent), "--no-asha"]
         found = {"study": run([*POSMLP, "tune", "demo", *search, *settings(study_folder)], study_folder)}
         study, _ = find_study(str(study_folder / "s"), Study)
         base = load_recipe("demo", settings(runs_folder))

@@ -84,7 +84,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("demo", [f"train.storage={folder}", f"train.epochs={EPOCHS}", "name=driver"])
-        study = Study(name="driver", recipe=recipe, space=args.space, trials=args.trials, against="gmacs")
+        settings = {"space": args.space, "trials": args.trials, "against": "gmacs", "asha": False}
+        study = Study(name="driver", recipe=recipe, **settings)
         space = load_space(args.space, recipe)
         tracker = Tracker.open(recipe, {}, journal=Journal(Path(folder, "journal.jsonl")))
         controller = StudyController(study, space, [], tracker, RUNNING)

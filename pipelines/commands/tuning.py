@@ -66,10 +66,9 @@ def add_tune(commands: Commands) -> None:
     )
     tune.add_argument(
         "--asha",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help="stop weak trials early by successive halving (ASHA); with --against, only those that others beat in both "
-        "accuracy and cost (MO-ASHA)",
+        "accuracy and cost (MO-ASHA) (default: --asha, but --no-asha with --searcher grid)",
     )
     tune.add_argument("--seed", type=not_negative, help="seed of the search (default: 0)")
     tune.add_argument(

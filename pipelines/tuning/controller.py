@@ -239,9 +239,10 @@ class StudyController(TrialController):
         if self.halving:
             epochs, every = study.recipe.train.epochs, study.recipe.eval.every
             if stops := stop_epochs(self.halving, epochs, every):
-                logger.info("trials may be stopped after %s", " and ".join(f"epoch {epoch}" for epoch in stops))
-            else:
-                text = "--asha stops no trial: none of the first half of %d epochs is validated (eval.every=%d)"
+                text = "trials may be stopped after %s; --no-asha trains all of them to the end"
+                logger.info(text, " and ".join(f"epoch {epoch}" for epoch in stops))
+            elif epochs > 1:
+                text = "no trial is stopped early: none of the first half of %d epochs is validated (eval.every=%d)"
                 logger.warning(text, epochs, every)
         self.log_priors()
         if not study.recipe.data.cache_dir:

@@ -57,9 +57,9 @@ QUICK = ["scaling.threads_per_worker=1", "scaling.cpus_per_worker=0.5", "train.c
 
 
 def study_for(folder, data_set, *overrides, **settings):
-    """A study of small runs."""
+    """A study of small runs, all of them to the end."""
     recipe = recipe_for(folder, data_set, *QUICK, f"data.cache_dir={folder}/cache", *overrides)
-    settings = {"name": "look", "space": "block_types", "trials": 3, "searcher": "random"} | settings
+    settings = {"name": "look", "space": "block_types", "trials": 3, "searcher": "random", "asha": False} | settings
     return Study(recipe=recipe, **settings)
 
 

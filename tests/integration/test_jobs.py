@@ -204,7 +204,7 @@ def test_prometheus_answers_what_the_grafana_dashboard_asks(trained):
 def test_a_study_is_a_job(cluster, motion_set, tmp_path):
     """Two trials, trained on the node that the recipe names."""
     _, path = recipe_file(tmp_path, motion_set, *PLACED, "name=look", f"data.cache_dir={tmp_path}/cache")
-    code, out = run_job(cluster, *POSMLP, "tune", path, "--space", "block_types", "--trials", "2")
+    code, out = run_job(cluster, *POSMLP, "tune", path, "--space", "block_types", "--trials", "2", "--no-asha")
     assert code == 0, out
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("posmlp").experiment_id])

@@ -359,6 +359,7 @@ def start_tune(folder, study, resume=False):
     else:
         command += [str(recipe), "--space", study.space, "--trials", str(study.trials), "--searcher", study.searcher]
         command += ["--name", study.name, "--concurrent", str(study.concurrent)]
+        command += ["--asha" if study.asha else "--no-asha"]
     env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True)

@@ -40,12 +40,22 @@ def test_a_study_says_after_which_validated_epochs_it_may_stop_a_trial(epochs, e
     search = Search(study.model_copy(update={"recipe": recipe}))
     with caplog.at_level("INFO"):
         search.controller.log_start()
-    warning = f"--asha stops no trial: none of the first half of {epochs} epochs is validated (eval.every={every})"
-    assert (warning in caplog.text) == (not stops)
-    assert (f"trials may be stopped after {stops}" in caplog.text) == bool(stops)
+    warning = f"no trial is stopped early: none of the first half of {epochs} epochs is validated (eval.every={every})"
+    assert (warning in caplog.text) == (not stops and epochs > 1)
+    assert (f"trials may be stopped after {stops}; --no-asha trains all" in caplog.text) == bool(stops)
     halving = search.controller.halving
     taken = [f"epoch {epoch}" for epoch in range(every, epochs, every) if halving.add(0, epoch, [0.5])]
     assert " and ".join(taken) == stops
+
+
+@pytest.mark.parametrize(
+    ("searcher", "early"), [("random", True), ("tpe", True), ("nsga2", True), ("grid", False), (None, True)]
+)
+def test_searches_stop_trials_early_by_default_and_a_grid_does_not(searcher, early):
+    settings = {"name": "look", "recipe": load_recipe("demo"), "space": "block_types", "against": "gmacs"}
+    settings |= {"searcher": searcher} if searcher else {}
+    assert Study(**settings).asha == early
+    assert not Study(**settings, asha=False).asha and Study(**settings, asha=True).asha
 
 
 @pytest.mark.parametrize("repeat_of", [None, 0])

@@ -10,23 +10,28 @@ measured from the mean of all members, so they add up.
 
 The standard errors are those of noise that is alike for all members: what is left over, from seeds and interactions. A
 share of the variance is corrected for what noise alone would explain, so it may come out below 0.
+
+The figure has the effects on top-1. The last tables add up a choice for all stages, such as one block type everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 from table import OUT, read_table
 
+from pipelines.tracking.plots import to_png
 from posmlp.errors import UserError
 from posmlp.metrics import VAL_LOSS, VAL_TOP1
 from tune_spaces import Value
 
+FIGURE = Path(__file__).parents[1] / "docs" / "effects.png"
 DRAWS = 2000
 DEGREE = 2  # of the polynomial in the logarithm of numbers
 
@@ -38,12 +43,14 @@ class Effect:
     Attributes:
         values: what the dimension's values add to the mean, by value.
         errors: of these, likewise.
+        drawn: the values as other noise of the same size would have shown them: float64 ``[draws, values]``.
         share: of the variance of the members' means.
         share_error: of this share.
     """
 
     values: dict[Value, float]
     errors: dict[Value, float]
+    drawn: np.ndarray
     share: float
     share_error: float
 
@@ -63,9 +70,23 @@ class Effects:
     freedom: int
 
     @property
+    def times(self) -> float:
+        """The multiple of a standard error that makes a 95 % interval."""
+        return float(stats.t.ppf(0.975, self.freedom))
+
+    @property
     def rest(self) -> float:
         """The share that is neither of a dimension alone nor of the seeds: interactions, and what parabolas miss."""
         return 1 - self.seeds - sum(effect.share for effect in self.by_dimension.values())
+
+    def sum_of(self, choice: Mapping[str, Value]) -> tuple[float, float]:
+        """What the values of some dimensions add together, and its standard error."""
+        value = sum(self.by_dimension[name].values[chosen] for name, chosen in choice.items())
+        drawn = np.zeros(DRAWS)
+        for name, chosen in choice.items():
+            effect = self.by_dimension[name]
+            drawn = drawn + effect.drawn[:, list(effect.values).index(chosen)]
+        return value, float(drawn.std())
 
 
 def main_effects(members: Sequence[dict[str, Value]], values: np.ndarray, seed: int = 0) -> Effects:
@@ -115,6 +136,7 @@ def main_effects(members: Sequence[dict[str, Value]], values: np.ndarray, seed: 
         found[name] = Effect(
             dict(zip(choices[name], effects[0].tolist(), strict=True)),
             dict(zip(choices[name], deviations.tolist(), strict=True)),
+            effects[1:],
             float(shares[0]),
             float(shares[1:].std()),
         )
@@ -133,7 +155,7 @@ def basis(values: Sequence[Value]) -> np.ndarray:
 
 def describe(effects: Effects, scale: float, digits: int) -> str:
     """Effects as a Markdown table, the largest share first; values are multiplied by a scale."""
-    times = stats.t.ppf(0.975, effects.freedom)
+    times = effects.times
     lines = ["| dimension | share of the variance | what its values add, with 95 % intervals |", "|---|---|---|"]
     for name, effect in sorted(effects.by_dimension.items(), key=lambda item: -item[1].share):
         parts = [
@@ -146,9 +168,68 @@ def describe(effects: Effects, scale: float, digits: int) -> str:
     )
 
 
+def whole_choices(effects: Effects, own: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
+    """Choices for all stages, by name: each word everywhere; of numbers the least, the recipe's and the most.
+
+    Args:
+        own: the recipe's model.
+    """
+    kinds: dict[str, list[str]] = {}  # dimensions, one of each stage
+    for name in effects.by_dimension:
+        kinds.setdefault(name.rstrip("0123456789"), []).append(name)
+    found: dict[str, dict[str, Value]] = {}
+    for kind, names in kinds.items():
+        values = {name: list(effects.by_dimension[name].values) for name in names}
+        if isinstance(own[names[0]], str):
+            for word in sorted(set.intersection(*map(set, values.values()))):
+                found[f"{kind} {word}"] = dict.fromkeys(names, word)
+            continue
+        least, most = ({name: values[name][end] for name in names} for end in (0, -1))
+        for choice in (least, {name: own[name] for name in names}, most):
+            found[f"{kind} {', '.join(str(value) for value in choice.values())}"] = choice
+    return found
+
+
+def describe_choices(effects: Effects, own: Mapping[str, Value], scale: float, digits: int) -> str:
+    """What choices for all stages add, as a Markdown table; arguments as of ``whole_choices`` and ``describe``."""
+    lines = ["| all stages | adds, with a 95 % interval |", "|---|---|"]
+    for name, choice in whole_choices(effects, own).items():
+        value, error = effects.sum_of(choice)
+        lines.append(f"| {name} | {scale * value:+.{digits}f} ± {scale * effects.times * error:.{digits}f} |")
+    value, error = effects.sum_of(own)
+    lines.append(f"| the recipe's model | {scale * value:+.{digits}f} ± {scale * effects.times * error:.{digits}f} |")
+    return "\n".join(lines)
+
+
+def draw(effects: Effects) -> bytes:
+    """Draw what each value of each dimension adds to top-1, as PNG: a row for each kind, a column for each stage."""
+    kinds: dict[str, list[str]] = {}
+    for name in effects.by_dimension:
+        kinds.setdefault(name.rstrip("0123456789"), []).append(name)
+    columns = max(map(len, kinds.values()))
+    figure = Figure(figsize=(2.6 * columns, 2.2 * len(kinds)), layout="constrained")
+    grid = figure.subplots(len(kinds), columns, sharey=True, squeeze=False)
+    for row, names in zip(grid, kinds.values(), strict=True):
+        for axes in row[len(names) :]:
+            axes.set_axis_off()
+        for axes, name in zip(row, names, strict=False):
+            effect = effects.by_dimension[name]
+            values = [100 * value for value in effect.values.values()]
+            bars = [100 * effects.times * error for error in effect.errors.values()]
+            places = range(len(bars))
+            axes.axhline(0, color="#999999", linewidth=0.8)
+            axes.errorbar(places, values, bars, fmt="o", markersize=4, color="#3b77c2", capsize=2)
+            axes.set_xticks(places, [str(value).replace("cascade_", "casc. ") for value in effect.values], fontsize=7)
+            axes.set_title(name, fontsize=9)
+            axes.grid(axis="y", alpha=0.25)
+    figure.supylabel("points of top-1, with 95 % intervals", fontsize=9)
+    return to_png(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", type=Path, default=OUT, help="of table.py (default: %(default)s)")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="(default: %(default)s)")
     args = parser.parse_args()
     try:
         table = read_table(args.table)
@@ -156,12 +237,15 @@ def main() -> None:
             (VAL_TOP1, table.top1, (100, 2), "points"),
             (VAL_LOSS, table.loss, (1, 3), "nats"),
         ):
-            print(f"{name}, {unit}\n\n{describe(main_effects(table.members, values[:, :, -1]), *how)}\n")
+            found = main_effects(table.members, values[:, :, -1])
+            print(f"{name}, {unit}\n\n{describe(found, *how)}\n\n{describe_choices(found, table.members[0], *how)}\n")
+            if name == VAL_TOP1:
+                args.figure.write_bytes(draw(found))
     except UserError as error:
         raise SystemExit(str(error)) from error
     truth = table.top1[:, :, -1].mean(axis=1)
     rank = 1 + int((truth > truth[0]).sum())
-    print(f"member 0, the recipe's own model: {VAL_TOP1} {truth[0]:.1%}, number {rank} of {len(truth)}")
+    print(f"member 0, the recipe's own model: {VAL_TOP1} {truth[0]:.1%}, number {rank} of {len(truth)}\n{args.figure}")
 
 
 if __name__ == "__main__":

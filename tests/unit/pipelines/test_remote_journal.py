@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import tempfile
 import uuid
 from contextlib import suppress
 
@@ -24,6 +25,14 @@ from tests.helpers.tracker_runs import once, recipe, rows
 from tests.helpers.waiting import until
 
 LONG = 1000.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def working_copies(tmp_path_factory):
+    """Where the killed journals of these tests leave their working copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("working_copies")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ SETTINGS = (
     *("space", "trials", "searcher", "against", "asha", "seed", "concurrent", "repeats", "hours", "prior"),
     *("budget_gmacs", "budget_ms", "budget_params"),
 )
-CHANGEABLE = {"trials", "concurrent", "repeats", "hours"}  # on resume
+CHANGEABLE = {"trials", "concurrent", "repeats", "hours"}  # on resume; also --no-asha
 
 
 def add_commands(commands: Commands) -> None:
@@ -51,7 +51,7 @@ def add_tune(commands: Commands) -> None:
         "--resume",
         metavar="STUDY",
         help="resume a study, given by its folder or its name below runs/; only --trials, --concurrent, "
-        "--repeats and --hours may be given again",
+        "--repeats, --hours and --no-asha may be given; --no-asha also trains the trials that were stopped to the end",
     )
     tune.add_argument("--trials", type=positive, help="number of trials to train (default: 20)")
     tune.add_argument(
@@ -68,7 +68,7 @@ def add_tune(commands: Commands) -> None:
         "--asha",
         action=argparse.BooleanOptionalAction,
         help="stop weak trials early by successive halving (ASHA); with --against, only those that others beat in both "
-        "accuracy and cost (MO-ASHA) (default: --asha, but --no-asha with --searcher grid)",
+        "accuracy and cost (MO-ASHA) (default: --asha with --against, but not with --searcher grid)",
     )
     tune.add_argument("--seed", type=not_negative, help="seed of the search (default: 0)")
     tune.add_argument(
@@ -113,11 +113,12 @@ def run_tune(args: argparse.Namespace) -> None:
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     if args.resume:
         refused = ["RECIPE"] * bool(args.recipe) + ["--name"] * bool(args.name)
-        refused += [f"--{key.replace('_', '-')}" for key in sorted(given.keys() - CHANGEABLE)]
+        changeable = CHANGEABLE | ({"asha"} if given.get("asha") is False else set())
+        refused += [f"--{key.replace('_', '-')}" for key in sorted(given.keys() - changeable)]
         if refused or args.overrides:
             raise StudyError(
                 "--resume continues the study with the settings that it was started with; only --trials, --concurrent, "
-                f"--repeats and --hours may be given, not {', '.join(refused) or 'overrides'}"
+                f"--repeats, --hours and --no-asha may be given, not {', '.join(refused) or 'overrides'}"
             )
         study, _ = find_study(args.resume, Study)
         study = study.model_copy(update=given)

@@ -148,8 +148,14 @@ def describe_study(
     counts = [(state, sum(t.state == state for t in trials)) for state in order]
     volume = front_hypervolume(trials, against, reference)
     head = f"{name}: {', '.join(f'{count} {state}' for state, count in counts if count) or 'no trials'}"
+    stopped = sum(trial.state == TrialState.STOPPED for trial in trials)
+    advice = []
+    if stopped and study is not None:
+        what = "The trial that was" if stopped == 1 else f"The {stopped} trials that were"
+        command = f"`{study.resume_command} --no-asha`"
+        advice = ["", f"{what} stopped early cannot be compared; {command} trains all to the end."]
     if volume is None:
-        return head
+        return "\n".join([head, *advice])
     found, front = assess(trials, hits), pareto_front(trials, against)
     lines = [f"{head}; hypervolume {volume:.3f} ({main.title} against {against})", ""]
     columns = f"{main.title:>8}{'95 % interval':>17}{'seeds':>7}{'on front':>10}"
@@ -168,6 +174,7 @@ def describe_study(
     if not inherited:
         members = len(comparable_trials(trials, "gmacs"))
         lines += ["", *describe_certainty(found, [t.number for t in front], main, against, members, study)]
+    lines += advice
     return "\n".join(lines)
 
 

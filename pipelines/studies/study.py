@@ -100,7 +100,7 @@ class Study(StudySettings):
         against: a cost to minimise while the main metric is maximised; None: that is the only objective.
         asha: stop trials early by asynchronous successive halving: those that are behind the other trials at the same
             epoch (ASHA) or, with ``against``, that others beat in both the main metric and the cost
-            (MO-ASHA). By default a grid trains all trials to the end, and other searchers do not.
+            (MO-ASHA). The default with ``against``, but not for a grid.
         seed: seed of the search; the seed of the trials' training is ``recipe.train.seed``.
         hours: once these have passed since a call's start no trials start, and those that run are finished;
             None: no limit.
@@ -116,7 +116,7 @@ class Study(StudySettings):
     trials: Positive = 20
     searcher: Literal["grid", "random", "tpe", "nsga2"] = "tpe"
     against: Literal["latency", "gmacs", "params"] | None = None
-    asha: bool = Field(default_factory=lambda settings: settings.get("searcher") != "grid")
+    asha: bool = Field(default_factory=lambda known: bool(known.get("against")) and known.get("searcher") != "grid")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     hours: Annotated[float, Field(gt=0)] | None = None
     prior: tuple[str, ...] = ()

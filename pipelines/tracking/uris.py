@@ -164,6 +164,7 @@ def study_view(study: str, dimensions: Sequence[str], main: MainMetric) -> dict[
     """
     costs, params = (COST_LATENCY_MS, COST_GMACS, COST_PARAMS_M), [f"{SEARCH_PARAM}{name}" for name in dimensions]
     columns = [column("metrics", name) for name in (main.key, *costs)] + [column("params", name) for name in params]
+    columns.append(column("tags", "trial.state"))  # some trials are stopped early, and their values are of fewer epochs
     parallel = {"selectedParams": params, "selectedMetrics": [COST_GMACS, main.key], "showAllRuns": False}
     charts = [chart("PARALLEL", "study", "members", parallel)]
     for cost in costs:

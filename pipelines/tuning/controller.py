@@ -224,7 +224,10 @@ class StudyController(TrialController):
         self.prior, self.searcher = prior, Searcher(study, space, prior)
         self.began = time.monotonic()
         self.late: set[bool] = set()  # values of ``searching`` for which the end of the time is logged
-        self.halving = successive_halving(study, trials) if study.asha else None
+        self.own_epochs: dict[int, int] = {}  # of trials, by number
+        self.halving: SuccessiveHalving | None = None
+        if study.asha:
+            self.halving = successive_halving(study, [trial for trial in trials if self.has_rungs(trial)])
         self.without_checkpoint: set[int] = set()  # stopped trials that cannot be promoted
         self.results = ResultsPublisher(study, tracker)
 
@@ -237,13 +240,16 @@ class StudyController(TrialController):
             finished = sum(trial.state == TrialState.FINISHED for trial in self.trials.values())
             logger.info("resuming; trials finished: %d, trials to resume: %d", finished, len(self.pending))
         if self.halving:
-            epochs, every = study.recipe.train.epochs, study.recipe.eval.every
+            epochs, every, warmup = study.recipe.train.epochs, study.recipe.eval.every, study.recipe.optim.warmup_epochs
             if stops := stop_epochs(self.halving, epochs, every):
                 text = "trials may be stopped after %s; --no-asha trains all of them to the end"
                 logger.info(text, " and ".join(f"epoch {epoch}" for epoch in stops))
             elif epochs > 1:
-                text = "no trial is stopped early: none of the first half of %d epochs is validated (eval.every=%d)"
-                logger.warning(text, epochs, every)
+                text = (
+                    "no trial is stopped early: of %d epochs none in the first half is validated after the warm-up "
+                    "(eval.every=%d, optim.warmup_epochs=%g)"
+                )
+                logger.warning(text, epochs, every, warmup)
         self.log_priors()
         if not study.recipe.data.cache_dir:
             logger.info("every trial decodes all videos; with data.cache_dir=FOLDER each is decoded only once")
@@ -302,17 +308,29 @@ class StudyController(TrialController):
     def promotable_trial(self) -> Trial | None:
         """The best trial that was stopped early and may continue by now, as a running trial; None if there is none.
 
-        It needs a checkpoint, because it is not trained again from the start.
+        Without early stopping, as after ``--resume STUDY --no-asha``, all of them may. It needs a checkpoint, because
+        it is not trained again from the start.
         """
-        if self.halving is None or not self.searching:
+        if not self.searching:
             return None
         unavailable = self.saving | self.without_checkpoint
         stopped = {n for n, trial in self.trials.items() if trial.state == TrialState.STOPPED} - unavailable
-        for number in self.halving.promotable(stopped):
+        for number in self.halving.promotable(stopped) if self.halving else sorted(stopped):
             if any(entry.info for entry in checkpoints.find(trial_folder(self.study, number))):
                 return replace(self.trials[number], state=TrialState.RUNNING, reason="")
             self.without_checkpoint.add(number)
         return None
+
+    def has_rungs(self, trial: Trial) -> bool:
+        """Return whether a trial is compared with others at the rungs.
+
+        Repeats are not, nor trials whose member has epochs of its own: their learning rates fall at another time.
+        """
+        if trial.repeat_of is not None:
+            return False
+        if trial.number not in self.own_epochs:
+            self.own_epochs[trial.number] = self.trial_recipe(trial).train.epochs
+        return self.own_epochs[trial.number] == self.study.recipe.train.epochs
 
     def may_have_more(self) -> bool:
         """As of ``TrialController``.
@@ -388,11 +406,11 @@ class StudyController(TrialController):
 
 
 def successive_halving(study: Study, trials: Sequence[Trial]) -> SuccessiveHalving:
-    """The rungs of a study that stops trials early, with what its trials have reached; repeats do not count."""
-    goals = modes(study)
-    halving = SuccessiveHalving([*goals.values()], study.recipe.train.epochs)
+    """The rungs of a study that stops trials early, with what these trials have reached."""
+    goals, recipe = modes(study), study.recipe
+    halving = SuccessiveHalving([*goals.values()], recipe.train.epochs, warmup=recipe.optim.warmup_epochs)
     for trial in trials:
-        for epoch, value in sorted(trial.curve.items() if trial.repeat_of is None else ()):
+        for epoch, value in sorted(trial.curve.items()):
             metrics = trial.search_metrics | {study.main.key: value}
             halving.add(trial.number, epoch, [metrics.get(name, math.nan) for name in goals])
     return halving

@@ -18,7 +18,7 @@ Use with any trainable of Ray Tune::
     space = {"width": tune.randint(1, 9), "lr": tune.uniform(0, 1)}
     results = tune.Tuner(train, param_space=space, tune_config=tune_config).fit()
 
-Rungs lie at max_t / eta and max_t / eta^2, where eta is the reduction factor. A trial reaches a rung with its first
+Rungs lie at max_t / eta and max_t / eta^2, where eta is the reduction factor; see ``SuccessiveHalving``. A trial reaches a rung with its first
 result there, and is compared with all trials that have reached the rung before it, also with those that have ended:
 
 1. Trials are ordered by non-dominated rank. Rank 0 is the Pareto front of the rung, rank 1 the front of the rest, ...
@@ -49,16 +49,17 @@ Key = Any  # of a trial: hashable; keys can be ordered among each other
 # --- the order of trials at a rung -------------------------------------------------------------------------------
 
 
-def rung_times(max_t: float, reduction_factor: float = 3, count: int = 2) -> list[int]:
+def rung_times(max_t: float, reduction_factor: float = 3, count: int = 2, warmup: float = 0) -> list[int]:
     """The times of the rungs: ``max_t / reduction_factor**k`` for k = 1 to ``count``, rounded.
 
-    Each is at least 1. Those beyond half of ``max_t`` are left out: there, a stop would save less than it has cost.
+    Each is at least 1. Those beyond half of ``max_t`` are left out: there, a stop would save less than it has cost. So
+    are those until the end of the warm-up, as results say little by then.
 
     Returns:
         The times, increasing, without doubles: 1 and 3 for ``max_t=10``; none for ``max_t=1``.
     """
     times = {max(1, round(max_t / reduction_factor**k)) for k in range(1, count + 1)}
-    return sorted(t for t in times if 2 * t <= max_t)
+    return sorted(t for t in times if warmup < t and 2 * t <= max_t)
 
 
 def non_dominated_ranks(points: np.ndarray) -> np.ndarray:
@@ -146,13 +147,16 @@ class SuccessiveHalving:
         continuing: by time of the rung: the keys of the trials that may continue, best first.
     """
 
-    def __init__(self, modes: Sequence[str], max_t: float, reduction_factor: float = 3, count: int = 2):
+    def __init__(
+        self, modes: Sequence[str], max_t: float, reduction_factor: float = 3, count: int = 2, warmup: float = 0
+    ):
         """
         Args:
             modes: ``"max"`` or ``"min"`` for each objective.
             max_t: the time at which a trial ends.
             reduction_factor: eta; about one in eta trials continues at a rung. At least 2.
             count: the largest number of rungs.
+            warmup: no rung lies until then, such as until the learning rate's warm-up ends.
 
         Raises:
             ValueError: a value is out of its range.
@@ -166,7 +170,9 @@ class SuccessiveHalving:
             )
         self.signs = np.array([1.0 if mode == "max" else -1.0 for mode in modes])
         self.max_t, self.reduction_factor = max_t, reduction_factor
-        self.rungs: dict[int, dict[Key, np.ndarray]] = {t: {} for t in rung_times(max_t, reduction_factor, count)}
+        self.rungs: dict[int, dict[Key, np.ndarray]] = {
+            t: {} for t in rung_times(max_t, reduction_factor, count, warmup)
+        }
         self.continuing: dict[int, list[Key]] = {t: [] for t in self.rungs}
 
     def rung_at(self, t: float) -> int | None:
@@ -265,6 +271,8 @@ class MOASHAScheduler(FIFOScheduler):
         return self.halving.add(key, metrics[self.time_attr], [metrics[name] for name in self.objectives])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if self.key(trial) is None:
+            return TrialScheduler.CONTINUE
         if self.metrics(result).get(self.time_attr, 0) >= self.halving.max_t:
             return TrialScheduler.STOP
         if not self.add(trial, result) or self.halving.may_continue(self.key(trial)):

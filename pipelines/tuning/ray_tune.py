@@ -166,7 +166,7 @@ class StudyScheduler(MOASHAScheduler):
 
     def key(self, trial: Any) -> int | None:
         number = self.numbers[trial.trial_id]
-        return None if self.controller.trials[number].repeat_of is not None else number
+        return number if self.controller.has_rungs(self.controller.trials[number]) else None
 
     def metrics(self, result: Mapping[str, Any]) -> Mapping[str, float]:
         return TrialEvent.from_json(result["event"]).metrics

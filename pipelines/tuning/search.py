@@ -291,7 +291,7 @@ class Searcher:
     def convert(self, trial: Trial) -> list[FrozenTrial]:
         """A trial as the sampler sees it, after the members that were rejected before it."""
         values = objectives(self.study, trial)
-        if self.prior and values:
+        if self.prior and values and trial.state == TrialState.FINISHED:  # of the others no value is read
             values = standardise(values, self.scale) if self.scale else None
         told = tell_trial(self.study, trial, self.sampler.distributions, values)
         return [*map(self.tell_rejected, trial.rejected), *([told] if told else [])]

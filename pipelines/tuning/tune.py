@@ -98,7 +98,7 @@ def tune(study: Study, *, resume: bool = False) -> StudyResult:
 
     Args:
         study: the settings; on resume only ``trials``, ``concurrent``, ``repeats`` and ``hours`` may differ from the
-            first call's.
+            first call's, and ``asha`` may be False: then trials that were stopped early are trained to the end.
         resume: resume the study of this name.
 
     Raises:

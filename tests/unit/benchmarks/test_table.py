@@ -192,6 +192,10 @@ def change(folders, number=1, **how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
+        (
+            {"state": TrialState.STOPPED},
+            r"trial 1 of \S+/s1 was stopped early; train all .* posmlp tune --resume \S+/s1 --no-asha",
+        ),
         ({"state": TrialState.RUNNING}, r"trial 1 of \S+/s1 is running: out of memory, not finished; finish the study"),
         ({"epochs": (1, 3)}, r"trial 1 of \S+/s1 lacks epoch 2 of 3; train it without train.patience"),
         ({"without": ("val/loss", "val/top1")}, r"no val/top1, val/loss of epoch 1; train it with eval.every=1"),

@@ -46,6 +46,8 @@ def as_array(points, objectives):
 )
 def test_rungs_lie_at_a_ninth_and_a_third(epochs, expected):
     assert rung_times(epochs) == expected
+    for warmup in (0.5, 1, 7, 7.5):
+        assert rung_times(epochs, warmup=warmup) == [rung for rung in expected if rung > warmup]
 
 
 @given(st.integers(1, 2000), st.integers(2, 5), st.integers(0, 4))

@@ -444,6 +444,19 @@ def test_a_study_in_words(task):
     assert report.describe_study("look", waiting, TOP1, "gmacs") == "look: 1 stopped early, 1 over budget"
 
 
+@pytest.mark.parametrize("finished", [0, 1])
+def test_a_study_says_how_trials_that_were_stopped_can_be_compared(finished, tmp_path):
+    recipe = BASE.model_copy(update={"train": BASE.train.model_copy(update={"storage": str(tmp_path)})})
+    study = Study(name="look", recipe=recipe, space="speed_accuracy", against="gmacs")
+    ends = [trial(i, 0.5, 1.0 + i, TrialState.STOPPED) for i in (1, 2)]
+    ends += [trial(0, 0.5, 1.0)] * finished
+    command = f"`posmlp tune --resume {tmp_path}/look --no-asha`"
+    for count, words in ((2, "The 2 trials that were"), (1, "The trial that was")):
+        text = report.describe_study("look", ends[2 - count :], TOP1, "gmacs", study=study)
+        assert text.endswith(f"\n\n{words} stopped early cannot be compared; {command} trains all to the end.")
+    assert "stopped" not in report.describe_study("look", ends[2:], TOP1, "gmacs", study=study)
+
+
 def test_sentences_name_no_more_pairs_than_are_read():
     trials = [trial(i, 0.5 + i / 1000, 1.0 + i) for i in range(9)]
     trials += [

@@ -20,7 +20,7 @@ from tests.helpers.batches import DETECTION
         (["--resume", "nowhere"], "no study nowhere"),
         (
             ["demo", "--resume", "nowhere"],
-            "--repeats and --hours may be given, not RECIPE",
+            "--repeats, --hours and --no-asha may be given, not RECIPE",
         ),
         (
             ["demo", "--space", "widths", "--budget-gmacs", "1e-6"],

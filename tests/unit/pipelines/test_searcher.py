@@ -436,6 +436,18 @@ def test_an_earlier_study_makes_the_first_proposals_good(searcher, against, tmp_
     assert np.mean(wins) > 0.5  # in standard deviations of the space; random members have 0
 
 
+@pytest.mark.parametrize("against", [None, "gmacs"])
+def test_with_an_earlier_study_the_searcher_knows_stopped_trials_from_the_first_on(against, tmp_path):
+    """A finished trial is standardised, which takes two of them; of a stopped one no value is compared."""
+    earlier_study(tmp_path, additive(1))
+    study = with_prior(tmp_path, "earlier", against=against)
+    searcher = Searcher(study, BLOCKS, prior.find_priors(study, BLOCKS))
+    (first, second), epoch = [searcher.propose([]) for _ in range(2)], {"epoch": 1.0, "cost/gmacs": 1.0}
+    stopped = replace(first, state=TrialState.STOPPED, metrics={"val/top1": 0.3, **epoch})
+    assert len(searcher.tell([stopped])) == len(searcher.tell([])) + 1
+    assert len(searcher.tell([stopped, replace(finish(second, 0.4), number=1)])) == len(searcher.tell([])) + 1
+
+
 def test_what_an_earlier_study_knows_is_stored_with_the_new_one(tmp_path):
     """The proposals from the stored copy are the same, also once the study has trials of its own."""
     score = additive(1)

@@ -24,23 +24,37 @@ CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 
 def study_in(folder, epochs=9, task="recognition", **settings):
-    recipe = load_recipe("demo", [f"train.epochs={epochs}", f"train.storage={folder}", *OVERRIDES[task]])
+    own = [f"train.epochs={epochs}", f"train.storage={folder}", "optim.warmup_epochs=0.5"]
+    recipe = load_recipe("demo", [*own, *OVERRIDES[task]])
     settings = {"space": "block_types", "searcher": "random", "asha": True, "trials": 6} | settings
     return Study(name="look", recipe=recipe, **settings)
 
 
 @pytest.mark.parametrize(
-    ("epochs", "every", "stops"),
-    [(1, 1, ""), (2, 1, "epoch 1"), (9, 1, "epoch 1 and epoch 3"), (9, 2, "epoch 2 and epoch 4"), (9, 5, "")],
+    ("epochs", "every", "warmup", "stops"),
+    [
+        (1, 1, 0, ""),
+        (2, 1, 0, "epoch 1"),
+        (9, 1, 0, "epoch 1 and epoch 3"),
+        (9, 1, 1, "epoch 3"),
+        (9, 1, 3.5, ""),
+        (9, 2, 0, "epoch 2 and epoch 4"),
+        (9, 2, 2, "epoch 4"),
+        (9, 5, 0, ""),
+    ],
 )
-def test_a_study_says_after_which_validated_epochs_it_may_stop_a_trial(epochs, every, stops, tmp_path, caplog):
+def test_a_study_says_after_which_validated_epochs_it_may_stop_a_trial(epochs, every, warmup, stops, tmp_path, caplog):
     """These are the epochs whose results the rungs take."""
     study = study_in(tmp_path, epochs)
-    recipe = load_recipe("demo", [f"train.epochs={epochs}", f"train.storage={tmp_path}", f"eval.every={every}"])
+    own = [f"train.epochs={epochs}", f"eval.every={every}", f"optim.warmup_epochs={warmup}"]
+    recipe = load_recipe("demo", [f"train.storage={tmp_path}", *own])
     search = Search(study.model_copy(update={"recipe": recipe}))
     with caplog.at_level("INFO"):
         search.controller.log_start()
-    warning = f"no trial is stopped early: none of the first half of {epochs} epochs is validated (eval.every={every})"
+    warning = (
+        f"no trial is stopped early: of {epochs} epochs none in the first half is validated after the warm-up "
+        f"(eval.every={every}, optim.warmup_epochs={warmup:g})"
+    )
     assert (warning in caplog.text) == (not stops and epochs > 1)
     assert (f"trials may be stopped after {stops}; --no-asha trains all" in caplog.text) == bool(stops)
     halving = search.controller.halving
@@ -49,10 +63,16 @@ def test_a_study_says_after_which_validated_epochs_it_may_stop_a_trial(epochs, e
 
 
 @pytest.mark.parametrize(
-    ("searcher", "early"), [("random", True), ("tpe", True), ("nsga2", True), ("grid", False), (None, True)]
+    ("searcher", "against", "early"),
+    [
+        *[(searcher, "gmacs", True) for searcher in ("random", "tpe", "nsga2", None)],
+        *[(searcher, None, False) for searcher in ("random", "tpe", None)],
+        ("grid", "latency", False),
+    ],
 )
-def test_searches_stop_trials_early_by_default_and_a_grid_does_not(searcher, early):
-    settings = {"name": "look", "recipe": load_recipe("demo"), "space": "block_types", "against": "gmacs"}
+def test_searches_of_a_front_stop_trials_early_by_default_and_a_grid_does_not(searcher, against, early):
+    """Without a cost to compare, cheap members would be stopped, and the front of all costs would lack them."""
+    settings = {"name": "look", "recipe": load_recipe("demo"), "space": "block_types", "against": against}
     settings |= {"searcher": searcher} if searcher else {}
     assert Study(**settings).asha == early
     assert not Study(**settings, asha=False).asha and Study(**settings, asha=True).asha
@@ -316,6 +336,35 @@ def test_a_resumed_study_promotes_what_more_trials_let_pass(tmp_path):
         assert again.send(number, 1, 0.1) == STOP
     assert again.start() == 1
     assert again.controller.trials[1].curve == {1: 0.5}
+
+
+def test_a_study_that_resumes_without_early_stopping_trains_all_trials_to_the_end(tmp_path):
+    search = stop_second(tmp_path, trials=3)
+    assert search.send(2, 1, 0.4) == STOP
+    search.send(0, 9, 0.9)
+    assert search.start() == Searcher.FINISHED
+    again = Search(search.study.model_copy(update={"asha": False}), read_trials(search.study.folder))
+    for number in (1, 2):
+        assert again.start() == number
+        again.send(number, 9, 0.8)
+    assert again.start() == Searcher.FINISHED
+    assert [trial.state for trial in again.controller.in_order()] == [TrialState.FINISHED] * 3
+
+
+def test_trials_with_epochs_of_their_own_are_not_compared_at_the_rungs(tmp_path):
+    """Their learning rates fall at another time; one with more epochs than the recipe would not get them."""
+    path = tmp_path / "epochs.py"
+    path.write_text(
+        "from tune_spaces import Space\n\n\ndef space(base):\n"
+        "    return Space({'epochs': (9, 12)}, lambda member: {'train.epochs': member['epochs']})\n"
+    )
+    search = Search(study_in(tmp_path, space=str(path), searcher="grid", trials=2))
+    assert search.start() == 0 and search.start() == 1
+    assert search.send(0, 1, 0.5) == CONTINUE and search.send(1, 1, 0.1) == CONTINUE
+    assert [search.controller.halving.rung_of(number) for number in (0, 1)] == [1, None]
+    assert search.send(1, 10, 0.2) == CONTINUE  # beyond the epochs of the others
+    again = Search(search.study, read_trials(search.study.folder))
+    assert [again.controller.halving.rung_of(number) for number in (0, 1)] == [1, None]
 
 
 def test_latencies_that_are_measured_after_the_search_do_not_change_what_it_compares(tmp_path):

@@ -200,8 +200,8 @@ def trials_of(names: Sequence[str]) -> Iterator[tuple[Study, Trial]]:
         for trial in read_trials(study.folder):
             if trial.state == TrialState.STOPPED:
                 raise UserError(
-                    f"trial {trial.number} of {study.folder} was stopped early; train all trials to the end with posmlp "
-                    f"tune --resume {study.folder} --no-asha"
+                    f"trial {trial.number} of {study.folder} was stopped early; train all trials to the end with "
+                    f"posmlp tune --resume {study.folder} --no-asha"
                 )
             if trial.state != TrialState.FINISHED:
                 reason = f": {trial.reason}" if trial.reason else ""

@@ -18,8 +18,9 @@ Use with any trainable of Ray Tune::
     space = {"width": tune.randint(1, 9), "lr": tune.uniform(0, 1)}
     results = tune.Tuner(train, param_space=space, tune_config=tune_config).fit()
 
-Rungs lie at max_t / eta and max_t / eta^2, where eta is the reduction factor; see ``SuccessiveHalving``. A trial reaches a rung with its first
-result there, and is compared with all trials that have reached the rung before it, also with those that have ended:
+Rungs lie at max_t / eta and max_t / eta^2, where eta is the reduction factor (``rung_times``). A trial reaches a rung
+with its first result there, and is compared with all trials that have reached the rung before it, also with those that
+have ended:
 
 1. Trials are ordered by non-dominated rank. Rank 0 is the Pareto front of the rung, rank 1 the front of the rest, ...
 2. Within a rank, an epsilon-net orders them: first the best one in the first objective, then again and again the one

@@ -327,7 +327,8 @@ def draw_results(study: Study, snapshot: Snapshot) -> Iterator[Results]:
 
 def study_note(study: Study, trials: Sequence[Trial]) -> str:
     """The description of a study's MLflow run in two lines: what it searches, and what it has found."""
-    recipe = f"{study.recipe.model.name}, {'up to ' * study.asha}{study.recipe.train.epochs} epochs each on {study.recipe.data.train.path}"
+    epochs = f"{'up to ' * study.asha}{study.recipe.train.epochs} epochs"
+    recipe = f"{study.recipe.model.name}, {epochs} each on {study.recipe.data.train.path}"
     how = f"search of {study.space} for {study.goal} ({study.searcher}), {study.trials} trials of {recipe}"
     states = [trial.state for trial in trials if trial.repeat_of is None]
     text = ", ".join(f"{states.count(state)} {state}" for state in TrialState if state in states) or "no trials yet"

@@ -3,23 +3,26 @@
     python benchmarks/effects.py
     python benchmarks/effects.py benchmarks/reference.parquet
 
-A functional ANOVA of main effects: least squares explain the members' mean over seeds after the last epoch by one
-effect of each dimension. An effect of words (the block types) has a value of its own for each word. One of numbers
-(groups and depths) is a parabola in their logarithm, which has a best value between others if there is one. Effects are
-measured from the mean of all members, so they add up.
+A functional ANOVA of main effects: least squares explain a value of each member after the last epoch by one effect of
+each dimension. The value is the median over the member's seeds, its typical run, and then the mean, in which a run that
+has stayed on a plateau counts in full. An effect of words (the block types) has a value of its own for each word. One
+of numbers (groups and depths) is a parabola in their logarithm, which has a best value between others if there is one.
+Effects are measured from the mean of all members, so they add up.
 
 The standard errors are those of noise that is alike for all members: what is left over, from seeds and interactions. A
 share of the variance is corrected for what noise alone would explain, so it may come out below 0.
 
-The figure has the effects on top-1. The last tables add up a choice for all stages, such as one block type everywhere.
+The figure has the effects on the median of top-1. Further tables add up a choice for all stages, such as one block type
+everywhere, and compare it with that of member 0, the recipe's own model.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -61,12 +64,12 @@ class Effects:
 
     Attributes:
         by_dimension: by its name.
-        seeds: the share of the variance of the members' means that is noise of their seeds.
+        seeds: the share of the variance of the members' means that is noise of their seeds; None: not of means.
         freedom: degrees of freedom of what is left over.
     """
 
     by_dimension: dict[str, Effect]
-    seeds: float
+    seeds: float | None
     freedom: int
 
     @property
@@ -76,30 +79,37 @@ class Effects:
 
     @property
     def rest(self) -> float:
-        """The share that is neither of a dimension alone nor of the seeds: interactions, and what parabolas miss."""
-        return 1 - self.seeds - sum(effect.share for effect in self.by_dimension.values())
+        """The share that is neither of a dimension alone nor of the seeds: interactions, and what parabolas miss.
 
-    def sum_of(self, choice: Mapping[str, Value]) -> tuple[float, float]:
-        """What the values of some dimensions add together, and its standard error."""
-        value = sum(self.by_dimension[name].values[chosen] for name, chosen in choice.items())
-        drawn = np.zeros(DRAWS)
-        for name, chosen in choice.items():
-            effect = self.by_dimension[name]
-            drawn = drawn + effect.drawn[:, list(effect.values).index(chosen)]
+        It is of the seeds too if theirs is not known.
+        """
+        return 1 - (self.seeds or 0.0) - sum(effect.share for effect in self.by_dimension.values())
+
+    def sum_of(self, choice: Mapping[str, Value], instead: Mapping[str, Value] | None = None) -> tuple[float, float]:
+        """What the values of some dimensions add together, in place of others if given, and its standard error."""
+        value, drawn = 0.0, np.zeros(DRAWS)
+        for sign, values in ((1, choice), (-1, instead or {})):
+            for name, chosen in values.items():
+                effect = self.by_dimension[name]
+                value += sign * effect.values[chosen]
+                drawn += sign * effect.drawn[:, list(effect.values).index(chosen)]
         return value, float(drawn.std())
 
 
-def main_effects(members: Sequence[dict[str, Value]], values: np.ndarray, seed: int = 0) -> Effects:
+def main_effects(
+    members: Sequence[dict[str, Value]], values: np.ndarray, seed: int = 0, over_seeds: Callable[..., Any] = np.mean
+) -> Effects:
     """Estimate the main effect of each dimension.
 
     Args:
         values: a metric of each member by seed: float64 ``[members, seeds]``.
         seed: of the draws for the standard errors.
+        over_seeds: gives a member's value, ``np.mean`` or ``np.median``.
 
     Raises:
         UserError: there are too few members for the effects, or the members do not differ.
     """
-    means, count = values.mean(axis=1), len(members)
+    means, count = over_seeds(values, axis=1), len(members)
     columns, choices = {}, {}
     for name in members[0]:
         own = [member[name] for member in members]
@@ -140,6 +150,8 @@ def main_effects(members: Sequence[dict[str, Value]], values: np.ndarray, seed: 
             float(shares[0]),
             float(shares[1:].std()),
         )
+    if over_seeds is not np.mean:
+        return Effects(found, None, freedom)
     of_seeds = values.var(axis=1, ddof=1).mean() / values.shape[1] if values.shape[1] > 1 else 0.0
     return Effects(found, float(of_seeds / total[0]), freedom)
 
@@ -163,9 +175,10 @@ def describe(effects: Effects, scale: float, digits: int) -> str:
             for value in effect.values
         ]
         lines.append(f"| {name} | {effect.share:.0%} ± {times * effect.share_error:.0%} | {', '.join(parts)} |")
-    return "\n".join(
-        [*lines, f"| seeds | {effects.seeds:.0%} | |", f"| interactions and the rest | {effects.rest:.0%} | |"]
-    )
+    if effects.seeds is None:
+        return "\n".join([*lines, f"| seeds, interactions and the rest | {effects.rest:.0%} | |"])
+    lines.append(f"| seeds | {effects.seeds:.0%} | |")
+    return "\n".join([*lines, f"| interactions and the rest | {effects.rest:.0%} | |"])
 
 
 def whole_choices(effects: Effects, own: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
@@ -192,17 +205,24 @@ def whole_choices(effects: Effects, own: Mapping[str, Value]) -> dict[str, dict[
 
 def describe_choices(effects: Effects, own: Mapping[str, Value], scale: float, digits: int) -> str:
     """What choices for all stages add, as a Markdown table; arguments as of ``whole_choices`` and ``describe``."""
-    lines = ["| all stages | adds, with a 95 % interval |", "|---|---|"]
+
+    def shown(choice: Mapping[str, Value], instead: Mapping[str, Value] | None = None) -> str:
+        value, error = effects.sum_of(choice, instead)
+        return f"{scale * value:+.{digits}f} ± {scale * effects.times * error:.{digits}f}"
+
+    lines = ["| all stages | adds to the mean | in place of the recipe's |", "|---|---|---|"]
     for name, choice in whole_choices(effects, own).items():
-        value, error = effects.sum_of(choice)
-        lines.append(f"| {name} | {scale * value:+.{digits}f} ± {scale * effects.times * error:.{digits}f} |")
-    value, error = effects.sum_of(own)
-    lines.append(f"| the recipe's model | {scale * value:+.{digits}f} ± {scale * effects.times * error:.{digits}f} |")
+        recipes = {dimension: own[dimension] for dimension in choice}
+        lines.append(f"| {name} | {shown(choice)} | {shown(choice, recipes) if choice != recipes else ''} |")
+    lines.append(f"| the recipe's model | {shown(own)} | |")
     return "\n".join(lines)
 
 
 def draw(effects: Effects) -> bytes:
-    """Draw what each value of each dimension adds to top-1, as PNG: a row for each kind, a column for each stage."""
+    """Draw what each value of each dimension adds to the median of top-1, as PNG.
+
+    A row is a kind of dimension, such as block types, and a column a stage.
+    """
     kinds: dict[str, list[str]] = {}
     for name in effects.by_dimension:
         kinds.setdefault(name.rstrip("0123456789"), []).append(name)
@@ -222,7 +242,7 @@ def draw(effects: Effects) -> bytes:
             axes.set_xticks(places, [str(value).replace("cascade_", "casc. ") for value in effect.values], fontsize=7)
             axes.set_title(name, fontsize=9)
             axes.grid(axis="y", alpha=0.25)
-    figure.supylabel("points of top-1, with 95 % intervals", fontsize=9)
+    figure.supylabel("points of top-1 (median over seeds), with 95 % intervals", fontsize=9)
     return to_png(figure)
 
 
@@ -237,15 +257,19 @@ def main() -> None:
             (VAL_TOP1, table.top1, (100, 2), "points"),
             (VAL_LOSS, table.loss, (1, 3), "nats"),
         ):
-            found = main_effects(table.members, values[:, :, -1])
-            print(f"{name}, {unit}\n\n{describe(found, *how)}\n\n{describe_choices(found, table.members[0], *how)}\n")
-            if name == VAL_TOP1:
-                args.figure.write_bytes(draw(found))
+            for over_seeds, title in ((np.median, "median"), (np.mean, "mean")):
+                found = main_effects(table.members, values[:, :, -1], over_seeds=over_seeds)
+                print(f"{name}, {title} over seeds, {unit}\n\n{describe(found, *how)}\n")
+                print(f"{describe_choices(found, table.members[0], *how)}\n")
+                if (name, title) == (VAL_TOP1, "median"):
+                    args.figure.write_bytes(draw(found))
     except UserError as error:
         raise SystemExit(str(error)) from error
-    truth = table.top1[:, :, -1].mean(axis=1)
-    rank = 1 + int((truth > truth[0]).sum())
-    print(f"member 0, the recipe's own model: {VAL_TOP1} {truth[0]:.1%}, number {rank} of {len(truth)}\n{args.figure}")
+    last = table.top1[:, :, -1]
+    for title, truth in (("median", np.median(last, axis=1)), ("mean", last.mean(axis=1))):
+        rank = 1 + int((truth > truth[0]).sum())
+        print(f"member 0, the recipe's own model: {title} of {VAL_TOP1} {truth[0]:.1%}, number {rank} of {len(truth)}")
+    print(args.figure)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,13 @@ def collect(names: Sequence[str]) -> pa.Table:
     if first is not None:
         recipes[", ".join(names)] = shared_recipe(first)
     (one, recipe), *others = recipes.items()
-    if differing := [name for name, text in others if text != recipe]:
-        raise UserError(f"{differing[0]} has another recipe than {one}; collect tables and studies of one recipe")
+    for name, text in others:
+        if text != recipe:
+            lines = [line for line in text.splitlines() if line not in recipe.splitlines()] or recipe.splitlines()
+            raise UserError(
+                f"{name} has another recipe than {one}, from {lines[0].strip()!r} on; collect tables and studies of "
+                "one recipe, in the folder where the studies were started: paths below it are compared"
+            )
     seeds = {seed for _, seed in rows}
     if missing := [f"member {m} seed {s}" for m in members.values() for s in sorted(seeds) if (m, s) not in rows]:
         raise UserError(f"{', '.join(names)}: each member needs each seed; missing: {', '.join(missing)}; train them")

@@ -6,6 +6,7 @@ import effects
 import numpy as np
 import pytest
 from effects import main_effects
+from PIL import Image
 from scipy import stats
 
 from posmlp.config import load_recipe
@@ -92,10 +93,39 @@ def test_the_command_prints_dimensions_by_share_and_the_place_of_the_recipes_mod
     members = all_blocks(3)
     top1 = made_up(members, lambda m: 0.2 + 0.2 * (m["block2"] == "joint") + 0.1 * (m["block1"] == "joint"))
     path = write_table(tmp_path / "t.parquet", members, top1, [1.0] * 27)
-    monkeypatch.setattr("sys.argv", ["effects.py", str(path)])
+    monkeypatch.setattr("sys.argv", ["effects.py", str(path), "--figure", str(tmp_path / "effects.png")])
     effects.main()
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| block")]
     assert [row.split(" | ")[0] for row in rows[:3]] == ["| block2", "| block1", "| block3"]
     assert "80%" in rows[0] and "joint +13.31 ± 0.00" in rows[0]
-    assert "member 0, the recipe's own model: val/top1 20.0%, number 16 of 27" in printed
+    for title in ("median", "mean"):
+        assert f"member 0, the recipe's own model: {title} of val/top1 20.0%, number 16 of 27" in printed
+    assert Image.open(tmp_path / "effects.png").width > 500
+
+
+def test_a_stuck_run_changes_the_effects_of_means_and_not_those_of_medians():
+    true = true_effects(2)
+    values = values_of(true)
+    values[7, 1] -= 50
+    of_means, of_medians = (main_effects(MEMBERS, values, over_seeds=over) for over in (np.mean, np.median))
+    for name, effect in of_medians.by_dimension.items():
+        assert effect.values == pytest.approx(true[name])
+    assert max(abs(of_means.by_dimension["depth3"].values[v] - true["depth3"][v]) for v in true["depth3"]) > 0.1
+    assert of_medians.seeds is None and of_means.seeds > 0.1
+
+
+def test_choices_of_all_stages_add_up_and_are_compared_with_the_recipes_model():
+    true, own = true_effects(3), MEMBERS[0]
+    found = main_effects(MEMBERS, values_of(true, noise=0.1))
+    exact = main_effects(MEMBERS, values_of(true))
+    choices = effects.whole_choices(found, own)
+    assert choices["block joint"] == {f"block{stage}": "joint" for stage in (1, 2, 3, 4)}
+    assert {name.split()[0] for name in choices} == {"block", "groups", "depth"} and len(choices) == 4 + 3 + 3
+    for choice in choices.values():
+        instead = {name: own[name] for name in choice}
+        added, before = (sum(true[name][value] for name, value in each.items()) for each in (choice, instead))
+        assert exact.sum_of(choice)[0] == pytest.approx(added)
+        assert exact.sum_of(choice, instead)[0] == pytest.approx(added - before)
+        assert found.sum_of(choice)[0] == pytest.approx(added, abs=5 * found.sum_of(choice)[1])
+        assert (found.sum_of(choice, instead)[1] > 1e-9) == (choice != instead)

@@ -245,7 +245,7 @@ def test_a_table_of_another_recipe_is_not_extended(tmp_path):
     table = collect(folders[:1])
     other = tmp_path / "other.parquet"
     pq.write_table(table.replace_schema_metadata({"recipe": "name: other"}), other)
-    with pytest.raises(UserError, match=r"s1 has another recipe than \S+other.parquet; collect tables"):
+    with pytest.raises(UserError, match=r"s1 has another recipe than \S+other.parquet, from .* on; collect tables"):
         collect([str(other), folders[1]])
 
 

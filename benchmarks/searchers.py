@@ -90,8 +90,8 @@ class Replay:
         values = {name: tuple(sorted({member[name] for member in table.members}, key=order)) for name in names}
         self.space = Space(values, lambda member: {}, tuple(table.members))
         self.numbers = {member_key(member): number for number, member in enumerate(table.members)}
-        # Of the recipe, a search sees the task, the epochs and the seed alone.
-        recipe = load_recipe("demo", [f"train.epochs={table.top1.shape[2]}"])
+        # Of the recipe, a search sees the task, the epochs, the warm-up and the seed alone.
+        recipe = load_recipe("reference", [f"train.epochs={table.top1.shape[2]}"])
         self.study = Study(name="replay", recipe=recipe, space="table", trials=len(self.truth), against="gmacs")
         self.true_volume = self.volume_of(range(len(self.truth)), self.truth)
 
@@ -249,17 +249,17 @@ def main() -> None:
     last = min(args.trials, len(table.members)) * epochs
     target = sample(found["random", False], "volume", epochs, last)[:, -1].mean()
     print(f"{args.searches} searches of {last} epochs, {len(table.members)} members, {epochs} epochs\n")
-    print(
-        "| searcher | early stopping | epochs | finished | hypervolume | regret, points | to random's | of its epochs |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    third = last // 3
+    columns = [f"hypervolume after {third}", "at the end", "regret, points", "to random's", "of its epochs"]
+    print(f"| searcher | early stopping | epochs | finished | {' | '.join(columns)} |\n{'|---' * 9}|")
     for (name, asha), searches in found.items():
         volume = sample(searches, "volume", epochs, last)
         regret = 100 * sample(searches, "regret", epochs, last)[:, -1].mean()
         reached = epochs_to(target, volume, epochs)
         shown = ["never", ""] if reached is None else [str(reached), f"{reached / last:.0%}"]
         means = [np.mean([each.epochs for each in searches]), np.mean([len(each.spent) for each in searches])]
-        values = [f"{means[0]:.0f}", f"{means[1]:.1f}", f"{volume[:, -1].mean():.1%}", f"{regret:.2f}", *shown]
+        volumes = [f"{volume[:, at].mean():.1%}" for at in (max(0, third - epochs), -1)]
+        values = [f"{means[0]:.0f}", f"{means[1]:.1f}", *volumes, f"{regret:.2f}", *shown]
         print(f"| {name} | {'yes' if asha else 'no'} | {' | '.join(values)} |")
     args.figure.write_bytes(draw(found, epochs, last))
     print(f"\n{args.figure}; {time.perf_counter() - start:.0f} s")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import platform
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from reference_space import dimensions_of
+from scipy.stats import rankdata
 
 from pipelines.runs import checkpoints
 from pipelines.runs.checkpoints import CheckpointInfo
@@ -40,6 +42,7 @@ INDEX = ("member", "seed", "epoch")
 COSTS = (COST_GMACS, COST_PARAMS_M)
 CURVES = (VAL_TOP1, VAL_LOSS, TRAIN_LOSS, PERF_EPOCH_S)
 OWN_KEYS = ("name", "model.blocks", "model.groups", "model.depths", "train.seed", "train.storage")  # of a trial
+LOWEST = 6  # runs that are named
 PACKAGES = ("posmlp-video", "torch", "numpy", "ray")
 
 
@@ -290,8 +293,18 @@ def deviations(values: np.ndarray) -> tuple[float, float]:
     return float(np.sqrt(seeds)), float(np.sqrt(max(members, 0.0)))
 
 
+def rank_agreement(values: np.ndarray) -> float:
+    """How two seeds rank the members alike: Spearman's correlation, the mean over pairs of seeds.
+
+    Args:
+        values: ``[members, seeds]``, at least 2 of each.
+    """
+    ranks = [rankdata(column) for column in values.T]
+    return float(np.mean([np.corrcoef(one, other)[0, 1] for one, other in itertools.combinations(ranks, 2)]))
+
+
 def describe(table: Table) -> str:
-    """The size of a table, and how far seeds and members deviate after the last epoch."""
+    """The size of a table, how far seeds and members deviate after the last epoch, and the lowest top-1."""
     members, seeds, epochs = table.top1.shape
     lines = [f"{members} members, {seeds} seeds, {epochs} epochs"]
     if members < 2 or seeds < 2:
@@ -302,8 +315,11 @@ def describe(table: Table) -> str:
         verdict = "at most a third" if ratio <= 1 / 3 else "more than a third"
         lines.append(
             f"{name}: deviation over seeds {scale * seed:.3g} {unit}, over members {scale * member:.3g} {unit}; "
-            f"ratio {ratio:.2f}, {verdict}"
+            f"ratio {ratio:.2f}, {verdict}; the ranks of two seeds correlate by {rank_agreement(values[:, :, -1]):.2f}"
         )
+    runs = np.sort(100 * table.top1[:, :, -1].ravel())
+    lowest = ", ".join(f"{value:.1f}" for value in runs[:LOWEST])
+    lines.append(f"{VAL_TOP1} of all {len(runs)} runs: median {np.median(runs):.1f} %, the lowest {lowest}")
     return "\n".join(lines)
 
 

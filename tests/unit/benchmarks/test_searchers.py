@@ -234,6 +234,7 @@ def test_the_command_prints_a_row_for_each_search_and_draws_the_figure(tmp_path,
         ("NSGA-II", "yes"),
     ]
     assert [(row[0].strip("| "), row[1]) for row in rows] == expected
-    assert rows[0][2:4] == ["90", "10.0"] and int(rows[0][6]) <= 90
+    assert rows[0][2:4] == ["90", "10.0"] and int(rows[0][7]) <= 90
+    assert all(0 < float(row[4].rstrip("%")) <= float(row[5].rstrip("%")) + 5 for row in rows)
     assert all(90 <= int(row[2]) < 99 for row in rows[1::2])  # the last trial may end later
     assert figure.read_bytes().startswith(b"\x89PNG")

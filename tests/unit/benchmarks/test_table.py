@@ -12,7 +12,7 @@ import torch
 import yaml
 from reference_space import balanced_draw, dimensions_of, in_common
 from scipy import stats
-from table import OWN_KEYS, collect, deviations, main, read_table
+from table import OWN_KEYS, collect, deviations, main, rank_agreement, read_table
 
 from pipelines.runs import checkpoints
 from pipelines.runs.checkpoints import CheckpointInfo
@@ -273,6 +273,14 @@ def test_deviations_by_hand():
     """Within members the variance is 2. The means 2 and 6 have variance 8, of which 2 / 2 is that of the seeds."""
     assert deviations(np.array([[1.0, 3.0], [5.0, 7.0]])) == pytest.approx((2**0.5, 7**0.5))
     assert deviations(np.array([[1.0, 3.0], [3.0, 1.0]])) == pytest.approx((2**0.5, 0))
+
+
+def test_ranks_of_seeds_are_compared_in_pairs():
+    """Against SciPy; ties share their mean rank."""
+    values = np.array([[1.0, 3.0, 2.0], [2.0, 1.0, 2.0], [4.0, 9.0, 0.5], [3.0, 2.0, 7.0]])
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = np.mean([stats.spearmanr(values[:, i], values[:, j]).statistic for i, j in pairs])
+    assert rank_agreement(values) == pytest.approx(expected)
 
 
 def test_deviations_are_those_that_values_were_drawn_with():

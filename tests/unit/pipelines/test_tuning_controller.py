@@ -374,7 +374,8 @@ def test_latencies_that_are_measured_after_the_search_do_not_change_what_it_comp
     for number, (early, late) in tops.items():
         metrics = {"epoch": 9.0, "val/top1": late, "cost/gmacs": 1.0, "cost/latency_ms": 5.0 - number}
         curve = {1: early, 3: early, 9: late}
-        trial = Trial(number, {"block1": "joint"}, state=TrialState.FINISHED, metrics=metrics, curve=curve)
+        member = {f"block{stage}": "joint" for stage in (1, 2, 3, 4)}
+        trial = Trial(number, member, state=TrialState.FINISHED, metrics=metrics, curve=curve)
         write_trial(study, trial)
     before = read_trials(study.folder)
     controller = Search(study, before).controller
